@@ -1,0 +1,1064 @@
+"""
+Everything that comes from disk, and a world that needs no disk at all.
+
+    python data.py                       # draw a contact sheet of the built-in world: world.png
+    python data.py --data=my.json        # check your own records: read all, open every picture, show three
+
+In the order of this file:
+  drawing     things and backgrounds as tables of flat shapes, painted at any size
+  the world   scenes, captions, ten kinds of questions: an endless data set without label noise, with two held-out splits
+  reading     LLaVA-style JSON, JSONL, TSV benchmarks, tar shards, plain text -> records
+  packing     documents of all lengths -> rows of one fixed shape, and the loader that feeds training
+  scoring     the official rules of the benchmarks
+
+A record is one conversation: {"id", "messages": [{"role", "content"}], "images": [source]}. It is drawn and rendered when it is its turn.
+
+Left out: streaming from object stores, and shuffling buffers: a record's index alone says what it is, so any order can be had directly.
+"""
+import argparse
+import ast
+import base64
+import cmath
+import contextlib
+import csv
+import functools
+import gzip
+import hashlib
+import io
+import json
+import math
+import os
+import random
+import re
+import sys
+import tarfile
+import zipfile
+import zlib
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from string import ascii_uppercase
+
+import numpy as np
+import torch
+from PIL import Image, ImageDraw
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Drawing: things and backgrounds are tables of flat shapes, so that a picture is the same at any size.
+
+COLOURS = {"red": (222, 48, 48), "orange": (250, 140, 30), "yellow": (255, 218, 50), "green": (58, 166, 74),
+           "blue": (32, 118, 226), "purple": (150, 80, 206), "pink": (255, 140, 196)}
+DARK, EDGE = (0.86, 0.78, 0.75), (0.45, 0.36, 0.42)  # factors on red, green and blue: a thing's shades from its colour
+FIXED = {"white": (255, 252, 244), "ink": (46, 40, 52), "wood": (128, 88, 62)}  # the same on every thing
+
+# Shapes are painted one over the other in a box of 100 x 100 units, 0,0 is its top left corner:
+#   oval SHADE x,y w,h              centre, half width and half height
+#   poly SHADE r x,y x,y ...        straight sides, corners rounded with radius r
+#   blob SHADE r x,y x,y ...        a smooth closed curve through the points
+#   line SHADE r x,y x,y ...        a smooth stroke through the points, 2 r wide
+#   dots SHADE r x,y x,y ...        a disc of radius r on every point
+#   star SHADE r x,y outer,inner n  n rays around x,y
+# A thing may be 11 pixels wide in training: its colour must cover most of it, and no two kinds may share an outline.
+SHAPES = {
+    # The cat sits and looks at us, ears up. The dog stands and looks aside, one ear hanging.
+    "cat": "line body 5 64,88 84,88 91,74 84,60; blob body 0 46,50 64,62 71,84 62,95 46,96 30,95 21,84 28,62;"
+           "oval light 46,82 11,12; poly body 3 16,42 17,8 38,27; poly body 3 76,42 75,8 54,27; oval body 46,44 33,23;"
+           "poly light 1 20,31 21,17 30,25; poly light 1 72,31 71,17 62,25; oval light 46,54 11,8;"
+           "poly ink 1 43,50 49,50 46,53; oval ink 33,41 5,6.5; oval ink 59,41 5,6.5; dots white 1.6 34.5,39 60.5,39;"
+           "line ink 0.8 25,52 6,48; line ink 0.8 25,56 6,60; line ink 0.8 67,52 86,48; line ink 0.8 67,56 86,60",
+    "dog": "line body 4.5 16,58 8,48 8,32; line dark 6 31,72 31,90; line dark 6 64,72 64,90;"
+           "blob body 3 14,58 34,51 62,48 71,58 66,72 40,73 20,75; line body 12 63,50 65,36; line body 6 19,70 19,90;"
+           "line body 6 53,70 53,90; oval body 67,29 20,20; line light 9 77,37 85,37; line ink 1 80,42 87,43 92,40;"
+           "dots ink 5 92,31; dots ink 3.4 73,24; line white 2.6 54,57 63,61 73,58;"
+           "blob dark 2 53,12 59,22 57,42 49,52 42,43 45,22",
+    "fish": "poly dark 4 66,52 92,26 85,52 92,78; blob dark 2 26,32 42,13 62,16 60,34;"
+            "blob dark 2 36,74 52,90 60,84 54,70; blob body 0 5,53 20,33 42,26 64,36 76,52 64,68 42,78 20,72;"
+            "line light 2.5 44,36 50,52 44,68; line light 2.5 58,42 62,52 58,62; dots white 7.5 23,46;"
+            "dots ink 4 21,46; line ink 1.2 9,60 15,63 21,61",
+    "bird": "line ink 1.8 44,76 44,94 54,95; line ink 1.8 58,76 58,94 68,95; poly dark 3 26,62 6,46 11,68 30,74;"
+            "poly ink 2 82,25 96,32 82,39; blob body 2 66,7 84,20 85,44 74,70 50,82 28,74 20,60 36,52 48,38 50,16;"
+            "blob light 0 82,46 72,68 54,78 60,58; blob dark 1 24,48 44,44 60,52 56,66 42,70;"
+            "dots white 5.5 69,25; dots ink 3.4 70,25",
+    "house": "poly dark 1 68,16 80,16 80,40 68,40; poly body 1 15,46 85,46 85,95 15,95; poly dark 3 50,8 94,47 6,47;"
+             "dots light 6 50,31; poly light 1 24,58 40,58 40,74 24,74; line body 1 32,57 32,75;"
+             "line body 1 23,66 41,66; poly white 2 54,62 72,62 72,94 54,94; dots ink 1.8 67,79",
+    "tree": "poly wood 2 44,58 56,58 60,95 40,95; dots body 19 26,50 74,50; dots body 22 36,28 64,28 50,50;"
+            "line dark 2 30,60 40,64 50,60; line dark 2 62,52 70,54 78,48;"
+            "line light 3 24,27 30,18 38,14; line light 2 52,38 58,34 64,35",
+    "car": "blob body 2 18,50 28,30 42,25 60,26 76,48; poly body 8 14,52 80,50 89,58 89,70 12,70;"
+           "poly white 2 32,37 44,35 44,46 27,46; poly white 2 53,35 59,36 67,46 53,46; line dark 1.6 8,66 92,66;"
+           "line dark 1.4 52,54 57,54; dots white 3.5 90,58; dots ink 11 28,78 73,78; dots white 4.5 28,78 73,78",
+    "sun": "star body 1.5 50,50 45.5,25 8; dots dark 28 50,50; dots body 26 50,50; dots ink 3.2 41,46 59,46;"
+           "dots light 4 34,55 66,55; line ink 1.4 41,56 50,62 59,56",
+    "star": "star body 4 50,54 44,20 5; line light 2 49,24 44,40",
+    "circle": "dots body 43 50,50; line light 3 18,41 21,34 27,27 34,21 41,18",
+    "square": "poly body 3 9,9 91,9 91,91 9,91; poly light 3 20,50 20,20 50,20 20,20",
+    "triangle": "poly body 4 50,12 92,86 8,86; line light 3 26,70 45,36",
+}
+KINDS = list(SHAPES)
+
+# Colour at the top, colour at the bottom, shapes. All pale or dull, so that every colour shows on them.
+BACKGROUNDS = {
+    "sky": ("b2d8f0", "eaf6f8",
+            "oval f6fbfd 22,18 12,5; oval f6fbfd 30,15 8,6; oval f6fbfd 76,27 11,4; oval f6fbfd 69,25 6,5;"
+            "blob c2dab2 0 -30,80 20,62 60,74 110,66 140,120 -30,120; dots ecf0de 0.7 8,74 34,72 17,68;"
+            "blob aece9c 0 -30,76 30,82 80,72 130,78 140,130 -30,130; dots ecf0de 0.8 8,88 24,95 45,90 63,84 78,94"),
+    "night": ("1a1e3e", "424872",
+              "dots e6e8f0 0.6 8,9 27,22 45,7 61,26 83,12 93,38 14,47 38,40 72,52;"
+              "blob 34405c 0 -30,80 30,70 70,82 120,72 140,130 -30,130;"
+              "blob 2a364e 0 -30,92 30,88 70,80 120,90 140,130 -30,130"),
+    "sand": ("c8e4f2", "e6f2f2",
+             "poly 92c4d0 0 -5,32 105,32 105,60 -5,60; line f2f8f4 2 -5,54 20,51 45,55 75,51 105,54;"
+             "blob eedebc 0 -30,54 20,53 45,57 75,53 130,56 140,130 -30,130;"
+             "dots decaa4 0.8 9,68 22,90 37,76 56,93 70,70 91,84"),
+    "plain": ("faf6ec", "f2ebdc", "dots e4dac8 0.5 17,17 50,17 83,17 17,50 50,50 83,50 17,83 50,83 83,83"),
+    "room": ("e8dad2", "ece0d8",
+             "dots dcccc2 1.2 10,8 30,8 50,8 70,8 90,8 20,24 40,24 60,24 80,24 10,40 30,40 50,40 70,40 90,40;"
+             "dots dcccc2 1.2 20,56 40,56 60,56 80,56; poly c4aa94 0 -5,70 105,70 105,105 -5,105;"
+             "line f8f2ea 1.5 -5,70 105,70; oval d6c0b0 50,87 38,9; oval ccb4a4 50,87 30,6.5"),
+    "snow": ("c0d2e4", "e2eaf2",
+             "blob e4ecf4 0 -30,70 15,54 50,66 90,52 130,70 140,130 -30,130;"
+             "blob f2f6fa 0 -30,66 25,78 70,70 130,82 140,130 -30,130;"
+             "dots f8fbfd 0.8 10,14 30,34 48,10 66,30 88,18 6,42"),
+}
+TINTS = [(1, 1, 1), (1.01, 0.97, 1), (0.96, 1, 1.02), (1, 1, 0.96)]  # factors again; odd tints are mirrored as well
+
+
+def shaded(colour, factors: tuple) -> tuple:
+    return tuple(min(255, round(c * f)) for c, f in zip(colour, factors))
+
+
+def curve(p: list[complex], closed: bool) -> list[complex]:
+    "The Catmull-Rom spline, a chain of cubics through all the points, in twelve straight pieces from point to point."
+    p = p[-1:] + p + p[:2] if closed else p[:1] + p + p[-1:]
+    return [b + t / 2 * (c - a + t * (2 * a - 5 * b + 4 * c - d + t * (3 * b - 3 * c + d - a)))
+            for a, b, c, d in zip(p, p[1:], p[2:], p[3:]) for t in (i / 12 for i in range(13))]
+
+
+def paint(image: Image.Image, shapes: str, colour_of, grow: float = 0) -> None:
+    "colour_of(shade) -> RGB, or None to leave the shape out. grow: units added to each shape on all sides."
+    pen, unit = ImageDraw.Draw(image), image.width / 100  # pixels per unit
+    for shape in shapes.split(";"):
+        form, shade, *numbers = shape.replace(",", " ").split()
+        colour, (r, *v) = colour_of(shade), [float(n) for n in numbers]
+        if colour is None:
+            continue
+        if form == "oval":
+            x, (y, w, h) = r, v
+            pen.ellipse([n * unit for n in (x - w - grow, y - h - grow, x + w + grow, y + h + grow)], colour)
+            continue
+        points, r = [complex(x, y) for x, y in zip(v[::2], v[1::2])], round((r + grow) * unit)
+        if form == "star":  # outer and inner points in turn; the first one is straight up
+            x, y, *radii, n = v
+            points = [complex(x, y) + cmath.rect(radii[i % 2], math.pi * (i / n - 0.5)) for i in range(2 * int(n))]
+        points = curve(points, form == "blob") if form in ("blob", "line") else points
+        points = [(round(p.real * unit), round(p.imag * unit)) for p in points]
+        if form in ("poly", "blob", "star"):
+            pen.polygon(points, colour)
+            points.append(points[0])
+        if form != "dots":
+            pen.line(points, colour, width=2 * r + 1)  # as wide as the discs: from -r to r, both included
+        for x, y in points:  # round ends and corners
+            pen.ellipse((x - r, y - r, x + r, y + r), colour)
+
+
+@lru_cache(maxsize=1024)  # a training run needs 12 kinds x 7 colours x 3 sizes x 2 directions = 504
+def sprite(kind: str, colour: str, px: int, flip: bool = False) -> Image.Image:
+    "One thing, px x px, RGBA. Drawn larger and then averaged, which makes smooth edges: Pillow's pen has none."
+    body, big = COLOURS[colour], max(4 * px, 256)
+    shades = FIXED | {"body": body, "dark": shaded(body, DARK), "light": tuple((c + 255) // 2 for c in body)}
+    image = Image.new("RGBA", (big, big))
+    # The outline is the thing itself in one dark colour and a little larger. Ink is dark enough without one.
+    paint(image, SHAPES[kind], lambda shade: None if shade == "ink" else shaded(body, EDGE), grow=2.5)
+    paint(image, SHAPES[kind], shades.get)
+    image = image.resize((px, px), Image.Resampling.BOX)
+    return image.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if flip else image
+
+
+@lru_cache(maxsize=64)  # 6 names x 4 tints = 24 for one size
+def background(name: str, tint: int, px: int) -> Image.Image:
+    *ends, shapes = BACKGROUNDS[name]
+    big, colour_of = max(4 * px, 256), lambda code: shaded(bytes.fromhex(code), TINTS[tint])
+    top, bottom = (Image.new("RGB", (big, big), colour_of(code)) for code in ends)
+    image = Image.composite(bottom, top, Image.linear_gradient("L").resize((big, big)))  # 0 = top, 255 = bottom
+    paint(image, shapes, colour_of)
+    image = image.resize((px, px), Image.Resampling.BOX)
+    return image.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if tint % 2 else image
+
+
+def draw(objects: list[tuple], background_name: str, tint: int, px: int) -> Image.Image:
+    "objects: (kind, colour, centre x, centre y, size, flip); lengths in picture sides, 0.5 is the middle at any px."
+    picture = background(background_name, tint, px).copy()
+    for kind, colour, x, y, size, flip in objects:
+        thing = sprite(kind, colour, max(1, round(size * px)), flip)
+        picture.paste(thing, (round(x * px - thing.width / 2), round(y * px - thing.height / 2)), thing)  # alpha = mask
+    return picture
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The built-in world: scenes that are drawn and described by code. No download, no label noise, endless, and every answer checkable.
+
+PAIRS = [(colour, kind) for kind in KINDS for colour in COLOURS]
+HELD_OUT = {p for i, p in enumerate(PAIRS) if (i // 7 * 3 + i % 7) % 7 == 0}  # 12 of 84: each kind lacks one colour in training
+SEEN = [pair for pair in PAIRS if pair not in HELD_OUT]
+SIZES = {"small": 0.22, "medium": 0.275, "large": 0.33}  # sides, of the picture's side
+PLACES = ["top left", "top centre", "top right", "middle left", "centre", "middle right", "bottom left", "bottom centre", "bottom right"]
+WHERE = {"sky": "in a meadow", "night": "at night", "sand": "on a beach", "plain": "on plain paper", "room": "in a room",
+         "snow": "in the snow"}
+MOST = 5  # things in one picture
+
+
+@dataclass(frozen=True)
+class Thing:
+    colour: str
+    kind: str
+    size: str
+    cell: int       # 0 to 8, row by row
+    x: float        # centre, in picture sides
+    y: float
+    flip: bool
+
+    @property
+    def name(self) -> str:
+        return f"{self.colour} {self.kind}"
+
+
+@dataclass(frozen=True)
+class Scene:
+    things: tuple   # in reading order
+    background: str
+    tint: int
+
+    def draw(self, px: int) -> Image.Image:
+        return draw([(t.kind, t.colour, t.x, t.y, SIZES[t.size], t.flip) for t in self.things], self.background, self.tint, px)
+
+    def count(self, word: str) -> int:
+        "How many things are of this kind, colour, or 'colour kind'."
+        return sum(word in (t.kind, t.colour, t.name) for t in self.things)
+
+
+def make_scene(rng: random.Random, new_pairs: bool = False) -> Scene:
+    """
+    One to five things on a lightly jittered 3 x 3 grid. In half of the scenes kinds and colours come from small pools, so that there
+    is something to count and the same kind stands there in several colours: knowing what is present is not enough then, kind,
+    colour and place must be bound to each other. new_pairs: half of the things are HELD_OUT pairs, which training never shows.
+    """
+    n = rng.randint(1, MOST)
+    pool = rng.randint(1, 3) if rng.random() < 0.5 else 12
+    kinds, colours = rng.sample(KINDS, pool), rng.sample(list(COLOURS), min(pool, 7))
+    allowed = [(c, k) for c, k in SEEN if c in colours and k in kinds] or SEEN
+    pairs = [rng.choice(allowed) for _ in range(n)]
+    if new_pairs:
+        pairs[:(n + 1) // 2] = [rng.choice(sorted(HELD_OUT)) for _ in range((n + 1) // 2)]
+    things = []
+    for (colour, kind), cell in zip(pairs, rng.sample(range(9), n)):
+        size = rng.choice(list(SIZES))
+        room = 0.15 * (1 / 3 - SIZES[size])  # how far from the middle of its cell
+        x, y = (cell % 3 + 0.5) / 3 + rng.uniform(-room, room), (cell // 3 + 0.5) / 3 + rng.uniform(-room, room)
+        things.append(Thing(colour, kind, size, cell, x, y, rng.random() < 0.5))
+    return Scene(tuple(sorted(things, key=lambda t: t.cell)), rng.choice(list(WHERE)), rng.randrange(4))
+
+
+def a(words: str) -> str:
+    return ("an " if words[0] in "aeiou" else "a ") + words
+
+
+def plural(word: str) -> str:
+    return word if word.endswith("fish") else word + "s"
+
+
+def listed(parts: list[str]) -> str:
+    return parts[0] if len(parts) == 1 else ", ".join(parts[:-1]) + " and " + parts[-1]
+
+
+def describe(scene: Scene, rng: random.Random | None = None) -> str:
+    """
+    Every thing with place, size and colour, in reading order: "2 things at night. Top left: small red cat. Centre: blue dog." The
+    place comes first: then each word that follows can be looked up in one known spot of the picture. With rng: in any order.
+    """
+    n, things = len(scene.things), list(scene.things)
+    if rng:
+        rng.shuffle(things)
+    parts = [f"{PLACES[t.cell].capitalize()}: {t.size + ' ' if t.size != 'medium' else ''}{t.name}." for t in things]
+    return f"{n} thing{'s' * (n > 1)} {WHERE[scene.background]}. " + " ".join(parts)
+
+
+def summarize(scene: Scene) -> str:
+    "What there is, and how often: \"A red cat and 2 blue fish on a beach.\""
+    counts = {}
+    for t in scene.things:
+        counts[t.name] = counts.get(t.name, 0) + 1
+    text = listed([a(name) if n == 1 else f"{n} {plural(name)}" for name, n in counts.items()]) + f" {WHERE[scene.background]}."
+    return text[0].upper() + text[1:]
+
+
+def state_facts(scene: Scene, rng: random.Random) -> str:
+    "The answers to all the questions below, as sentences."
+    found = [ask(scene, rng, set()) for kind, ask in QUESTIONS.items() if kind != "choice"]
+    facts = [fact[2] for fact in found if fact]
+    rng.shuffle(facts)
+    return " ".join(facts)
+
+
+CAPTIONS = [  # what to ask for, how it is written, how often
+    (["Describe the picture.", "What do you see, and where?", "Describe everything in this image."], lambda s, rng: describe(s), 6),
+    (["What is in the picture?", "Write a short caption.", "Say briefly what this shows."], lambda s, rng: summarize(s), 2),
+    (["What is true of this picture?", "State some facts about the image."], state_facts, 2),
+]
+
+
+# Questions. Each function returns (question, answer, the same fact as a sentence), or None where the scene has no such question.
+# The answer is drawn first and the question is made to fit, so that the question alone gives nothing away.
+
+def unique(scene: Scene, rng: random.Random, focus: set, but: Thing | None = None) -> tuple[Thing | None, str]:
+    "A thing that can be named without doubt, and its name: 'cat' if it is the only cat, else 'red cat'. Things in focus go first."
+    things = [t for t in scene.things if scene.count(t.name) == 1 and t != but]
+    things = [t for t in things if (t.colour, t.kind) in focus] or things
+    if not things:
+        return None, ""
+    thing = rng.choice(things)
+    return thing, thing.kind if scene.count(thing.kind) == 1 and rng.random() < 0.5 else thing.name
+
+
+def ask_count(scene, rng, focus):
+    n = len(scene.things)
+    question = rng.choice(["How many things are there?", "How many things do you see in total?", "Count all the things."])
+    return question, str(n), f"There {'are' if n > 1 else 'is'} {n} thing{'s' * (n > 1)}."
+
+
+def ask_number(scene, rng, focus):
+    "How many of one kind or colour; 0 to 3 equally often."
+    target = rng.randrange(4)
+    words = [w for w in [*KINDS, *COLOURS] if scene.count(w) == target]
+    if not words:
+        return None
+    word = rng.choice(words)
+    what = plural(word) if word in KINDS else f"{word} things"
+    one = word if word in KINDS else f"{word} thing"
+    question = rng.choice([f"How many {what} are there?", f"What is the number of {what}?", f"Count the {what}."])
+    return question, str(target), f"There is 1 {one}." if target == 1 else f"There are {target} {what}."
+
+
+def ask_colour(scene, rng, focus):
+    things = [t for t in scene.things if scene.count(t.kind) == 1]
+    things = [t for t in things if (t.colour, t.kind) in focus] or things
+    if not things:
+        return None
+    t = rng.choice(things)
+    question = rng.choice([f"What colour is the {t.kind}?", f"Which colour does the {t.kind} have?", f"The {t.kind} is of what colour?"])
+    return question, t.colour, f"The {t.kind} is {t.colour}."
+
+
+def ask_kind(scene, rng, focus):
+    things = [t for t in scene.things if scene.count(t.colour) == 1]
+    things = [t for t in things if (t.colour, t.kind) in focus] or things
+    if not things:
+        return None
+    t = rng.choice(things)
+    question = rng.choice([f"What is the {t.colour} thing?", f"Which thing is {t.colour}?", f"What kind of thing is {t.colour}?"])
+    return question, t.kind, f"The {t.colour} thing is {a(t.kind)}."
+
+
+def absent(scene, rng, focus) -> str | None:
+    "A 'colour kind' that is not there although its colour and its kind are, if possible: only binding tells."
+    near = [(t.colour, u.kind) for t in scene.things for u in scene.things]
+    near += [(t.colour, rng.choice(KINDS)) for t in scene.things] + [(rng.choice(list(COLOURS)), t.kind) for t in scene.things]
+    near = [p for p in near if not scene.count(" ".join(p)) and (bool(focus) or p not in HELD_OUT)]
+    near = [p for p in near if p in focus] or near
+    return " ".join(rng.choice(near)) if near else None
+
+
+def ask_exists(scene, rng, focus):
+    yes = rng.random() < 0.5
+    things = [t for t in scene.things if (t.colour, t.kind) in focus] or scene.things
+    name = rng.choice(things).name if yes else absent(scene, rng, focus)
+    if name is None:
+        return None
+    question = rng.choice([f"Is there {a(name)}?", f"Do you see {a(name)}?", f"Does the picture show {a(name)}?"])
+    return question, "yes" if yes else "no", f"There is {a(name) if yes else 'no ' + name}."
+
+
+def ask_relation(scene, rng, focus):
+    "Left or right, above or below: between things that stand in different columns or rows."
+    open_question, yes = rng.random() < 0.5, rng.random() < 0.5
+    t, name = unique(scene, rng, focus)
+    u, other = unique(scene, rng, set(), but=t)
+    if not t or not u:
+        return None
+    choices = []
+    if t.cell % 3 != u.cell % 3:
+        choices.append(("left of", "right of", t.cell % 3 < u.cell % 3))
+    if t.cell // 3 != u.cell // 3:
+        choices.append(("above", "below", t.cell // 3 < u.cell // 3))
+    one, two, is_one = rng.choice(choices)
+    true, false = (one, two) if is_one else (two, one)
+    if open_question:
+        question = rng.choice([f"Is the {name} {one} or {two} the {other}?", f"Where is the {name}, {one} or {two} the {other}?"])
+        return question, true.split()[0], f"The {name} is {true} the {other}."
+    return f"Is the {name} {true if yes else false} the {other}?", "yes" if yes else "no", f"The {name} is {true} the {other}."
+
+
+def ask_place(scene, rng, focus):
+    t, name = unique(scene, rng, focus)
+    if not t:
+        return None
+    question = rng.choice([f"Where is the {name}?", f"In which part of the picture is the {name}?", f"Where do you see the {name}?"])
+    return question, PLACES[t.cell], f"The {name} is at the {PLACES[t.cell]}."
+
+
+def ask_compare(scene, rng, focus):
+    "Of which are there more? Both occur, and not equally often."
+    words = [w for w in ([*KINDS] if rng.random() < 0.5 else [*COLOURS]) if scene.count(w)]
+    pairs = [(v, w) for v in words for w in words if scene.count(v) > scene.count(w)]
+    if not pairs:
+        return None
+    more, fewer = ((plural(w) if w in KINDS else f"{w} things") for w in rng.choice(pairs))
+    one, two = (more, fewer) if rng.random() < 0.5 else (fewer, more)
+    sentence = f"There are more {more} than {fewer}."
+    if rng.random() < 0.5:
+        return f"Are there more {one} than {two}?", "yes" if one == more else "no", sentence
+    question = rng.choice([f"Which are there more of, {one} or {two}?", f"What is more common, {one} or {two}?"])
+    return question, more, sentence
+
+
+def ask_size(scene, rng, focus):
+    sizes = [SIZES[t.size] for t in scene.things]
+    ends = [(word, end) for word, end in (("largest", max(sizes)), ("smallest", min(sizes))) if sizes.count(end) == 1]
+    if len(sizes) == 1 or not ends:
+        return None
+    word, end = rng.choice(ends)
+    t = scene.things[sizes.index(end)]
+    if rng.random() < 0.5:
+        return f"What colour is the {word} thing?", t.colour, f"The {word} thing is {t.colour}."
+    return rng.choice([f"What is the {word} thing?", f"Which thing is the {word}?"]), t.kind, f"The {word} thing is {a(t.kind)}."
+
+
+def ask_choice(scene, rng, focus):
+    "Multiple choice: one of three is in the picture, the others nearly are."
+    things = [t for t in scene.things if (t.colour, t.kind) in focus] or scene.things
+    right, wrong = rng.choice(things).name, {absent(scene, rng, focus) for _ in range(4)} - {None}
+    if len(wrong) < 2:
+        return None
+    options = rng.sample(sorted(wrong), 2)
+    at = rng.randrange(3)
+    options.insert(at, right)
+    lines = "\n".join(f"{letter}. {option}" for letter, option in zip("ABC", options))
+    question = rng.choice(["Which of these is in the picture?", "What can you see?", "Which one is there?"])
+    return f"{question}\n{lines}\nAnswer with the letter.", "ABC"[at], f"There is {a(right)}."
+
+
+QUESTIONS = {"count": ask_count, "number": ask_number, "colour": ask_colour, "kind": ask_kind, "exists": ask_exists,
+             "relation": ask_relation, "place": ask_place, "compare": ask_compare, "size": ask_size, "choice": ask_choice}
+
+
+class World:
+    """
+    An endless data set: record i is made from (seed, split, i) alone, the same on every machine, in any order, on any rank.
+    split: "train"; "scenes" (held out: other scenes); "pairs" (held out: colour-kind pairs that training never shows).
+    task: "text" (prose and text-only dialogues, stage 1), "captions" (2), "chat" (3, several questions a picture), "exam" (one question).
+    """
+
+    def __init__(self, task: str, split: str = "train", seed: int = 0, kinds: list[str] | None = None, turns: int = 3):
+        self.task, self.split, self.seed, self.turns, self.kinds = task, split, seed, turns, kinds or list(QUESTIONS)
+
+    def __getitem__(self, i: int) -> dict:
+        rng = random.Random(f"{self.seed}/{self.split}/{self.task}/{i}")
+        record = {"id": f"world/{self.split}/{self.seed}/{i}", "images": []}
+        if self.task == "exam":
+            return record | self.exam(i, rng)
+        scene = make_scene(rng)
+        facts = [fact for kind in rng.sample(self.kinds, len(self.kinds)) if (fact := QUESTIONS[kind](scene, rng, set()))][:self.turns]
+        questions = [fact[:2] for fact in facts]
+        prompts, write, _ = rng.choices(CAPTIONS, [weight for *_, weight in CAPTIONS])[0]
+        caption = [(rng.choice(prompts), write(scene, rng))]
+        if self.task == "text" and rng.random() < 0.3:
+            return record | {"text": f"{describe(scene)} {state_facts(scene, rng)}"}
+        turns = caption if self.task == "captions" or rng.random() < 0.5 else questions
+        # Stage 1 has no pictures: there a description, in no particular order, is what the questions are about.
+        shown = describe(scene, rng) if self.task == "text" else "<image>"
+        messages = [{"role": role, "content": text} for turn in turns for role, text in zip(("user", "assistant"), turn)]
+        messages[0]["content"] = f"{shown}\n{messages[0]['content']}"
+        return record | {"messages": messages, "images": [] if self.task == "text" else [scene]}
+
+    def exam(self, i: int, rng: random.Random) -> dict:
+        "One question, the kinds in turn. In the split of new pairs it is about such a pair wherever it can be."
+        kind, focus = self.kinds[i % len(self.kinds)], HELD_OUT if self.split == "pairs" else set()
+        # The same dice for the question at every attempt, so that the answer it wants does not depend on which scenes can give it.
+        while not (found := QUESTIONS[kind](scene := make_scene(rng, bool(focus)), random.Random(f"{self.seed}/{i}"), focus)):
+            pass
+        question, answer, _ = found
+        messages = [{"role": "user", "content": f"<image>\n{question}"}, {"role": "assistant", "content": answer}]
+        return {"messages": messages, "images": [scene], "kind": kind, "metric": "exact"}
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Reading: whatever the file, one record per conversation
+#   {"id": "7", "messages": [{"role": "user", "content": "<image>\nWhat is it?"}, {"role": "assistant", ...}],
+#    "images": [source], and where the file has them "kind", "answer", "metric", "choices", "group"}
+# A source is a path, a (zip file, member) pair or the picture's bytes: opened only when its record is drawn.
+
+ROLES = {"human": "user", "gpt": "assistant", "user": "user", "assistant": "assistant", "system": "system"}
+END = "<|endoftext|>"  # between two documents of a text file
+JSON_SUFFIXES = (".json", ".jsonl", ".json.gz", ".jsonl.gz")
+CAPTION_PROMPT = "Describe the image."  # asked of a picture that comes with a bare caption
+CHOICE_PROMPT = "Answer with the option's letter from the given choices directly."  # LLaVA's words; so are these:
+SHORT_PROMPT = "Answer the question using a single word or phrase."
+# Part of a benchmark's file name -> the rule that scores it. The first that fits: DocVQA is not scored as VQA is.
+FILE_METRICS = {"chartqa": "relaxed", "docvqa": "anls", "infovqa": "anls", "ocrvqa": "exact", "ocrbench": "contains",
+                "vqa": "vqa", "pope": "yesno"}
+# What reading raises for a file that is missing, cut off, or of another kind than its name says.
+BROKEN = (OSError, EOFError, zlib.error, zipfile.BadZipFile, tarfile.TarError, csv.Error, UnicodeDecodeError)
+
+
+def need(good, problem: str) -> None:
+    if not good:
+        raise ValueError(problem)
+
+
+@contextlib.contextmanager
+def naming(path):
+    """Python's errors rarely say which file was missing, cut off or not text. Inside this block they do."""
+    try:
+        yield
+    except (*BROKEN, json.JSONDecodeError) as error:  # a plain ValueError passes: it has its name already
+        raise ValueError(f"{path}: cannot be read ({error}); is it there, complete, and in UTF-8?") from None
+
+
+def read_json_rows(file):
+    """A JSON list, or one JSON value per line -> its items. The content decides: POPE's .json files hold lines."""
+    whole = file.readline().lstrip().startswith("[")
+    file.seek(0)  # a first line of a list may hold the whole list
+    # Lines come one at a time: a shard of C4 unpacks to 800 MB. In a list the parser counts the lines itself.
+    for number, text in [(0, file.read())] if whole else enumerate(file, 1):
+        try:
+            yield from json.loads(text) if whole else [json.loads(text)] if text.strip() else []
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{file.name}, line {number or error.lineno}: not JSON ({error.msg}); expected a list of "
+                             "records or one record per line; fetch the file again if it was cut off") from None
+
+
+def open_text(path: str):
+    return (gzip.open if path.endswith(".gz") else open)(path, "rt", encoding="utf-8-sig")  # -sig: skip a BOM
+
+
+@functools.lru_cache(maxsize=8)  # kept open: reading the directory of a big zip takes seconds
+def open_zip(path: str, process: int) -> zipfile.ZipFile:
+    return zipfile.ZipFile(path)  # one per process: a forked worker would share its parent's place in the file
+
+
+def open_source(source):
+    """A source -> what Pillow can open: a path as it is, anything else as a file in memory."""
+    if isinstance(source, tuple):
+        with naming(" in ".join(reversed(source))):
+            source = open_zip(source[0], os.getpid()).read(source[1])
+    return io.BytesIO(source) if isinstance(source, bytes) else source
+
+
+def image_finder(path: str):
+    """-> the function that turns an image's name in this file into its source, or None. It opens no image."""
+    folder = os.path.dirname(os.path.abspath(path))
+    archive, members = os.path.join(folder, "images.zip"), {}
+    if os.path.exists(archive):
+        with naming(archive):
+            names = [name for name in open_zip(archive, os.getpid()).namelist() if not name.startswith("__MACOSX/")]
+        for depth in range(os.path.commonprefix(names).count("/"), -1, -1):  # less the folders that hold everything
+            members.update((name.split("/", depth)[-1], name) for name in names)
+
+    def find(name: str):
+        if name in members:
+            return archive, members[name]
+        places = os.path.join(folder, "images", name), os.path.join(folder, name)
+        return next(filter(os.path.isfile, places), None)
+    return find
+
+
+def to_messages(row: dict) -> list[dict]:
+    """OpenAI's, LLaVA's, Alpaca's layout, or a bare question and answer -> [{"role", "content"}, ...]."""
+    for turns, role, content in ("messages", "role", "content"), ("conversations", "from", "value"):
+        if turns in row:
+            return [{"role": ROLES[turn[role]], "content": turn[content]} for turn in row[turns]]
+    if "instruction" in row:
+        question, answer = "\n\n".join(filter(None, (row["instruction"], row.get("input")))), row["output"]
+    else:
+        question, answer = row["question"], row["answer"]  # GSM8K
+    answer = answer[0] if isinstance(answer, list) else answer  # of several right answers, the one to learn
+    return [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+
+
+def make_record(row: dict, where: str, find) -> dict:
+    """One row of a file -> a record that nothing later has to check again."""
+    try:
+        messages = to_messages(row)
+    except (KeyError, TypeError, IndexError) as error:
+        raise ValueError(f"{where}: missing key or unknown role {error}; expected conversations (from, value), "
+                         "messages (role, content), instruction and output, or question and answer") from None
+    need(all(isinstance(turn["content"], str) for turn in messages),
+         f"{where}: the content of a turn is not text; list pictures under images, mark their places by <image>")
+    roles = [turn["role"] for turn in messages]
+    roles = roles[1:] if roles[:1] == ["system"] else roles  # anywhere else the chat format has no place for it
+    need(roles and roles == ["user", "assistant"] * (len(roles) // 2),
+         f"{where}: the turns are {', '.join(roles) or 'none'}; user and assistant must alternate, the assistant last")
+    names = row.get("images", row.get("image")) or []  # null, "" and no key at all mean a text-only record
+    names = names if isinstance(names, list) else [names]
+    images = [name if isinstance(name, bytes) else find(str(name)) for name in names]
+    lost = [name for name, image in zip(names, images) if image is None]
+    need(not lost, f"{where}: no image {lost[:1]} in images/ beside the file, in its own folder, or in images.zip")
+    markers = sum(turn["content"].count("<image>") for turn in messages)
+    if len(images) == 1 and markers == 0:  # as in LLaVA: a picture without a place comes first
+        first = next(turn for turn in messages if turn["role"] == "user")
+        first["content"], markers = "<image>\n" + first["content"], 1
+    need(markers == len(images), f"{where}: {markers} <image> markers, {len(images)} images; write a marker for each")
+    # What only scoring needs travels along; other keys of the file (licence, url) are dropped.
+    extra = {key: row[key] for key in ("kind", "answer", "metric", "choices") if key in row}
+    return {"id": str(row["id"]), "messages": messages, "images": images, **extra}
+
+
+def read_records(path) -> list[dict]:
+    """.json, .jsonl (LLaVA and others), .tsv (VLMEvalKit), .tar (webdataset) -> records. Errors count them from 0."""
+    path, find, records = str(path), None, []
+    with naming(path):
+        if path.endswith(JSON_SUFFIXES):
+            with open_text(path) as file:
+                rows, find = list(read_json_rows(file)), image_finder(path)
+        else:
+            need(path.endswith((".tsv", ".tar")), f"{path}: unknown kind of file; give a .json, .jsonl, .tsv or .tar")
+            # Their records carry the pictures themselves, so there is nothing to find.
+            rows = (read_tsv if path.endswith(".tsv") else read_tar)(path)
+    for index, row in enumerate(rows):
+        need(isinstance(row, dict), f"{path}, record {index}: expected an object with keys, found {str(row)[:40]!r}")
+        for instance in row.get("instances") or [{}]:  # Self-Instruct: several inputs under one instruction
+            whole = {"id": index, **row, **instance}  # the row's own id, if it has one, wins
+            records.append(make_record(whole, f"{path}, record {index} (id {whole['id']!r})", find))
+    need(records, f"{path}: the file is empty; was its download cut off?")
+    return records
+
+
+def read_tsv(path: str) -> list[dict]:
+    """VLMEvalKit: one question per row, its picture in base64, or the index of the row that has the picture."""
+    csv.field_size_limit(2**31 - 1)  # Python stops at 128 KB, less than one picture
+    with open(path, newline="", encoding="utf-8-sig") as file:
+        rows = list(csv.DictReader(file, delimiter="\t", restval=""))
+    missing = {"index", "image", "question", "answer"} - set(rows[0]) if rows else ()
+    need(not missing, f"{path}: no column {', '.join(sorted(missing))}; without right answers nothing can be scored")
+    name, out = os.path.basename(path).lower(), []
+    metric = "yesno" if all(row["answer"].lower() in ("yes", "no") for row in rows) else "exact"
+    metric = next((rule for part, rule in FILE_METRICS.items() if part in name), metric)
+    pictures = {row["index"]: row["image"] for row in rows if len(row["image"]) > 64}  # no picture is that small
+    for number, row in enumerate(rows):  # an empty cell, as for options C and D of a two-way question, is ""
+        where = f"{path}, record {number} (id {row['index']!r})"
+        image, answer = pictures.get(row["index"]) or pictures.get(row["image"]), row["answer"]
+        need(image, f"{where}: image {row['image']!r} is neither base64 nor the index of a row with a picture")
+        with contextlib.suppress(ValueError, SyntaxError):  # "['5', 'five']" is two right answers
+            answer = [str(one) for one in ast.literal_eval(answer)] if answer.startswith("[") else answer
+        choices = {letter: row[letter] for letter in ascii_uppercase if row.get(letter)}
+        need(answer and (not choices or answer in choices), f"{where}: answer {answer!r} is empty or not an option")
+        suffix = CHOICE_PROMPT if choices else SHORT_PROMPT if metric != "contains" else ""  # OCRBench asks plainly
+        lines = "<image>", row.get("hint"), row["question"], *map(". ".join, choices.items()), suffix
+        out.append({"id": row["index"], "images": [base64.b64decode(image)], "question": "\n".join(filter(None, lines)),
+               "answer": answer, "metric": "choice" if choices else metric, "choices": choices, "kind": row.get("category", "")})
+    return out
+
+
+def read_tar(path: str) -> list[dict]:
+    """webdataset: 7.jpg with 7.json (a record) or 7.txt (a caption) is record 7. Its pictures stay in memory."""
+    samples, rows = {}, []  # samples: {"7": {"jpg": b"...", "txt": b"..."}}
+    with tarfile.open(path) as tar:
+        for member in filter(tarfile.TarInfo.isfile, tar):
+            stem, suffix = re.fullmatch(r"(.*?[^/.]*)\.?([^/]*)", member.name).groups()  # cut at the name's first dot
+            samples.setdefault(stem, {})[suffix.lower()] = tar.extractfile(member).read()
+    for stem, files in samples.items():
+        with naming(f"{path}, {stem}"):
+            row = json.loads(files.get("json", "{}"))
+            if "txt" in files and not {"messages", "conversations"} & row.keys():
+                row = {"instruction": CAPTION_PROMPT, "output": files["txt"].decode().strip()}
+        pictures = [files[suffix] for suffix in files if suffix in ("jpg", "jpeg", "png", "webp")]
+        need(pictures or "txt" not in files, f"{path}, {stem}: a caption without its .jpg, .png or .webp")
+        rows.append({**row, "id": stem, "images": pictures})
+    return rows
+
+
+def cut_documents(file):
+    """A text file -> its documents: what END marks part; without marks, paragraphs of some thousand characters."""
+    marked = any(END in line for line in file)  # a first pass, which ends at the first mark
+    file.seek(0)
+    lines, size = [], 0  # of the document being collected, in characters
+    for line in file:
+        *ended, line = line.split(END)  # a line can end several documents, or (mostly) none
+        for last in ended:
+            yield "".join(lines + [last]).strip("\n")
+            lines = []
+        lines.append(line)
+        size += len(line)
+        if not marked and size > (16_000 if line.strip() else 4_000):  # at a blank line if there is one in time
+            yield "".join(lines).strip("\n")
+            lines, size = [], 0
+    yield "".join(lines).strip("\n")
+
+
+def read_text(path):
+    """.txt, .jsonl and .json.gz with {"text"}, .json with a list of strings, or a folder of them -> documents."""
+    paths = sorted(map(str, Path(path).rglob("*"))) if os.path.isdir(path) else [str(path)]
+    paths = [one for one in paths if one.endswith((".txt", *JSON_SUFFIXES))]
+    need(paths, f"{path}: no text here; give a .txt, .json, .jsonl or .json.gz file, or a folder of them")
+    for path in paths:
+        found = False
+        with naming(path), open_text(path) as file:
+            for index, row in enumerate((cut_documents if path.endswith(".txt") else read_json_rows)(file)):
+                text = row.get("text") if isinstance(row, dict) else row
+                need(isinstance(text, str), f"{path}, record {index}: neither a string nor an object with a text")
+                if text.strip():
+                    found = True
+                    yield text
+        need(found, f"{path}: the file is empty; was its download cut off?")
+
+
+def parse_mixture(text: str) -> list[tuple[str, float]]:
+    """"a.json:2,b.json" -> [("a.json", 2.0), ("b.json", 1.0)]."""
+    pairs = [(part.strip().rsplit(":", 1) + ["1"])[:2] for part in text.split(",")]
+    for name, weight in pairs:
+        need(name.strip() and re.fullmatch(r"\d*\.?\d+", weight) and float(weight) > 0,
+             f"{text!r}: expected NAME or NAME:WEIGHT, joined by commas, weights above 0; found {name!r}:{weight!r}")
+    return [(name.strip(), float(weight)) for name, weight in pairs]
+
+
+def picture_name(source) -> str:
+    """The same for the same picture: by content where that is at hand, else by name, to not read a whole folder."""
+    if isinstance(source, tuple):
+        info = open_zip(source[0], os.getpid()).getinfo(source[1])  # a zip lists checksums
+        return f"{info.CRC} {info.file_size}"
+    if isinstance(source, bytes):
+        return f"{zlib.crc32(source)} {len(source)}"
+    return "/".join(Path(source).parts[-2:])  # not the folders above: the split must be the same on every machine
+
+
+def split_by_image(records: list[dict], fraction=0.05, at_most=500) -> tuple[list[dict], list[dict]]:
+    """-> (train, held out). Records that share a picture stay on one side, or the score would reward memory."""
+    names = [{picture_name(source) for source in record["images"]} or {f"id {record['id']}"} for record in records]
+    pictures = sorted(set().union(*names), key=lambda name: hashlib.sha1(name.encode()).hexdigest())  # as good as random
+    chosen = set(pictures[:max(1, round(fraction * len(pictures)))])
+    held = [record for record, name in zip(records, names) if name & chosen]
+    used = set().union(*(name for name in names if name & chosen))  # a held-out record may show other pictures as well
+    train = [record for record, name in zip(records, names) if not name & used]
+    need(train, f"{len(records)} records with {len(pictures)} pictures are too few to hold some out; give a file by --val=")
+    return train, held[:at_most]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Data sets: record i, for any i from 0 on, is the same on every machine and every rank
+
+class Shuffled:
+    "Records of a file without end: every pass over them in another order."
+
+    def __init__(self, records: list, seed: int):
+        self.records, self.seed = records, seed
+        self.order = lru_cache(maxsize=2)(self.shuffle)  # two passes: a loader's waiting documents may be of the last one
+
+    def shuffle(self, epoch: int) -> list[int]:
+        return random.Random(f"{self.seed}/{epoch}").sample(range(len(self.records)), len(self.records))
+
+    def __getitem__(self, i: int) -> dict:
+        epoch, at = divmod(i, len(self.records))
+        return self.records[self.order(epoch)[at]]
+
+
+class Mixture:
+    "Several data sets, drawn from in proportion to their weights."
+
+    def __init__(self, parts: list[tuple], seed: int):
+        self.sets, self.seed = [part for part, _ in parts], seed
+        self.shares = [weight / sum(w for _, w in parts) for _, weight in parts]
+
+    def __getitem__(self, i: int) -> dict:
+        k = random.Random(f"{self.seed}/{i}").choices(range(len(self.sets)), self.shares)[0]
+        return self.sets[k][int(i * self.shares[k])]  # set k comes up that often, so its own records follow one another
+
+
+def text_records(path: str, encode, end: int, seq_len: int) -> list[dict]:
+    "Documents cut into pieces of at most seq_len tokens, each with the id that ends a document where it ends."
+    out = []
+    for number, text in enumerate(read_text(path)):
+        ids = encode(text) + [end]
+        out += [{"id": f"{path} document {number}", "images": [], "ids": ids[at:at + seq_len + 1]} for at in range(0, len(ids) - 1, seq_len)]
+    return out
+
+
+def load_data(spec: str, task: str, seed: int, held: int, val: str = "", encode=None, end: int = 0, seq_len: int = 0):
+    """
+    --data -> (endless training set, {name: list of held-out records}). The world holds out new scenes and new pairs of colour and
+    kind; of a file a share is set aside, by picture, unless `val` names another file. `held`: how many records to hold out at most.
+    """
+    parts, kept = [], {}
+    for name, weight in parse_mixture(spec):
+        if name == "world":
+            exam = {"chat": "exam", "exam": "exam"}.get(task, task)
+            parts.append((World(task, seed=seed), weight))
+            for split in ("scenes", "pairs") if exam == "exam" else ("scenes",):
+                world = World(exam, split, seed=1)
+                kept[split] = [world[i] for i in range(held)]
+            continue
+        read = read_records if task != "text" else functools.partial(text_records, encode=encode, end=end, seq_len=seq_len)
+        records = read(name)
+        train, aside = (records, read(val)[:held]) if val else split_by_image(records, at_most=held)
+        parts.append((Shuffled(train, seed), weight))
+        kept["held_out"] = kept.get("held_out", []) + aside
+    return (parts[0][0] if len(parts) == 1 else Mixture(parts, seed)), kept
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Packing: documents of all lengths -> rows of one fixed shape
+
+@dataclass
+class Document:
+    "One rendered conversation or piece of text, not yet drawn: pictures are only opened when they reach a batch."
+    index: int               # in the data set: all that a resumed run needs to make it again
+    ids: list[int]
+    mask: list[int]          # 1 where ids[i] is to be learned
+    slots: list[int]         # where each picture's placeholders begin
+    record: dict
+
+
+def pack(documents: list[Document], rows: int, seq_len: int, image_tokens: int) -> tuple[dict, list[Document], list[Document]]:
+    """
+    First fit: each document goes into the first row with room for it. -> (arrays, placed documents, those that found no room).
+    ids, targets, positions, documents are [rows, seq_len]; targets[t] is the id after ids[t], or -100 where nothing is learned: in
+    prompts, over padding, at a document's end. positions restart at 0 in every document; documents holds its number, 0 on padding.
+    slots [pictures * image_tokens] are places in ids.flatten(), in the order of the placed documents.
+    """
+    ids, positions, numbers = (np.zeros((rows, seq_len), dtype=np.int64) for _ in range(3))
+    targets = np.full((rows, seq_len), -100, dtype=np.int64)
+    used, count, placed, waiting, slots = [0] * rows, [0] * rows, [], [], []
+    for doc in documents:
+        n = len(doc.ids) - 1  # the last token is only ever a target
+        row = next((r for r in range(rows) if used[r] + n <= seq_len), None)
+        if row is None:
+            waiting.append(doc)
+            continue
+        at = used[row]
+        used[row], count[row] = at + n, count[row] + 1
+        ids[row, at:at + n] = doc.ids[:-1]
+        targets[row, at:at + n] = np.where(np.array(doc.mask[1:]) > 0, doc.ids[1:], -100)
+        positions[row, at:at + n] = np.arange(n)
+        numbers[row, at:at + n] = count[row]
+        for slot in doc.slots:
+            slots.append(np.arange(image_tokens) + row * seq_len + at + slot)
+        placed.append(doc)
+    batch = {"ids": ids, "targets": targets, "positions": positions, "documents": numbers,
+             "slots": np.concatenate(slots) if slots else np.zeros(0, dtype=np.int64)}
+    return batch, placed, waiting
+
+
+class Loader:
+    """
+    An endless iterator of packed batches over a data set. `to_document(record, index)` renders one (None: leave it out), `to_pixels(
+    source)` draws one picture. Stream `lane` of `lanes` takes every lanes-th record: one lane for each micro-batch of a step, so that
+    the data of a step are the same however many GPUs share it. `state()` is a handful of integers, enough to go on exactly there.
+    """
+
+    def __init__(self, dataset, to_document, to_pixels, rows, seq_len, image_tokens, lane=0, lanes=1, state=None):
+        self.dataset, self.to_document, self.to_pixels = dataset, to_document, to_pixels
+        self.rows, self.seq_len, self.image_tokens = rows, seq_len, image_tokens
+        self.next, self.lanes = (state["next"] if state else lane), lanes
+        self.waiting = [to_document(dataset[i], i) for i in state["waiting"]] if state else []
+        self.left_out = 0
+
+    def state(self) -> dict:
+        return {"next": self.next, "waiting": [d.index for d in self.waiting]}
+
+    def __iter__(self):
+        return self
+
+    def __next__(self) -> dict:
+        documents, tokens = list(self.waiting), sum(len(d.ids) for d in self.waiting)
+        while tokens < self.rows * self.seq_len * 1.02:
+            document = self.to_document(self.dataset[self.next], self.next)
+            self.next += self.lanes
+            if document is None:
+                self.left_out += 1
+                if self.left_out > 1000 and not documents:
+                    raise ValueError(f"{self.left_out} records in a row do not fit into --seq_len={self.seq_len}; raise it")
+                continue
+            documents.append(document)
+            tokens += len(document.ids)
+        # Those that waited go first, so that none waits for ever; then long before short, which wastes the least.
+        first = len(self.waiting)
+        documents = documents[:first] + sorted(documents[first:], key=lambda d: -len(d.ids))
+        batch, placed, self.waiting = pack(documents, self.rows, self.seq_len, self.image_tokens)
+        batch = {name: torch.from_numpy(array) for name, array in batch.items()}
+        # A picture that several documents talk about is drawn, and later encoded, once.
+        index = {}
+        pictures = [index.setdefault(source, (len(index), doc.record)) for doc in placed for source in doc.record["images"]]
+        if len(pictures) * self.image_tokens != len(batch["slots"]):
+            raise ValueError(f"{len(pictures)} pictures for {len(batch['slots'])} placeholder tokens near record {placed[0].record['id']}")
+        batch["pixels"] = torch.stack([self.to_pixels(source, record) for source, (_, record) in index.items()]) if index else None
+        batch["pictures"] = torch.tensor([number for number, _ in pictures], dtype=torch.long)
+        return batch
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Scoring: the rules of the benchmarks' own code, odd corners included, so that numbers can be compared (VLMEvalKit)
+
+ANSWER_IS = re.compile(r"(?i)(?:correct\s+)?answer\s+is\s+\**([ABCD])\**")
+NUMBERS = dict(none="0", zero="0", one="1", two="2", three="3", four="4", five="5", six="6", seven="7", eight="8",
+               nine="9", ten="10")
+# VQA's table restores a forgotten apostrophe: it lists each of these words with any one of its apostrophes missing.
+CONTRACTIONS = {word[:i] + word[i + 1:]: word for word in """
+    ain't aren't can't could've couldn't couldn't've didn't doesn't don't hadn't hadn't've hasn't haven't he'd he'd've
+    he's how'd how'll how's isn't it'd it'd've it'll ma'am mightn't mightn't've might've mustn't must've needn't not've
+    o'clock oughtn't 'ow's'at shan't she'd've should've shouldn't shouldn't've somebody'd've somebody'll somebody's
+    someone'd someone'd've someone'll someone's something'd something'd've something'll that's there'd there'd've
+    there're there's they'd they'd've they'll they're they've 'twas wasn't we'd've we've weren't what'll what're what's
+    what've when's where'd where's where've who'd who'd've who'll who's who've why'll why're why's won't would've
+    wouldn't wouldn't've y'all y'all'll y'all'd've you'd you'd've you'll you're you've
+    """.split() for i, letter in enumerate(word) if letter == "'"} | {"somebody'd": "somebodyd"}  # sic
+
+
+def no_punctuation(text: str) -> str:
+    """A mark beside a space vanishes, others become a space; all vanish where a number has a comma (1,000)."""
+    out = text
+    for mark in ';/[]"{}()=+\\_-><@`,?!':
+        # Looked up in text, not in out: a mark removed before must not change the verdict on the next.
+        vanish = mark + " " in text or " " + mark in text or re.search(r"\d,\d", text)
+        out = out.replace(mark, "" if vanish else " ")
+    return re.sub(r"\.(?!\d)", "", out, count=32)  # 32: the original passes a flag where the count belongs
+
+
+def vqa_form(text: str) -> str:
+    """"The two dogs." -> "2 dogs"."""
+    words = no_punctuation(text.replace("\n", " ").replace("\t", " ").strip()).lower().split()
+    words = [NUMBERS.get(word, word) for word in words]
+    return " ".join(CONTRACTIONS.get(word, word) for word in words if word not in ("a", "an", "the"))
+
+
+def vqa(prediction: str, answers: list[str]) -> float:
+    """Of ten people, leave out each in turn: right if three of the others agree, averaged."""
+    # A dropped match is subtracted below, so 4 equal answers of 10 give 1.0, 3 give 0.9, 1 gives 0.3.
+    forms, mine = [vqa_form(answer) for answer in answers], vqa_form(prediction)
+    if len(forms) == 1:  # nobody is left to agree; count equality instead of always 0
+        return float(forms[0] == mine)
+    return sum(min(1, (forms.count(mine) - (form == mine)) / 3) for form in forms) / len(forms)
+
+
+def relaxed(prediction: str, answer: str) -> bool:
+    """ChartQA: a number may be off by 5 %, other answers not at all; nor zero, for 5 % of it is nothing."""
+    try:
+        got, true = (float(text.rstrip("%")) / (100 if text.endswith("%") else 1) for text in (prediction, answer))
+        return abs(got - true) / abs(true) <= 0.05
+    except (ValueError, ZeroDivisionError):
+        return prediction.lower() == answer.lower()
+
+
+def anls(prediction: str, answer: str) -> float:
+    """DocVQA: 1 - edits / length of the longer; below a half it counts as nothing."""
+    a, b = (" ".join(text.lower().split()) for text in (prediction, answer))
+    row = list(range(len(b) + 1))  # row[j]: edits from the part of a seen so far to b[:j]
+    for i, letter in enumerate(a, 1):
+        above, row = row, [i]
+        for j, other in enumerate(b):
+            row.append(min(above[j + 1] + 1, row[j] + 1, above[j] + (letter != other)))
+    # Pages have long answers and scans have flaws: a wrong letter should cost a little, a wrong word all.
+    similarity = 1 - row[-1] / max(len(a), len(b), 1)
+    return similarity if similarity >= 0.5 else 0.0
+
+
+def infer_choice(text: str, choices: dict[str, str]) -> str:
+    """The letter an answer means, or "Z": a lone letter near the end, "answer is B", or the text of one option."""
+    words = re.sub(r"[.()\[\],:;!*#{}]", " ", text).split()
+    letters = [letter for letter in choices if letter in words]
+    if len(letters) == 1 and words.index(letters[0]) > len(words) - 5:
+        return letters[0]
+    match = ANSWER_IS.search(text)  # odd: "the answer is a dog" gives A
+    if match and match[1].upper() in choices:
+        return match[1].upper()
+    found = [letter for letter, option in choices.items() if option.lower() in text.lower()]
+    too_long = len(text) > 2 * sum(map(len, choices.values()))  # an essay mentions an option by chance
+    return found[0] if len(found) == 1 and not too_long else "Z"
+
+
+def yes_or_no(text: str) -> str:
+    words = no_punctuation(text.lower()).split()
+    # "Yes, there is no dog" is neither: the rule does not read on.
+    return "unknown" if ("yes" in words) == ("no" in words) else "yes" if "yes" in words else "no"
+
+
+def simple(text: str) -> str:
+    return text.strip().lower().removesuffix(".").strip()
+
+
+RULES = {  # (prediction, one right answer) -> 0 to 1
+    "exact": lambda got, answer: simple(got) == simple(answer),
+    "yesno": lambda got, answer: yes_or_no(got) == simple(answer),
+    "relaxed": relaxed,
+    "anls": anls,
+    "contains": lambda got, answer: answer.strip().lower().replace("\n", " ") in got.lower().replace("\n", " "),
+}
+
+
+def score(metric: str, prediction: str, answers: str | list[str], choices: dict[str, str] | None = None) -> float:
+    """0 (wrong) to 1 (right); the best of the right answers counts. An empty prediction is wrong under every rule."""
+    need(metric in (*RULES, "vqa", "choice"), f"unknown metric {metric!r}; there are {', '.join(RULES)}, vqa, choice")
+    prediction, answers = prediction.strip(), [answers] if isinstance(answers, str) else answers
+    need(answers, "no right answer to score against")
+    if not prediction:
+        return 0.0
+    if metric == "vqa":
+        return vqa(prediction, answers)
+    if metric == "choice":
+        return float(infer_choice(prediction, choices or dict.fromkeys("ABCD", "")) in answers)
+    return max(float(RULES[metric](prediction, answer)) for answer in answers)
+
+
+def f1_yes(predictions: list[str], answers: list[str]) -> float:
+    """POPE's number: 2 hits / (said yes + is yes). Saying yes to half of POPE blindly gives 0.5, always yes 0.67."""
+    said, true = [yes_or_no(text) == "yes" for text in predictions], [simple(text) == "yes" for text in answers]
+    return 2 * sum(map(min, said, true)) / max(sum(said) + sum(true), 1)
+
+
+def wilson(k: float, n: int) -> tuple[float, float]:
+    """k right of n -> the 95 % interval of the accuracy, which unlike k/n +- 2 sigma holds for small n and near 0."""
+    if n == 0:
+        return 0.0, 1.0
+    z, p = 1.959964, k / n  # z: 95 % of a normal distribution lie within this many standard deviations
+    middle, half = p + z * z / (2 * n), z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
+    return max(0.0, (middle - half) / (1 + z * z / n)), min(1.0, (middle + half) / (1 + z * z / n))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The command line
+
+def contact_sheet(path: str, columns: int = 5, rows: int = 4, px: int = 240) -> None:
+    sheet, world = Image.new("RGB", (columns * px, rows * px), "white"), World("captions")
+    for i in range(columns * rows):
+        sheet.paste(world[i]["images"][0].draw(px - 8), (i % columns * px + 4, i // columns * px + 4))
+    sheet.save(path)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    parser.add_argument("--data", default="world", help="world, or a file of records to check [world]")
+    parser.add_argument("--out", default="world.png", help="where the world's contact sheet goes [world.png]")
+    flags = parser.parse_args()
+    if flags.data == "world":
+        contact_sheet(flags.out)
+        world = World("exam", "scenes")
+        for i in range(len(QUESTIONS)):
+            question, answer = (message["content"] for message in world[i]["messages"])
+            print(f"{world[i]['kind']:>9}: {question.removeprefix('<image>').strip()!r} -> {answer}")
+        print(f"wrote {flags.out}")
+        return
+    records = read_records(flags.data)
+    for record in records:
+        for source in record["images"]:
+            try:
+                Image.open(open_source(source)).load()
+            except (OSError, SyntaxError) as error:
+                raise ValueError(f"{flags.data}, record {record['id']}: picture {source!r:.80} cannot be opened ({error})") from None
+    for record in records[:3]:
+        print(json.dumps({"id": record["id"], "messages": record["messages"], "images": len(record["images"])}, ensure_ascii=False))
+    print(f"{flags.data}: {len(records)} records, {sum(len(r['images']) for r in records)} pictures, all readable")
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except (ValueError, OSError) as error:
+        sys.exit(f"error: {error}")

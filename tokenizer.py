@@ -1,0 +1,400 @@
+"""
+Text -> ids, and conversations -> (ids, loss mask, image slots). Start reading here: nothing below this file knows text.
+
+A language model reads integers. Text becomes integers in four steps, each of which you can print:
+
+    "I'm at  ten"  --regex-->  "I" "'m" " at" " " " ten"  --UTF-8-->  bytes  --merges-->  [40, 2776, 518, 220, 5779]
+
+1. Text is normalised (Unicode NFC), so that an accented letter has one spelling.
+2. PATTERN cuts it into pieces of about one word. No token ever crosses the edge of a piece.
+3. Each piece becomes its UTF-8 bytes: 256 symbols, so there is no character that the vocabulary does not know.
+4. Byte-pair encoding glues neighbours together, the pair learned first going first, until no learned pair is left.
+
+`train_bpe` learns those merges. A learned pair's place in the list is both its rank and its token id, which is why
+the whole tokenizer is one table {bytes: id}. tiktoken applies the table, in Rust; Qwen2.5's 151,643 entries and the
+thousand of our own small models go through the same code.
+
+A conversation is text with marks in it (this form is called ChatML):
+
+    <|im_start|>user                                                             mask 0
+    <|vision_start|><|image_pad|>...<|image_pad|><|vision_end|>What is this?     mask 0    slot = the first pad
+    <|im_end|>                                                                   mask 0
+    <|im_start|>assistant                                                        mask 0
+    A cat.<|im_end|>                                                             mask 1    all that is learned
+
+The marks are single ids which no text can produce: a user who types "<|im_end|>" gets ordinary punctuation tokens.
+The pads keep the places which the model later overwrites with what it saw in the image. `Tokenizer.render` does
+this, and it is the only code that does: training, evaluation and chat cannot drift apart.
+
+Left out: tool calls and reasoning blocks of the newer chat templates, and vocabularies that cut text by another
+pattern than Qwen's (they are refused, for they would load and then give subtly wrong ids).
+"""
+
+import base64
+import heapq
+import json
+import re
+import unicodedata
+from collections import Counter, defaultdict
+from pathlib import Path
+from typing import Iterable, NamedTuple
+
+import tiktoken
+
+# Qwen's rule for cutting text into pieces. Alternatives are tried from left to right:
+PATTERN = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"  # an English ending: I'm -> I 'm
+    r"|[^\r\n\p{L}\p{N}]?\p{L}+"  # a word, with the one space or sign before it
+    r"|\p{N}"  # digits one by one: 2024 is four tokens, so any number is spelled the same way everywhere
+    r"| ?[^\s\p{L}\p{N}]+[\r\n]*"  # a run of signs, with the newlines after it
+    r"|\s*[\r\n]+"  # newlines, with the indent before them
+    r"|\s+(?!\S)|\s+"  # other white space, leaving its last space to the word that follows
+)
+
+# Qwen2.5's table in id order. Its ids follow the regular ones: 151643 and on there, after our own merges elsewhere.
+SPECIAL_TOKENS = [
+    "<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|object_ref_start|>", "<|object_ref_end|>",
+    "<|box_start|>", "<|box_end|>", "<|quad_start|>", "<|quad_end|>", "<|vision_start|>", "<|vision_end|>",
+    "<|vision_pad|>", "<|image_pad|>", "<|video_pad|>", "<tool_call>", "</tool_call>",
+    "<|fim_prefix|>", "<|fim_middle|>", "<|fim_suffix|>", "<|fim_pad|>", "<|repo_name|>", "<|file_sep|>",
+]
+
+IMAGE = "<image>"  # in the content of a message: here the next image is shown (LLaVA's convention)
+ROLES = ("system", "user", "assistant")  # only what the assistant says is learned
+MAX_BLANKS = 100_000  # a longer run of white space overflows the stack of tiktoken's regex engine, which then aborts
+
+# -----------------------------------------------------------------------------
+# Text to pieces
+
+
+def clean(text: str) -> str:
+    """The form in which text is trained on and encoded: NFC, and no half of a surrogate pair (JSON can hold one)."""
+    text = unicodedata.normalize("NFC", text)
+    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+
+
+# Only training needs the pieces themselves (encoding cuts inside tiktoken), and Python's re knows no \p{L}. So we
+# match a shadow of the text, in which ASCII stands for each kind of character, and cut the real text at those places.
+class _Shadow(dict):
+    """Code point -> an ASCII character of the same kind: {"é": "a", "½": "0", "。": "!"}, filled as they turn up."""
+
+    def __missing__(self, code: int) -> str:
+        char = chr(code)
+        if code < 128:
+            kind = "!" if char == "_" else char  # to re the underscore is a letter, to PATTERN it is a sign
+        elif char == "\u017f":
+            kind = "s"  # the old long s, which (?i:'s) accepts too; no other letter of the endings has such a twin
+        else:
+            kind = "\t" if char.isspace() else {"L": "a", "N": "0"}.get(unicodedata.category(char)[0], "!")
+        self[code] = kind
+        return kind
+
+
+_SHADOW = _Shadow()
+# Without underscores, \w is letters and digits. ASCII makes \s the same six characters as in tiktoken's engine.
+_SHADOW_PATTERN = re.compile(
+    PATTERN.replace(r"\p{L}\p{N}", r"\w").replace(r"\p{L}", r"[^\W\d]").replace(r"\p{N}", r"\d"), re.ASCII
+)
+
+
+def split(text: str) -> list[str]:
+    """Pieces of cleaned text: "I'm at  ten" -> ["I", "'m", " at", " ", " ten"]"""
+    return [text[m.start() : m.end()] for m in _SHADOW_PATTERN.finditer(text.translate(_SHADOW))]
+
+
+# -----------------------------------------------------------------------------
+# Training
+
+
+def _merge(ids: list[int], pair: tuple[int, int], new: int) -> list[int]:
+    """[1, 2, 3, 1, 2] with the pair (1, 2) becoming 9 -> [9, 3, 9]"""
+    out, i = [], 0
+    while i < len(ids):
+        found = tuple(ids[i : i + 2]) == pair
+        out.append(new if found else ids[i])
+        i += 2 if found else 1  # from the left, never overlapping: "aaa" becomes "aa" "a", as in tiktoken
+    return out
+
+
+def train_bpe(texts: Iterable[str], vocab_size: int) -> dict[bytes, int]:
+    """
+    Learn merges: again and again, the most frequent pair of neighbours becomes a new token. Returns {bytes: id}: the
+    256 single bytes, then the merges in the order learned; fewer than vocab_size if no pair is left that occurs twice.
+    """
+    if vocab_size < 256:
+        raise ValueError(f"a byte-level vocabulary needs 256 entries before its first merge, got room for {vocab_size}")
+    if isinstance(texts, str):
+        raise ValueError("texts must be a list of texts, got one string: put it into a list")
+
+    # Text repeats itself, so count each distinct piece once and work on those: 1 MB of English has about 15,000.
+    frequency = Counter()  # piece -> occurrences
+    for text in texts:
+        frequency.update(split(clean(text)))
+    words = [list(piece.encode("utf-8")) for piece in frequency]  # ids of each word, so far its bytes
+    times = list(frequency.values())  # how often each word occurs
+
+    counts = Counter()  # pair -> occurrences in the whole text
+    where = defaultdict(set)  # pair -> words that have held it; some may have lost it since
+    for w, ids in enumerate(words):
+        for pair in zip(ids, ids[1:]):
+            counts[pair] += times[w]
+            where[pair].add(w)
+
+    # A max-heap finds the best pair without a scan over all. It cannot change an entry, so every changed count is
+    # pushed anew and an entry that no longer tells the count is skipped. Ties go to the pair with the older tokens.
+    heap = [(-count, pair) for pair, count in counts.items()]
+    heapq.heapify(heap)
+    tokens = [bytes([b]) for b in range(256)]  # id -> bytes
+    while heap and len(tokens) < vocab_size:
+        count, pair = heapq.heappop(heap)
+        if -count != counts[pair]:
+            continue  # out of date
+        if -count < 2:
+            break  # a pair seen once is no pattern
+        new = len(tokens)
+        tokens.append(tokens[pair[0]] + tokens[pair[1]])
+        # Only words that hold the pair change. Recounting those few is what keeps this from being quadratic.
+        change = Counter()  # pair -> how much its count moves by this merge
+        for w in where.pop(pair):
+            before, words[w] = words[w], _merge(words[w], pair, new)
+            for p in zip(before, before[1:]):
+                change[p] -= times[w]
+            for p in zip(words[w], words[w][1:]):
+                change[p] += times[w]
+                where[p].add(w)  # pairs with the new token
+        for p, delta in change.items():
+            if delta:
+                counts[p] += delta  # the merged pair itself falls to 0 here
+                heapq.heappush(heap, (-counts[p], p))
+    return {token: i for i, token in enumerate(tokens)}
+
+
+# -----------------------------------------------------------------------------
+# Reading the files of the Hugging Face hub
+
+
+def _byte_alphabet() -> dict[str, int]:
+    """The hub's files spell bytes as visible characters, GPT-2's way: {"!": 33, "Ġ": 32 (space), "Ċ": 10 (newline)}"""
+    visible = [*range(33, 127), *range(161, 173), *range(174, 256)]  # these stand for themselves
+    rest = [b for b in range(256) if b not in visible]  # each is shown as the next character from U+0100 on
+    return {chr(b): b for b in visible} | {chr(256 + i): b for i, b in enumerate(rest)}
+
+
+def _read_json(path: Path) -> dict:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:  # broken JSON or broken UTF-8
+        raise ValueError(f"{path.name} is not valid JSON ({error}); download it again") from None
+
+
+def _ranks_from_merges(vocab: dict[str, int], merges: list, special: dict[str, int]) -> dict[bytes, int]:
+    """{"Ġt": 258, ...} -> {b" t": 258, ...}"""
+    # The hub keeps the merges apart from the ids; tiktoken takes the ids for the order of merging. That is right only
+    # if ids rise along the list of merges and each merge joins tokens that were made before it. So check both.
+    alphabet = _byte_alphabet()
+    regular = {token: i for token, i in vocab.items() if token not in special}
+    known, last = set(alphabet), -1
+    for merge in merges:
+        pair = merge.split(" ") if isinstance(merge, str) else merge  # "Ġ t" in older files, ["Ġ", "t"] in newer ones
+        token = "".join(pair)
+        if len(pair) != 2 or not known.issuperset(pair) or regular.get(token, -1) <= last:
+            raise ValueError(f"merge {merge!r} is out of order or not in the vocabulary; use one Qwen model's files")
+        known.add(token)
+        last = regular[token]
+    # A token that no merge makes could not come out of the hub's tokenizer, but it could come out of tiktoken.
+    if known != regular.keys():
+        raise ValueError(f"bytes and merges do not give the listed tokens: see {min(known ^ regular.keys())!r}")
+    return {bytes(alphabet[c] for c in token): i for token, i in regular.items()}
+
+
+def _read_hub(folder: Path) -> tuple[dict[bytes, int], dict[str, int], str | None]:
+    """tokenizer.json, or the older pair vocab.json and merges.txt -> ranks, special tokens, default system text"""
+    config = folder / "tokenizer_config.json"
+    config = _read_json(config) if config.exists() else {}
+    if (folder / "tokenizer.json").exists():  # one file with everything in it, also the pattern
+        hub = _read_json(folder / "tokenizer.json")
+        cutter = hub.get("pre_tokenizer") or {}
+        steps = cutter.get("pretokenizers", [cutter])
+        if [step["pattern"].get("Regex") for step in steps if "pattern" in step] != [PATTERN]:
+            raise ValueError("tokenizer.json does not cut text by Qwen's pattern; use a Qwen2 or Qwen2.5 tokenizer")
+        vocab, merges = hub["model"]["vocab"], hub["model"]["merges"]
+        special = {token["content"]: token["id"] for token in hub["added_tokens"]}
+    else:
+        vocab = _read_json(folder / "vocab.json")
+        lines = (folder / "merges.txt").read_text(encoding="utf-8").split("\n")
+        merges = [line for line in lines if line and not line.startswith("#version")]  # "# #" is a merge
+        # These two hold regular tokens only. The special ones stand in one of two files, or are Qwen's.
+        if "added_tokens_decoder" in config:
+            special = {token["content"]: int(i) for i, token in config["added_tokens_decoder"].items()}
+        elif (folder / "added_tokens.json").exists():
+            special = _read_json(folder / "added_tokens.json")
+        else:
+            special = {name: max(vocab.values()) + 1 + i for i, name in enumerate(SPECIAL_TOKENS)}
+    # Of the chat template, a program in Jinja, we need one thing: the system text which it puts before a conversation
+    # that has none. Newer repositories keep it in its own file. In a quoted string the newline is a backslash and n.
+    jinja = folder / "chat_template.jinja"
+    template = jinja.read_text(encoding="utf-8") if jinja.exists() else str(config.get("chat_template", ""))
+    found = re.search(r"<\|im_start\|>system(?:\\n|\n)([^<{}']+)<\|im_end\|>", template)
+    return _ranks_from_merges(vocab, merges, special), special, found[1] if found else None
+
+
+# -----------------------------------------------------------------------------
+# The tokenizer
+
+
+class Rendered(NamedTuple):
+    """A conversation as the model reads it. ids and mask have the same length."""
+
+    ids: list[int]
+    mask: list[int]  # 1 where ids[i] is to be learned, that is, predicted from ids[:i]
+    slots: list[int]  # per image, in order: where its run of pads starts in ids
+
+
+def _read_message(i: int, message: dict) -> tuple[str, list[str]]:
+    """Message number i -> its role and the texts around its images: "<image>What?" -> ("user", ["", "What?"])"""
+    role = message.get("role") if isinstance(message, dict) else None
+    if role not in ROLES:
+        raise ValueError(f"message {i}: role {role!r} is unknown; use one of {', '.join(ROLES)}")
+    content = message.get("content")
+    if isinstance(content, str):
+        return role, content.split(IMAGE)  # n images lie between n + 1 texts, which may be empty
+    if not isinstance(content, list):
+        raise ValueError(f"message {i}: content is {type(content).__name__}; it must be a string or a list of parts")
+    texts = [""]
+    for part in content:
+        kind = part.get("type") if isinstance(part, dict) else None
+        if kind == "text" and isinstance(part.get("text"), str):
+            texts[-1] += part["text"]  # plain even if it contains "<image>": here the list says where images are
+        elif kind == "image":
+            texts.append("")  # an image ends one text and begins the next
+        else:
+            raise ValueError(f'message {i}: bad part {str(part)[:50]}; use {{"type": "text", "text": ...}} or "image"')
+    return role, texts
+
+
+class Tokenizer:
+    """ranks: {bytes: id} of regular tokens. special: {name: id}. default_system: see `render`."""
+
+    def __init__(self, ranks: dict[bytes, int], special: dict[str, int], *, default_system: str | None = None):
+        needed = {bytes([b]) for b in range(256)} | set(SPECIAL_TOKENS[:3])
+        if lacking := needed - ranks.keys() - special.keys():
+            raise ValueError(f"the vocabulary lacks {min(lacking, key=str)!r}; it needs all bytes and ChatML's tokens")
+        if len({*ranks.values(), *special.values()}) < len(ranks) + len(special):
+            raise ValueError("two tokens of the vocabulary share one id; the tokenizer's files do not belong together")
+        # The pattern cuts, the ranks merge. The special tokens are told only for decoding: see `encode`.
+        self.ranks, self.special, self.default_system = ranks, special, default_system
+        self.encoding = tiktoken.Encoding("ghostvis", pat_str=PATTERN, mergeable_ranks=ranks, special_tokens=special)
+        self.vocab_size = self.encoding.n_vocab  # Qwen's embedding has more rows, up to 151936: never sample those ids
+        self.endoftext, self.im_start, self.im_end = (special[name] for name in SPECIAL_TOKENS[:3])
+        self.special_ids = set(special.values())  # what decode leaves out
+        self.stop_ids = (self.im_end, self.endoftext)  # a chat model ends with the first, a base model with the second
+        # Checkpoints differ here: LLaVA-OneVision pads with a token named <image> and has no marks around the pads.
+        self.image_pad = special.get("<|image_pad|>", special.get("<image>"))
+        self.vision_start, self.vision_end = special.get("<|vision_start|>"), special.get("<|vision_end|>")
+        self.image_marks = [[i] if i is not None else [] for i in (self.vision_start, self.vision_end)]
+
+    @classmethod
+    def from_pretrained(cls, folder: str | Path) -> "Tokenizer":
+        """Read what `save` wrote, or the files of a Qwen2 or Qwen2.5 model as the hub ships them."""
+        folder = Path(folder)
+        names = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
+        try:
+            if {"tokenizer.tiktoken", "special_tokens.json"} <= names:
+                lines = (folder / "tokenizer.tiktoken").read_bytes().splitlines()
+                ranks = {base64.b64decode(token): int(rank) for token, rank in (line.split() for line in lines)}
+                settings = _read_json(folder / "special_tokens.json")
+                special, default_system = settings["special_tokens"], settings["default_system"]
+            elif "tokenizer.json" in names or {"vocab.json", "merges.txt"} <= names:
+                ranks, special, default_system = _read_hub(folder)
+            else:
+                wanted = "tokenizer.tiktoken + special_tokens.json, tokenizer.json, or vocab.json + merges.txt"
+                raise ValueError(f"no tokenizer here; looked for {wanted}")
+            return cls(ranks, special, default_system=default_system)
+        except ValueError as error:
+            raise ValueError(f"{folder}: {error}") from None  # whatever is wrong, say where
+        except KeyError as error:
+            raise ValueError(f"{folder}: the tokenizer's files lack the entry {error}; download them again") from None
+
+    @classmethod
+    def train(cls, texts: Iterable[str], vocab_size: int) -> "Tokenizer":
+        """A tokenizer of our own with at most vocab_size ids, special tokens included."""
+        ranks = train_bpe(texts, vocab_size - len(SPECIAL_TOKENS))
+        return cls(ranks, {name: len(ranks) + i for i, name in enumerate(SPECIAL_TOKENS)})
+
+    def save(self, folder: str | Path) -> None:
+        """tokenizer.tiktoken: "base64 rank" per line, tiktoken's own format. special_tokens.json: all the rest."""
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        lines = [base64.b64encode(token) + b" %d\n" % rank for token, rank in self.ranks.items()]
+        (folder / "tokenizer.tiktoken").write_bytes(b"".join(lines))
+        settings = {"special_tokens": self.special, "default_system": self.default_system}
+        (folder / "special_tokens.json").write_text(json.dumps(settings, indent=1) + "\n", encoding="utf-8")
+
+    def encode(self, text: str) -> list[int]:
+        """Regular tokens only. For pretraining, append [endoftext] to each document."""
+        # encode_ordinary looks for no special tokens. Were "<|im_end|>" in a user's text to become the real one, the
+        # user could close their own turn and speak as the assistant.
+        if len(text) > MAX_BLANKS and re.search(r"\s{%d}" % MAX_BLANKS, text):
+            raise ValueError(f"the text {text.strip()[:20]!r}... has {MAX_BLANKS:,} white-space characters in a row")
+        return self.encoding.encode_ordinary(clean(text))
+
+    def decode(self, ids: Iterable[int], skip_special: bool = True) -> str:
+        """Ids may end inside a character; what is no valid UTF-8 shows as U+FFFD."""
+        return self.decode_bytes(ids, skip_special).decode("utf-8", errors="replace")
+
+    def decode_bytes(self, ids: Iterable[int], skip_special: bool = True) -> bytes:
+        """For streaming: one token may be a third of a Chinese character, so collect bytes before showing text."""
+        drop = self.special_ids if skip_special else ()
+        try:
+            return self.encoding.decode_bytes([i for i in ids if i not in drop])
+        except (KeyError, OverflowError):
+            raise ValueError(f"cannot decode an id that is no token; ids run from 0 to {self.vocab_size - 1}") from None
+
+    def render(self, messages: list[dict], image_tokens: int | list[int] = 64, add_generation_prompt=False) -> Rendered:
+        """
+        [{"role": "user", "content": "<image>What is this?"}, {"role": "assistant", "content": "A cat."}] -> Rendered
+        content: a string with "<image>" at the place of each image, or a list of {"type": "text", "text": "..."} and
+        {"type": "image"}. image_tokens: how many pads an image gets, or a list with one number per image.
+        add_generation_prompt: end where the assistant's answer begins, for the model to go on from.
+        If there is a default_system text, a conversation without a system message starts with it.
+        """
+        turns = [_read_message(i, message) for i, message in enumerate(messages)]
+        if not turns:
+            raise ValueError("the conversation has no messages")
+        if add_generation_prompt and turns[-1][0] == "assistant":
+            raise ValueError(f"message {len(turns) - 1} is already the assistant's answer; drop it to ask for one")
+        if self.default_system is not None and turns[0][0] != "system":
+            turns.insert(0, ("system", [self.default_system]))
+        images = sum(len(texts) - 1 for _, texts in turns)
+        # Other models give large images more tokens, so the number may differ from image to image.
+        pads = [image_tokens] * images if isinstance(image_tokens, int) else list(image_tokens)
+        if len(pads) != images or any(n < 1 for n in pads):
+            raise ValueError(f"{images} images need one positive number each, but image_tokens is {image_tokens}")
+        if images and self.image_pad is None:
+            raise ValueError("this tokenizer has no <|image_pad|> token, so it cannot show images; use Qwen2.5's")
+
+        ids, mask, slots = [], [], []  # all three grow together, so they cannot disagree
+
+        def put(new: list[int], learn: bool = False) -> None:
+            ids.extend(new)
+            mask.extend([int(learn)] * len(new))
+
+        # Trap: text must be cut into the same tokens in training as in use. A user's turn is always there as a whole,
+        # so "user\n" and its content are encoded as one string, as Qwen does: content that starts with a newline then
+        # gives one token "\n\n". The model, though, begins its answer after the finished "\n" of the header, so an
+        # answer is encoded apart from it. In one string, training would show it starts which it never meets.
+        header = self.encode("assistant\n")
+        for role, (first, *rest) in turns:
+            answer = role == "assistant"
+            put([self.im_start] + header * answer)  # a list times False is []
+            put(self.encode(first if answer else role + "\n" + first), answer)
+            for text in rest:  # each of these follows an image
+                put(self.image_marks[0])  # nothing of an image is learned, not even inside an answer
+                slots.append(len(ids))
+                put([self.image_pad] * pads[len(slots) - 1] + self.image_marks[1])
+                put(self.encode(text), answer)
+            put([self.im_end], answer)  # learned, or the model would not know when to stop
+            put(self.encode("\n"))  # not learned: generation has stopped before it
+        if add_generation_prompt:
+            put([self.im_start] + header)
+        return Rendered(ids, mask, slots)

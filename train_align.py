@@ -1,0 +1,100 @@
+"""
+Chapter 2: the language model gets eyes. Pictures become tokens that a frozen decoder can use.
+
+    python train_align.py                                  # tiny, after train_base.py: about a minute on a laptop
+    python train_align.py --data=captions.json             # your own pictures and captions
+    torchrun --nproc_per_node=8 train_align.py --model=small
+
+The decoder stays as chapter 1 left it, to the last bit; only the bridge learns (and the ViT, where it has no pretrained weights), from
+one signal: what must the picture's tokens be, for the decoder to find the caption likely? So the bridge learns the decoder's language
+before the decoder may start to adapt, and cannot spoil what it knows. Prints captions before and after, and the caption loss with the
+right picture, none, and a wrong one: a model that merely guesses typical captions shows no difference between them.
+
+New in this chapter: pictures in the batch, a frozen part, and the check that the picture is used at all.
+Left out: contrastive pretraining of the ViT (SigLIP's own recipe); with --model=tiny it learns from captions alone.
+"""
+import time
+
+from tqdm import tqdm
+
+from train_base import (SHARED_FLAGS, Interrupt, Log, Optimizer, Setup, answers, check_resume, finish, freeze, held_out_loss, lr_scale,
+                        make_tokenizer, parse_flags, run, save, save_samples, start, start_data, sync_gradients, to_device,
+                        to_document)
+
+STAGE = "align"
+BY_MODEL = {"tiny": {"batch_size": 16, "seq_len": 256, "steps": 120, "lr": 0.007},
+            "small": {"batch_size": 64, "seq_len": 512, "steps": 1500, "lr": 0.003}}
+
+
+def show_captions(vlm, tokenizer, records: list, setup: Setup, title: str) -> None:
+    setup.say(f"\ncaptions {title}:")
+    for record, text in zip(records, answers(vlm, tokenizer, records)):
+        setup.say(f"  model: {text}\n  right: {record['messages'][-1]['content']}")
+
+
+def picture_losses(vlm, documents: list, setup: Setup, seq_len: int) -> dict:
+    "New: nats per caption token with the right picture, a grey one, and another record's."
+    out = {}
+    for image in ("own", "blank", "shuffled"):
+        nats, tokens = held_out_loss(vlm, documents, setup, seq_len, image)
+        out[image] = nats / tokens
+    setup.say("caption loss: " + ", ".join(f"{value:.3f} with {image} pictures" for image, value in out.items()))
+    return out
+
+
+def main() -> None:
+    flags = parse_flags(__doc__, SHARED_FLAGS, BY_MODEL)
+    setup = Setup(flags)
+    vlm, tokenizer, state, moments = start(flags, setup, STAGE, make_tokenizer(flags))
+    # New: the decoder is frozen. Gradients flow through it to the picture's tokens, but it keeps none of its own.
+    params = freeze(vlm, ["bridge"] if vlm.config.pretrained_vision else ["bridge", "vit"])
+    optimizer = Optimizer(params, flags.optimizer, flags.lr)
+    if moments:
+        optimizer.load(moments)
+    step = check_resume(flags, state)
+    loaders, held = start_data(flags, setup, vlm, tokenizer, "captions", state)
+    records = next(iter(held.values()))
+    render = to_document(tokenizer, vlm, flags.seq_len)
+    documents = [doc for i, record in enumerate(records) if (doc := render(record, i))]
+    log, interrupt = Log(flags, setup, STAGE), Interrupt()
+    counts = {name: sum(p.numel() for p in group.parameters()) for name, group in vlm.groups().items()}
+    setup.say(", ".join(f"{name} {n:,} parameters" + ("" if name in {p.split('.')[0] for p in params} else " (frozen)")
+                        for name, n in counts.items() if name != "decoder") + f", decoder {counts['decoder']:,} (frozen)")
+    show_captions(vlm, tokenizer, records[:3], setup, "before")
+
+    vlm.train()
+    started, bar = time.time(), tqdm(total=flags.steps, initial=step, disable=not setup.master, desc=STAGE, unit="step")
+    while step < flags.steps and not interrupt.wanted:
+        # ---- one training step -------------------------------------------------------------------------------------
+        batches = [next(loader) for loader in loaders]
+        tokens = setup.sum(sum(int((batch["targets"] >= 0).sum()) for batch in batches))
+        total = 0.0
+        for batch in batches:
+            with setup.autocast():
+                loss = vlm(to_device(batch, setup)) / tokens
+            loss.backward()
+            total += loss.item()
+        sync_gradients(params, setup)
+        optimizer.step(lr_scale(step, flags))
+        step += 1
+        # ------------------------------------------------------------------------------------------------------------
+        total, images = setup.sum(total), setup.sum(sum(len(b["pixels"]) for b in batches if b["pixels"] is not None))
+        bar.update()
+        bar.set_postfix(loss=f"{total:.3f}", images=int(images))
+        log.write(step=step, loss=total, images=images, lr=flags.lr * lr_scale(step - 1, flags), seconds=time.time() - started)
+        if step % flags.eval_every == 0 and flags.eval_every > 0:
+            picture_losses(vlm, documents, setup, flags.seq_len)
+        if step % flags.save_every == 0 and flags.save_every > 0:
+            save(flags, setup, STAGE, vlm, tokenizer, optimizer, loaders, step)
+    bar.close()
+    folder = save(flags, setup, STAGE, vlm, tokenizer, optimizer, loaders, step)
+    show_captions(vlm, tokenizer, records[:3], setup, "after")
+    losses = picture_losses(vlm, documents, setup, flags.seq_len)
+    if setup.master:
+        save_samples(folder / "samples.png", vlm, tokenizer, records[:8])
+    finish(setup, log, stage=STAGE, step=step, caption_loss=losses["own"], blind_loss=losses["blank"], shuffled_loss=losses["shuffled"],
+           seconds=time.time() - started, checkpoint=str(folder), interrupted=interrupt.wanted)
+
+
+if __name__ == "__main__":
+    run(main)
