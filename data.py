@@ -25,6 +25,7 @@ import functools
 import gzip
 import hashlib
 import io
+import itertools
 import json
 import math
 import os
@@ -205,7 +206,7 @@ SIZES = {"small": 0.22, "medium": 0.275, "large": 0.33}  # sides, of the picture
 PLACES = ["top left", "top centre", "top right", "middle left", "centre", "middle right", "bottom left", "bottom centre", "bottom right"]
 WHERE = {"sky": "in a meadow", "night": "at night", "sand": "on a beach", "plain": "on plain paper", "room": "in a room",
          "snow": "in the snow"}
-MOST = 5  # things in one picture
+MOST = 4  # things in one picture
 
 
 @dataclass(frozen=True)
@@ -239,7 +240,7 @@ class Scene:
 
 def make_scene(rng: random.Random, new_pairs: bool = False) -> Scene:
     """
-    One to five things on a lightly jittered 3 x 3 grid. In half of the scenes kinds and colours come from small pools, so that there
+    One to four things on a lightly jittered 3 x 3 grid. In half of the scenes kinds and colours come from small pools, so that there
     is something to count and the same kind stands there in several colours: knowing what is present is not enough then, kind,
     colour and place must be bound to each other. new_pairs: half of the things are HELD_OUT pairs, which training never shows.
     """
@@ -292,23 +293,58 @@ def summarize(scene: Scene) -> str:
     return text[0].upper() + text[1:]
 
 
-def state_facts(scene: Scene, rng: random.Random) -> str:
-    "The answers to all the questions below, as sentences."
-    found = [ask(scene, rng, set()) for kind, ask in QUESTIONS.items() if kind != "choice"]
-    facts = [fact[2] for fact in found if fact]
-    rng.shuffle(facts)
-    return " ".join(facts)
+def per_thing(word, sentence):
+    "A writer of one sentence for each thing that `word` (its kind, colour or name) picks out without doubt, in any order."
+    def write(scene: Scene, rng: random.Random) -> str:
+        things = [t for t in scene.things if scene.count(word(t)) == 1]
+        return " ".join(sentence(t) for t in rng.sample(things, len(things)))
+    return write
 
 
-CAPTIONS = [  # what to ask for, how it is written, how often
-    (["Describe the picture.", "What do you see, and where?", "Describe everything in this image."], lambda s, rng: describe(s), 6),
-    (["What is in the picture?", "Write a short caption.", "Say briefly what this shows."], lambda s, rng: summarize(s), 2),
-    (["What is true of this picture?", "State some facts about the image."], state_facts, 2),
+def count_list(scene: Scene, rng: random.Random) -> str:
+    "\"Cats: 2. Red things: 1. Dogs: 0.\""
+    there = [*{word for t in scene.things for word in (t.kind, t.colour)}]
+    words = rng.sample(sorted(there), min(4, len(there))) + rng.sample([*KINDS, *COLOURS], 2)
+    rng.shuffle(words)
+    return " ".join(f"{(plural(w) if w in KINDS else w + ' things').capitalize()}: {scene.count(w)}." for w in dict.fromkeys(words))
+
+
+def check_list(scene: Scene, rng: random.Random) -> str:
+    "\"Red cat: yes. Blue cat: no.\""
+    names = [rng.choice(scene.things).name if rng.random() < 0.5 else absent(scene, rng, set()) for _ in range(6)]
+    return " ".join(f"{name.capitalize()}: {'yes' if scene.count(name) else 'no'}." for name in dict.fromkeys(names) if name)
+
+
+def relation_list(scene: Scene, rng: random.Random) -> str:
+    "\"Red cat left or right of dog: left.\""
+    out = {}  # as an ordered set
+    for _ in range(4):
+        t, name = unique(scene, rng, set())
+        u, other = unique(scene, rng, set(), but=t)
+        if t and u and t.cell % 3 != u.cell % 3:
+            out[f"{name.capitalize()} left or right of {other}: {'left' if t.cell % 3 < u.cell % 3 else 'right'}."] = None
+        if t and u and t.cell // 3 != u.cell // 3:
+            out[f"{name.capitalize()} above or below {other}: {'above' if t.cell // 3 < u.cell // 3 else 'below'}."] = None
+    return " ".join(out)
+
+
+# What to ask for, who writes it, how often. What a text says first is what the next word can be looked up by: a model that only reads
+# "small red cat" learns to go from a place to a colour and on to a kind, and cannot say what colour the cat has. Hence all the orders.
+CAPTIONS = [
+    (["Describe the picture.", "What do you see, and where?", "Describe everything in this image."], lambda s, rng: describe(s), 10),
+    (["What is in the picture?", "Write a short caption.", "Say briefly what this shows."], lambda s, rng: summarize(s), 1),
+    (["Name the colours."], per_thing(lambda t: t.kind, lambda t: f"The {t.kind} is {t.colour}."), 1),
+    (["Name the sizes."], per_thing(lambda t: t.kind, lambda t: f"The {t.kind} is {t.size}."), 1),
+    (["Where are the things?"], per_thing(lambda t: t.kind, lambda t: f"The {t.kind} is at the {PLACES[t.cell]}."), 1),
+    (["Where is each one?"], per_thing(lambda t: t.name, lambda t: f"The {t.name} is at the {PLACES[t.cell]}."), 1),
+    (["Count everything."], count_list, 1),
+    (["What is there, and what is not?"], check_list, 1),
+    (["How do they stand to each other?"], relation_list, 1),
 ]
 
 
-# Questions. Each function returns (question, answer, the same fact as a sentence), or None where the scene has no such question.
-# The answer is drawn first and the question is made to fit, so that the question alone gives nothing away.
+# Questions. Each function returns (question, answer), or None where the scene has no such question. `focus`: pairs of colour and kind
+# that it should be about. The wanted answer is drawn first and the question made to fit: the question alone gives nothing away.
 
 def unique(scene: Scene, rng: random.Random, focus: set, but: Thing | None = None) -> tuple[Thing | None, str]:
     "A thing that can be named without doubt, and its name: 'cat' if it is the only cat, else 'red cat'. Things in focus go first."
@@ -323,7 +359,7 @@ def unique(scene: Scene, rng: random.Random, focus: set, but: Thing | None = Non
 def ask_count(scene, rng, focus):
     n = len(scene.things)
     question = rng.choice(["How many things are there?", "How many things do you see in total?", "Count all the things."])
-    return question, str(n), f"There {'are' if n > 1 else 'is'} {n} thing{'s' * (n > 1)}."
+    return question, str(n)
 
 
 def ask_number(scene, rng, focus):
@@ -334,9 +370,8 @@ def ask_number(scene, rng, focus):
         return None
     word = rng.choice(words)
     what = plural(word) if word in KINDS else f"{word} things"
-    one = word if word in KINDS else f"{word} thing"
     question = rng.choice([f"How many {what} are there?", f"What is the number of {what}?", f"Count the {what}."])
-    return question, str(target), f"There is 1 {one}." if target == 1 else f"There are {target} {what}."
+    return question, str(target)
 
 
 def ask_colour(scene, rng, focus):
@@ -346,7 +381,7 @@ def ask_colour(scene, rng, focus):
         return None
     t = rng.choice(things)
     question = rng.choice([f"What colour is the {t.kind}?", f"Which colour does the {t.kind} have?", f"The {t.kind} is of what colour?"])
-    return question, t.colour, f"The {t.kind} is {t.colour}."
+    return question, t.colour
 
 
 def ask_kind(scene, rng, focus):
@@ -356,7 +391,7 @@ def ask_kind(scene, rng, focus):
         return None
     t = rng.choice(things)
     question = rng.choice([f"What is the {t.colour} thing?", f"Which thing is {t.colour}?", f"What kind of thing is {t.colour}?"])
-    return question, t.kind, f"The {t.colour} thing is {a(t.kind)}."
+    return question, t.kind
 
 
 def absent(scene, rng, focus) -> str | None:
@@ -375,7 +410,7 @@ def ask_exists(scene, rng, focus):
     if name is None:
         return None
     question = rng.choice([f"Is there {a(name)}?", f"Do you see {a(name)}?", f"Does the picture show {a(name)}?"])
-    return question, "yes" if yes else "no", f"There is {a(name) if yes else 'no ' + name}."
+    return question, "yes" if yes else "no"
 
 
 def ask_relation(scene, rng, focus):
@@ -394,8 +429,8 @@ def ask_relation(scene, rng, focus):
     true, false = (one, two) if is_one else (two, one)
     if open_question:
         question = rng.choice([f"Is the {name} {one} or {two} the {other}?", f"Where is the {name}, {one} or {two} the {other}?"])
-        return question, true.split()[0], f"The {name} is {true} the {other}."
-    return f"Is the {name} {true if yes else false} the {other}?", "yes" if yes else "no", f"The {name} is {true} the {other}."
+        return question, true.split()[0]
+    return f"Is the {name} {true if yes else false} the {other}?", "yes" if yes else "no"
 
 
 def ask_place(scene, rng, focus):
@@ -403,7 +438,7 @@ def ask_place(scene, rng, focus):
     if not t:
         return None
     question = rng.choice([f"Where is the {name}?", f"In which part of the picture is the {name}?", f"Where do you see the {name}?"])
-    return question, PLACES[t.cell], f"The {name} is at the {PLACES[t.cell]}."
+    return question, PLACES[t.cell]
 
 
 def ask_compare(scene, rng, focus):
@@ -414,11 +449,10 @@ def ask_compare(scene, rng, focus):
         return None
     more, fewer = ((plural(w) if w in KINDS else f"{w} things") for w in rng.choice(pairs))
     one, two = (more, fewer) if rng.random() < 0.5 else (fewer, more)
-    sentence = f"There are more {more} than {fewer}."
     if rng.random() < 0.5:
-        return f"Are there more {one} than {two}?", "yes" if one == more else "no", sentence
+        return f"Are there more {one} than {two}?", "yes" if one == more else "no"
     question = rng.choice([f"Which are there more of, {one} or {two}?", f"What is more common, {one} or {two}?"])
-    return question, more, sentence
+    return question, more
 
 
 def ask_size(scene, rng, focus):
@@ -429,8 +463,8 @@ def ask_size(scene, rng, focus):
     word, end = rng.choice(ends)
     t = scene.things[sizes.index(end)]
     if rng.random() < 0.5:
-        return f"What colour is the {word} thing?", t.colour, f"The {word} thing is {t.colour}."
-    return rng.choice([f"What is the {word} thing?", f"Which thing is the {word}?"]), t.kind, f"The {word} thing is {a(t.kind)}."
+        return f"What colour is the {word} thing?", t.colour
+    return rng.choice([f"What is the {word} thing?", f"Which thing is the {word}?"]), t.kind
 
 
 def ask_choice(scene, rng, focus):
@@ -444,11 +478,19 @@ def ask_choice(scene, rng, focus):
     options.insert(at, right)
     lines = "\n".join(f"{letter}. {option}" for letter, option in zip("ABC", options))
     question = rng.choice(["Which of these is in the picture?", "What can you see?", "Which one is there?"])
-    return f"{question}\n{lines}\nAnswer with the letter.", "ABC"[at], f"There is {a(right)}."
+    return f"{question}\n{lines}\nAnswer with the letter.", "ABC"[at]
 
 
 QUESTIONS = {"count": ask_count, "number": ask_number, "colour": ask_colour, "kind": ask_kind, "exists": ask_exists,
              "relation": ask_relation, "place": ask_place, "compare": ask_compare, "size": ask_size, "choice": ask_choice}
+
+
+WEIGHTS = dict.fromkeys(QUESTIONS, 1.0)  # how often a kind is asked in training
+
+
+def caption_share(i: int) -> float:
+    "A curriculum for stage 3: captions teach the eye, word by word; once it sees, questions teach more."
+    return max(0.1, 0.9 - i / 15_000)
 
 
 class World:
@@ -458,8 +500,10 @@ class World:
     task: "text" (prose and text-only dialogues, stage 1), "captions" (2), "chat" (3, several questions a picture), "exam" (one question).
     """
 
-    def __init__(self, task: str, split: str = "train", seed: int = 0, kinds: list[str] | None = None, turns: int = 3):
-        self.task, self.split, self.seed, self.turns, self.kinds = task, split, seed, turns, kinds or list(QUESTIONS)
+    def __init__(self, task: str, split: str = "train", seed: int = 0, kinds: list[str] = (), turns: int = 6):
+        self.task, self.split, self.seed, self.turns, self.kinds = task, split, seed, turns, list(kinds or QUESTIONS)
+        for kind in self.kinds:
+            need(kind in QUESTIONS, f"{kind!r} is not a kind of question; choose from {', '.join(QUESTIONS)}")
 
     def __getitem__(self, i: int) -> dict:
         rng = random.Random(f"{self.seed}/{self.split}/{self.task}/{i}")
@@ -467,13 +511,16 @@ class World:
         if self.task == "exam":
             return record | self.exam(i, rng)
         scene = make_scene(rng)
-        facts = [fact for kind in rng.sample(self.kinds, len(self.kinds)) if (fact := QUESTIONS[kind](scene, rng, set()))][:self.turns]
-        questions = [fact[:2] for fact in facts]
-        prompts, write, _ = rng.choices(CAPTIONS, [weight for *_, weight in CAPTIONS])[0]
-        caption = [(rng.choice(prompts), write(scene, rng))]
+        kinds = sorted(self.kinds, key=lambda kind: rng.random() ** (1 / WEIGHTS[kind]), reverse=True)  # in random order, by weight
+        found = (QUESTIONS[kind](scene, rng, set()) for kind in kinds)
+        questions = list(itertools.islice(filter(None, found), self.turns))
+        caption = []
+        while not caption:  # not every scene has something to say in every form
+            prompts, write, _ = rng.choices(CAPTIONS, [weight for *_, weight in CAPTIONS])[0]
+            caption = [(rng.choice(prompts), text)] if (text := write(scene, rng)) else []
         if self.task == "text" and rng.random() < 0.3:
-            return record | {"text": f"{describe(scene)} {state_facts(scene, rng)}"}
-        turns = caption if self.task == "captions" or rng.random() < 0.5 else questions
+            return record | {"text": f"{describe(scene)} {caption[0][1]}"}
+        turns = caption if not questions or self.task == "captions" or rng.random() < caption_share(i) else questions
         # Stage 1 has no pictures: there a description, in no particular order, is what the questions are about.
         shown = describe(scene, rng) if self.task == "text" else "<image>"
         messages = [{"role": role, "content": text} for turn in turns for role, text in zip(("user", "assistant"), turn)]
@@ -486,7 +533,7 @@ class World:
         # The same dice for the question at every attempt, so that the answer it wants does not depend on which scenes can give it.
         while not (found := QUESTIONS[kind](scene := make_scene(rng, bool(focus)), random.Random(f"{self.seed}/{i}"), focus)):
             pass
-        question, answer, _ = found
+        question, answer = found
         messages = [{"role": "user", "content": f"<image>\n{question}"}, {"role": "assistant", "content": answer}]
         return {"messages": messages, "images": [scene], "kind": kind, "metric": "exact"}
 
@@ -782,7 +829,7 @@ def text_records(path: str, encode, end: int, seq_len: int) -> list[dict]:
     return out
 
 
-def load_data(spec: str, task: str, seed: int, held: int, val: str = "", encode=None, end: int = 0, seq_len: int = 0):
+def load_data(spec: str, task: str, seed: int, held: int, val: str = "", encode=None, end: int = 0, seq_len: int = 0, kinds=()):
     """
     --data -> (endless training set, {name: list of held-out records}). The world holds out new scenes and new pairs of colour and
     kind; of a file a share is set aside, by picture, unless `val` names another file. `held`: how many records to hold out at most.
@@ -791,9 +838,9 @@ def load_data(spec: str, task: str, seed: int, held: int, val: str = "", encode=
     for name, weight in parse_mixture(spec):
         if name == "world":
             exam = {"chat": "exam", "exam": "exam"}.get(task, task)
-            parts.append((World(task, seed=seed), weight))
+            parts.append((World(task, seed=seed, kinds=kinds), weight))
             for split in ("scenes", "pairs") if exam == "exam" else ("scenes",):
-                world = World(exam, split, seed=1)
+                world = World(exam, split, seed=1, kinds=kinds)
                 kept[split] = [world[i] for i in range(held)]
             continue
         read = read_records if task != "text" else functools.partial(text_records, encode=encode, end=end, seq_len=seq_len)
@@ -815,6 +862,7 @@ class Document:
     mask: list[int]          # 1 where ids[i] is to be learned
     slots: list[int]         # where each picture's placeholders begin
     record: dict
+    weight: float = 1.0      # of each of its tokens in the loss; in reinforcement learning the advantage
 
 
 def pack(documents: list[Document], rows: int, seq_len: int, image_tokens: int) -> tuple[dict, list[Document], list[Document]]:
@@ -825,7 +873,7 @@ def pack(documents: list[Document], rows: int, seq_len: int, image_tokens: int) 
     slots [pictures * image_tokens] are places in ids.flatten(), in the order of the placed documents.
     """
     ids, positions, numbers = (np.zeros((rows, seq_len), dtype=np.int64) for _ in range(3))
-    targets = np.full((rows, seq_len), -100, dtype=np.int64)
+    targets, weights = np.full((rows, seq_len), -100, dtype=np.int64), np.zeros((rows, seq_len), dtype=np.float32)
     used, count, placed, waiting, slots = [0] * rows, [0] * rows, [], [], []
     for doc in documents:
         n = len(doc.ids) - 1  # the last token is only ever a target
@@ -837,14 +885,29 @@ def pack(documents: list[Document], rows: int, seq_len: int, image_tokens: int) 
         used[row], count[row] = at + n, count[row] + 1
         ids[row, at:at + n] = doc.ids[:-1]
         targets[row, at:at + n] = np.where(np.array(doc.mask[1:]) > 0, doc.ids[1:], -100)
+        weights[row, at:at + n] = doc.weight
         positions[row, at:at + n] = np.arange(n)
         numbers[row, at:at + n] = count[row]
         for slot in doc.slots:
             slots.append(np.arange(image_tokens) + row * seq_len + at + slot)
         placed.append(doc)
-    batch = {"ids": ids, "targets": targets, "positions": positions, "documents": numbers,
+    batch = {"ids": ids, "targets": targets, "positions": positions, "documents": numbers, "weights": weights,
              "slots": np.concatenate(slots) if slots else np.zeros(0, dtype=np.int64)}
     return batch, placed, waiting
+
+
+def to_batch(arrays: dict, placed: list[Document], to_pixels) -> dict:
+    """
+    pack's arrays as tensors, with the pictures drawn: pixels uint8 [n, 3, S, S], and pictures [m], which of them each placeholder
+    run shows. A picture that several documents talk about is drawn, and later encoded, once.
+    """
+    index = {}
+    pictures = [index.setdefault(source, (len(index), doc.record))[0] for doc in placed for source in doc.record["images"]]
+    assert len(pictures) == sum(len(doc.slots) for doc in placed), f"pictures and places disagree near {placed[0].record['id']}"
+    batch = {name: torch.from_numpy(array) for name, array in arrays.items()}
+    batch["pixels"] = torch.stack([to_pixels(source, record) for source, (_, record) in index.items()]) if index else None
+    batch["pictures"] = torch.tensor(pictures, dtype=torch.long)
+    return batch
 
 
 class Loader:
@@ -883,15 +946,7 @@ class Loader:
         first = len(self.waiting)
         documents = documents[:first] + sorted(documents[first:], key=lambda d: -len(d.ids))
         batch, placed, self.waiting = pack(documents, self.rows, self.seq_len, self.image_tokens)
-        batch = {name: torch.from_numpy(array) for name, array in batch.items()}
-        # A picture that several documents talk about is drawn, and later encoded, once.
-        index = {}
-        pictures = [index.setdefault(source, (len(index), doc.record)) for doc in placed for source in doc.record["images"]]
-        if len(pictures) * self.image_tokens != len(batch["slots"]):
-            raise ValueError(f"{len(pictures)} pictures for {len(batch['slots'])} placeholder tokens near record {placed[0].record['id']}")
-        batch["pixels"] = torch.stack([self.to_pixels(source, record) for source, (_, record) in index.items()]) if index else None
-        batch["pictures"] = torch.tensor([number for number, _ in pictures], dtype=torch.long)
-        return batch
+        return to_batch(batch, placed, self.to_pixels)
 
 
 # ----------------------------------------------------------------------------------------------------------------------

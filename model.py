@@ -331,11 +331,11 @@ class VLM(nn.Module):
             x = x.flatten(0, 1).index_copy(0, slots, tokens.flatten(0, 1).to(x.dtype)).view_as(x)
         return x
 
-    def forward(self, batch: dict, weights=None) -> torch.Tensor:
+    def forward(self, batch: dict) -> torch.Tensor:
         "A packed batch (data.pack) -> summed loss over its supervised tokens."
         x = self.embed(batch["ids"], batch.get("pixels"), batch.get("slots"), batch.get("pictures"))
         h = self.gpt.hidden(x, batch["positions"], document_mask(batch["documents"]))
-        return token_loss(h, self.gpt.head_weight, batch["targets"], weights)
+        return token_loss(h, self.gpt.head_weight, batch["targets"], batch["weights"])
 
     def groups(self) -> dict[str, nn.Module]:
         return {"vit": self.vit, "bridge": self.bridge, "decoder": self.gpt}
@@ -466,6 +466,16 @@ def save_checkpoint(folder, vlm: VLM, tokenizer, optimizer: dict | None = None, 
         os.rename(folder, old)
     os.rename(new, folder)
     shutil.rmtree(old, ignore_errors=True)
+
+
+STAGES = ["base", "align", "sft", "rl"]  # in the order in which they build on each other
+
+
+def newest_checkpoint(out_dir, preset: str, before: str = "") -> Path | None:
+    "The checkpoint of the latest stage (of those before a given one) under OUT_DIR/PRESET, if there is any."
+    stages = STAGES[:STAGES.index(before)] if before else STAGES
+    folders = [Path(out_dir) / preset / stage for stage in stages]
+    return next((f for f in reversed(folders) if (f / "config.json").exists() or f.with_name(f.name + ".old").exists()), None)
 
 
 def load_checkpoint(folder) -> VLM:

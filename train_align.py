@@ -18,8 +18,7 @@ import time
 from tqdm import tqdm
 
 from train_base import (SHARED_FLAGS, Interrupt, Log, Optimizer, Setup, answers, check_resume, finish, freeze, held_out_loss, lr_scale,
-                        make_tokenizer, parse_flags, run, save, save_samples, start, start_data, sync_gradients, to_device,
-                        to_document)
+                        make_tokenizer, parse_flags, run, save, save_samples, start, start_data, supervised, to_document, train_step)
 
 STAGE = "align"
 BY_MODEL = {"tiny": {"batch_size": 16, "seq_len": 256, "steps": 120, "lr": 0.007},
@@ -65,23 +64,13 @@ def main() -> None:
     vlm.train()
     started, bar = time.time(), tqdm(total=flags.steps, initial=step, disable=not setup.master, desc=STAGE, unit="step")
     while step < flags.steps and not interrupt.wanted:
-        # ---- one training step -------------------------------------------------------------------------------------
         batches = [next(loader) for loader in loaders]
-        tokens = setup.sum(sum(int((batch["targets"] >= 0).sum()) for batch in batches))
-        total = 0.0
-        for batch in batches:
-            with setup.autocast():
-                loss = vlm(to_device(batch, setup)) / tokens
-            loss.backward()
-            total += loss.item()
-        sync_gradients(params, setup)
-        optimizer.step(lr_scale(step, flags))
+        loss = train_step(vlm, batches, supervised(batches, setup), params, optimizer, setup, lr_scale(step, flags))
         step += 1
-        # ------------------------------------------------------------------------------------------------------------
-        total, images = setup.sum(total), setup.sum(sum(len(b["pixels"]) for b in batches if b["pixels"] is not None))
+        images = setup.sum(sum(len(batch["pixels"]) for batch in batches if batch["pixels"] is not None))
         bar.update()
-        bar.set_postfix(loss=f"{total:.3f}", images=int(images))
-        log.write(step=step, loss=total, images=images, lr=flags.lr * lr_scale(step - 1, flags), seconds=time.time() - started)
+        bar.set_postfix(loss=f"{loss:.3f}", images=int(images))
+        log.write(step=step, loss=loss, images=images, lr=flags.lr * lr_scale(step - 1, flags), seconds=time.time() - started)
         if step % flags.eval_every == 0 and flags.eval_every > 0:
             picture_losses(vlm, documents, setup, flags.seq_len)
         if step % flags.save_every == 0 and flags.save_every > 0:

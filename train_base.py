@@ -30,11 +30,9 @@ from PIL import Image, ImageDraw, ImageFont
 from tqdm import tqdm
 
 import data
-from model import PRESETS, VLM, load_checkpoint, read_json, read_metadata, read_safetensors, respond, save_checkpoint, token_loss
+from model import PRESETS, VLM, load_checkpoint, newest_checkpoint, read_json, read_metadata, read_safetensors, respond, save_checkpoint, token_loss
 from tokenizer import Tokenizer
 from vision import load_image, preprocess
-
-STAGES = ["base", "align", "sft", "rl"]  # each starts from the newest one before it
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Flags
@@ -162,10 +160,8 @@ def start(flags, setup: Setup, stage: str, make_tokenizer) -> tuple[VLM, Tokeniz
       4. random weights, and a tokenizer trained on the data at hand
     and says which. Never falls from one to the next because something is broken: that is an error.
     """
-    folder = Path(flags.out_dir) / flags.model
-    here = folder / stage
-    earlier = [folder / s for s in STAGES[:STAGES.index(stage)] if (folder / s / "config.json").exists()]
-    source, state, moments = flags.init or (earlier[-1] if earlier else ""), {}, {}
+    here = Path(flags.out_dir) / flags.model / stage
+    source, state, moments = flags.init or newest_checkpoint(flags.out_dir, flags.model, before=stage), {}, {}
     if flags.resume:
         state, moments, source = read_json(here / "state.json"), read_safetensors(here / "optimizer.safetensors"), here
         if {read_metadata(here / f)["step"] for f in ("model.safetensors", "optimizer.safetensors")} != {str(state["step"])}:
@@ -361,8 +357,8 @@ class Interrupt:
         signal.signal(signal.SIGINT, self.old)
 
 
-def save(flags, setup: Setup, stage: str, vlm: VLM, tokenizer: Tokenizer, optimizer: Optimizer, loaders: list, step: int) -> Path:
-    "The stage's checkpoint, with all that --resume needs. The loaders' places are collected from all ranks."
+def save(flags, setup: Setup, stage: str, vlm: VLM, tokenizer: Tokenizer, optimizer: Optimizer, loaders: list, step: int, **more) -> Path:
+    "The stage's checkpoint, with all that --resume needs (`more` goes into state.json). The loaders' places come from all ranks."
     folder = Path(flags.out_dir) / flags.model / stage
     places = [loader.state() for loader in loaders]
     if setup.world > 1:
@@ -372,7 +368,7 @@ def save(flags, setup: Setup, stage: str, vlm: VLM, tokenizer: Tokenizer, optimi
     if setup.master:
         # What a resumed run must not change, or it would not be the same run.
         kept = {name: getattr(flags, name) for name in ("data", "batch_size", "micro_batch_size", "seq_len", "lr", "steps", "seed")}
-        save_checkpoint(folder, vlm, tokenizer, optimizer.state(), {"step": step, "data": places, "flags": kept})
+        save_checkpoint(folder, vlm, tokenizer, optimizer.state(), {"step": step, "data": places, "flags": kept, **more})
     return folder
 
 
@@ -385,12 +381,28 @@ def check_resume(flags, state: dict) -> int:
     return state.get("step", 0)
 
 
-def sync_gradients(params: dict, setup: Setup) -> None:
-    "Sum over ranks (the loss is already divided by the tokens of all). A parameter no local row used still takes part."
+def train_step(vlm: VLM, batches: list[dict], tokens: float, params: dict, optimizer: Optimizer, setup: Setup, scale: float) -> float:
+    """
+    One optimizer step over this rank's micro-batches -> the loss of the whole step. `tokens`: supervised ones, of all micro-batches
+    and ranks. Each micro-batch's sum is divided by it, so that the gradients, added up, are those of the mean over all tokens.
+    """
+    total = 0.0
+    for batch in batches:
+        with setup.autocast():
+            loss = vlm(to_device(batch, setup)) / tokens
+        loss.backward()
+        total += loss.item()
     if setup.world > 1:
-        for p in params.values():
+        for p in params.values():  # a parameter that no row of this rank used takes part all the same
             p.grad = torch.zeros_like(p) if p.grad is None else p.grad
             dist.all_reduce(p.grad)
+    optimizer.step(scale)
+    return setup.sum(total)
+
+
+def supervised(batches: list[dict], setup: Setup) -> float:
+    "Supervised tokens of the step, over all micro-batches and ranks."
+    return setup.sum(sum(int((batch["targets"] >= 0).sum()) for batch in batches))
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -458,11 +470,11 @@ def held_out_loss(vlm: VLM, documents: list, setup: Setup, seq_len: int, image: 
     waiting = documents[setup.rank::setup.world]
     while waiting:
         batch, placed, waiting = data.pack(waiting, 16, seq_len, vlm.config.bridge.num_tokens)
-        batch = {name: torch.from_numpy(array) for name, array in batch.items()}
-        pixels = [convert(source, doc.record) for doc in placed for source in doc.record["images"]]
-        pixels = [torch.full_like(p, 128) for p in pixels] if image == "blank" else pixels
-        pixels = pixels[1:] + pixels[:1] if image == "shuffled" else pixels
-        batch["pixels"] = torch.stack(pixels) if pixels else None
+        batch = data.to_batch(batch, placed, convert)
+        if image == "blank" and batch["pixels"] is not None:
+            batch["pixels"] = torch.full_like(batch["pixels"], 128)
+        if image == "shuffled":
+            batch["pictures"] = batch["pictures"].roll(1)
         with setup.autocast():
             total += vlm(to_device(batch, setup)).item()
         tokens += int((batch["targets"] >= 0).sum())
@@ -550,23 +562,12 @@ def main() -> None:
     vlm.train()
     started, bar = time.time(), tqdm(total=flags.steps, initial=step, disable=not setup.master, desc=STAGE, unit="step")
     while step < flags.steps and not interrupt.wanted:
-        # ---- one training step -------------------------------------------------------------------------------------
         batches = [next(loader) for loader in loaders]
-        tokens = setup.sum(sum(int((batch["targets"] >= 0).sum()) for batch in batches))
-        total = 0.0
-        for batch in batches:
-            with setup.autocast():
-                loss = vlm(to_device(batch, setup)) / tokens  # summed over the step it is the mean over all ranks' tokens
-            loss.backward()
-            total += loss.item()
-        sync_gradients(params, setup)
-        optimizer.step(lr_scale(step, flags))
+        loss = train_step(vlm, batches, supervised(batches, setup), params, optimizer, setup, lr_scale(step, flags))
         step += 1
-        # ------------------------------------------------------------------------------------------------------------
-        total = setup.sum(total)
         bar.update()
-        bar.set_postfix(loss=f"{total:.3f}")
-        log.write(step=step, loss=total, lr=flags.lr * lr_scale(step - 1, flags), seconds=time.time() - started)
+        bar.set_postfix(loss=f"{loss:.3f}")
+        log.write(step=step, loss=loss, lr=flags.lr * lr_scale(step - 1, flags), seconds=time.time() - started)
         if step % flags.eval_every == 0 and flags.eval_every > 0:
             setup.say(f"step {step}: {bits_per_byte(vlm, tokenizer, documents, setup, flags.seq_len):.3f} bits per byte")
         if step % flags.save_every == 0 and flags.save_every > 0:

@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from train_base import (SHARED_FLAGS, Interrupt, Log, Optimizer, Setup, check_resume, evaluate, evaluate_with_baselines, finish, freeze,
                         held_out_loss, lr_scale, make_tokenizer, parse_flags, run, save, save_samples, start, start_data,
-                        sync_gradients, to_device, to_document)
+                        supervised, to_document, train_step)
 
 STAGE = "sft"
 BY_MODEL = {"tiny": {"batch_size": 32, "seq_len": 128, "steps": 700, "lr": 0.006},
@@ -45,23 +45,13 @@ def main() -> None:
     vlm.train()
     started, bar = time.time(), tqdm(total=flags.steps, initial=step, disable=not setup.master, desc=STAGE, unit="step")
     while step < flags.steps and not interrupt.wanted:
-        # ---- one training step -------------------------------------------------------------------------------------
         batches = [next(loader) for loader in loaders]
-        tokens = setup.sum(sum(int((batch["targets"] >= 0).sum()) for batch in batches))
-        total = 0.0
-        for batch in batches:
-            with setup.autocast():
-                loss = vlm(to_device(batch, setup)) / tokens
-            loss.backward()
-            total += loss.item()
-        sync_gradients(params, setup)
-        optimizer.step(lr_scale(step, flags))
+        loss = train_step(vlm, batches, supervised(batches, setup), params, optimizer, setup, lr_scale(step, flags))
         step += 1
-        # ------------------------------------------------------------------------------------------------------------
-        total, images = setup.sum(total), setup.sum(sum(len(b["pixels"]) for b in batches if b["pixels"] is not None))
+        images = setup.sum(sum(len(batch["pixels"]) for batch in batches if batch["pixels"] is not None))
         bar.update()
-        bar.set_postfix(loss=f"{total:.3f}", images=int(images))
-        log.write(step=step, loss=total, images=images, lr=flags.lr * lr_scale(step - 1, flags), seconds=time.time() - started)
+        bar.set_postfix(loss=f"{loss:.3f}", images=int(images))
+        log.write(step=step, loss=loss, images=images, lr=flags.lr * lr_scale(step - 1, flags), seconds=time.time() - started)
         if step % flags.eval_every == 0 and flags.eval_every > 0:
             result = evaluate(vlm, tokenizer, first, setup)
             kinds = ", ".join(f"{kind} {value:.0%}" for kind, value in result["by_kind"].items())

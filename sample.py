@@ -1,0 +1,171 @@
+"""
+Ask a trained model about pictures.
+
+    python sample.py --image cat.jpg                                  # describe it
+    python sample.py --image cat.jpg --question "What colour is the cat?"
+    python sample.py --chat                                           # a conversation; /image PATH shows a picture
+    python sample.py --images holiday/ --out answers.jsonl            # a whole folder, one JSON line per picture
+
+Standard output holds the answer alone, so that it can be piped; everything else goes to standard error. The checkpoint is --init, or
+the latest stage under --out_dir. The prompt is made by the same `render` as in training: a chat that looks even slightly different
+from what a model was trained on is the most common reason for bad answers.
+"""
+import argparse
+import json
+import sys
+from pathlib import Path
+
+import torch
+
+import data
+from model import PRESETS, VLM, load_checkpoint, newest_checkpoint, respond
+from tokenizer import Tokenizer
+from vision import load_image, preprocess
+
+IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff"}
+
+
+def parse_flags(argv=None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    add = parser.add_argument
+    add("--image", action="append", default=[], help="picture to ask about; may be given several times")
+    add("--images", default="", help="folder of pictures: ask about each, answers go to --out")
+    add("--question", default="Describe the picture.", help="[%(default)s]")
+    add("--chat", action="store_true", help="talk on the terminal")
+    add("--out", default="answers.jsonl", help="with --images; pictures that it already answers are skipped [%(default)s]")
+    add("--init", default="", help="checkpoint folder [the latest stage under OUT_DIR/MODEL]")
+    add("--model", default="tiny", help=f"{', '.join(PRESETS)} [%(default)s]")
+    add("--out_dir", default="out", help="where the stages keep their checkpoints [%(default)s]")
+    add("--max_new_tokens", type=int, default=128, help="[%(default)s]")
+    add("--temperature", type=float, default=0.0, help="0: always the likeliest token [%(default)s]")
+    add("--top_k", type=int, default=0, help="sample among the k likeliest tokens; 0: all [%(default)s]")
+    add("--top_p", type=float, default=1.0, help="sample among the fewest tokens that hold this share [%(default)s]")
+    add("--repetition_penalty", type=float, default=1.0, help="above 1: words already used become less likely [%(default)s]")
+    add("--seed", type=int, default=0, help="of sampling [%(default)s]")
+    add("--batch_size", type=int, default=16, help="pictures at once, with --images [%(default)s]")
+    add("--device", default="auto", help="auto, cpu, cuda or mps [%(default)s]")
+    parser.error = lambda message: parser.exit(2, f"error: {message} (--help lists all flags)\n")
+    flags = parser.parse_args(argv)
+    if not 0 < flags.top_p <= 1 or flags.temperature < 0 or flags.repetition_penalty <= 0 or min(flags.max_new_tokens, flags.batch_size) < 1:
+        raise ValueError("--top_p must be in 0 to 1, --temperature from 0, --repetition_penalty above 0, --max_new_tokens and --batch_size from 1")
+    return flags
+
+
+def load(flags) -> tuple[VLM, Tokenizer]:
+    folder = flags.init or newest_checkpoint(flags.out_dir, flags.model)
+    if not folder:
+        raise ValueError(f"no trained model under {flags.out_dir}/{flags.model}; train one with `python train_sft.py --batch_size=32`, "
+                         "or name a checkpoint folder by --init=")
+    vlm, tokenizer = load_checkpoint(folder), Tokenizer.from_pretrained(folder)
+    device = flags.device
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    if device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("--device=cuda: PyTorch sees no GPU here; use --device=cpu")
+    print(f"({folder}, {device})", file=sys.stderr)
+    return vlm.to(device).eval(), tokenizer
+
+
+def options(flags) -> dict:
+    return {name: getattr(flags, name) for name in ("max_new_tokens", "temperature", "top_k", "top_p", "repetition_penalty")}
+
+
+def to_pixels(vlm: VLM, path) -> torch.Tensor:
+    config = vlm.config.vision
+    return preprocess(load_image(path), config.image_size, config.bicubic)
+
+
+def user_message(question: str, images: int) -> dict:
+    "The parts form: what a user types is text, even if it contains <image>."
+    return {"role": "user", "content": [{"type": "image"}] * images + [{"type": "text", "text": "\n" * bool(images) + question}]}
+
+
+def stream(vlm: VLM, tokenizer: Tokenizer, messages: list, pixels: list, flags) -> str:
+    "Print the answer as it comes, and return it. A token may end inside a character: only whole ones are printed."
+    prompt = tokenizer.render(messages, image_tokens=vlm.config.bridge.num_tokens, add_generation_prompt=True)
+    ids, shown = [], ""
+    for (token,) in vlm.generate([prompt], torch.stack(pixels) if pixels else None, stop=set(tokenizer.stop_ids),
+                                 vocab_used=tokenizer.vocab_size, seeds=[flags.seed], **options(flags)):
+        ids.append(token)
+        text = tokenizer.decode(ids)
+        if not text.endswith("\ufffd"):
+            print(text[len(shown):], end="", flush=True)
+            shown = text
+    print()
+    return shown
+
+
+def chat(vlm: VLM, tokenizer: Tokenizer, flags) -> None:
+    print("Type a question. /image PATH shows a picture, /reset starts over, /quit ends.", file=sys.stderr)
+    messages, pixels, waiting = [], [], [to_pixels(vlm, path) for path in flags.image]
+    while True:
+        print("> ", end="", file=sys.stderr, flush=True)
+        line = sys.stdin.readline()
+        if not line or line.strip() == "/quit":
+            return
+        command, _, rest = line.strip().partition(" ")
+        if command == "/image":
+            try:
+                waiting.append(to_pixels(vlm, rest.strip()))
+                print("(picture loaded; ask about it)", file=sys.stderr)
+            except ValueError as error:  # a slip of the keyboard should not end the conversation
+                print(f"error: {error}", file=sys.stderr)
+        elif command == "/reset":
+            messages, pixels, waiting = [], [], []
+        elif command:
+            messages.append(user_message(line.strip(), len(waiting)))
+            pixels, waiting = pixels + waiting, []
+            answer = stream(vlm, tokenizer, messages, pixels, flags)
+            messages.append({"role": "assistant", "content": [{"type": "text", "text": answer}]})
+
+
+def folder(vlm: VLM, tokenizer: Tokenizer, flags) -> None:
+    "Every picture of a folder -> one line of --out. A picture that cannot be read gets a line with its error, and the rest go on."
+    root, out = Path(flags.images), Path(flags.out)
+    if not root.is_dir():
+        raise ValueError(f"--images={root}: no such folder")
+    done = set()
+    if out.exists():
+        done = {(row["image"], row["question"]) for row in map(json.loads, out.read_text(encoding="utf-8").splitlines()) if "answer" in row}
+    names = sorted(str(path.relative_to(root)) for path in root.rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES)
+    if not names:
+        raise ValueError(f"--images={root}: no pictures there ({', '.join(sorted(IMAGE_SUFFIXES))})")
+    names, failed = [name for name in names if (name, flags.question) not in done], 0
+    with open(out, "a", encoding="utf-8") as file:
+        for at in range(0, len(names), flags.batch_size):
+            rows = []
+            for name in names[at:at + flags.batch_size]:
+                try:
+                    rows.append((name, to_pixels(vlm, root / name)))
+                except ValueError as error:
+                    failed += 1
+                    print(f"error: {error}", file=sys.stderr)
+                    file.write(json.dumps({"image": name, "question": flags.question, "error": str(error)}) + "\n")
+            said = respond(vlm, tokenizer, [[user_message(flags.question, 1)]] * len(rows), [[pixels] for _, pixels in rows],
+                           seeds=[flags.seed] * len(rows), **options(flags)) if rows else []
+            for (name, _), answer in zip(rows, said):
+                file.write(json.dumps({"image": name, "question": flags.question, "answer": answer}, ensure_ascii=False) + "\n")
+            file.flush()
+            print(f"{min(at + flags.batch_size, len(names))} of {len(names)} pictures", file=sys.stderr)
+    if failed:
+        raise ValueError(f"{failed} of {len(names)} pictures could not be read; {out} says which")
+
+
+def main() -> None:
+    flags = parse_flags()
+    vlm, tokenizer = load(flags)
+    if flags.images:
+        folder(vlm, tokenizer, flags)
+    elif flags.chat:
+        chat(vlm, tokenizer, flags)
+    else:
+        stream(vlm, tokenizer, [user_message(flags.question, len(flags.image))], [to_pixels(vlm, path) for path in flags.image], flags)
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except (ValueError, OSError) as error:
+        sys.exit(f"error: {error}")
+    except KeyboardInterrupt:
+        sys.exit(130)
