@@ -601,6 +601,12 @@ def open_source(source):
     return io.BytesIO(source) if isinstance(source, bytes) else source
 
 
+def load_source(source, load):
+    """`load` is vision.load_image: it opens the source, under the name that its errors should give."""
+    name = " in ".join(reversed(source)) if isinstance(source, tuple) else source if isinstance(source, str) else "picture"
+    return load(open_source(source), name)
+
+
 def image_finder(path: str):
     """-> the function that turns an image's name in this file into its source, or None. It opens no image."""
     folder = os.path.dirname(os.path.abspath(path))
@@ -809,15 +815,21 @@ class Shuffled:
 
 
 class Mixture:
-    "Several data sets, drawn from in proportion to their weights."
+    "Several data sets in proportion to their weights: record i is of the set that is furthest behind its share, 1,000 to a round."
 
-    def __init__(self, parts: list[tuple], seed: int):
-        self.sets, self.seed = [part for part, _ in parts], seed
-        self.shares = [weight / sum(w for _, w in parts) for _, weight in parts]
+    def __init__(self, parts: list[tuple]):
+        self.sets, total = [part for part, _ in parts], sum(weight for _, weight in parts)
+        counts, self.round = [0] * len(parts), []  # round: (set, how many of that set came before it)
+        for i in range(1000):
+            k = max(range(len(parts)), key=lambda k: parts[k][1] / total * (i + 1) - counts[k])
+            self.round.append((k, counts[k]))
+            counts[k] += 1
+        self.counts = counts
 
     def __getitem__(self, i: int) -> dict:
-        k = random.Random(f"{self.seed}/{i}").choices(range(len(self.sets)), self.shares)[0]
-        return self.sets[k][int(i * self.shares[k])]  # set k comes up that often, so its own records follow one another
+        rounds, at = divmod(i, len(self.round))
+        k, before = self.round[at]
+        return self.sets[k][rounds * self.counts[k] + before]  # each set's own records one after another: none left out
 
 
 def text_records(path: str, encode, end: int, seq_len: int) -> list[dict]:
@@ -848,7 +860,7 @@ def load_data(spec: str, task: str, seed: int, held: int, val: str = "", encode=
         train, aside = (records, read(val)[:held]) if val else split_by_image(records, at_most=held)
         parts.append((Shuffled(train, seed), weight))
         kept["held_out"] = kept.get("held_out", []) + aside
-    return (parts[0][0] if len(parts) == 1 else Mixture(parts, seed)), kept
+    return (parts[0][0] if len(parts) == 1 else Mixture(parts)), kept
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -931,15 +943,16 @@ class Loader:
         return self
 
     def __next__(self) -> dict:
-        documents, tokens = list(self.waiting), sum(len(d.ids) for d in self.waiting)
+        documents, tokens, misfits = list(self.waiting), sum(len(d.ids) for d in self.waiting), 0
         while tokens < self.rows * self.seq_len * 1.02:
             document = self.to_document(self.dataset[self.next], self.next)
             self.next += self.lanes
             if document is None:
-                self.left_out += 1
-                if self.left_out > 1000 and not documents:
-                    raise ValueError(f"{self.left_out} records in a row do not fit into --seq_len={self.seq_len}; raise it")
+                self.left_out, misfits = self.left_out + 1, misfits + 1
+                if misfits > 1000:
+                    raise ValueError(f"{misfits} records in a row do not fit into --seq_len={self.seq_len}; raise it")
                 continue
+            misfits = 0
             documents.append(document)
             tokens += len(document.ids)
         # Those that waited go first, so that none waits for ever; then long before short, which wastes the least.

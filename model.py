@@ -67,12 +67,12 @@ PRESETS = {
         ViTConfig(hidden_size=128, intermediate_size=512, num_hidden_layers=3, num_attention_heads=4, image_size=72, patch_size=12),
         BridgeConfig(num_latents=9, num_layers=1, num_heads=4),
         GPTConfig(vocab_size=1024, hidden_size=128, intermediate_size=256, num_hidden_layers=3, num_attention_heads=4,
-                  num_key_value_heads=2, rope_theta=10000.0, max_position_embeddings=2048)),
+                  num_key_value_heads=2, max_position_embeddings=2048)),
     "small": VLMConfig(
         ViTConfig(hidden_size=384, intermediate_size=1536, num_hidden_layers=12, num_attention_heads=6, image_size=128, patch_size=8),
         BridgeConfig(num_latents=64, num_layers=2, num_heads=6),
         GPTConfig(vocab_size=8192, hidden_size=512, intermediate_size=1408, num_hidden_layers=12, num_attention_heads=8,
-                  num_key_value_heads=2, rope_theta=10000.0, max_position_embeddings=4096)),
+                  num_key_value_heads=2, max_position_embeddings=4096)),
 }
 for _name, _preset in PRESETS.items():  # what follows from the rest is written once
     _preset.preset = _name
@@ -232,8 +232,9 @@ class GPT(nn.Module):
         "From a Qwen2 or Qwen2.5 folder as the hub ships it: config.json and one or more safetensors files."
         folder = Path(folder)
         hf = read_json(folder / "config.json")
-        hf = {**hf, **hf.get("rope_parameters", {})}  # transformers 5 moved rope_theta in there
-        if hf.get("use_sliding_window") or (hf.get("rope_scaling") or {}).get("rope_type", "default") != "default":
+        hf |= hf.get("rope_parameters") or {}  # transformers 5 moved rope_theta in there
+        rope = {**hf, **(hf.get("rope_scaling") or {})}
+        if hf.get("use_sliding_window") or rope.get("rope_type", rope.get("type", "default")) != "default":
             raise ValueError(f"{folder}/config.json: sliding windows and scaled RoPE are not supported")
         config = GPTConfig(**{f.name: hf[f.name] for f in fields(GPTConfig) if f.name in hf})
         with torch.device("meta"):
@@ -256,9 +257,8 @@ class TokenLoss(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, x, head, targets, weights, chunk):
+    def forward(ctx, x, head, targets, weights, chunk, train):
         total = x.new_zeros((), dtype=torch.float32)
-        train = x.requires_grad or head.requires_grad
         w = head.to(x.dtype)
         grad_x = torch.zeros_like(x) if train else None
         grad_head = torch.zeros_like(head) if train and head.requires_grad else None
@@ -280,7 +280,7 @@ class TokenLoss(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         grad_x, grad_head = ctx.saved_tensors
-        return grad_x * grad, None if grad_head is None else grad_head * grad, None, None, None
+        return grad_x * grad, None if grad_head is None else grad_head * grad, None, None, None, None
 
 
 def token_loss(x, head, targets, weights=None, chunk: int = 4096) -> torch.Tensor:
@@ -291,7 +291,7 @@ def token_loss(x, head, targets, weights=None, chunk: int = 4096) -> torch.Tenso
     """
     rows = (targets.flatten() >= 0).nonzero()[:, 0]  # most positions are picture or question: they never reach the head
     weights = torch.ones_like(targets, dtype=torch.float32) if weights is None else weights
-    return TokenLoss.apply(x.flatten(0, 1)[rows], head, targets.flatten()[rows], weights.flatten()[rows], chunk)
+    return TokenLoss.apply(x.flatten(0, 1)[rows], head, targets.flatten()[rows], weights.flatten()[rows], chunk, torch.is_grad_enabled())
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -442,12 +442,21 @@ def respond(vlm: VLM, tokenizer, conversations: list, pixels: list, **options) -
 #   model.safetensors        the weights                optimizer.safetensors   moments, for --resume
 #   state.json               step, place in the data, ... for --resume
 
+def recover(folder) -> Path:
+    "If the last save was interrupted between its two renames, the checkpoint lies beside its place: put it back."
+    folder = Path(folder)
+    old = folder.with_name(folder.name + ".old")
+    if not folder.exists() and old.exists():
+        os.rename(old, folder)
+    return folder
+
+
 def save_checkpoint(folder, vlm: VLM, tokenizer, optimizer: dict | None = None, state: dict | None = None) -> None:
     """
     All or nothing: the new folder is written beside the old one and then takes its place, so that a crash at any moment leaves a
     whole checkpoint. Other files in the old folder (log.jsonl, samples.png) move along.
     """
-    folder = Path(folder)
+    folder = recover(folder)
     new, old = folder.with_name(folder.name + ".new"), folder.with_name(folder.name + ".old")
     for leftover in (new, old):
         shutil.rmtree(leftover, ignore_errors=True)
@@ -462,7 +471,7 @@ def save_checkpoint(folder, vlm: VLM, tokenizer, optimizer: dict | None = None, 
     if folder.exists():
         for file in folder.iterdir():
             if not (new / file.name).exists() and file.name not in ("optimizer.safetensors", "state.json"):
-                shutil.copy2(file, new / file.name)
+                (shutil.copytree if file.is_dir() else shutil.copy2)(file, new / file.name)
         os.rename(folder, old)
     os.rename(new, folder)
     shutil.rmtree(old, ignore_errors=True)
@@ -480,15 +489,16 @@ def newest_checkpoint(out_dir, preset: str, before: str = "") -> Path | None:
 
 def load_checkpoint(folder) -> VLM:
     "The folder's model, on the CPU, in float32. ValueError if anything is missing, cut short or of another shape."
-    folder = Path(folder)
-    old = folder.with_name(folder.name + ".old")
-    if not folder.exists() and old.exists():
-        os.rename(old, folder)  # the last save was interrupted between its two renames
+    folder = recover(folder)
     config = read_json(folder / "config.json")
     if config.pop("model_type", "") != "ghostvis":
         raise ValueError(f"{folder}/config.json: not a checkpoint of this project")
+    try:
+        config = VLMConfig.from_dict(config)
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"{folder}/config.json: does not fit this version of the code ({error})") from None
     with torch.device("meta"):
-        vlm = VLM(VLMConfig.from_dict(config))
+        vlm = VLM(config)
     tensors = read_safetensors(folder / "model.safetensors")
     load_renamed(vlm, tensors, {name: [name] for name, _ in vlm.named_parameters()}, "", str(folder / "model.safetensors"))
     return vlm

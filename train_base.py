@@ -30,7 +30,7 @@ from PIL import Image, ImageDraw, ImageFont
 from tqdm import tqdm
 
 import data
-from model import PRESETS, VLM, load_checkpoint, newest_checkpoint, read_json, read_metadata, read_safetensors, respond, save_checkpoint, token_loss
+from model import PRESETS, VLM, load_checkpoint, newest_checkpoint, read_json, recover, read_metadata, read_safetensors, respond, save_checkpoint, token_loss
 from tokenizer import Tokenizer
 from vision import load_image, preprocess
 
@@ -163,6 +163,7 @@ def start(flags, setup: Setup, stage: str, make_tokenizer) -> tuple[VLM, Tokeniz
     here = Path(flags.out_dir) / flags.model / stage
     source, state, moments = flags.init or newest_checkpoint(flags.out_dir, flags.model, before=stage), {}, {}
     if flags.resume:
+        recover(here)
         state, moments, source = read_json(here / "state.json"), read_safetensors(here / "optimizer.safetensors"), here
         if {read_metadata(here / f)["step"] for f in ("model.safetensors", "optimizer.safetensors")} != {str(state["step"])}:
             raise ValueError(f"{here}: weights, optimizer and state are of different steps; start again without --resume")
@@ -260,7 +261,7 @@ class Optimizer:
         for n in self.rest:
             moments = {k: state[f"adamw.{n}.{k}"].clone() for k in ("step", "exp_avg", "exp_avg_sq") if f"adamw.{n}.{k}" in state}
             if moments:
-                self.adamw.state[self.params[n]] = {k: v.to(self.params[n].device) if k != "step" else v for k, v in moments.items()}
+                self.adamw.state[self.params[n]] = {k: v.to(self.params[n].device) for k, v in moments.items()}
 
 
 def lr_scale(step: int, flags) -> float:
@@ -278,7 +279,7 @@ def to_pixels(vlm: VLM):
 
     def convert(source, record) -> torch.Tensor:
         try:
-            image = source.draw(config.image_size) if isinstance(source, data.Scene) else load_image(*data.open_source(source))
+            image = source.draw(config.image_size) if isinstance(source, data.Scene) else data.load_source(source, load_image)
         except ValueError as error:
             raise ValueError(f"record {record['id']}: {error}") from None
         return preprocess(image, config.image_size, config.bicubic)
@@ -491,7 +492,7 @@ def save_samples(path: Path, vlm: VLM, tokenizer: Tokenizer, records: list, colu
         x, y, right = i % columns * px, i // columns * height, record["messages"][-1]["content"]
         source = record["images"][0] if record["images"] else None
         if source is not None:
-            picture = source.draw(px - 8) if isinstance(source, data.Scene) else load_image(data.open_source(source))
+            picture = source.draw(px - 8) if isinstance(source, data.Scene) else data.load_source(source, load_image)
             sheet.paste(picture.resize((px - 8, px - 8)), (x + 4, y + 4))
         ok = data.score(record.get("metric", "exact"), text, record.get("answer", right), record.get("choices")) > 0.5
         question = record["messages"][-2]["content"].replace("<image>", "").strip()

@@ -43,13 +43,16 @@ def load_image(source, name: str = "") -> Image.Image:
     name = name or (str(source) if isinstance(source, (str, Path)) else "image")
     try:
         image = source if isinstance(source, Image.Image) else Image.open(source)
-        if image.width * image.height > MAX_PIXELS:
-            raise ValueError(f"{name}: {image.width} x {image.height} pixels is over the limit of {MAX_PIXELS:,}; make it smaller")
-        image.load()  # decoding happens here, and with it most errors
+        small = image.width * image.height <= MAX_PIXELS
+        if small:
+            image.load()  # decoding happens here, and with it most errors
     except FileNotFoundError:
         raise ValueError(f"{name}: no such image file") from None
-    except (OSError, SyntaxError, EOFError, struct.error, Image.DecompressionBombError) as error:
-        raise ValueError(f"{name}: not a readable image ({error}); replace it or remove it from the data") from None
+    except Exception as error:  # noqa: BLE001 Pillow's decoders answer a broken file with almost any type of error
+        why = " ".join(str(error).split())[:200]
+        raise ValueError(f"{name}: not a readable image ({why}); replace it or remove it from the data") from None
+    if not small:
+        raise ValueError(f"{name}: {image.width} x {image.height} pixels is over the limit of {MAX_PIXELS:,}; make it smaller")
     try:
         image = ImageOps.exif_transpose(image)  # phones store the picture as the sensor lay, and how to turn it
     except Exception:  # noqa: BLE001 a broken EXIF block raises almost anything; the pixels themselves are fine
@@ -336,11 +339,14 @@ MAX_HEADER = 100_000_000  # bytes; the format's own limit
 
 def read_json(path: Path) -> dict:
     try:
-        return json.loads(Path(path).read_text(encoding="utf-8"))
+        content = json.loads(Path(path).read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise ValueError(f"{path}: no such file") from None
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"{path}: not valid JSON ({error})") from None
+    if not isinstance(content, dict):
+        raise ValueError(f"{path}: a JSON object in braces is expected here")
+    return content
 
 
 def unique_keys(pairs: list) -> dict:
@@ -383,18 +389,20 @@ def read_header(path) -> tuple[dict, dict, int]:
         try:
             dtype, shape, (begin, end) = info["dtype"], info["shape"], info["data_offsets"]
         except (TypeError, KeyError, ValueError):
-            raise bad(f"tensor {name}: needs dtype, shape and two data_offsets") from None
-        if dtype not in DTYPES:
-            raise bad(f"tensor {name}: dtype {dtype!r} is not supported")
+            raise bad(f"tensor {name!r}: needs dtype, shape and two data_offsets") from None
+        if not isinstance(dtype, str) or dtype not in DTYPES:
+            raise bad(f"tensor {name!r}: dtype {dtype!r} is not supported")
         if not isinstance(shape, list) or any(type(n) is not int or n < 0 for n in shape + [begin, end]):
-            raise bad(f"tensor {name}: shape and offsets must be whole numbers from 0")
+            raise bad(f"tensor {name!r}: shape and offsets must be whole numbers from 0")
+        if math.prod(n or 1 for n in shape) >= 2 ** 59:  # one side may be 0, and then the size alone proves nothing
+            raise bad(f"tensor {name!r}: shape {shape} is too large")
         if end - begin != math.prod(shape) * DTYPES[dtype].itemsize:
-            raise bad(f"tensor {name}: {end - begin} bytes for shape {shape} of {dtype}")
+            raise bad(f"tensor {name!r}: {end - begin} bytes for shape {shape} of {dtype}")
         entries[name] = (DTYPES[dtype], shape, begin, end)
     expected = 0  # in order of their offsets the tensors must tile the data section exactly
     for name, (_, _, begin, end) in sorted(entries.items(), key=lambda item: item[1][2:]):
         if begin != expected:
-            raise bad(f"tensor {name}: begins at {begin}, not at {expected}: a gap or an overlap")
+            raise bad(f"tensor {name!r}: begins at {begin}, not at {expected}: a gap or an overlap")
         expected = end
     if 8 + length + expected != size:
         raise bad(f"{size:,} bytes, but its tensors end at {8 + length + expected:,}: cut short or changed")
@@ -414,7 +422,10 @@ def read_safetensors(path) -> dict[str, torch.Tensor]:
     if path.is_dir():
         if (path / "model.safetensors").exists():
             return read_safetensors(path / "model.safetensors")
-        where = read_json(path / "model.safetensors.index.json")["weight_map"]  # {tensor name: file name}
+        index = path / "model.safetensors.index.json"
+        where = read_json(index).get("weight_map")  # {tensor name: file name}
+        if not isinstance(where, dict) or not all(isinstance(file, str) for file in where.values()):
+            raise ValueError(f"{index}: lacks the weight_map of tensor and file names")
         shards = {file: read_safetensors(path / file) for file in sorted(set(where.values()))}
         for name, file in where.items():
             if name not in shards[file]:
