@@ -14,9 +14,10 @@ import time
 import torch
 
 import data
-from model import PRESETS, VLM
+from model import PRESETS, VLM, newest_checkpoint
 from tokenizer import Tokenizer
-from train_base import Optimizer, Setup, evaluate_with_baselines, freeze, make_tokenizer, parse_flags, run, start, start_data, supervised, train_step
+from train_base import (Optimizer, Setup, evaluate_with_baselines, freeze, make_tokenizer, parse_flags, run, start,
+                        start_data, supervised, train_step)
 
 FLAGS = {
     "what": ("eval", "eval or speed"),
@@ -38,11 +39,15 @@ FLAGS = {
 def bench_eval(flags) -> dict:
     "The same questions three times: with their own picture, with none, and with another's."
     setup = Setup(flags)
+    if not (flags.init or newest_checkpoint(flags.out_dir, flags.model)):
+        raise ValueError(f"no trained model under {flags.out_dir}/{flags.model}; train one, or name a "
+                         "checkpoint folder by --init=")
     vlm, tokenizer = load(flags, setup)
     if flags.data == "world":
         _, held = data.load_data("world", "exam", 0, flags.eval_size)
     else:  # a file given to be evaluated is held out as a whole
-        held = {"all": [record for name, _ in data.parse_mixture(flags.data) for record in data.read_records(name)][:flags.eval_size]}
+        held = {"all": [record for name, _ in data.parse_mixture(flags.data)
+                        for record in data.read_records(name)][:flags.eval_size]}
     results = evaluate_with_baselines(vlm, tokenizer, held, setup)
     return {"what": "eval", "data": flags.data, **next(iter(results.values())), "splits": results}
 
@@ -73,11 +78,16 @@ def matmul_ceiling(setup) -> float:
 
 
 def step_flops(vlm: VLM, trained: list[str], tokens: int, images: int) -> float:
-    "Matrix products only: 2 FLOP per weight and position forward, 2 for the gradient of the input, 2 for that of the weight."
+    """
+    Matrix products only: 2 FLOP per weight and position forward, 2 for the gradient of the input, 2 for that of the
+    weight.
+    """
     out = 0.0
     for name, group in vlm.groups().items():
-        weights = sum(p.numel() for n, p in group.named_parameters() if p.ndim == 2 and not n.endswith(("embed.weight", "position", "latents")))
-        positions = {"vit": images * vlm.config.vision.num_patches, "bridge": images * vlm.config.bridge.num_tokens, "decoder": tokens}[name]
+        weights = sum(p.numel() for n, p in group.named_parameters()
+                      if p.ndim == 2 and not n.endswith(("embed.weight", "position", "latents")))
+        positions = {"vit": images * vlm.config.vision.num_patches, "bridge": images * vlm.config.bridge.num_tokens,
+                     "decoder": tokens}[name]
         out += weights * positions * (6 if name in trained else 4 if name == "decoder" else 2)
     return out
 
@@ -99,26 +109,32 @@ def bench_speed(flags) -> dict:
         loading = clock(lambda: next(loaders[0]), flags.steps, torch.device("cpu"))
         batch = next(loaders[0])
         tokens, images = int((batch["documents"] > 0).sum()), 0 if batch["pixels"] is None else len(batch["pixels"])
-        seconds = clock(lambda: train_step(vlm, [batch], supervised([batch], setup), params, optimizer, setup, 1.0), flags.steps, setup.device)
+        seconds = clock(lambda: train_step(vlm, [batch], supervised([batch], setup), params, optimizer, setup, 1.0),
+                        flags.steps, setup.device)
         share = step_flops(vlm, trained, tokens, images) / seconds / ceiling
-        rows[stage] = {"ms": seconds * 1e3, "tokens_per_s": tokens / seconds, "images_per_s": images / seconds, "of_ceiling": share,
-                       "loader_ms": loading * 1e3}
-        setup.say(f"{stage:<10}{seconds * 1e3:>9.1f}{tokens / seconds:>10,.0f}{images / seconds:>10,.0f}{share:>12.0%}{loading * 1e3:>11.1f}")
+        rows[stage] = {"ms": seconds * 1e3, "tokens_per_s": tokens / seconds, "images_per_s": images / seconds,
+                       "of_ceiling": share, "loader_ms": loading * 1e3}
+        setup.say(f"{stage:<10}{seconds * 1e3:>9.1f}{tokens / seconds:>10,.0f}{images / seconds:>10,.0f}"
+                  f"{share:>12.0%}{loading * 1e3:>11.1f}")
     rows |= bench_decode(flags, setup, vlm.eval(), tokenizer)
-    return {"what": "speed", "device": setup.device.type, "dtype": str(setup.dtype), "matmul_gflops": ceiling / 1e9, **rows}
+    return {"what": "speed", "device": setup.device.type, "dtype": str(setup.dtype), "matmul_gflops": ceiling / 1e9,
+            **rows}
 
 
 def bench_decode(flags, setup, vlm: VLM, tokenizer: Tokenizer) -> dict:
     "After a picture and a question: time to the first token, and tokens per second after it."
     record, new, rows = data.World("exam", "scenes")[0], 32, {}
-    prompt = tokenizer.render(record["messages"][:-1], image_tokens=vlm.config.bridge.num_tokens, add_generation_prompt=True)
+    prompt = tokenizer.render(record["messages"][:-1], image_tokens=vlm.config.bridge.num_tokens,
+                              add_generation_prompt=True)
     size = vlm.config.vision.image_size
     for batch in (1, flags.batch_size):
         pixels = torch.randint(0, 256, (batch, 3, size, size), dtype=torch.uint8)
-        first, all_ = (clock(lambda: list(vlm.generate([prompt] * batch, pixels, max_new_tokens=n)), flags.steps, setup.device)
+        first, all_ = (clock(lambda: list(vlm.generate([prompt] * batch, pixels, max_new_tokens=n)),
+                             flags.steps, setup.device)
                        for n in (1, new + 1))
         rows[f"decode_{batch}"] = {"first_token_ms": first * 1e3, "tokens_per_s": batch * new / (all_ - first)}
-        setup.say(f"decode, {batch} at once: first token after {first * 1e3:.1f} ms, then {batch * new / (all_ - first):,.0f} tokens/s")
+        setup.say(f"decode, {batch} at once: first token after {first * 1e3:.1f} ms, then "
+                  f"{batch * new / (all_ - first):,.0f} tokens/s")
     return rows
 
 

@@ -6,14 +6,17 @@ Everything that comes from disk, and a world that needs no disk at all.
 
 In the order of this file:
   drawing     things and backgrounds as tables of flat shapes, painted at any size
-  the world   scenes, captions, ten kinds of questions: an endless data set without label noise, with two held-out splits
+  the world   scenes, captions, ten kinds of questions: an endless data set without label noise, with two held-out
+              splits
   reading     LLaVA-style JSON, JSONL, TSV benchmarks, tar shards, plain text -> records
   packing     documents of all lengths -> rows of one fixed shape, and the loader that feeds training
   scoring     the official rules of the benchmarks
 
-A record is one conversation: {"id", "messages": [{"role", "content"}], "images": [source]}. It is drawn and rendered when it is its turn.
+A record is one conversation: {"id", "messages": [{"role", "content"}], "images": [source]}. It is drawn and rendered
+when it is its turn.
 
-Left out: streaming from object stores, and shuffling buffers: a record's index alone says what it is, so any order can be had directly.
+Left out: streaming from object stores, and shuffling buffers: a record's index alone says what it is, so any order can
+be had directly.
 """
 import argparse
 import ast
@@ -197,15 +200,18 @@ def draw(objects: list[tuple], background_name: str, tint: int, px: int) -> Imag
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# The built-in world: scenes that are drawn and described by code. No download, no label noise, endless, and every answer checkable.
+# The built-in world: scenes that are drawn and described by code. No download, no label noise, endless, and every
+# answer checkable.
 
 PAIRS = [(colour, kind) for kind in KINDS for colour in COLOURS]
-HELD_OUT = {p for i, p in enumerate(PAIRS) if (i // 7 * 3 + i % 7) % 7 == 0}  # 12 of 84: each kind lacks one colour in training
+# 12 of 84: each kind lacks one colour in training
+HELD_OUT = {p for i, p in enumerate(PAIRS) if (i // 7 * 3 + i % 7) % 7 == 0}
 SEEN = [pair for pair in PAIRS if pair not in HELD_OUT]
 SIZES = {"small": 0.22, "medium": 0.275, "large": 0.33}  # sides, of the picture's side
-PLACES = ["top left", "top centre", "top right", "middle left", "centre", "middle right", "bottom left", "bottom centre", "bottom right"]
-WHERE = {"sky": "in a meadow", "night": "at night", "sand": "on a beach", "plain": "on plain paper", "room": "in a room",
-         "snow": "in the snow"}
+PLACES = ["top left", "top centre", "top right", "middle left", "centre", "middle right", "bottom left",
+          "bottom centre", "bottom right"]
+WHERE = {"sky": "in a meadow", "night": "at night", "sand": "on a beach", "plain": "on plain paper",
+         "room": "in a room", "snow": "in the snow"}
 MOST = 4  # things in one picture
 
 
@@ -231,7 +237,8 @@ class Scene:
     tint: int
 
     def draw(self, px: int) -> Image.Image:
-        return draw([(t.kind, t.colour, t.x, t.y, SIZES[t.size], t.flip) for t in self.things], self.background, self.tint, px)
+        return draw([(t.kind, t.colour, t.x, t.y, SIZES[t.size], t.flip) for t in self.things],
+                    self.background, self.tint, px)
 
     def count(self, word: str) -> int:
         "How many things are of this kind, colour, or 'colour kind'."
@@ -240,9 +247,10 @@ class Scene:
 
 def make_scene(rng: random.Random, new_pairs: bool = False) -> Scene:
     """
-    One to four things on a lightly jittered 3 x 3 grid. In half of the scenes kinds and colours come from small pools, so that there
-    is something to count and the same kind stands there in several colours: knowing what is present is not enough then, kind,
-    colour and place must be bound to each other. new_pairs: half of the things are HELD_OUT pairs, which training never shows.
+    One to four things on a lightly jittered 3 x 3 grid. In half of the scenes kinds and colours come from small pools,
+    so that there is something to count and the same kind stands there in several colours: knowing what is present is
+    not enough then, kind, colour and place must be bound to each other. new_pairs: half of the things are HELD_OUT
+    pairs, which training never shows.
     """
     n = rng.randint(1, MOST)
     pool = rng.randint(1, 3) if rng.random() < 0.5 else 12
@@ -274,8 +282,9 @@ def listed(parts: list[str]) -> str:
 
 def describe(scene: Scene, rng: random.Random | None = None) -> str:
     """
-    Every thing with place, size and colour, in reading order: "2 things at night. Top left: small red cat. Centre: blue dog." The
-    place comes first: then each word that follows can be looked up in one known spot of the picture. With rng: in any order.
+    Every thing with place, size and colour, in reading order: "2 things at night. Top left: small red cat. Centre: blue
+    dog." The place comes first: then each word that follows can be looked up in one known spot of the picture. With
+    rng: in any order.
     """
     n, things = len(scene.things), list(scene.things)
     if rng:
@@ -289,12 +298,16 @@ def summarize(scene: Scene) -> str:
     counts = {}
     for t in scene.things:
         counts[t.name] = counts.get(t.name, 0) + 1
-    text = listed([a(name) if n == 1 else f"{n} {plural(name)}" for name, n in counts.items()]) + f" {WHERE[scene.background]}."
+    text = listed([a(name) if n == 1 else f"{n} {plural(name)}" for name, n in counts.items()]) \
+        + f" {WHERE[scene.background]}."
     return text[0].upper() + text[1:]
 
 
 def per_thing(word, sentence):
-    "A writer of one sentence for each thing that `word` (its kind, colour or name) picks out without doubt, in any order."
+    """
+    A writer of one sentence for each thing that `word` (its kind, colour or name) picks out without doubt, in any
+    order.
+    """
     def write(scene: Scene, rng: random.Random) -> str:
         things = [t for t in scene.things if scene.count(word(t)) == 1]
         return " ".join(sentence(t) for t in rng.sample(things, len(things)))
@@ -306,13 +319,15 @@ def count_list(scene: Scene, rng: random.Random) -> str:
     there = [*{word for t in scene.things for word in (t.kind, t.colour)}]
     words = rng.sample(sorted(there), min(4, len(there))) + rng.sample([*KINDS, *COLOURS], 2)
     rng.shuffle(words)
-    return " ".join(f"{(plural(w) if w in KINDS else w + ' things').capitalize()}: {scene.count(w)}." for w in dict.fromkeys(words))
+    return " ".join(f"{(plural(w) if w in KINDS else w + ' things').capitalize()}: {scene.count(w)}."
+                    for w in dict.fromkeys(words))
 
 
 def check_list(scene: Scene, rng: random.Random) -> str:
     "\"Red cat: yes. Blue cat: no.\""
     names = [rng.choice(scene.things).name if rng.random() < 0.5 else absent(scene, rng, set()) for _ in range(6)]
-    return " ".join(f"{name.capitalize()}: {'yes' if scene.count(name) else 'no'}." for name in dict.fromkeys(names) if name)
+    return " ".join(f"{name.capitalize()}: {'yes' if scene.count(name) else 'no'}."
+                    for name in dict.fromkeys(names) if name)
 
 
 def relation_list(scene: Scene, rng: random.Random) -> str:
@@ -322,17 +337,22 @@ def relation_list(scene: Scene, rng: random.Random) -> str:
         t, name = unique(scene, rng, set())
         u, other = unique(scene, rng, set(), but=t)
         if t and u and t.cell % 3 != u.cell % 3:
-            out[f"{name.capitalize()} left or right of {other}: {'left' if t.cell % 3 < u.cell % 3 else 'right'}."] = None
+            out[f"{name.capitalize()} left or right of {other}: "
+                f"{'left' if t.cell % 3 < u.cell % 3 else 'right'}."] = None
         if t and u and t.cell // 3 != u.cell // 3:
-            out[f"{name.capitalize()} above or below {other}: {'above' if t.cell // 3 < u.cell // 3 else 'below'}."] = None
+            out[f"{name.capitalize()} above or below {other}: "
+                f"{'above' if t.cell // 3 < u.cell // 3 else 'below'}."] = None
     return " ".join(out)
 
 
-# What to ask for, who writes it, how often. What a text says first is what the next word can be looked up by: a model that only reads
-# "small red cat" learns to go from a place to a colour and on to a kind, and cannot say what colour the cat has. Hence all the orders.
+# What to ask for, who writes it, how often. What a text says first is what the next word can be looked up by: a model
+# that only reads "small red cat" learns to go from a place to a colour and on to a kind, and cannot say what colour the
+# cat has. Hence all the orders.
 CAPTIONS = [
-    (["Describe the picture.", "What do you see, and where?", "Describe everything in this image."], lambda s, rng: describe(s), 10),
-    (["What is in the picture?", "Write a short caption.", "Say briefly what this shows."], lambda s, rng: summarize(s), 1),
+    (["Describe the picture.", "What do you see, and where?", "Describe everything in this image."],
+     lambda s, rng: describe(s), 10),
+    (["What is in the picture?", "Write a short caption.", "Say briefly what this shows."],
+     lambda s, rng: summarize(s), 1),
     (["Name the colours."], per_thing(lambda t: t.kind, lambda t: f"The {t.kind} is {t.colour}."), 1),
     (["Name the sizes."], per_thing(lambda t: t.kind, lambda t: f"The {t.kind} is {t.size}."), 1),
     (["Where are the things?"], per_thing(lambda t: t.kind, lambda t: f"The {t.kind} is at the {PLACES[t.cell]}."), 1),
@@ -343,11 +363,15 @@ CAPTIONS = [
 ]
 
 
-# Questions. Each function returns (question, answer), or None where the scene has no such question. `focus`: pairs of colour and kind
-# that it should be about. The wanted answer is drawn first and the question made to fit: the question alone gives nothing away.
+# Questions. Each function returns (question, answer), or None where the scene has no such question. `focus`: pairs of
+# colour and kind that it should be about. The wanted answer is drawn first and the question made to fit: the question
+# alone gives nothing away.
 
 def unique(scene: Scene, rng: random.Random, focus: set, but: Thing | None = None) -> tuple[Thing | None, str]:
-    "A thing that can be named without doubt, and its name: 'cat' if it is the only cat, else 'red cat'. Things in focus go first."
+    """
+    A thing that can be named without doubt, and its name: 'cat' if it is the only cat, else 'red cat'. Things in focus
+    go first.
+    """
     things = [t for t in scene.things if scene.count(t.name) == 1 and t != but]
     things = [t for t in things if (t.colour, t.kind) in focus] or things
     if not things:
@@ -358,7 +382,8 @@ def unique(scene: Scene, rng: random.Random, focus: set, but: Thing | None = Non
 
 def ask_count(scene, rng, focus):
     n = len(scene.things)
-    question = rng.choice(["How many things are there?", "How many things do you see in total?", "Count all the things."])
+    question = rng.choice(["How many things are there?", "How many things do you see in total?",
+                           "Count all the things."])
     return question, str(n)
 
 
@@ -380,7 +405,8 @@ def ask_colour(scene, rng, focus):
     if not things:
         return None
     t = rng.choice(things)
-    question = rng.choice([f"What colour is the {t.kind}?", f"Which colour does the {t.kind} have?", f"The {t.kind} is of what colour?"])
+    question = rng.choice([f"What colour is the {t.kind}?", f"Which colour does the {t.kind} have?",
+                           f"The {t.kind} is of what colour?"])
     return question, t.colour
 
 
@@ -390,16 +416,18 @@ def ask_kind(scene, rng, focus):
     if not things:
         return None
     t = rng.choice(things)
-    question = rng.choice([f"What is the {t.colour} thing?", f"Which thing is {t.colour}?", f"What kind of thing is {t.colour}?"])
+    question = rng.choice([f"What is the {t.colour} thing?", f"Which thing is {t.colour}?",
+                           f"What kind of thing is {t.colour}?"])
     return question, t.kind
 
 
 def absent(scene, rng, focus) -> str | None:
     "A 'colour kind' that is not there although its colour and its kind are, if possible: only binding tells."
     near = [(t.colour, u.kind) for t in scene.things for u in scene.things]
-    near += [(t.colour, rng.choice(KINDS)) for t in scene.things] + [(rng.choice(list(COLOURS)), t.kind) for t in scene.things]
+    near += [(t.colour, rng.choice(KINDS)) for t in scene.things] \
+        + [(rng.choice(list(COLOURS)), t.kind) for t in scene.things]
     near = [p for p in near if not scene.count(" ".join(p)) and (bool(focus) or p not in HELD_OUT)]
-    near = [p for p in near if p in focus] or near
+    near = [p for p in near if p in focus] or [p for p in sorted(focus) if not scene.count(" ".join(p))] or near
     return " ".join(rng.choice(near)) if near else None
 
 
@@ -428,7 +456,8 @@ def ask_relation(scene, rng, focus):
     one, two, is_one = rng.choice(choices)
     true, false = (one, two) if is_one else (two, one)
     if open_question:
-        question = rng.choice([f"Is the {name} {one} or {two} the {other}?", f"Where is the {name}, {one} or {two} the {other}?"])
+        question = rng.choice([f"Is the {name} {one} or {two} the {other}?",
+                               f"Where is the {name}, {one} or {two} the {other}?"])
         return question, true.split()[0]
     return f"Is the {name} {true if yes else false} the {other}?", "yes" if yes else "no"
 
@@ -437,7 +466,8 @@ def ask_place(scene, rng, focus):
     t, name = unique(scene, rng, focus)
     if not t:
         return None
-    question = rng.choice([f"Where is the {name}?", f"In which part of the picture is the {name}?", f"Where do you see the {name}?"])
+    question = rng.choice([f"Where is the {name}?", f"In which part of the picture is the {name}?",
+                           f"Where do you see the {name}?"])
     return question, PLACES[t.cell]
 
 
@@ -482,7 +512,8 @@ def ask_choice(scene, rng, focus):
 
 
 QUESTIONS = {"count": ask_count, "number": ask_number, "colour": ask_colour, "kind": ask_kind, "exists": ask_exists,
-             "relation": ask_relation, "place": ask_place, "compare": ask_compare, "size": ask_size, "choice": ask_choice}
+             "relation": ask_relation, "place": ask_place, "compare": ask_compare, "size": ask_size,
+             "choice": ask_choice}
 
 
 WEIGHTS = dict.fromkeys(QUESTIONS, 1.0)  # how often a kind is asked in training
@@ -495,9 +526,11 @@ def caption_share(i: int) -> float:
 
 class World:
     """
-    An endless data set: record i is made from (seed, split, i) alone, the same on every machine, in any order, on any rank.
+    An endless data set: record i is made from (seed, split, i) alone, the same on every machine, in any order, on any
+    rank.
     split: "train"; "scenes" (held out: other scenes); "pairs" (held out: colour-kind pairs that training never shows).
-    task: "text" (prose and text-only dialogues, stage 1), "captions" (2), "chat" (3, several questions a picture), "exam" (one question).
+    task: "text" (prose and text-only dialogues, stage 1), "captions" (2), "chat" (3, several questions a picture),
+    "exam" (one question).
     """
 
     def __init__(self, task: str, split: str = "train", seed: int = 0, kinds: list[str] = (), turns: int = 6):
@@ -511,7 +544,8 @@ class World:
         if self.task == "exam":
             return record | self.exam(i, rng)
         scene = make_scene(rng)
-        kinds = sorted(self.kinds, key=lambda kind: rng.random() ** (1 / WEIGHTS[kind]), reverse=True)  # in random order, by weight
+        # in random order, by weight
+        kinds = sorted(self.kinds, key=lambda kind: rng.random() ** (1 / WEIGHTS[kind]), reverse=True)
         found = (QUESTIONS[kind](scene, rng, set()) for kind in kinds)
         questions = list(itertools.islice(filter(None, found), self.turns))
         caption = []
@@ -523,15 +557,18 @@ class World:
         turns = caption if not questions or self.task == "captions" or rng.random() < caption_share(i) else questions
         # Stage 1 has no pictures: there a description, in no particular order, is what the questions are about.
         shown = describe(scene, rng) if self.task == "text" else "<image>"
-        messages = [{"role": role, "content": text} for turn in turns for role, text in zip(("user", "assistant"), turn)]
+        messages = [{"role": role, "content": text} for turn in turns
+                    for role, text in zip(("user", "assistant"), turn)]
         messages[0]["content"] = f"{shown}\n{messages[0]['content']}"
         return record | {"messages": messages, "images": [] if self.task == "text" else [scene]}
 
     def exam(self, i: int, rng: random.Random) -> dict:
         "One question, the kinds in turn. In the split of new pairs it is about such a pair wherever it can be."
         kind, focus = self.kinds[i % len(self.kinds)], HELD_OUT if self.split == "pairs" else set()
-        # The same dice for the question at every attempt, so that the answer it wants does not depend on which scenes can give it.
-        while not (found := QUESTIONS[kind](scene := make_scene(rng, bool(focus)), random.Random(f"{self.seed}/{i}"), focus)):
+        # The same dice for the question at every attempt, so that the answer it wants does not depend on which scenes
+        # can give it.
+        while not (found := QUESTIONS[kind](scene := make_scene(rng, bool(focus)),
+                                            random.Random(f"{self.seed}/{i}"), focus)):
             pass
         question, answer = found
         messages = [{"role": "user", "content": f"<image>\n{question}"}, {"role": "assistant", "content": answer}]
@@ -603,7 +640,8 @@ def open_source(source):
 
 def load_source(source, load):
     """`load` is vision.load_image: it opens the source, under the name that its errors should give."""
-    name = " in ".join(reversed(source)) if isinstance(source, tuple) else source if isinstance(source, str) else "picture"
+    name = " in ".join(reversed(source)) if isinstance(source, tuple) \
+        else source if isinstance(source, str) else "picture"
     return load(open_source(source), name)
 
 
@@ -708,7 +746,8 @@ def read_tsv(path: str) -> list[dict]:
         suffix = CHOICE_PROMPT if choices else SHORT_PROMPT if metric != "contains" else ""  # OCRBench asks plainly
         lines = "<image>", row.get("hint"), row["question"], *map(". ".join, choices.items()), suffix
         out.append({"id": row["index"], "images": [base64.b64decode(image)], "question": "\n".join(filter(None, lines)),
-               "answer": answer, "metric": "choice" if choices else metric, "choices": choices, "kind": row.get("category", "")})
+               "answer": answer, "metric": "choice" if choices else metric, "choices": choices,
+               "kind": row.get("category", "")})
     return out
 
 
@@ -787,12 +826,14 @@ def picture_name(source) -> str:
 def split_by_image(records: list[dict], fraction=0.05, at_most=500) -> tuple[list[dict], list[dict]]:
     """-> (train, held out). Records that share a picture stay on one side, or the score would reward memory."""
     names = [{picture_name(source) for source in record["images"]} or {f"id {record['id']}"} for record in records]
-    pictures = sorted(set().union(*names), key=lambda name: hashlib.sha1(name.encode()).hexdigest())  # as good as random
+    # as good as random
+    pictures = sorted(set().union(*names), key=lambda name: hashlib.sha1(name.encode()).hexdigest())
     chosen = set(pictures[:max(1, round(fraction * len(pictures)))])
     held = [record for record, name in zip(records, names) if name & chosen]
     used = set().union(*(name for name in names if name & chosen))  # a held-out record may show other pictures as well
     train = [record for record, name in zip(records, names) if not name & used]
-    need(train, f"{len(records)} records with {len(pictures)} pictures are too few to hold some out; give a file by --val=")
+    need(train, f"{len(records)} records with {len(pictures)} pictures are too few to hold some out; "
+                "give a file by --val=")
     return train, held[:at_most]
 
 
@@ -804,7 +845,8 @@ class Shuffled:
 
     def __init__(self, records: list, seed: int):
         self.records, self.seed = records, seed
-        self.order = lru_cache(maxsize=2)(self.shuffle)  # two passes: a loader's waiting documents may be of the last one
+        # two passes: a loader's waiting documents may be of the last one
+        self.order = lru_cache(maxsize=2)(self.shuffle)
 
     def shuffle(self, epoch: int) -> list[int]:
         return random.Random(f"{self.seed}/{epoch}").sample(range(len(self.records)), len(self.records))
@@ -815,7 +857,10 @@ class Shuffled:
 
 
 class Mixture:
-    "Several data sets in proportion to their weights: record i is of the set that is furthest behind its share, 1,000 to a round."
+    """
+    Several data sets in proportion to their weights: record i is of the set that is furthest behind its share, 1,000 to
+    a round.
+    """
 
     def __init__(self, parts: list[tuple]):
         self.sets, total = [part for part, _ in parts], sum(weight for _, weight in parts)
@@ -837,14 +882,17 @@ def text_records(path: str, encode, end: int, seq_len: int) -> list[dict]:
     out = []
     for number, text in enumerate(read_text(path)):
         ids = encode(text) + [end]
-        out += [{"id": f"{path} document {number}", "images": [], "ids": ids[at:at + seq_len + 1]} for at in range(0, len(ids) - 1, seq_len)]
+        out += [{"id": f"{path} document {number}", "images": [], "ids": ids[at:at + seq_len + 1]}
+                for at in range(0, len(ids) - 1, seq_len)]
     return out
 
 
-def load_data(spec: str, task: str, seed: int, held: int, val: str = "", encode=None, end: int = 0, seq_len: int = 0, kinds=()):
+def load_data(spec: str, task: str, seed: int, held: int, val: str = "", encode=None, end: int = 0, seq_len: int = 0,
+              kinds=()):
     """
-    --data -> (endless training set, {name: list of held-out records}). The world holds out new scenes and new pairs of colour and
-    kind; of a file a share is set aside, by picture, unless `val` names another file. `held`: how many records to hold out at most.
+    --data -> (endless training set, {name: list of held-out records}). The world holds out new scenes and new pairs of
+    colour and kind; of a file a share is set aside, by picture, unless `val` names another file. `held`: how many
+    records to hold out at most.
     """
     parts, kept = [], {}
     for name, weight in parse_mixture(spec):
@@ -855,7 +903,8 @@ def load_data(spec: str, task: str, seed: int, held: int, val: str = "", encode=
                 world = World(exam, split, seed=1, kinds=kinds)
                 kept[split] = [world[i] for i in range(held)]
             continue
-        read = read_records if task != "text" else functools.partial(text_records, encode=encode, end=end, seq_len=seq_len)
+        read = read_records if task != "text" \
+            else functools.partial(text_records, encode=encode, end=end, seq_len=seq_len)
         records = read(name)
         train, aside = (records, read(val)[:held]) if val else split_by_image(records, at_most=held)
         parts.append((Shuffled(train, seed), weight))
@@ -877,12 +926,14 @@ class Document:
     weight: float = 1.0      # of each of its tokens in the loss; in reinforcement learning the advantage
 
 
-def pack(documents: list[Document], rows: int, seq_len: int, image_tokens: int) -> tuple[dict, list[Document], list[Document]]:
+def pack(documents: list[Document], rows: int, seq_len: int,
+         image_tokens: int) -> tuple[dict, list[Document], list[Document]]:
     """
-    First fit: each document goes into the first row with room for it. -> (arrays, placed documents, those that found no room).
-    ids, targets, positions, documents are [rows, seq_len]; targets[t] is the id after ids[t], or -100 where nothing is learned: in
-    prompts, over padding, at a document's end. positions restart at 0 in every document; documents holds its number, 0 on padding.
-    slots [pictures * image_tokens] are places in ids.flatten(), in the order of the placed documents.
+    First fit: each document goes into the first row with room for it. -> (arrays, placed documents, those that found no
+    room). ids, targets, positions, documents are [rows, seq_len]; targets[t] is the id after ids[t], or -100 where
+    nothing is learned: in prompts, over padding, at a document's end. positions restart at 0 in every document;
+    documents holds its number, 0 on padding. slots [pictures * image_tokens] are places in ids.flatten(), in the order
+    of the placed documents.
     """
     ids, positions, numbers = (np.zeros((rows, seq_len), dtype=np.int64) for _ in range(3))
     targets, weights = np.full((rows, seq_len), -100, dtype=np.int64), np.zeros((rows, seq_len), dtype=np.float32)
@@ -910,23 +961,27 @@ def pack(documents: list[Document], rows: int, seq_len: int, image_tokens: int) 
 
 def to_batch(arrays: dict, placed: list[Document], to_pixels) -> dict:
     """
-    pack's arrays as tensors, with the pictures drawn: pixels uint8 [n, 3, S, S], and pictures [m], which of them each placeholder
-    run shows. A picture that several documents talk about is drawn, and later encoded, once.
+    pack's arrays as tensors, with the pictures drawn: pixels uint8 [n, 3, S, S], and pictures [m], which of them each
+    placeholder run shows. A picture that several documents talk about is drawn, and later encoded, once.
     """
     index = {}
-    pictures = [index.setdefault(source, (len(index), doc.record))[0] for doc in placed for source in doc.record["images"]]
-    assert len(pictures) == sum(len(doc.slots) for doc in placed), f"pictures and places disagree near {placed[0].record['id']}"
+    pictures = [index.setdefault(source, (len(index), doc.record))[0] for doc in placed
+                for source in doc.record["images"]]
+    assert len(pictures) == sum(len(doc.slots) for doc in placed), \
+        f"pictures and places disagree near {placed[0].record['id']}"
     batch = {name: torch.from_numpy(array) for name, array in arrays.items()}
-    batch["pixels"] = torch.stack([to_pixels(source, record) for source, (_, record) in index.items()]) if index else None
+    batch["pixels"] = torch.stack([to_pixels(source, record) for source, (_, record) in index.items()]) \
+        if index else None
     batch["pictures"] = torch.tensor(pictures, dtype=torch.long)
     return batch
 
 
 class Loader:
     """
-    An endless iterator of packed batches over a data set. `to_document(record, index)` renders one (None: leave it out), `to_pixels(
-    source)` draws one picture. Stream `lane` of `lanes` takes every lanes-th record: one lane for each micro-batch of a step, so that
-    the data of a step are the same however many GPUs share it. `state()` is a handful of integers, enough to go on exactly there.
+    An endless iterator of packed batches over a data set. `to_document(record, index)` renders one (None: leave it
+    out), `to_pixels(source)` draws one picture. Stream `lane` of `lanes` takes every lanes-th record: one lane for each
+    micro-batch of a step, so that the data of a step are the same however many GPUs share it. `state()` is a handful of
+    integers, enough to go on exactly there.
     """
 
     def __init__(self, dataset, to_document, to_pixels, rows, seq_len, image_tokens, lane=0, lanes=1, state=None):
@@ -1101,7 +1156,8 @@ def contact_sheet(path: str, columns: int = 5, rows: int = 4, px: int = 240) -> 
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
+                                     allow_abbrev=False)
     parser.add_argument("--data", default="world", help="world, or a file of records to check [world]")
     parser.add_argument("--out", default="world.png", help="where the world's contact sheet goes [world.png]")
     flags = parser.parse_args()
@@ -1118,10 +1174,12 @@ def main() -> None:
         for source in record["images"]:
             try:
                 Image.open(open_source(source)).load()
-            except (OSError, SyntaxError) as error:
-                raise ValueError(f"{flags.data}, record {record['id']}: picture {source!r:.80} cannot be opened ({error})") from None
+            except (OSError, SyntaxError, Image.DecompressionBombError) as error:
+                raise ValueError(f"{flags.data}, record {record['id']}: picture {source!r:.80} cannot be "
+                                 f"opened ({error})") from None
     for record in records[:3]:
-        print(json.dumps({"id": record["id"], "messages": record["messages"], "images": len(record["images"])}, ensure_ascii=False))
+        print(json.dumps({"id": record["id"], "messages": record["messages"], "images": len(record["images"])},
+                         ensure_ascii=False))
     print(f"{flags.data}: {len(records)} records, {sum(len(r['images']) for r in records)} pictures, all readable")
 
 

@@ -5,11 +5,12 @@ The model: a Qwen2.5 decoder, a VLM around it, its loss, generation, and checkpo
       L x ( RMSNorm -> attention (RoPE, grouped queries) -> +  RMSNorm -> SwiGLU -> + )
       RMSNorm -> head -> logits [B, T, V]
 
-Read it in this order: RMSNorm and RoPE, Attention, MLP, GPT (a complete language model), VLM (the same with eyes), then how it is
-trained (token_loss) and used (generate). The layers compute exactly what Hugging Face's Qwen2 does (arXiv 2412.15115): the released
-weights load into them and give the same logits.
+Read it in this order: RMSNorm and RoPE, Attention, MLP, GPT (a complete language model), VLM (the same with eyes), then
+how it is trained (token_loss) and used (generate). The layers compute exactly what Hugging Face's Qwen2 does (arXiv
+2412.15115): the released weights load into them and give the same logits.
 
-Left out: sliding windows (no released Qwen2.5 uses them), dropout (none of the recipes uses it), YaRN for very long texts.
+Left out: sliding windows (no released Qwen2.5 uses them), dropout (none of the recipes uses it), YaRN for very long
+texts.
 """
 import json
 import os
@@ -64,12 +65,14 @@ class VLMConfig:
 
 PRESETS = {
     "tiny": VLMConfig(
-        ViTConfig(hidden_size=128, intermediate_size=512, num_hidden_layers=3, num_attention_heads=4, image_size=72, patch_size=12),
+        ViTConfig(hidden_size=128, intermediate_size=512, num_hidden_layers=3, num_attention_heads=4, image_size=72,
+                  patch_size=12),
         BridgeConfig(num_latents=9, num_layers=1, num_heads=4),
         GPTConfig(vocab_size=1024, hidden_size=128, intermediate_size=256, num_hidden_layers=3, num_attention_heads=4,
                   num_key_value_heads=2, max_position_embeddings=2048)),
     "small": VLMConfig(
-        ViTConfig(hidden_size=384, intermediate_size=1536, num_hidden_layers=12, num_attention_heads=6, image_size=128, patch_size=8),
+        ViTConfig(hidden_size=384, intermediate_size=1536, num_hidden_layers=12, num_attention_heads=6, image_size=128,
+                  patch_size=8),
         BridgeConfig(num_latents=64, num_layers=2, num_heads=6),
         GPTConfig(vocab_size=8192, hidden_size=512, intermediate_size=1408, num_hidden_layers=12, num_attention_heads=8,
                   num_key_value_heads=2, max_position_embeddings=4096)),
@@ -105,25 +108,32 @@ def rope_table(positions: torch.Tensor, config: GPTConfig) -> tuple[torch.Tensor
 
 def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
     """
-    Rotary positions (arXiv 2104.09864): channel i of the first half and channel i of the second are one pair, turned by an angle
-    that grows with the position, so that a query meets a key by their distance alone. (Llama's first code paired 2i with 2i+1:
-    weights trained for one pairing are noise in the other.)
+    Rotary positions (arXiv 2104.09864): channel i of the first half and channel i of the second are one pair, turned by
+    an angle that grows with the position, so that a query meets a key by their distance alone. (Llama's first code
+    paired 2i with 2i+1: weights trained for one pairing are noise in the other.)
     """
-    a, b = x.float().chunk(2, dim=-1)                                                                # [B, heads, T, d/2] each
+    a, b = x.float().chunk(2, dim=-1)                                                          # [B, heads, T, d/2] each
     return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1).to(x.dtype)
 
 
 class KVCache:
-    "Keys and values of what was read so far, allocated once for the longest sequence: nothing grows or moves while decoding."
+    """
+    Keys and values of what was read so far, allocated once for the longest sequence: nothing grows or moves while
+    decoding.
+    """
 
     def __init__(self, config: GPTConfig, batch: int, length: int, device, dtype):
         shape = (config.num_hidden_layers, batch, config.num_key_value_heads, length, config.head_dim)
-        self.k = torch.zeros(shape, device=device, dtype=dtype)  # zeros, not empty: a stray NaN would pass through a zero weight
+        # zeros, not empty: a stray NaN would pass through a zero weight
+        self.k = torch.zeros(shape, device=device, dtype=dtype)
         self.v = torch.zeros(shape, device=device, dtype=dtype)
         self.length = 0  # positions filled; the same for all rows, as prompts are padded on the left
 
     def update(self, layer: int, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        "Append k, v [B, kv heads, T, d] of one layer; returns all keys and values up to now. `length` moves on after the last layer."
+        """
+        Append k, v [B, kv heads, T, d] of one layer; returns all keys and values up to now. `length` moves on after the
+        last layer.
+        """
         end = self.length + k.shape[2]
         self.k[layer, :, :, self.length:end] = k
         self.v[layer, :, :, self.length:end] = v
@@ -145,8 +155,9 @@ class Attention(nn.Module):
 
     def forward(self, x, rope, mask, cache) -> torch.Tensor:
         B, T, H = x.shape
-        q, k, v = (part.view(B, T, -1, self.config.head_dim).transpose(1, 2) for part in self.qkv(x).split(self.sizes, dim=-1))
-        q, k = rotate(q, *rope), rotate(k, *rope)                                                    # [B, heads or kv heads, T, d]
+        q, k, v = (part.view(B, T, -1, self.config.head_dim).transpose(1, 2)
+                   for part in self.qkv(x).split(self.sizes, dim=-1))
+        q, k = rotate(q, *rope), rotate(k, *rope)                                         # [B, heads or kv heads, T, d]
         if cache is not None:
             k, v = cache.update(self.layer, k, v)
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=True)
@@ -224,7 +235,10 @@ class GPT(nn.Module):
         return self.norm(x)
 
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
-        "ids [B, T] -> logits [B, T, V]. Training uses hidden() and token_loss instead: it never needs all logits at once."
+        """
+        ids [B, T] -> logits [B, T, V]. Training uses hidden() and token_loss instead: it never needs all logits at
+        once.
+        """
         return F.linear(self.hidden(self.embed(ids)), self.head_weight.to(self.embed.weight.dtype))
 
     @classmethod
@@ -251,9 +265,10 @@ class GPT(nn.Module):
 
 class TokenLoss(torch.autograd.Function):
     """
-    Head and cross-entropy in one, a chunk of tokens at a time, the gradients already made on the way forward. The logits of 16,384
-    tokens over Qwen's 151,936 words are 10 GB in float32, and autograd would keep them until the way back; here a chunk's logits
-    are gone before the next one's are made (the idea of Liger and of Cut Cross-Entropy, arXiv 2411.09009).
+    Head and cross-entropy in one, a chunk of tokens at a time, the gradients already made on the way forward. The
+    logits of 16,384 tokens over Qwen's 151,936 words are 10 GB in float32, and autograd would keep them until the way
+    back; here a chunk's logits are gone before the next one's are made (the idea of Liger and of Cut Cross-Entropy,
+    arXiv 2411.09009).
     """
 
     @staticmethod
@@ -285,13 +300,15 @@ class TokenLoss(torch.autograd.Function):
 
 def token_loss(x, head, targets, weights=None, chunk: int = 4096) -> torch.Tensor:
     """
-    x [B, T, H], head [V, H], targets [B, T] with -100 where nothing is to be learned -> the SUM over supervised tokens of
-    weight * -log p(target). The caller divides by the tokens of the whole step, over all micro-batches and ranks: a mean of means
-    would weigh a token in a short micro-batch more. `weights` [B, T] are the advantages in reinforcement learning, else ones.
+    x [B, T, H], head [V, H], targets [B, T] with -100 where nothing is to be learned -> the SUM over supervised tokens
+    of weight * -log p(target). The caller divides by the tokens of the whole step, over all micro-batches and ranks: a
+    mean of means would weigh a token in a short micro-batch more. `weights` [B, T] are the advantages in reinforcement
+    learning, else ones.
     """
     rows = (targets.flatten() >= 0).nonzero()[:, 0]  # most positions are picture or question: they never reach the head
     weights = torch.ones_like(targets, dtype=torch.float32) if weights is None else weights
-    return TokenLoss.apply(x.flatten(0, 1)[rows], head, targets.flatten()[rows], weights.flatten()[rows], chunk, torch.is_grad_enabled())
+    return TokenLoss.apply(x.flatten(0, 1)[rows], head, targets.flatten()[rows], weights.flatten()[rows], chunk,
+                           torch.is_grad_enabled())
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -320,9 +337,10 @@ class VLM(nn.Module):
 
     def embed(self, ids, pixels=None, slots=None, pictures=None) -> torch.Tensor:
         """
-        ids [B, T] -> [B, T, H]. slots [m * M] are the places of m pictures' placeholders in ids.flatten(); the embeddings there are
-        overwritten. pictures [m] says which of the n pixels each one shows (default: each in turn): a picture that several
-        documents talk about is encoded once. The packer has checked that pictures and places belong together.
+        ids [B, T] -> [B, T, H]. slots [m * M] are the places of m pictures' placeholders in ids.flatten(); the
+        embeddings there are overwritten. pictures [m] says which of the n pixels each one shows (default: each in
+        turn): a picture that several documents talk about is encoded once. The packer has checked that pictures and
+        places belong together.
         """
         x = self.gpt.embed(ids)
         if pixels is not None and len(pixels):
@@ -344,14 +362,16 @@ class VLM(nn.Module):
     # Generation
 
     @torch.no_grad()
-    def generate(self, prompts: list, pixels=None, *, max_new_tokens: int = 128, stop: set[int] = frozenset(), samples: int = 1,
-                 temperature: float = 0.0, top_k: int = 0, top_p: float = 1.0, repetition_penalty: float = 1.0,
-                 vocab_used: int = 0, seeds: list[int] | None = None) -> Iterator[list[int | None]]:
+    def generate(self, prompts: list, pixels=None, *, max_new_tokens: int = 128, stop: set[int] = frozenset(),
+                 samples: int = 1, temperature: float = 0.0, top_k: int = 0, top_p: float = 1.0,
+                 repetition_penalty: float = 1.0, vocab_used: int = 0,
+                 seeds: list[int] | None = None) -> Iterator[list[int | None]]:
         """
-        Prompts of any lengths, as tokenizer.render gives them, with `pixels` [n, 3, S, S] of all their pictures in order.
-        Yields, for each new position, one id per row, None for rows that have ended (the stop token itself is still yielded).
-        With samples = n every prompt is read once and answered n times: rows i*n to i*n+n-1. temperature 0 takes the likeliest token.
-        A row's random numbers come from its own seed: what it says does not depend on its neighbours.
+        Prompts of any lengths, as tokenizer.render gives them, with `pixels` [n, 3, S, S] of all their pictures in
+        order. Yields, for each new position, one id per row, None for rows that have ended (the stop token itself is
+        still yielded). With samples = n every prompt is read once and answered n times: rows i*n to i*n+n-1.
+        temperature 0 takes the likeliest token. A row's random numbers come from its own seed: what it says does not
+        depend on its neighbours.
         """
         device, B = self.gpt.embed.weight.device, len(prompts)
         T = max(len(p.ids) for p in prompts)
@@ -361,13 +381,16 @@ class VLM(nn.Module):
         M = self.config.bridge.num_tokens
         starts = [b * T + T - len(p.ids) + s for b, p in enumerate(prompts) for s in p.slots]
         if len(starts) != (0 if pixels is None else len(pixels)):
-            raise ValueError(f"{len(starts)} places for images in the prompts, but {0 if pixels is None else len(pixels)} images")
-        slots = (torch.tensor(starts, device=device, dtype=torch.long)[:, None] + torch.arange(M, device=device)).flatten()
+            raise ValueError(f"{len(starts)} places for images in the prompts, "
+                             f"but {0 if pixels is None else len(pixels)} images")
+        slots = (torch.tensor(starts, device=device, dtype=torch.long)[:, None]
+                 + torch.arange(M, device=device)).flatten()
         cache = KVCache(self.config.decoder, B, T + max_new_tokens, device, self.gpt.embed.weight.dtype)
 
         columns = torch.arange(T + max_new_tokens, device=device)
         mask = (columns[:T, None] >= columns[None, :T]) & (columns[None, :T] >= pad[:, None, None])  # [B, T, T]
-        mask |= torch.eye(T, dtype=torch.bool, device=device)  # a padding position sees itself: a softmax over nothing is NaN
+        # a padding position sees itself: a softmax over nothing is NaN
+        mask |= torch.eye(T, dtype=torch.bool, device=device)
         positions = (columns[:T] - pad[:, None]).clamp(min=0)
         x = self.embed(ids, pixels.to(device) if pixels is not None else None, slots)
         h = self.gpt.hidden(x, positions, mask[:, None], cache)[:, -1]                               # [B, H]
@@ -378,10 +401,12 @@ class VLM(nn.Module):
         seen = torch.zeros(B, self.config.decoder.vocab_size, dtype=torch.bool, device=device)
         if repetition_penalty != 1.0:
             seen.scatter_(1, ids, columns[None, :T] >= pad[:, None])
-            seen[:, 0] = torch.tensor([0 in p.ids for p in prompts for _ in range(samples)], device=device)  # 0 also pads
+            # 0 also pads
+            seen[:, 0] = torch.tensor([0 in p.ids for p in prompts for _ in range(samples)], device=device)
         # All random numbers at once: one column is used at each step.
         seeds = list(range(B)) if seeds is None else seeds
-        noise = torch.stack([torch.rand(max_new_tokens, generator=torch.Generator().manual_seed(s)) for s in seeds]).to(device)
+        noise = torch.stack([torch.rand(max_new_tokens, generator=torch.Generator().manual_seed(s))
+                             for s in seeds]).to(device)
         ended = [False] * B
         for step in range(max_new_tokens):
             logits = F.linear(h, self.gpt.head_weight.to(h.dtype)).float()                           # [B, V]
@@ -399,13 +424,16 @@ class VLM(nn.Module):
             h = self.gpt.hidden(self.gpt.embed(token[:, None]), (T + step - pad)[:, None], mask, cache)[:, 0]
 
 
-def sample(logits, noise, seen, temperature: float, top_k: int, top_p: float, repetition_penalty: float) -> torch.Tensor:
+def sample(logits, noise, seen, temperature: float, top_k: int, top_p: float,
+           repetition_penalty: float) -> torch.Tensor:
     """
-    logits [B, V], noise [B] uniform in 0 to 1 -> token ids [B]. The filters come in Hugging Face's order: repetition penalty (a
-    token that was `seen` loses likelihood), temperature, top-k (the k likeliest), top-p (the fewest that hold p of the mass).
+    logits [B, V], noise [B] uniform in 0 to 1 -> token ids [B]. The filters come in Hugging Face's order: repetition
+    penalty (a token that was `seen` loses likelihood), temperature, top-k (the k likeliest), top-p (the fewest that
+    hold p of the mass).
     """
     if repetition_penalty != 1.0:
-        logits = torch.where(seen, torch.where(logits > 0, logits / repetition_penalty, logits * repetition_penalty), logits)
+        logits = torch.where(
+            seen, torch.where(logits > 0, logits / repetition_penalty, logits * repetition_penalty), logits)
     if temperature == 0:
         return logits.argmax(dim=-1)
     probs, order = (logits / temperature).softmax(dim=-1).sort(dim=-1, descending=True)
@@ -421,10 +449,11 @@ def sample(logits, noise, seen, temperature: float, top_k: int, top_p: float, re
 
 def respond(vlm: VLM, tokenizer, conversations: list, pixels: list, **options) -> list[str]:
     """
-    Chat messages and each one's list of uint8 [3, S, S] pictures -> the assistant's next words. `options` are those of generate;
-    with samples = n there are n answers in a row for each conversation.
+    Chat messages and each one's list of uint8 [3, S, S] pictures -> the assistant's next words. `options` are those of
+    generate; with samples = n there are n answers in a row for each conversation.
     """
-    prompts = [tokenizer.render(m, image_tokens=vlm.config.bridge.num_tokens, add_generation_prompt=True) for m in conversations]
+    prompts = [tokenizer.render(m, image_tokens=vlm.config.bridge.num_tokens, add_generation_prompt=True)
+               for m in conversations]
     images = [p for group in pixels for p in group]
     rows = [[] for _ in range(len(prompts) * options.get("samples", 1))]
     for column in vlm.generate(prompts, torch.stack(images) if images else None, stop=set(tokenizer.stop_ids),
@@ -453,8 +482,8 @@ def recover(folder) -> Path:
 
 def save_checkpoint(folder, vlm: VLM, tokenizer, optimizer: dict | None = None, state: dict | None = None) -> None:
     """
-    All or nothing: the new folder is written beside the old one and then takes its place, so that a crash at any moment leaves a
-    whole checkpoint. Other files in the old folder (log.jsonl, samples.png) move along.
+    All or nothing: the new folder is written beside the old one and then takes its place, so that a crash at any moment
+    leaves a whole checkpoint. Other files in the old folder (log.jsonl, samples.png) move along.
     """
     folder = recover(folder)
     new, old = folder.with_name(folder.name + ".new"), folder.with_name(folder.name + ".old")
@@ -484,7 +513,8 @@ def newest_checkpoint(out_dir, preset: str, before: str = "") -> Path | None:
     "The checkpoint of the latest stage (of those before a given one) under OUT_DIR/PRESET, if there is any."
     stages = STAGES[:STAGES.index(before)] if before else STAGES
     folders = [Path(out_dir) / preset / stage for stage in stages]
-    return next((f for f in reversed(folders) if (f / "config.json").exists() or f.with_name(f.name + ".old").exists()), None)
+    return next((f for f in reversed(folders)
+                 if (f / "config.json").exists() or f.with_name(f.name + ".old").exists()), None)
 
 
 def load_checkpoint(folder) -> VLM:
@@ -500,5 +530,6 @@ def load_checkpoint(folder) -> VLM:
     with torch.device("meta"):
         vlm = VLM(config)
     tensors = read_safetensors(folder / "model.safetensors")
-    load_renamed(vlm, tensors, {name: [name] for name, _ in vlm.named_parameters()}, "", str(folder / "model.safetensors"))
+    load_renamed(vlm, tensors, {name: [name] for name, _ in vlm.named_parameters()}, "",
+                 str(folder / "model.safetensors"))
     return vlm

@@ -6,11 +6,12 @@ Ask a trained model about pictures.
     python sample.py --chat                                           # a conversation; /image PATH shows a picture
     python sample.py --images holiday/ --out answers.jsonl            # a whole folder, one JSON line per picture
 
-Standard output holds the answer alone, so that it can be piped; everything else goes to standard error. The checkpoint is --init, or
-the latest stage under --out_dir. The prompt is made by the same `render` as in training: a chat that looks even slightly different
-from what a model was trained on is the most common reason for bad answers.
+Standard output holds the answer alone, so that it can be piped; everything else goes to standard error. The checkpoint
+is --init, or the latest stage under --out_dir. The prompt is made by the same `render` as in training: a chat that
+looks even slightly different from what a model was trained on is the most common reason for bad answers.
 """
 import argparse
+import difflib
 import json
 import sys
 from pathlib import Path
@@ -25,14 +26,24 @@ from vision import load_image, preprocess
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff"}
 
 
+def did_you_mean(message: str, names) -> str:
+    for word in message.split():
+        near = difflib.get_close_matches(word.split("=")[0].lstrip("-"), names, n=1) if word.startswith("--") else []
+        if near and near[0] not in message:
+            return f"; did you mean --{near[0]}?"
+    return ""
+
+
 def parse_flags(argv=None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
+                                     allow_abbrev=False)
     add = parser.add_argument
     add("--image", action="append", default=[], help="picture to ask about; may be given several times")
     add("--images", default="", help="folder of pictures: ask about each, answers go to --out")
     add("--question", default="Describe the picture.", help="[%(default)s]")
     add("--chat", action="store_true", help="talk on the terminal")
-    add("--out", default="answers.jsonl", help="with --images; pictures that it already answers are skipped [%(default)s]")
+    add("--out", default="answers.jsonl",
+        help="with --images; pictures that it already answers are skipped [%(default)s]")
     add("--init", default="", help="checkpoint folder [the latest stage under OUT_DIR/MODEL]")
     add("--model", default="tiny", help=f"{', '.join(PRESETS)} [%(default)s]")
     add("--out_dir", default="out", help="where the stages keep their checkpoints [%(default)s]")
@@ -40,26 +51,32 @@ def parse_flags(argv=None) -> argparse.Namespace:
     add("--temperature", type=float, default=0.0, help="0: always the likeliest token [%(default)s]")
     add("--top_k", type=int, default=0, help="sample among the k likeliest tokens; 0: all [%(default)s]")
     add("--top_p", type=float, default=1.0, help="sample among the fewest tokens that hold this share [%(default)s]")
-    add("--repetition_penalty", type=float, default=1.0, help="above 1: words already used become less likely [%(default)s]")
+    add("--repetition_penalty", type=float, default=1.0,
+        help="above 1: words already used become less likely [%(default)s]")
     add("--seed", type=int, default=0, help="of sampling [%(default)s]")
     add("--batch_size", type=int, default=16, help="pictures at once, with --images [%(default)s]")
     add("--device", default="auto", help="auto, cpu, cuda or mps [%(default)s]")
-    parser.error = lambda message: parser.exit(2, f"error: {message} (--help lists all flags)\n")
+    parser.error = lambda message: parser.exit(
+        2, f"error: {message}{did_you_mean(message, vars(parser.parse_args([])))} (--help lists all flags)\n")
     flags = parser.parse_args(argv)
-    if not 0 < flags.top_p <= 1 or flags.temperature < 0 or flags.repetition_penalty <= 0 or min(flags.max_new_tokens, flags.batch_size) < 1:
-        raise ValueError("--top_p must be in 0 to 1, --temperature from 0, --repetition_penalty above 0, --max_new_tokens and --batch_size from 1")
+    if not 0 < flags.top_p <= 1 or min(flags.temperature, flags.top_k) < 0 or flags.repetition_penalty <= 0 \
+            or min(flags.max_new_tokens, flags.batch_size) < 1:
+        raise ValueError("--top_p must be in 0 to 1, --temperature and --top_k from 0, --repetition_penalty above 0, "
+                         "--max_new_tokens and --batch_size from 1")
     return flags
 
 
 def load(flags) -> tuple[VLM, Tokenizer]:
     folder = flags.init or newest_checkpoint(flags.out_dir, flags.model)
     if not folder:
-        raise ValueError(f"no trained model under {flags.out_dir}/{flags.model}; train one with `python train_sft.py --batch_size=32`, "
-                         "or name a checkpoint folder by --init=")
+        raise ValueError(f"no trained model under {flags.out_dir}/{flags.model}; train one with "
+                         "`python train_sft.py --batch_size=32`, or name a checkpoint folder by --init=")
     vlm, tokenizer = load_checkpoint(folder), Tokenizer.from_pretrained(folder)
     device = flags.device
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    if device not in ("cpu", "cuda", "mps"):
+        raise ValueError(f"--device={device}: choose auto, cpu, cuda or mps")
     if device == "cuda" and not torch.cuda.is_available():
         raise ValueError("--device=cuda: PyTorch sees no GPU here; use --device=cpu")
     print(f"({folder}, {device})", file=sys.stderr)
@@ -67,7 +84,8 @@ def load(flags) -> tuple[VLM, Tokenizer]:
 
 
 def options(flags) -> dict:
-    return {name: getattr(flags, name) for name in ("max_new_tokens", "temperature", "top_k", "top_p", "repetition_penalty")}
+    return {name: getattr(flags, name)
+            for name in ("max_new_tokens", "temperature", "top_k", "top_p", "repetition_penalty")}
 
 
 def to_pixels(vlm: VLM, path) -> torch.Tensor:
@@ -77,7 +95,8 @@ def to_pixels(vlm: VLM, path) -> torch.Tensor:
 
 def user_message(question: str, images: int) -> dict:
     "The parts form: what a user types is text, even if it contains <image>."
-    return {"role": "user", "content": [{"type": "image"}] * images + [{"type": "text", "text": "\n" * bool(images) + question}]}
+    return {"role": "user",
+            "content": [{"type": "image"}] * images + [{"type": "text", "text": "\n" * bool(images) + question}]}
 
 
 def stream(vlm: VLM, tokenizer: Tokenizer, messages: list, pixels: list, flags) -> str:
@@ -91,8 +110,9 @@ def stream(vlm: VLM, tokenizer: Tokenizer, messages: list, pixels: list, flags) 
         if not text.endswith("\ufffd"):
             print(text[len(shown):], end="", flush=True)
             shown = text
-    print()
-    return shown
+    text = tokenizer.decode(ids)
+    print(text[len(shown):])  # what is left of a character that the answer broke off
+    return text
 
 
 def chat(vlm: VLM, tokenizer: Tokenizer, flags) -> None:
@@ -120,13 +140,18 @@ def chat(vlm: VLM, tokenizer: Tokenizer, flags) -> None:
 
 
 def folder(vlm: VLM, tokenizer: Tokenizer, flags) -> None:
-    "Every picture of a folder -> one line of --out. A picture that cannot be read gets a line with its error, and the rest go on."
+    """
+    Every picture of a folder -> one line of --out. A picture that cannot be read gets a line with its error, and the
+    rest go on.
+    """
     root, out = Path(flags.images), Path(flags.out)
     if not root.is_dir():
         raise ValueError(f"--images={root}: no such folder")
     done = set()
     if out.exists():
-        done = {(row["image"], row["question"]) for row in map(json.loads, out.read_text(encoding="utf-8").splitlines()) if "answer" in row}
+        with data.naming(out):
+            done = {(row["image"], row["question"])
+                    for row in map(json.loads, out.read_text(encoding="utf-8").splitlines()) if "answer" in row}
     names = sorted(str(path.relative_to(root)) for path in root.rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES)
     if not names:
         raise ValueError(f"--images={root}: no pictures there ({', '.join(sorted(IMAGE_SUFFIXES))})")
@@ -141,10 +166,12 @@ def folder(vlm: VLM, tokenizer: Tokenizer, flags) -> None:
                     failed += 1
                     print(f"error: {error}", file=sys.stderr)
                     file.write(json.dumps({"image": name, "question": flags.question, "error": str(error)}) + "\n")
-            said = respond(vlm, tokenizer, [[user_message(flags.question, 1)]] * len(rows), [[pixels] for _, pixels in rows],
-                           seeds=[flags.seed] * len(rows), **options(flags)) if rows else []
+            said = respond(vlm, tokenizer, [[user_message(flags.question, 1)]] * len(rows),
+                           [[pixels] for _, pixels in rows], seeds=[flags.seed] * len(rows),
+                           **options(flags)) if rows else []
             for (name, _), answer in zip(rows, said):
-                file.write(json.dumps({"image": name, "question": flags.question, "answer": answer}, ensure_ascii=False) + "\n")
+                file.write(json.dumps({"image": name, "question": flags.question, "answer": answer},
+                                      ensure_ascii=False) + "\n")
             file.flush()
             print(f"{min(at + flags.batch_size, len(names))} of {len(names)} pictures", file=sys.stderr)
     if failed:
@@ -159,7 +186,8 @@ def main() -> None:
     elif flags.chat:
         chat(vlm, tokenizer, flags)
     else:
-        stream(vlm, tokenizer, [user_message(flags.question, len(flags.image))], [to_pixels(vlm, path) for path in flags.image], flags)
+        stream(vlm, tokenizer, [user_message(flags.question, len(flags.image))],
+               [to_pixels(vlm, path) for path in flags.image], flags)
 
 
 if __name__ == "__main__":

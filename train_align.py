@@ -5,10 +5,11 @@ Chapter 2: the language model gets eyes. Pictures become tokens that a frozen de
     python train_align.py --data=captions.json             # your own pictures and captions
     torchrun --nproc_per_node=8 train_align.py --model=small
 
-The decoder stays as chapter 1 left it, to the last bit; only the bridge learns (and the ViT, where it has no pretrained weights), from
-one signal: what must the picture's tokens be, for the decoder to find the caption likely? So the bridge learns the decoder's language
-before the decoder may start to adapt, and cannot spoil what it knows. Prints captions before and after, and the caption loss with the
-right picture, none, and a wrong one: a model that merely guesses typical captions shows no difference between them.
+The decoder stays as chapter 1 left it, to the last bit; only the bridge learns (and the ViT, where it has no pretrained
+weights), from one signal: what must the picture's tokens be, for the decoder to find the caption likely? So the bridge
+learns the decoder's language before the decoder may start to adapt, and cannot spoil what it knows. Prints captions
+before and after, and the caption loss with the right picture, none, and a wrong one: a model that merely guesses
+typical captions shows no difference between them.
 
 New in this chapter: pictures in the batch, a frozen part, and the check that the picture is used at all.
 Left out: contrastive pretraining of the ViT (SigLIP's own recipe); with --model=tiny it learns from captions alone.
@@ -17,8 +18,9 @@ import time
 
 from tqdm import tqdm
 
-from train_base import (SHARED_FLAGS, Interrupt, Log, Optimizer, Setup, answers, check_resume, finish, freeze, held_out_loss, lr_scale,
-                        make_tokenizer, parse_flags, run, save, save_samples, start, start_data, supervised, to_document, train_step)
+from train_base import (SHARED_FLAGS, Interrupt, Log, Optimizer, Setup, answers, check_resume, finish, freeze,
+                        held_out_loss, lr_scale, make_tokenizer, parse_flags, run, save, save_samples, start,
+                        start_data, supervised, to_document, train_step)
 
 STAGE = "align"
 BY_MODEL = {"tiny": {"batch_size": 16, "seq_len": 256, "steps": 120, "lr": 0.007},
@@ -48,9 +50,9 @@ def main() -> None:
     # New: the decoder is frozen. Gradients flow through it to the picture's tokens, but it keeps none of its own.
     params = freeze(vlm, ["bridge"] if vlm.config.pretrained_vision else ["bridge", "vit"])
     optimizer = Optimizer(params, flags.optimizer, flags.lr)
+    step = check_resume(flags, state)
     if moments:
         optimizer.load(moments)
-    step = check_resume(flags, state)
     loaders, held = start_data(flags, setup, vlm, tokenizer, "captions", state)
     records = next(iter(held.values()))
     render = to_document(tokenizer, vlm, flags.seq_len)
@@ -58,7 +60,8 @@ def main() -> None:
     log, interrupt = Log(flags, setup, STAGE), Interrupt()
     counts = {name: sum(p.numel() for p in group.parameters()) for name, group in vlm.groups().items()}
     setup.say(", ".join(f"{name} {n:,} parameters" + ("" if name in {p.split('.')[0] for p in params} else " (frozen)")
-                        for name, n in counts.items() if name != "decoder") + f", decoder {counts['decoder']:,} (frozen)")
+                        for name, n in counts.items() if name != "decoder")
+              + f", decoder {counts['decoder']:,} (frozen)")
     show_captions(vlm, tokenizer, records[:3], setup, "before")
 
     vlm.train()
@@ -70,10 +73,11 @@ def main() -> None:
         images = setup.sum(sum(len(batch["pixels"]) for batch in batches if batch["pixels"] is not None))
         bar.update()
         bar.set_postfix(loss=f"{loss:.3f}", images=int(images))
-        log.write(step=step, loss=loss, images=images, lr=flags.lr * lr_scale(step - 1, flags), seconds=time.time() - started)
-        if step % flags.eval_every == 0 and flags.eval_every > 0:
+        log.write(step=step, loss=loss, images=images, lr=flags.lr * lr_scale(step - 1, flags),
+                  seconds=time.time() - started)
+        if flags.eval_every > 0 and step % flags.eval_every == 0:
             picture_losses(vlm, documents, setup, flags.seq_len)
-        if step % flags.save_every == 0 and flags.save_every > 0:
+        if flags.save_every > 0 and step % flags.save_every == 0:
             save(flags, setup, STAGE, vlm, tokenizer, optimizer, loaders, step)
     bar.close()
     folder = save(flags, setup, STAGE, vlm, tokenizer, optimizer, loaders, step)
@@ -81,8 +85,9 @@ def main() -> None:
     losses = picture_losses(vlm, documents, setup, flags.seq_len)
     if setup.master:
         save_samples(folder / "samples.png", vlm, tokenizer, records[:8])
-    finish(setup, log, stage=STAGE, step=step, caption_loss=losses["own"], blind_loss=losses["blank"], shuffled_loss=losses["shuffled"],
-           seconds=time.time() - started, checkpoint=str(folder), interrupted=interrupt.wanted)
+    finish(setup, log, stage=STAGE, step=step, caption_loss=losses["own"], blind_loss=losses["blank"],
+           shuffled_loss=losses["shuffled"], seconds=time.time() - started, checkpoint=str(folder),
+           interrupted=interrupt.wanted)
 
 
 if __name__ == "__main__":

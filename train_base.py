@@ -1,15 +1,17 @@
 """
 Chapter 1: a language model from nothing. Reads text, learns to say what comes next.
 
-    python train_base.py                                   # tiny, on the built-in world's prose: two minutes on a laptop
-    python train_base.py --data=books.txt                  # your own text
-    python train_base.py --model=small --steps=5000        # one GPU
+    python train_base.py                                  # tiny, on the built-in world's prose: two minutes on a laptop
+    python train_base.py --data=books.txt                 # your own text
+    python train_base.py --model=small --steps=5000       # one GPU
     torchrun --nproc_per_node=8 train_base.py --model=small
 
-The first half is the plumbing that all four chapters share: flags, device and ranks, the optimizer, schedule, log, resume, evaluation.
-The second half, from "The chapter" on, is the lesson. Prints bits per byte on text it has not seen, and lets the model go on writing.
+The first half is the plumbing that all four chapters share: flags, device and ranks, the optimizer, schedule, log,
+resume, evaluation. The second half, from "The chapter" on, is the lesson. Prints bits per byte on text it has not seen,
+and lets the model go on writing.
 
-Left out: gradient clipping (Muon's updates have a fixed size anyway), weight averaging, several epochs' bookkeeping (data are endless).
+Left out: gradient clipping (Muon's updates have a fixed size anyway), weight averaging, several epochs' bookkeeping
+(data are endless).
 """
 import argparse
 import difflib
@@ -30,7 +32,8 @@ from PIL import Image, ImageDraw, ImageFont
 from tqdm import tqdm
 
 import data
-from model import PRESETS, VLM, load_checkpoint, newest_checkpoint, read_json, recover, read_metadata, read_safetensors, respond, save_checkpoint, token_loss
+from model import (PRESETS, VLM, load_checkpoint, newest_checkpoint, read_json, recover, read_metadata,
+                   read_safetensors, respond, save_checkpoint, token_loss)
 from tokenizer import Tokenizer
 from vision import load_image, preprocess
 
@@ -50,7 +53,7 @@ SHARED_FLAGS = {  # name: (default, meaning); None = a default of each model, fr
     "steps": (None, "optimizer steps"),
     "optimizer": ("muon", "muon (matrices; AdamW for the rest) or adamw"),
     "warmup": (0.02, "share of the steps in which the learning rate rises from 0"),
-    "cooldown": (0.5, "share of the steps in which it falls to 0 at the end"),
+    "cooldown": (0.8, "share of the steps in which it falls to 0 at the end"),
     "device": ("auto", "auto, cpu, cuda or mps"),
     "dtype": ("auto", "auto, float32 or bfloat16; auto is bfloat16 on cuda, float32 elsewhere"),
     "compile": ("auto", "torch.compile the transformer blocks: auto (on cuda), True or False"),
@@ -67,7 +70,8 @@ def parse_flags(doc: str, flags: dict, by_model: dict[str, dict], argv=None) -> 
     class Parser(argparse.ArgumentParser):
         def error(self, message):
             for word in message.split():
-                near = difflib.get_close_matches(word.split("=")[0].lstrip("-"), flags, n=1) if word.startswith("--") else []
+                near = difflib.get_close_matches(word.split("=")[0].lstrip("-"), flags, n=1) \
+                    if word.startswith("--") else []
                 message += f"; did you mean --{near[0]}?" if near and near[0] not in message else ""
             self.exit(2, f"error: {message} (--help lists all flags)\n")
 
@@ -81,26 +85,37 @@ def parse_flags(doc: str, flags: dict, by_model: dict[str, dict], argv=None) -> 
         kind = type(default) if default is not None else type(by_model["tiny"][name])
         shown = default if default is not None else ", ".join(f"{m} {d[name]}" for m, d in by_model.items())
         extra = {"type": boolean, "nargs": "?", "const": True} if kind is bool else {"type": kind}
-        parser.add_argument(f"--{name}", default=default, metavar=kind.__name__.upper(), help=f"{meaning} [{shown}]", **extra)
+        parser.add_argument(f"--{name}", default=default, metavar=kind.__name__.upper(), help=f"{meaning} [{shown}]",
+                            **extra)
     out = parser.parse_args(argv)
     if "model" in flags and out.model not in PRESETS:
         raise ValueError(f"--model={out.model}: unknown; choose from {', '.join(PRESETS)}")
     for name, default in by_model.get(getattr(out, "model", ""), {}).items():
         if getattr(out, name) is None:
             setattr(out, name, default)
-    for name in ("batch_size", "seq_len", "steps", "lr"):
+    for name in ("batch_size", "seq_len", "steps", "lr", "eval_size", "samples", "max_new_tokens"):
         if getattr(out, name, 1) <= 0:
             raise ValueError(f"--{name}={getattr(out, name)}: must be above 0")
+    for name in ("micro_batch_size", "temperature", "warmup", "cooldown"):
+        if getattr(out, name, 0) < 0:
+            raise ValueError(f"--{name}={getattr(out, name)}: must not be below 0")
+    if getattr(out, "compile", "auto") not in ("auto", "True", "False"):
+        raise ValueError(f"--compile={out.compile}: choose auto, True or False")
     return out
 
 
 def run(main) -> None:
-    "Run a script's main(): bad input ends in one line on standard error and exit code 1. GHOSTVIS_DEBUG=1 shows the traceback."
+    """
+    Run a script's main(): bad input ends in one line on standard error and exit code 1. GHOSTVIS_DEBUG=1 shows the
+    traceback.
+    """
     try:
         main()
     except (ValueError, OSError) as error:
         if os.environ.get("GHOSTVIS_DEBUG"):
             raise
+        for bar in list(tqdm._instances):
+            bar.close()  # else the message would stand on the progress bar's line
         sys.exit(f"error: {error}")
     finally:
         if dist.is_initialized():
@@ -118,6 +133,10 @@ class Setup:
         name = flags.device
         if name == "auto":
             name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+        if name not in ("cpu", "cuda", "mps"):
+            raise ValueError(f"--device={name}: choose auto, cpu, cuda or mps")
+        if name == "mps" and not torch.backends.mps.is_available():
+            raise ValueError("--device=mps: PyTorch sees no Apple GPU here; use --device=cpu")
         if name == "cuda" and not torch.cuda.is_available():
             raise ValueError("--device=cuda: PyTorch sees no GPU here; use --device=cpu")
         self.device = torch.device(name, int(os.environ.get("LOCAL_RANK", 0))) if name == "cuda" else torch.device(name)
@@ -135,7 +154,10 @@ class Setup:
         torch.manual_seed(flags.seed)
 
     def autocast(self):
-        "float32 master weights, products in bfloat16. On CPUs without bfloat16 units that type is 100 times slower: float32 there."
+        """
+        float32 master weights, products in bfloat16. On CPUs without bfloat16 units that type is 100 times slower:
+        float32 there.
+        """
         return torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
 
     def say(self, text: str = "") -> None:
@@ -146,14 +168,16 @@ class Setup:
         "Over all ranks."
         if self.world == 1:
             return value
-        total = torch.tensor(value, dtype=torch.float64 if self.device.type != "mps" else torch.float32, device=self.device)
+        total = torch.tensor(value, dtype=torch.float64 if self.device.type != "mps" else torch.float32,
+                             device=self.device)
         dist.all_reduce(total)
         return total.item()
 
 
 def start(flags, setup: Setup, stage: str, make_tokenizer) -> tuple[VLM, Tokenizer, dict, dict]:
     """
-    The model a stage starts from -> (model on its device, tokenizer, resume state, optimizer tensors), the first that applies of
+    The model a stage starts from -> (model on its device, tokenizer, resume state, optimizer tensors), the first that
+    applies of
       1. --resume: this stage's own last checkpoint, with its optimizer and its place in the data
       2. --init: that folder
       3. the newest earlier stage under --out_dir
@@ -165,15 +189,18 @@ def start(flags, setup: Setup, stage: str, make_tokenizer) -> tuple[VLM, Tokeniz
     if flags.resume:
         recover(here)
         state, moments, source = read_json(here / "state.json"), read_safetensors(here / "optimizer.safetensors"), here
-        if {read_metadata(here / f)["step"] for f in ("model.safetensors", "optimizer.safetensors")} != {str(state["step"])}:
-            raise ValueError(f"{here}: weights, optimizer and state are of different steps; start again without --resume")
+        if {read_metadata(here / f)["step"] for f in ("model.safetensors", "optimizer.safetensors")} \
+                != {str(state["step"])}:
+            raise ValueError(f"{here}: weights, optimizer and state are of different steps; "
+                             "start again without --resume")
     if source:
         vlm, tokenizer = load_checkpoint(source), Tokenizer.from_pretrained(source)
         if vlm.config.preset != flags.model:
             raise ValueError(f"--model={flags.model}, but {source} holds a {vlm.config.preset} model")
     else:
         config, tokenizer = PRESETS[flags.model], make_tokenizer(PRESETS[flags.model].decoder.vocab_size)
-        config.image_pad, config.decoder.vocab_size = tokenizer.image_pad, max(tokenizer.vocab_size, config.decoder.vocab_size)
+        config.image_pad, config.decoder.vocab_size = \
+            tokenizer.image_pad, max(tokenizer.vocab_size, config.decoder.vocab_size)
         vlm = VLM(config)
     setup.say(f"{'resuming' if flags.resume else 'starting'} {stage} from {source or 'random weights'}"
               + (f" at step {state['step']}" if flags.resume else ""))
@@ -196,8 +223,9 @@ def freeze(vlm: VLM, trained: list[str]) -> dict[str, torch.nn.Parameter]:
 
 def orthogonalize(g: torch.Tensor, steps: int = 5) -> torch.Tensor:
     """
-    g [n, rows, cols] -> for each matrix, nearly the closest one whose singular values are all 1 (Newton-Schulz, coefficients by
-    Keller Jordan). A gradient has a few strong directions; made equal, the rare ones are learned as fast as the common.
+    g [n, rows, cols] -> for each matrix, nearly the closest one whose singular values are all 1 (Newton-Schulz,
+    coefficients by Keller Jordan). A gradient has a few strong directions; made equal, the rare ones are learned as
+    fast as the common.
     """
     a, b, c = 3.4445, -4.7750, 2.0315
     x = g.bfloat16() if g.is_cuda else g.float()  # bfloat16 is enough, and on most CPUs far too slow
@@ -212,8 +240,9 @@ def orthogonalize(g: torch.Tensor, steps: int = 5) -> torch.Tensor:
 
 class Optimizer:
     """
-    Muon (momentum, then orthogonalize) for the matrices inside blocks, AdamW for embeddings, norms and biases. Muon's update is
-    scaled by 0.2 sqrt(longer side), the usual size of AdamW's (arXiv 2502.16982): so one learning rate serves both.
+    Muon (momentum, then orthogonalize) for the matrices inside blocks, AdamW for embeddings, norms and biases. Muon's
+    update is scaled by 0.2 sqrt(longer side), the usual size of AdamW's (arXiv 2502.16982): so one learning rate serves
+    both.
     """
 
     def __init__(self, params: dict, kind: str, lr: float, weight_decay: float = 0.0, momentum: float = 0.95):
@@ -221,14 +250,18 @@ class Optimizer:
             raise ValueError(f"--optimizer={kind}: choose muon or adamw")
         self.lr, self.momentum, self.weight_decay = lr, momentum, weight_decay
         self.params = params
-        matrices = [n for n, p in params.items() if kind == "muon" and p.ndim == 2 and not n.endswith(("embed.weight", "head.weight", "position", "latents"))]
+        matrices = [n for n, p in params.items()
+                    if kind == "muon" and p.ndim == 2
+                    and not n.endswith(("embed.weight", "head.weight", "position", "latents"))]
         self.buffers = {n: torch.zeros_like(params[n]) for n in matrices}
-        self.shapes = {}  # matrices of one shape are orthogonalized together: few large products instead of many small ones
+        # matrices of one shape are orthogonalized together: few large products instead of many small ones
+        self.shapes = {}
         for n in matrices:
             self.shapes.setdefault(params[n].shape, []).append(n)
         self.rest = [n for n in params if n not in self.buffers]
         assert len(self.buffers) + len(self.rest) == len(params)
-        self.adamw = torch.optim.AdamW([params[n] for n in self.rest], lr=lr, betas=(0.9, 0.95), weight_decay=weight_decay, fused=True) if self.rest else None
+        self.adamw = torch.optim.AdamW([params[n] for n in self.rest], lr=lr, betas=(0.9, 0.95),
+                                       weight_decay=weight_decay, fused=True) if self.rest else None
 
     @torch.no_grad()
     def step(self, lr_scale: float) -> None:
@@ -259,7 +292,8 @@ class Optimizer:
         for n, b in self.buffers.items():
             b.copy_(state[f"muon.{n}"])
         for n in self.rest:
-            moments = {k: state[f"adamw.{n}.{k}"].clone() for k in ("step", "exp_avg", "exp_avg_sq") if f"adamw.{n}.{k}" in state}
+            moments = {k: state[f"adamw.{n}.{k}"].clone()
+                       for k in ("step", "exp_avg", "exp_avg_sq") if f"adamw.{n}.{k}" in state}
             if moments:
                 self.adamw.state[self.params[n]] = {k: v.to(self.params[n].device) for k, v in moments.items()}
 
@@ -274,12 +308,16 @@ def lr_scale(step: int, flags) -> float:
 # Data: the stages share how records become documents, and pixels
 
 def to_pixels(vlm: VLM):
-    "A function (source, record) -> uint8 [3, S, S]. The world draws itself at the size asked for; errors name the record."
+    """
+    A function (source, record) -> uint8 [3, S, S]. The world draws itself at the size asked for; errors name the
+    record.
+    """
     config = vlm.config.vision
 
     def convert(source, record) -> torch.Tensor:
         try:
-            image = source.draw(config.image_size) if isinstance(source, data.Scene) else data.load_source(source, load_image)
+            image = source.draw(config.image_size) if isinstance(source, data.Scene) \
+                else data.load_source(source, load_image)
         except ValueError as error:
             raise ValueError(f"record {record['id']}: {error}") from None
         return preprocess(image, config.image_size, config.bicubic)
@@ -287,7 +325,10 @@ def to_pixels(vlm: VLM):
 
 
 def to_document(tokenizer: Tokenizer, vlm: VLM, seq_len: int, learn_all: bool = False):
-    "A function (record, index) -> data.Document, or None if it does not fit. learn_all: next-token prediction on prompts too."
+    """
+    A function (record, index) -> data.Document, or None if it does not fit. learn_all: next-token prediction on prompts
+    too.
+    """
     def convert(record, index) -> data.Document | None:
         if "ids" in record or "text" in record:
             ids = record.get("ids") or tokenizer.encode(record["text"])[:seq_len] + [tokenizer.endoftext]
@@ -296,7 +337,8 @@ def to_document(tokenizer: Tokenizer, vlm: VLM, seq_len: int, learn_all: bool = 
             ids, mask, slots = tokenizer.render(record["messages"], image_tokens=vlm.config.bridge.num_tokens)
         except ValueError as error:
             raise ValueError(f"record {record['id']}: {error}") from None
-        # A long conversation is cut at the end, where only later turns are lost; but pictures and something to learn must be left.
+        # A long conversation is cut at the end, where only later turns are lost; but pictures and something to learn
+        # must be left.
         ids, mask = ids[:seq_len + 1], mask[:seq_len + 1]
         if not any(mask[1:]) or (slots and slots[-1] + vlm.config.bridge.num_tokens > seq_len):
             return None
@@ -306,23 +348,30 @@ def to_document(tokenizer: Tokenizer, vlm: VLM, seq_len: int, learn_all: bool = 
 
 def start_data(flags, setup: Setup, vlm: VLM, tokenizer: Tokenizer, task: str, state: dict):
     """
-    -> (loaders of this rank, {name: held-out records}). A step has batch_size / micro_batch_size lanes, one loader each; rank r takes
-    every world-th. So the same rows make a step on one GPU with four lanes as on four GPUs with one.
+    -> (loaders of this rank, {name: held-out records}). A step has batch_size / micro_batch_size lanes, one loader
+    each; rank r takes every world-th. So the same rows make a step on one GPU with four lanes as on four GPUs with one.
     """
     micro = flags.micro_batch_size or flags.batch_size // setup.world
     lanes = flags.batch_size // max(micro, 1)
     if micro < 1 or lanes * micro != flags.batch_size or lanes % setup.world:
-        raise ValueError(f"--batch_size={flags.batch_size} is not a multiple of --micro_batch_size={micro} x {setup.world} processes")
-    dataset, held = data.load_data(flags.data, task, flags.seed, flags.eval_size, flags.val, tokenizer.encode, tokenizer.endoftext, flags.seq_len)
+        raise ValueError(f"--batch_size={flags.batch_size} is not a multiple of "
+                         f"--micro_batch_size={micro} x {setup.world} processes")
+    dataset, held = data.load_data(flags.data, task, flags.seed, flags.eval_size, flags.val, tokenizer.encode,
+                                   tokenizer.endoftext, flags.seq_len)
     render = to_document(tokenizer, vlm, flags.seq_len, learn_all=task == "text")
     saved = state.get("data") or [None] * lanes
-    loaders = [data.Loader(dataset, render, to_pixels(vlm), micro, flags.seq_len, vlm.config.bridge.num_tokens, lane, lanes, saved[lane])
+    if len(saved) != lanes:
+        raise ValueError(f"--resume: the run was started with {len(saved)} micro-batches a step, "
+                         f"now there are {lanes}; give --micro_batch_size={flags.batch_size // len(saved)}")
+    loaders = [data.Loader(dataset, render, to_pixels(vlm), micro, flags.seq_len, vlm.config.bridge.num_tokens,
+                           lane, lanes, saved[lane])
                for lane in range(setup.rank, lanes, setup.world)]
     return loaders, held
 
 
 def to_device(batch: dict, setup: Setup) -> dict:
-    return {name: value if value is None else value.to(setup.device, non_blocking=True) for name, value in batch.items()}
+    return {name: value if value is None else value.to(setup.device, non_blocking=True)
+            for name, value in batch.items()}
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -334,10 +383,12 @@ class Log:
     def __init__(self, flags, setup: Setup, stage: str):
         self.path = Path(flags.out_dir) / flags.model / stage / "log.jsonl"
         self.master = setup.master
-        git = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=Path(__file__).parent).stdout.strip() \
+        git = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True,
+                             cwd=Path(__file__).parent).stdout.strip() \
             if (Path(__file__).parent / ".git").exists() else ""
-        self.write(command=" ".join(sys.argv), flags=vars(flags), device=str(setup.device), world=setup.world, dtype=str(setup.dtype),
-                   torch=torch.__version__, python=sys.version.split()[0], commit=git, time=time.strftime("%Y-%m-%d %H:%M:%S"))
+        self.write(command=" ".join(sys.argv), flags=vars(flags), device=str(setup.device), world=setup.world,
+                   dtype=str(setup.dtype), torch=torch.__version__, python=sys.version.split()[0], commit=git,
+                   time=time.strftime("%Y-%m-%d %H:%M:%S"))
 
     def write(self, **values) -> None:
         if self.master:
@@ -358,8 +409,15 @@ class Interrupt:
         signal.signal(signal.SIGINT, self.old)
 
 
-def save(flags, setup: Setup, stage: str, vlm: VLM, tokenizer: Tokenizer, optimizer: Optimizer, loaders: list, step: int, **more) -> Path:
-    "The stage's checkpoint, with all that --resume needs (`more` goes into state.json). The loaders' places come from all ranks."
+FREE = ("init", "out_dir", "device", "dtype", "compile", "resume", "eval_every", "save_every")  # may change on --resume
+
+
+def save(flags, setup: Setup, stage: str, vlm: VLM, tokenizer: Tokenizer, optimizer: Optimizer, loaders: list,
+         step: int, **more) -> Path:
+    """
+    The stage's checkpoint, with all that --resume needs (`more` goes into state.json). The loaders' places come from
+    all ranks.
+    """
     folder = Path(flags.out_dir) / flags.model / stage
     places = [loader.state() for loader in loaders]
     if setup.world > 1:
@@ -368,8 +426,9 @@ def save(flags, setup: Setup, stage: str, vlm: VLM, tokenizer: Tokenizer, optimi
         places = [gathered[lane % setup.world][lane // setup.world] for lane in range(sum(map(len, gathered)))]
     if setup.master:
         # What a resumed run must not change, or it would not be the same run.
-        kept = {name: getattr(flags, name) for name in ("data", "batch_size", "micro_batch_size", "seq_len", "lr", "steps", "seed")}
-        save_checkpoint(folder, vlm, tokenizer, optimizer.state(), {"step": step, "data": places, "flags": kept, **more})
+        kept = {name: value for name, value in vars(flags).items() if name not in FREE}
+        save_checkpoint(folder, vlm, tokenizer, optimizer.state(),
+                        {"step": step, "data": places, "flags": kept, **more})
     return folder
 
 
@@ -382,16 +441,19 @@ def check_resume(flags, state: dict) -> int:
     return state.get("step", 0)
 
 
-def train_step(vlm: VLM, batches: list[dict], tokens: float, params: dict, optimizer: Optimizer, setup: Setup, scale: float) -> float:
+def train_step(vlm: VLM, batches: list[dict], tokens: float, params: dict, optimizer: Optimizer, setup: Setup,
+               scale: float) -> float:
     """
-    One optimizer step over this rank's micro-batches -> the loss of the whole step. `tokens`: supervised ones, of all micro-batches
-    and ranks. Each micro-batch's sum is divided by it, so that the gradients, added up, are those of the mean over all tokens.
+    One optimizer step over this rank's micro-batches -> the loss of the whole step. `tokens`: supervised ones, of all
+    micro-batches and ranks. Each micro-batch's sum is divided by it, so that the gradients, added up, are those of the
+    mean over all tokens.
     """
     total = 0.0
     for batch in batches:
         with setup.autocast():
             loss = vlm(to_device(batch, setup)) / tokens
-        loss.backward()
+        if loss.requires_grad:  # in alignment a micro-batch without pictures teaches nothing
+            loss.backward()
         total += loss.item()
     if setup.world > 1:
         for p in params.values():  # a parameter that no row of this rank used takes part all the same
@@ -412,8 +474,8 @@ def supervised(batches: list[dict], setup: Setup) -> float:
 @torch.no_grad()
 def answers(vlm: VLM, tokenizer: Tokenizer, records: list, image: str = "own", batch: int = 100) -> list[str]:
     """
-    The model's greedy answer to each record's last question. image: "own"; "blank": a grey square, to see what the question alone
-    gives away; "shuffled": the next record's pictures, to see whether the answer follows the picture.
+    The model's greedy answer to each record's last question. image: "own"; "blank": a grey square, to see what the
+    question alone gives away; "shuffled": the next record's pictures, to see whether the answer follows the picture.
     """
     convert, out = to_pixels(vlm), []
     length = max(len(tokenizer.encode(record["messages"][-1]["content"])) for record in records)
@@ -453,11 +515,13 @@ def evaluate_with_baselines(vlm, tokenizer, held: dict, setup: Setup) -> dict:
     "Accuracy on every held-out set, beside the same questions with the picture blanked and exchanged. Prints a table."
     results = {}
     for name, records in held.items():
-        own, blank, shuffled = (evaluate(vlm, tokenizer, records, setup, image) for image in ("own", "blank", "shuffled"))
-        setup.say(f"\n{name:<12}{'own':>8}{'blind':>8}{'shuffled':>10}   ({own['n']} questions, 95 % interval of the total "
-                  f"{own['ci95'][0]:.1%} to {own['ci95'][1]:.1%})")
+        own, blank, shuffled = (evaluate(vlm, tokenizer, records, setup, image)
+                                for image in ("own", "blank", "shuffled"))
+        setup.say(f"\n{name:<12}{'own':>8}{'blind':>8}{'shuffled':>10}   ({own['n']} questions, "
+                  f"95 % interval of the total {own['ci95'][0]:.1%} to {own['ci95'][1]:.1%})")
         for kind in own["by_kind"]:
-            setup.say(f"  {kind:<10}" + "".join(f"{r['by_kind'][kind]:>8.1%}" for r in (own, blank)) + f"{shuffled['by_kind'][kind]:>10.1%}")
+            setup.say(f"  {kind:<10}" + "".join(f"{r['by_kind'][kind]:>8.1%}" for r in (own, blank))
+                      + f"{shuffled['by_kind'][kind]:>10.1%}")
         setup.say(f"  {'all':<10}{own['accuracy']:>8.1%}{blank['accuracy']:>8.1%}{shuffled['accuracy']:>10.1%}")
         results[name] = {"n": own["n"], "accuracy": own["accuracy"], "ci95": own["ci95"], "by_kind": own["by_kind"],
                          "blind_accuracy": blank["accuracy"], "shuffled_accuracy": shuffled["accuracy"]}
@@ -520,13 +584,19 @@ BY_MODEL = {"tiny": {"batch_size": 16, "seq_len": 256, "steps": 160, "lr": 0.005
 
 
 def bits_per_byte(vlm, tokenizer, documents: list, setup: Setup, seq_len: int) -> float:
-    "Unlike loss per token it compares models with different vocabularies. 8 would be no idea at all; good models of prose reach 0.7."
+    """
+    Unlike loss per token it compares models with different vocabularies. 8 would be no idea at all; good models of
+    prose reach 0.7.
+    """
     nats, _ = held_out_loss(vlm, documents, setup, seq_len)
     return nats / math.log(2) / sum(len(tokenizer.decode_bytes(doc.ids[1:])) for doc in documents)
 
 
 def make_tokenizer(flags):
-    "A function size -> Tokenizer, trained on the text of --data. It is saved with the checkpoint; later stages take it from there."
+    """
+    A function size -> Tokenizer, trained on the text of --data. It is saved with the checkpoint; later stages take it
+    from there.
+    """
     def train(size: int) -> Tokenizer:
         texts = ["user\n", "assistant\n"] * 50  # roles stand in every conversation: worth a token each
         for name, _ in data.parse_mixture(flags.data):
@@ -534,9 +604,11 @@ def make_tokenizer(flags):
                 records = (data.World("text", seed=flags.seed)[i] for i in range(3000))
             else:
                 try:
-                    records = data.read_records(name)
-                except ValueError:  # not conversations: then it is text, or an error that names the file
                     records = [{"text": text} for text in data.read_text(name)]
+                except ValueError:  # not text: then it is conversations, or an error that names the file
+                    if name.endswith(".txt") or Path(name).is_dir():
+                        raise
+                    records = data.read_records(name)
             for record in records:
                 texts += [record["text"]] if "text" in record else [m["content"] for m in record["messages"]]
         return Tokenizer.train(texts, size)
@@ -549,15 +621,15 @@ def main() -> None:
     vlm, tokenizer, state, moments = start(flags, setup, STAGE, make_tokenizer(flags))
     params = freeze(vlm, ["decoder"])
     optimizer = Optimizer(params, flags.optimizer, flags.lr)
+    step = check_resume(flags, state)
     if moments:
         optimizer.load(moments)
-    step = check_resume(flags, state)
     loaders, held = start_data(flags, setup, vlm, tokenizer, "text", state)
     render = to_document(tokenizer, vlm, flags.seq_len, learn_all=True)
-    documents = [render(record, i) for i, record in enumerate(held[next(iter(held))])]
+    documents = [doc for i, record in enumerate(held[next(iter(held))]) if (doc := render(record, i))]
     log, interrupt = Log(flags, setup, STAGE), Interrupt()
-    setup.say(f"{sum(p.numel() for p in params.values()):,} parameters, {flags.batch_size * flags.seq_len:,} tokens a step, "
-              f"{flags.steps} steps on {setup.world} x {setup.device.type} in {setup.dtype}")
+    setup.say(f"{sum(p.numel() for p in params.values()):,} parameters, {flags.batch_size * flags.seq_len:,} tokens "
+              f"a step, {flags.steps} steps on {setup.world} x {setup.device.type} in {setup.dtype}")
     before = bits_per_byte(vlm, tokenizer, documents, setup, flags.seq_len)
 
     vlm.train()
@@ -569,9 +641,10 @@ def main() -> None:
         bar.update()
         bar.set_postfix(loss=f"{loss:.3f}")
         log.write(step=step, loss=loss, lr=flags.lr * lr_scale(step - 1, flags), seconds=time.time() - started)
-        if step % flags.eval_every == 0 and flags.eval_every > 0:
-            setup.say(f"step {step}: {bits_per_byte(vlm, tokenizer, documents, setup, flags.seq_len):.3f} bits per byte")
-        if step % flags.save_every == 0 and flags.save_every > 0:
+        if flags.eval_every > 0 and step % flags.eval_every == 0:
+            setup.say(f"step {step}: {bits_per_byte(vlm, tokenizer, documents, setup, flags.seq_len):.3f} "
+                      "bits per byte")
+        if flags.save_every > 0 and step % flags.save_every == 0:
             save(flags, setup, STAGE, vlm, tokenizer, optimizer, loaders, step)
     bar.close()
     folder = save(flags, setup, STAGE, vlm, tokenizer, optimizer, loaders, step)
@@ -582,8 +655,8 @@ def main() -> None:
         from_prompt = vlm.generate([data.Document(0, prompt_ids, [], [], {})], max_new_tokens=40, temperature=0.7,
                                    stop=set(tokenizer.stop_ids), vocab_used=tokenizer.vocab_size)
         setup.say("  " + tokenizer.decode(prompt_ids + [row[0] for row in from_prompt]))
-    finish(setup, log, stage=STAGE, step=step, bits_per_byte=after, bits_per_byte_before=before, seconds=time.time() - started,
-           checkpoint=str(folder), interrupted=interrupt.wanted)
+    finish(setup, log, stage=STAGE, step=step, bits_per_byte=after, bits_per_byte_before=before,
+           seconds=time.time() - started, checkpoint=str(folder), interrupted=interrupt.wanted)
 
 
 if __name__ == "__main__":

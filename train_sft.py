@@ -5,11 +5,12 @@ Chapter 3: from a model that describes pictures to one that answers questions ab
     python train_sft.py --data=my.json                     # your own pictures and conversations (LLaVA's format)
     torchrun --nproc_per_node=8 train_sft.py --model=small
 
-Supervised fine-tuning: the same next-token loss, but now on conversations, and only the assistant's words count: the model is not
-asked to guess what the user will say. All parts learn now (the ViT only where it has no pretrained weights).
+Supervised fine-tuning: the same next-token loss, but now on conversations, and only the assistant's words count: the
+model is not asked to guess what the user will say. All parts learn now (the ViT only where it has no pretrained
+weights).
 
-Prints the accuracy on questions it has not seen, each kind of question beside two baselines: with the picture blanked (what the
-question alone gives away) and with pictures exchanged (does the answer follow the picture?).
+Prints the accuracy on questions it has not seen, each kind of question beside two baselines: with the picture blanked
+(what the question alone gives away) and with pictures exchanged (does the answer follow the picture?).
 
 New in this chapter: the decoder learns again, and answers are scored.
 Left out: a separate learning rate for each part; one served all parts within noise.
@@ -18,12 +19,12 @@ import time
 
 from tqdm import tqdm
 
-from train_base import (SHARED_FLAGS, Interrupt, Log, Optimizer, Setup, check_resume, evaluate, evaluate_with_baselines, finish, freeze,
-                        held_out_loss, lr_scale, make_tokenizer, parse_flags, run, save, save_samples, start, start_data,
-                        supervised, to_document, train_step)
+from train_base import (SHARED_FLAGS, Interrupt, Log, Optimizer, Setup, check_resume, evaluate, evaluate_with_baselines,
+                        finish, freeze, held_out_loss, lr_scale, make_tokenizer, parse_flags, run, save, save_samples,
+                        start, start_data, supervised, to_document, train_step)
 
 STAGE = "sft"
-BY_MODEL = {"tiny": {"batch_size": 32, "seq_len": 128, "steps": 700, "lr": 0.006},
+BY_MODEL = {"tiny": {"batch_size": 32, "seq_len": 128, "steps": 850, "lr": 0.003},
             "small": {"batch_size": 64, "seq_len": 1024, "steps": 4000, "lr": 0.002}}
 
 
@@ -31,16 +32,18 @@ def main() -> None:
     flags = parse_flags(__doc__, SHARED_FLAGS, BY_MODEL)
     setup = Setup(flags)
     vlm, tokenizer, state, moments = start(flags, setup, STAGE, make_tokenizer(flags))
-    params = freeze(vlm, ["bridge", "decoder"] if vlm.config.pretrained_vision else ["bridge", "decoder", "vit"])  # New: all learn
+    # New: all learn
+    params = freeze(vlm, ["bridge", "decoder"] if vlm.config.pretrained_vision else ["bridge", "decoder", "vit"])
     optimizer = Optimizer(params, flags.optimizer, flags.lr)
+    step = check_resume(flags, state)
     if moments:
         optimizer.load(moments)
-    step = check_resume(flags, state)
     loaders, held = start_data(flags, setup, vlm, tokenizer, "chat", state)
     first = next(iter(held.values()))
     log, interrupt = Log(flags, setup, STAGE), Interrupt()
-    setup.say(f"{sum(p.numel() for p in params.values()):,} parameters learn, {flags.batch_size} rows x {flags.seq_len} tokens a step, "
-              f"{flags.steps} steps on {setup.world} x {setup.device.type} in {setup.dtype}")
+    setup.say(f"{sum(p.numel() for p in params.values()):,} parameters learn, {flags.batch_size} rows x "
+              f"{flags.seq_len} tokens a step, {flags.steps} steps on "
+              f"{setup.world} x {setup.device.type} in {setup.dtype}")
 
     vlm.train()
     started, bar = time.time(), tqdm(total=flags.steps, initial=step, disable=not setup.master, desc=STAGE, unit="step")
@@ -51,12 +54,13 @@ def main() -> None:
         images = setup.sum(sum(len(batch["pixels"]) for batch in batches if batch["pixels"] is not None))
         bar.update()
         bar.set_postfix(loss=f"{loss:.3f}", images=int(images))
-        log.write(step=step, loss=loss, images=images, lr=flags.lr * lr_scale(step - 1, flags), seconds=time.time() - started)
-        if step % flags.eval_every == 0 and flags.eval_every > 0:
+        log.write(step=step, loss=loss, images=images, lr=flags.lr * lr_scale(step - 1, flags),
+                  seconds=time.time() - started)
+        if flags.eval_every > 0 and step % flags.eval_every == 0:
             result = evaluate(vlm, tokenizer, first, setup)
             kinds = ", ".join(f"{kind} {value:.0%}" for kind, value in result["by_kind"].items())
             setup.say(f"step {step}: held-out accuracy {result['accuracy']:.1%} ({kinds})")
-        if step % flags.save_every == 0 and flags.save_every > 0:
+        if flags.save_every > 0 and step % flags.save_every == 0:
             save(flags, setup, STAGE, vlm, tokenizer, optimizer, loaders, step)
     bar.close()
     seconds = time.time() - started
@@ -71,8 +75,9 @@ def main() -> None:
     if setup.master:
         save_samples(folder / "samples.png", vlm, tokenizer, [r for records in held.values() for r in records[:8]][:16])
     main_result = next(iter(results.values()))
-    finish(setup, log, stage=STAGE, step=step, accuracy=main_result["accuracy"], blind_accuracy=main_result["blind_accuracy"],
-           ci95=main_result["ci95"], held_out=results, seconds=seconds, checkpoint=str(folder), interrupted=interrupt.wanted)
+    finish(setup, log, stage=STAGE, step=step, accuracy=main_result["accuracy"],
+           blind_accuracy=main_result["blind_accuracy"], ci95=main_result["ci95"], held_out=results, seconds=seconds,
+           checkpoint=str(folder), interrupted=interrupt.wanted)
 
 
 if __name__ == "__main__":

@@ -9,10 +9,11 @@ Eyes: from a picture to the few vectors that the language model reads.
       -> tokens     [B, M, H]      as wide as the decoder's text embeddings       Projector
 
 For SigLIP2-L/16 at 256 pixels before Qwen2.5-1.5B: S = 256, N = 256, D = 1024, M = 64, H = 1536.
-The ViT computes exactly what SigLIP does (arXiv 2303.15343, 2502.14786), so that its released weights load into it; the last
-section reads and writes safetensors, the files in which such weights are published.
+The ViT computes exactly what SigLIP does (arXiv 2303.15343, 2502.14786), so that its released weights load into it; the
+last section reads and writes safetensors, the files in which such weights are published.
 
-Left out: SigLIP's text tower and its pooling head (we need every patch, not one vector), dropout, and NaFlex's variable shapes.
+Left out: SigLIP's text tower and its pooling head (we need every patch, not one vector), dropout, and NaFlex's variable
+shapes.
 """
 import json
 import math
@@ -52,7 +53,8 @@ def load_image(source, name: str = "") -> Image.Image:
         why = " ".join(str(error).split())[:200]
         raise ValueError(f"{name}: not a readable image ({why}); replace it or remove it from the data") from None
     if not small:
-        raise ValueError(f"{name}: {image.width} x {image.height} pixels is over the limit of {MAX_PIXELS:,}; make it smaller")
+        raise ValueError(f"{name}: {image.width} x {image.height} pixels is over the limit of {MAX_PIXELS:,}; "
+                         "make it smaller")
     try:
         image = ImageOps.exif_transpose(image)  # phones store the picture as the sensor lay, and how to turn it
     except Exception:  # noqa: BLE001 a broken EXIF block raises almost anything; the pixels themselves are fine
@@ -62,7 +64,8 @@ def load_image(source, name: str = "") -> Image.Image:
 
 def to_rgb(image: Image.Image) -> Image.Image:
     "Any PIL mode -> RGB. Transparent pixels become white: what lies under them in the file is arbitrary."
-    if image.mode.startswith(("I", "F")):  # 16 or 32 bits a pixel: PIL's own conversion would clip all above 255 to white
+    # 16 or 32 bits a pixel: PIL's own conversion would clip all above 255 to white
+    if image.mode.startswith(("I", "F")):
         values = np.asarray(image, dtype=np.float64)
         top = values.max(initial=0)
         scale = 255 if image.mode == "F" and top <= 1 else 1 if top <= 255 else 1 / 257  # 65535 / 257 = 255
@@ -75,8 +78,9 @@ def to_rgb(image: Image.Image) -> Image.Image:
 
 def preprocess(image: Image.Image, size: int, bicubic: bool = False) -> torch.Tensor:
     """
-    RGB image -> uint8 [3, size, size]. Like SigLIP: one direct resize, the aspect ratio is not kept and nothing is cropped away.
-    SigLIP was released with bicubic, SigLIP 2 with bilinear resampling. Bytes travel to the device; `normalize` is done there.
+    RGB image -> uint8 [3, size, size]. Like SigLIP: one direct resize, the aspect ratio is not kept and nothing is
+    cropped away. SigLIP was released with bicubic, SigLIP 2 with bilinear resampling. Bytes travel to the device;
+    `normalize` is done there.
     """
     if image.size != (size, size):
         image = image.resize((size, size), Image.Resampling.BICUBIC if bicubic else Image.Resampling.BILINEAR)
@@ -93,7 +97,10 @@ def normalize(pixels: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
 
 @dataclass
 class ViTConfig:
-    "Field names and defaults are those of Hugging Face's SiglipVisionConfig: its sparse config.json files rely on the defaults."
+    """
+    Field names and defaults are those of Hugging Face's SiglipVisionConfig: its sparse config.json files rely on the
+    defaults.
+    """
     hidden_size: int = 768            # D
     intermediate_size: int = 3072
     num_hidden_layers: int = 12
@@ -110,12 +117,13 @@ class ViTConfig:
 
 def sincos_positions(side: int, D: int) -> torch.Tensor:
     """
-    Start values for the positions of side x side patches [side^2, D]: sines and cosines of the column, then of the row, in D / 4
-    wavelengths. They are learned from there on; random ones would have to find out first which patches are neighbours.
+    Start values for the positions of side x side patches [side^2, D]: sines and cosines of the column, then of the row,
+    in D / 4 wavelengths. They are learned from there on; random ones would have to find out first which patches are
+    neighbours.
     """
     frequencies = 100 ** -(torch.arange(D // 4) / (D // 4))
     y, x = torch.meshgrid(torch.arange(side), torch.arange(side), indexing="ij")
-    x, y = x.flatten()[:, None] * frequencies, y.flatten()[:, None] * frequencies                    # [side^2, D/4] each
+    x, y = x.flatten()[:, None] * frequencies, y.flatten()[:, None] * frequencies                   # [side^2, D/4] each
     return torch.cat([x.sin(), x.cos(), y.sin(), y.cos()], dim=1)
 
 
@@ -127,7 +135,8 @@ class ViTBlock(nn.Module):
         D = config.hidden_size
         self.num_heads = config.num_attention_heads
         self.norm1 = nn.LayerNorm(D, eps=config.layer_norm_eps)
-        self.qkv = nn.Linear(D, 3 * D)  # query, key and value in one product: three small ones keep the hardware less busy
+        # query, key and value in one product: three small ones keep the hardware less busy
+        self.qkv = nn.Linear(D, 3 * D)
         self.out = nn.Linear(D, D)
         self.norm2 = nn.LayerNorm(D, eps=config.layer_norm_eps)
         self.fc1 = nn.Linear(D, config.intermediate_size)
@@ -135,10 +144,12 @@ class ViTBlock(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         B, N, D = x.shape
-        q, k, v = self.qkv(self.norm1(x)).view(B, N, 3, self.num_heads, -1).permute(2, 0, 3, 1, 4)  # 3 x [B, heads, N, D/heads]
+        q, k, v = self.qkv(self.norm1(x)).view(B, N, 3, self.num_heads, -1).permute(
+            2, 0, 3, 1, 4)                                                              # 3 x [B, heads, N, D/heads]
         y = F.scaled_dot_product_attention(q, k, v)
         x = x + self.out(y.transpose(1, 2).reshape(B, N, D))
-        return x + self.fc2(F.gelu(self.fc1(self.norm2(x)), approximate="tanh"))  # SigLIP was trained with the tanh form
+        # SigLIP was trained with the tanh form
+        return x + self.fc2(F.gelu(self.fc1(self.norm2(x)), approximate="tanh"))
 
 
 class ViT(nn.Module):
@@ -146,7 +157,8 @@ class ViT(nn.Module):
         super().__init__()
         self.config = config
         D, P, S = config.hidden_size, config.patch_size, config.image_size
-        self.patch = nn.Linear(3 * P * P, D)  # the usual "patch convolution": with stride = kernel it is one matrix product
+        # the usual "patch convolution": with stride = kernel it is one matrix product
+        self.patch = nn.Linear(3 * P * P, D)
         self.position = nn.Parameter(sincos_positions(S // P, D))
         self.blocks = nn.ModuleList(ViTBlock(config) for _ in range(config.num_hidden_layers))
         self.norm = nn.LayerNorm(D, eps=config.layer_norm_eps)
@@ -160,8 +172,10 @@ class ViT(nn.Module):
         if pixels.dtype == torch.uint8:
             pixels = normalize(pixels, self.patch.weight.dtype)
         B, C, S, _ = pixels.shape
-        P, n = self.config.patch_size, S // self.config.patch_size  # so400m: 384 = 27 * 14 + 6, the odd 6 pixels are not seen
-        x = pixels[:, :, :n * P, :n * P].reshape(B, C, n, P, n, P).permute(0, 2, 4, 1, 3, 5).reshape(B, n * n, C * P * P)
+        # so400m: 384 = 27 * 14 + 6, the odd 6 pixels are not seen
+        P, n = self.config.patch_size, S // self.config.patch_size
+        x = pixels[:, :, :n * P, :n * P].reshape(B, C, n, P, n, P).permute(0, 2, 4, 1, 3, 5).reshape(
+            B, n * n, C * P * P)
         x = self.patch(x) + self.position                                                           # [B, N, D]
         for block in self.blocks[:len(self.blocks) + 1 + layer]:
             x = block(x)
@@ -169,7 +183,10 @@ class ViT(nn.Module):
 
     @classmethod
     def from_pretrained(cls, folder) -> "ViT":
-        "From a folder as the hub ships it: config.json (of SigLIP or of its vision tower alone) and one or more safetensors files."
+        """
+        From a folder as the hub ships it: config.json (of SigLIP or of its vision tower alone) and one or more
+        safetensors files.
+        """
         folder = Path(folder)
         config = read_json(folder / "config.json")
         config = config.get("vision_config", config)
@@ -179,8 +196,10 @@ class ViT(nn.Module):
         with torch.device("meta"):  # no memory and no random numbers: every tensor comes from the file
             vit = cls(ViTConfig(**fill))
         tensors = read_safetensors(folder)
-        prefix = "vision_model." if any(name.startswith("vision_model.") for name in tensors) else ""  # the hub has the prefix
-        ours = {n: t for n, t in tensors.items() if not n.startswith(("text_model.", "logit_")) and ".head." not in f".{n}"}
+        # the hub has the prefix
+        prefix = "vision_model." if any(name.startswith("vision_model.") for name in tensors) else ""
+        ours = {n: t for n, t in tensors.items()
+                if not n.startswith(("text_model.", "logit_")) and ".head." not in f".{n}"}
         load_renamed(vit, ours, SIGLIP_NAMES, prefix, str(folder))
         return vit
 
@@ -201,7 +220,10 @@ SIGLIP_NAMES = {
 
 
 def init_linears(module: nn.Module, outputs: tuple, depth: int) -> None:
-    "Start values that keep a signal's size from layer to layer; layers that write to the residual stream start smaller, as in GPT-2."
+    """
+    Start values that keep a signal's size from layer to layer; layers that write to the residual stream start smaller,
+    as in GPT-2.
+    """
     for name, linear in module.named_modules():
         if isinstance(linear, nn.Linear):
             shrink = (2 * depth) ** -0.5 if name.split(".")[-1] in outputs else 1.0
@@ -226,7 +248,8 @@ class BridgeConfig:
     @property
     def num_tokens(self) -> int:
         "How many decoder positions one picture takes."
-        return {"perceiver": self.num_latents, "pixelshuffle": self.num_patches // 4, "mlp": self.num_patches}[self.kind]
+        return {"perceiver": self.num_latents, "pixelshuffle": self.num_patches // 4,
+                "mlp": self.num_patches}[self.kind]
 
 
 class PerceiverLayer(nn.Module):
@@ -244,7 +267,8 @@ class PerceiverLayer(nn.Module):
         self.fc2 = nn.Linear(4 * D, D, bias=False)
         for linear in (self.q, self.kv, self.fc1):
             nn.init.normal_(linear.weight, std=D ** -0.5)
-        # Nothing is added at first: the resampler begins as what its latents start from, and attention grows where it helps.
+        # Nothing is added at first: the resampler begins as what its latents start from, and attention grows where it
+        # helps.
         nn.init.zeros_(self.out.weight)
         nn.init.zeros_(self.fc2.weight)
 
@@ -253,15 +277,18 @@ class PerceiverLayer(nn.Module):
         x = self.norm_latents(latents)
         # Keys from features and latents: so the latents can also agree on who summarises what.
         kv = self.kv(torch.cat([self.norm_features(features), x], dim=1))                            # [B, N+M, 2D]
-        q = self.q(x).view(B, M, self.num_heads, -1).transpose(1, 2)                                 # [B, heads, M, D/heads]
-        k, v = kv.view(B, kv.shape[1], 2, self.num_heads, -1).permute(2, 0, 3, 1, 4)                 # [B, heads, N+M, D/heads]
+        q = self.q(x).view(B, M, self.num_heads, -1).transpose(1, 2)                            # [B, heads, M, D/heads]
+        k, v = kv.view(B, kv.shape[1], 2, self.num_heads, -1).permute(2, 0, 3, 1, 4)          # [B, heads, N+M, D/heads]
         y = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(B, M, D)
         latents = latents + self.out(y)
         return latents + self.fc2(F.gelu(self.fc1(self.norm_mlp(latents))))
 
 
 def pixel_shuffle(features: torch.Tensor) -> torch.Tensor:
-    "[B, N, D] -> [B, N/4, 4D]: each 2 x 2 neighbourhood of patches becomes one long vector. The baseline a resampler must beat."
+    """
+    [B, N, D] -> [B, N/4, 4D]: each 2 x 2 neighbourhood of patches becomes one long vector. The baseline a resampler
+    must beat.
+    """
     B, N, D = features.shape
     n = math.isqrt(N)
     x = features.view(B, n // 2, 2, n // 2, 2, D).permute(0, 1, 3, 2, 4, 5)
@@ -271,9 +298,10 @@ def pixel_shuffle(features: torch.Tensor) -> torch.Tensor:
 class Perceiver(nn.Module):
     """
     Flamingo's resampler (arXiv 2204.14198): features [B, N, D] -> latents [B, M, D].
-    The latents are drawn at random: equal ones would receive equal gradients and stay equal for ever. Flamingo's latents are the
-    same for every picture and must first learn where to look. With M = N / 4, ours start from their own 2 x 2 patches instead: on the
-    tiny model the caption loss after 150 steps is 0.21 that way and 0.55 the other, and most of the time was spent on finding places.
+    The latents are drawn at random: equal ones would receive equal gradients and stay equal for ever. Flamingo's
+    latents are the same for every picture and must first learn where to look. With M = N / 4, ours start from their own
+    2 x 2 patches instead: on the tiny model the caption loss after 150 steps is 0.21 that way and 0.55 the other, and
+    most of the time was spent on finding places.
     """
 
     def __init__(self, config: BridgeConfig):
@@ -297,7 +325,10 @@ class Perceiver(nn.Module):
 
 
 class Bridge(nn.Module):
-    "features [B, N, D] -> tokens [B, M, H]: fewer vectors (by one of three ways), then LLaVA's 2-layer MLP to the decoder's width."
+    """
+    features [B, N, D] -> tokens [B, M, H]: fewer vectors (by one of three ways), then LLaVA's 2-layer MLP to the
+    decoder's width.
+    """
 
     def __init__(self, config: BridgeConfig):
         super().__init__()
@@ -326,10 +357,12 @@ class Bridge(nn.Module):
 # Weights on disk: the safetensors format, and Hugging Face's names
 #
 #   8 bytes   N, the header's length, little-endian
-#   N bytes   JSON: {"name": {"dtype": "BF16", "shape": [2, 3], "data_offsets": [begin, end]}, ..., "__metadata__": {str: str}}
+#   N bytes   JSON: {"name": {"dtype": "BF16", "shape": [2, 3], "data_offsets": [begin, end]}, ...,
+#             "__metadata__": {str: str}}
 #   the rest  the tensors' bytes, row-major, without gap or overlap
 #
-# No code runs when such a file is read (a .pt file is a pickle, which can run anything), and the bytes can be used where they lie.
+# No code runs when such a file is read (a .pt file is a pickle, which can run anything), and the bytes can be used
+# where they lie.
 
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
           "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
@@ -358,8 +391,9 @@ def unique_keys(pairs: list) -> dict:
 
 def read_header(path) -> tuple[dict, dict, int]:
     """
-    path -> (entries {name: (dtype, shape, begin, end)}, metadata, offset of the data section), everything checked against the
-    file's size first: a file cut short, or made by an attacker, is a ValueError here and never a crash later.
+    path -> (entries {name: (dtype, shape, begin, end)}, metadata, offset of the data section), everything checked
+    against the file's size first: a file cut short, or made by an attacker, is a ValueError here and never a crash
+    later.
     """
     def bad(why: str) -> ValueError:
         return ValueError(f"{path}: not a valid safetensors file ({why}); fetch or write it again")
@@ -416,7 +450,8 @@ def read_metadata(path) -> dict[str, str]:
 def read_safetensors(path) -> dict[str, torch.Tensor]:
     """
     One file, or a folder with model.safetensors or with shards and their index -> {name: tensor}.
-    The tensors are views of the mapped file: the operating system reads a page when it is first touched. Do not write to them.
+    The tensors are views of the mapped file: the operating system reads a page when it is first touched. Do not write
+    to them.
     """
     path = Path(path)
     if path.is_dir():
@@ -434,7 +469,8 @@ def read_safetensors(path) -> dict[str, torch.Tensor]:
     if not path.exists():
         raise ValueError(f"{path}: no such file")
     entries, _, start = read_header(path)
-    with open(path, "rb") as file:  # private mapping: torch wants writable memory, and a stray write must not reach the disk
+    # private mapping: torch wants writable memory, and a stray write must not reach the disk
+    with open(path, "rb") as file:
         data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
     tensors = {}
     for name, (dtype, shape, begin, end) in entries.items():
@@ -445,13 +481,17 @@ def read_safetensors(path) -> dict[str, torch.Tensor]:
 
 
 def write_safetensors(tensors: dict[str, torch.Tensor], path, metadata: dict[str, str] | None = None) -> None:
-    "Largest dtype first, then by name: so every tensor starts at a multiple of its element size. The header is padded to 8 bytes."
+    """
+    Largest dtype first, then by name: so every tensor starts at a multiple of its element size. The header is padded to
+    8 bytes.
+    """
     names = {dtype: name for name, dtype in DTYPES.items()}
     order = sorted(tensors, key=lambda n: (-tensors[n].element_size(), n))
     header, offset = {"__metadata__": metadata} if metadata else {}, 0
     for name in order:
         end = offset + tensors[name].numel() * tensors[name].element_size()
-        header[name] = {"dtype": names[tensors[name].dtype], "shape": list(tensors[name].shape), "data_offsets": [offset, end]}
+        header[name] = {"dtype": names[tensors[name].dtype], "shape": list(tensors[name].shape),
+                        "data_offsets": [offset, end]}
         offset = end
     raw = json.dumps(header, separators=(",", ":")).encode()
     raw += b" " * (-len(raw) % 8)
@@ -464,7 +504,10 @@ def write_safetensors(tensors: dict[str, torch.Tensor], path, metadata: dict[str
 
 
 def renamed(module: nn.Module, table: dict[str, list[str]], prefix: str) -> dict[str, list[str]]:
-    "{our name: [hub names]} for every parameter of the module. In the table # stands for a layer's number, * for weight or bias."
+    """
+    {our name: [hub names]} for every parameter of the module. In the table # stands for a layer's number, * for weight
+    or bias.
+    """
     out = {}
     for name, _ in module.named_parameters():
         parts = name.split(".")
@@ -479,17 +522,19 @@ def renamed(module: nn.Module, table: dict[str, list[str]], prefix: str) -> dict
 
 def load_renamed(module: nn.Module, tensors: dict, table: dict, prefix: str, where: str, dtype=torch.float32) -> None:
     """
-    Fill a module (on the meta device, or real) from a hub file's tensors. Missing, unexpected and wrongly shaped tensors are errors:
-    a model that is silently part random still talks, only badly, and nobody finds out why.
+    Fill a module (on the meta device, or real) from a hub file's tensors. Missing, unexpected and wrongly shaped
+    tensors are errors: a model that is silently part random still talks, only badly, and nobody finds out why.
     """
     parameters, used = dict(module.named_parameters()), set()
     for ours, theirs in renamed(module, table, prefix).items():
         missing = [name for name in theirs if name not in tensors]
         if missing:
             raise ValueError(f"{where}: tensor {missing[0]} is missing; is this the right model?")
-        value = torch.cat([tensors[n].to(dtype) for n in theirs]) if len(theirs) > 1 else tensors[theirs[0]].to(dtype, copy=True)
+        value = torch.cat([tensors[n].to(dtype) for n in theirs]) if len(theirs) > 1 \
+            else tensors[theirs[0]].to(dtype, copy=True)
         if value.numel() != parameters[ours].numel() or len(value) != len(parameters[ours]):
-            raise ValueError(f"{where}: {theirs[0]} has shape {list(value.shape)}, config.json asks for {list(parameters[ours].shape)}")
+            raise ValueError(f"{where}: {theirs[0]} has shape {list(value.shape)}, "
+                             f"config.json asks for {list(parameters[ours].shape)}")
         owner, _, last = ours.rpartition(".")
         setattr(module.get_submodule(owner), last, nn.Parameter(value.reshape(parameters[ours].shape)))
         used.update(theirs)

@@ -1,0 +1,2854 @@
+"""
+What this project promises, one test for each promise, named after it. In the order of the files, fast ones first.
+
+    python -m pytest test_all.py              # all, offline, a few minutes on two cores
+    python -m pytest test_all.py -k packed    # those with "packed" in their name
+
+Random weights and small files made on the spot; transformers and safetensors are the references. Tests on real data are
+skipped, by name, where the folder they read is not there.
+"""
+import argparse
+import base64
+import contextlib
+import csv
+import gzip
+import importlib
+import importlib.util
+import io
+import itertools
+import json
+import math
+import os
+import random
+import re
+import runpy
+import shutil
+import signal
+import struct
+import subprocess
+import sys
+import tarfile
+import time
+import unicodedata
+import zipfile
+import zlib
+from collections import Counter
+from dataclasses import asdict, replace
+from functools import lru_cache
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import tiktoken
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from hypothesis import given, settings, strategies as st
+
+import data
+import model
+import sample
+import tokenizer as tok
+import train_base
+import vision
+from model import GPT, GPTConfig, VLM, VLMConfig
+from tokenizer import Rendered, SPECIAL_TOKENS, Tokenizer, train_bpe
+from vision import Bridge, BridgeConfig, ViT, ViTConfig
+
+SHARED = Path(__file__).parent.parent / "shared"  # optional: real pictures and texts
+
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# tokenizer.py
+
+QWEN = SHARED / "data" / "qwen_tokenizer"
+SHAKESPEARE = SHARED / "data" / "text" / "tinyshakespeare.txt"
+needs_qwen = pytest.mark.skipif(not (QWEN / "vocab.json").exists(), reason=f"needs Qwen's vocab.json in {QWEN}")
+needs_text = pytest.mark.skipif(not SHAKESPEARE.exists(), reason=f"needs {SHAKESPEARE}")
+QWEN_SYSTEM = "You are Qwen, created by Alibaba Cloud. You are a helpful assistant."
+# Qwen2.5's own template without its branch for tools, spelled as a tokenizer_config.json spells it.
+QWEN_TEMPLATE = """
+{%- if messages[0]['role'] == 'system' %}
+    {{- '<|im_start|>system\\n' + messages[0]['content'] + '<|im_end|>\\n' }}
+{%- else %}
+    {{- '<|im_start|>system\\nYou are Qwen, created by Alibaba Cloud. You are a helpful assistant.<|im_end|>\\n' }}
+{%- endif %}
+{%- for message in messages %}
+    {%- if message.role != 'system' or not loop.first %}
+        {{- '<|im_start|>' + message.role + '\\n' + message.content + '<|im_end|>' + '\\n' }}
+    {%- endif %}
+{%- endfor %}
+{%- if add_generation_prompt %}
+    {{- '<|im_start|>assistant\\n' }}
+{%- endif %}
+"""
+CHATS = [
+    [("user", "Hi"), ("assistant", "Hello! How can I help?")],
+    [("system", "Answer in French."), ("user", "Count to 12, please."), ("assistant", "1, 2, 3 ... 12.")],
+    [("user", "\n\n  indented, after newlines"), ("assistant", "ok"), ("user", "   leading spaces\n"),
+     ("assistant", "x")],
+    [("user", "我想在apple工作 😶‍🌫️ Cu\u031b\u0309a Việt"), ("assistant", "e\u0301te\u0301 ½ ٣ ①")],
+    [("user", ""), ("assistant", ""), ("system", "be short"), ("user", "\tdef f(x):\r\n\t\treturn 'x'")],
+    [("user", "What's 7+5?"), ("assistant", "12"), ("user", "I'LL ask: and 12345*6?"), ("assistant", "74,070\n")],
+]
+
+
+def chat(*turns):
+    return [{"role": role, "content": content} for role, content in turns]
+
+
+def read_merges():
+    lines = (QWEN / "merges.txt").read_text(encoding="utf-8").split("\n")
+    return [line for line in lines if line and not line.startswith("#version")]
+
+
+@lru_cache
+def qwen():
+    return Tokenizer.from_pretrained(QWEN)
+
+
+@lru_cache
+def small():
+    return Tokenizer.train(["the cat sat on the mat. the cat, it's the cat that sat! été 12 12"] * 2, 300)
+
+
+def write_config(folder, **config):
+    (folder / "tokenizer_config.json").write_text(json.dumps(config), encoding="utf-8")
+
+
+@needs_qwen
+def test_tokenizer_reproduces_llama_cpp_ids_of_qwen():
+    cases = (QWEN / "ggml-vocab-qwen2.gguf.inp").read_bytes().decode("utf-8").split("\n__ggml_vocab_test__\n")
+    lines = (QWEN / "ggml-vocab-qwen2.gguf.out").read_text().split("\n")
+    assert cases.pop() == lines.pop() == "" and len(cases) == len(lines) == 46
+    for case, line in zip(cases, lines):
+        ids = [int(i) for i in line.split()]
+        assert qwen().encode(case) == ids, case
+        assert qwen().decode(ids) == unicodedata.normalize("NFC", case)
+
+
+@needs_qwen
+def test_tokenizer_has_qwens_special_ids():
+    expected = json.loads((QWEN / "special_tokens.json").read_text())
+    assert qwen().special == {name: token["id"] for name, token in expected["tokens"].items()}
+    assert tok.PATTERN == expected["pat_str"] and qwen().vocab_size == expected["total_tokens"] == 151665
+    assert (qwen().endoftext, qwen().im_start, qwen().im_end) == (151643, 151644, 151645)
+    assert (qwen().vision_start, qwen().vision_end, qwen().image_pad) == (151652, 151653, 151655)
+    assert qwen().stop_ids == (151645, 151643) and qwen().default_system is None
+    assert qwen().encode("Hello, world!") == [9707, 11, 1879, 0]
+
+
+@needs_qwen
+@pytest.mark.parametrize("merge_form", [str, list])
+def test_tokenizer_json_gives_the_same_as_vocab_and_merges(tmp_path, merge_form):
+    hub = {
+        "added_tokens": [{"id": i, "content": name} for name, i in qwen().special.items()],
+        "pre_tokenizer": {"type": "Sequence", "pretokenizers": [
+            {"type": "Split", "pattern": {"Regex": tok.PATTERN}}, {"type": "ByteLevel", "use_regex": False}]},
+        "model": {"type": "BPE", "vocab": json.loads((QWEN / "vocab.json").read_text(encoding="utf-8")),
+                  "merges": [m if merge_form is str else m.split(" ") for m in read_merges()]},
+    }  # fmt: skip
+    (tmp_path / "tokenizer.json").write_text(json.dumps(hub), encoding="utf-8")
+    write_config(tmp_path, chat_template=QWEN_TEMPLATE)
+    loaded = Tokenizer.from_pretrained(tmp_path)
+    assert (loaded.ranks, loaded.special) == (qwen().ranks, qwen().special)
+    assert loaded.default_system == QWEN_SYSTEM
+
+    hub["pre_tokenizer"]["pretokenizers"][0]["pattern"]["Regex"] = r"\w+"
+    (tmp_path / "tokenizer.json").write_text(json.dumps(hub), encoding="utf-8")
+    with pytest.raises(ValueError, match="tokenizer.json does not cut text by Qwen's pattern"):
+        Tokenizer.from_pretrained(tmp_path)
+
+
+@needs_qwen
+@pytest.mark.parametrize("turns", CHATS)
+def test_render_equals_qwens_chat_template_in_transformers(turns):
+    transformers = pytest.importorskip("transformers")
+    reference = _reference(transformers)
+    ours = Tokenizer(qwen().ranks, qwen().special, default_system=QWEN_SYSTEM)
+    for n in range(1, len(turns) + 1):
+        messages = chat(*turns[:n])
+        for prompt in {False, turns[n - 1][0] != "assistant"}:
+            text = reference.apply_chat_template(messages, tokenize=False, add_generation_prompt=prompt)
+            want = reference(text, add_special_tokens=False)["input_ids"]
+            assert ours.render(messages, add_generation_prompt=prompt).ids == want
+            system = "" if messages[0]["role"] == "system" else f"<|im_start|>system\n{QWEN_SYSTEM}<|im_end|>\n"
+            written = "".join(f"<|im_start|>{m['role']}\n{m['content']}<|im_end|>\n" for m in messages)
+            assert text == system + written + "<|im_start|>assistant\n" * prompt
+
+
+@lru_cache
+def _reference(transformers):
+    reference = transformers.Qwen2Tokenizer(
+        vocab=json.loads((QWEN / "vocab.json").read_text(encoding="utf-8")),
+        merges=[tuple(m.split(" ")) for m in read_merges()],
+    )
+    reference.add_tokens([transformers.AddedToken(name, special=True, normalized=False) for name in SPECIAL_TOKENS])
+    assert reference.convert_tokens_to_ids(SPECIAL_TOKENS) == list(qwen().special.values())
+    reference.chat_template = QWEN_TEMPLATE
+    return reference
+
+
+@needs_qwen
+@settings(max_examples=100, deadline=None)
+@given(st.text(st.characters(exclude_categories=["Cs", "Cn"]), max_size=60))
+def test_encode_equals_transformers_on_any_text(text):
+    transformers = pytest.importorskip("transformers")
+    assert qwen().encode(text) == _reference(transformers)(text, split_special_tokens=True)["input_ids"]
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.one_of(st.text(max_size=80), st.lists(st.sampled_from(SPECIAL_TOKENS + ["<image>", " ", "\n"])).map("".join)))
+def test_decode_undoes_encode_and_text_never_makes_a_special_token(text):
+    for t in [small(), qwen()] if (QWEN / "vocab.json").exists() else [small()]:
+        ids = t.encode(text)
+        assert t.decode(ids) == t.decode(ids, skip_special=False) == unicodedata.normalize("NFC", text)
+        assert not t.special_ids & set(ids)
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.text(st.one_of(st.characters(), st.sampled_from(" \t\r\n'sStTlL12_.ſ\x1c\x85\xa0\u2028")), max_size=60))
+def test_training_cuts_text_where_tiktoken_does(text):
+    regex = pytest.importorskip("regex")
+    text = tok.clean("".join(c for c in text if unicodedata.category(c) != "Cn"))
+    assert tok.split(text) == regex.findall(tok.PATTERN, text)
+    # A table that has exactly these pieces as tokens encodes the text to one token per piece.
+    pieces = [p.encode() for p in tok.split(text)]
+    ranks = {bytes([b]): b for b in range(256)}
+    for piece in pieces:
+        ranks.setdefault(piece, len(ranks))
+    encoding = tiktoken.Encoding("pieces", pat_str=tok.PATTERN, mergeable_ranks=ranks, special_tokens={})
+    assert encoding.encode_ordinary(text) == [ranks[piece] for piece in pieces]
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.lists(st.text("abc é", max_size=40), max_size=6), st.integers(256, 290))
+def test_training_equals_counting_everything_anew_and_tiktoken_encodes_alike(texts, size):
+    words = [(list(p.encode()), n) for p, n in Counter(p for t in texts for p in tok.split(tok.clean(t))).items()]
+    tokens = [bytes([b]) for b in range(256)]
+    while len(tokens) < size:
+        counts = Counter()
+        for ids, n in words:
+            for pair in zip(ids, ids[1:]):
+                counts[pair] += n
+        best = min(counts, key=lambda p: (-counts[p], p), default=None)
+        if best is None or counts[best] < 2:
+            break
+        tokens.append(tokens[best[0]] + tokens[best[1]])
+        words = [(tok._merge(ids, best, len(tokens) - 1), n) for ids, n in words]
+    ranks = train_bpe(texts, size)
+    assert list(ranks.items()) == [(token, i) for i, token in enumerate(tokens)]
+    encoding = tiktoken.Encoding("trained", pat_str=tok.PATTERN, mergeable_ranks=ranks, special_tokens={})
+    for ids, _ in words:
+        assert encoding.encode_ordinary(b"".join(tokens[i] for i in ids).decode()) == ids
+
+
+@needs_text
+def test_training_1000_entries_on_a_megabyte_takes_seconds_and_survives_saving(tmp_path):
+    text = SHAKESPEARE.read_text(encoding="utf-8")
+    start = time.time()
+    t = Tokenizer.train([text], 1000)
+    assert time.time() - start < 20
+    ids = t.encode(text)
+    assert t.vocab_size == 1000 and t.special["<|endoftext|>"] == 978 and t.decode(ids) == text
+    assert 2.2 < len(text) / len(ids) < 3.2  # characters per token
+    t.save(tmp_path)
+    loaded = Tokenizer.from_pretrained(tmp_path)
+    assert (loaded.ranks, loaded.special, loaded.default_system) == (t.ranks, t.special, None)
+    assert loaded.encode(text) == ids and t.train([text], 1000).ranks == t.ranks
+
+
+def test_training_stops_when_no_pair_occurs_twice():
+    ranks = train_bpe(["abab cd"], 1000)
+    assert list(ranks)[256:] == [b"ab"] and ranks[b"ab"] == 256
+    t = Tokenizer.train(["abab cd"], 1000)
+    assert t.vocab_size == 257 + 22 and t.special["<|file_sep|>"] == 278
+
+
+def test_saving_keeps_default_system_and_odd_special_ids(tmp_path):
+    special = {"<|endoftext|>": 600, "<|im_start|>": 601, "<|im_end|>": 602, "<image>": 603}
+    Tokenizer(train_bpe([], 256), special, default_system="Be brief.\né").save(tmp_path / "new" / "folder")
+    t = Tokenizer.from_pretrained(tmp_path / "new" / "folder")
+    assert t.special == special and t.default_system == "Be brief.\né" and t.vocab_size == 604
+    # The table of LLaVA-OneVision: pads called <image>, nothing around them.
+    r = t.render(chat(("system", "s"), ("user", "<image>a")), image_tokens=2)
+    assert r.ids[r.slots[0] : r.slots[0] + 3] == [603, 603, ord("a")] and r.ids[r.slots[0] - 1] == ord("\n")
+
+
+@needs_qwen
+def test_added_tokens_come_from_the_files_when_they_tell(tmp_path):
+    for name in ("vocab.json", "merges.txt"):
+        os.symlink(QWEN / name, tmp_path / name)
+    (tmp_path / "added_tokens.json").write_text('{"<|endoftext|>": 151643, "<|im_start|>": 151644, '
+                                                '"<|im_end|>": 151650}')
+    assert Tokenizer.from_pretrained(tmp_path).im_end == 151650
+    names = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<image>", "<video>"]
+    write_config(tmp_path, added_tokens_decoder={str(151643 + i): {"content": n} for i, n in enumerate(names)})
+    (tmp_path / "chat_template.jinja").write_text("<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n{% x %}")
+    t = Tokenizer.from_pretrained(tmp_path)
+    assert (t.image_pad, t.vision_start, t.vocab_size) == (151646, None, 151648)
+    assert t.default_system == "You are a helpful assistant."
+
+
+def test_mask_marks_the_answers_and_their_ends_and_nothing_else():
+    t = small()
+    r = t.render(chat(("system", "the cat"), ("user", "<image>sat?"), ("assistant", "the mat."), ("user", "it"),
+                      ("assistant", "\nsat")), image_tokens=3)  # fmt: skip
+    assert len(r.ids) == len(r.mask)
+    learned = [i for i, m in zip(r.ids, r.mask) if m]
+    assert learned == t.encode("the mat.") + [t.im_end] + t.encode("\nsat") + [t.im_end]
+    last = len(r.ids) - 1 - len(t.encode("\nsat")) - 1
+    assert r.mask[last - 1] == 0 and r.mask[last] == 1 and r.mask[-1] == 0
+    assert t.decode(r.ids, skip_special=False) == (
+        "<|im_start|>system\nthe cat<|im_end|>\n"
+        "<|im_start|>user\n<|vision_start|><|image_pad|><|image_pad|><|image_pad|><|vision_end|>sat?<|im_end|>\n"
+        "<|im_start|>assistant\nthe mat.<|im_end|>\n<|im_start|>user\nit<|im_end|>\n"
+        "<|im_start|>assistant\n\nsat<|im_end|>\n"
+    )
+    assert t.decode(r.ids) == "system\nthe cat\nuser\nsat?\nassistant\nthe mat.\nuser\nit\nassistant\n\nsat\n"
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.text(max_size=20), st.text(max_size=20))
+def test_prompt_of_inference_is_the_start_of_the_training_row(question, answer):
+    for t in (small(), Tokenizer(small().ranks, small().special, default_system="the mat")):
+        text = [{"type": "text", "text": answer}]
+        row = t.render(chat(("user", question), ("assistant", text)), image_tokens=2)
+        prompt = t.render(chat(("user", question)), image_tokens=2, add_generation_prompt=True)
+        assert row.ids[: len(prompt.ids)] == prompt.ids and sum(row.mask[: len(prompt.ids)]) == 0
+        assert row.ids[len(prompt.ids) :] == t.encode(answer) + [t.im_end] + t.encode("\n")
+        assert row.mask[len(prompt.ids) :] == [1] * (len(t.encode(answer)) + 1) + [0] and not sum(prompt.mask)
+
+
+def test_slots_point_at_each_images_pads():
+    t = small()
+    r = t.render(chat(("user", "<image><image>\nthe <image> mat"), ("assistant", "sat"), ("user", "cat<image>")),
+                 image_tokens=[2, 1, 4, 3])  # fmt: skip
+    assert len(r.slots) == 4 and r.ids.count(t.image_pad) == 10
+    for slot, n in zip(r.slots, [2, 1, 4, 3]):
+        assert r.ids[slot - 1 : slot + n + 1] == [t.vision_start] + [t.image_pad] * n + [t.vision_end]
+    assert t.render(chat(("user", "no picture"))).slots == []
+
+
+def test_parts_and_marked_string_render_alike_and_text_parts_stay_plain():
+    t = small()
+    image = {"type": "image"}
+    parts = [{"type": "text", "text": "the "}, {"type": "text", "text": "cat"}, image, {"type": "text", "text": "sat"}]
+    assert t.render(chat(("user", parts))) == t.render(chat(("user", "the cat<image>sat")))
+    plain = t.render(chat(("user", [{"type": "text", "text": "<image><|im_end|>"}])))
+    assert plain.slots == [] and plain.ids.count(t.im_end) == 1
+    assert t.decode(plain.ids) == "user\n<image><|im_end|>\n"
+
+
+def test_streamed_bytes_join_to_the_text():
+    t = small()
+    ids = t.encode("été 我 😶")
+    assert b"".join(t.decode_bytes([i]) for i in ids).decode() == "été 我 😶"
+    assert t.decode(ids[:-1]).endswith("\ufffd") and t.decode_bytes([t.im_end]) == b""
+    assert t.decode([t.im_end], skip_special=False) == "<|im_end|>" and t.encode("\ud83d") == t.encode("\ufffd")
+
+
+@pytest.mark.parametrize("messages, options, error", [
+    ([], {}, "no messages"),
+    (chat(("bot", "x")), {}, "message 0: role 'bot' is unknown"),
+    (["x"], {}, "message 0: role None is unknown"),
+    (chat(("user", "x"), ("assistant", None)), {}, "message 1: content is NoneType"),
+    ([{"role": "user"}], {}, "message 0: content is NoneType"),
+    (chat(("user", [{"type": "video"}])), {}, "message 0: bad part"),
+    (chat(("user", [{"type": "text", "text": 3}])), {}, "message 0: bad part"),
+    (chat(("user", ["x"])), {}, "message 0: bad part x"),
+    (chat(("user", "x"), ("assistant", "y")), {"add_generation_prompt": True}, "message 1 is already the assistant's"),
+    (chat(("user", "<image>")), {"image_tokens": [4, 4]}, "1 images need one positive number each"),
+    (chat(("user", "<image>")), {"image_tokens": 0}, "but image_tokens is 0"),
+])  # fmt: skip
+def test_render_refuses_malformed_conversations(messages, options, error):
+    with pytest.raises(ValueError, match=re.escape(error)):
+        small().render(messages, **options)
+
+
+def test_tokenizer_errors_name_the_file_or_value_and_the_remedy(tmp_path):
+    with pytest.raises(ValueError, match=f"{tmp_path}: no tokenizer here; looked for .*tokenizer.json, or vocab.json"):
+        Tokenizer.from_pretrained(tmp_path)
+    (tmp_path / "tokenizer.json").write_text("{")
+    with pytest.raises(ValueError, match=f"{tmp_path}: tokenizer.json is not valid JSON"):
+        Tokenizer.from_pretrained(tmp_path)
+    (tmp_path / "tokenizer.json").write_text(json.dumps({"pre_tokenizer": {"pattern": {"Regex": tok.PATTERN}}}))
+    with pytest.raises(ValueError, match=f"{tmp_path}: the tokenizer's files lack the entry 'model'"):
+        Tokenizer.from_pretrained(tmp_path)
+    (tmp_path / "tokenizer.json").unlink()
+
+    letters = tok._byte_alphabet()
+
+    def write(vocab, merges):
+        (tmp_path / "vocab.json").write_text(json.dumps(vocab))
+        (tmp_path / "merges.txt").write_text("#version: 0.2\n" + merges, encoding="utf-8")
+
+    write(letters | {"ab": 256, "abc": 257}, "a b\nab c\n")
+    assert Tokenizer.from_pretrained(tmp_path).encode("abcab") == [257, 256]
+    for vocab, merges, error in [
+        ({"ab": 256, "abc": 257}, "ab c\na b\n", "merge 'ab c' is out of order"),
+        ({"ab": 257, "abc": 256}, "a b\nab c\n", "merge 'ab c' is out of order"),
+        ({"ab": 256}, "a b\nab c\n", "merge 'ab c' is out of order or not in the vocabulary"),
+        ({"ab": 256, "abc": 257, "zz": 258}, "a b\nab c\n", "bytes and merges do not give the listed tokens: see 'zz'"),
+    ]:
+        write(letters | vocab, merges)
+        with pytest.raises(ValueError, match=error):
+            Tokenizer.from_pretrained(tmp_path)
+
+    ranks, special = small().ranks, small().special
+    with pytest.raises(ValueError, match=r"lacks '<\|im_end"):
+        Tokenizer(ranks, {"<|endoftext|>": 999})
+    with pytest.raises(ValueError, match="share one id"):
+        Tokenizer(ranks, special | {"<|im_end|>": 5})
+    with pytest.raises(ValueError, match="cannot decode .* from 0 to"):
+        small().decode([10**6])
+    with pytest.raises(ValueError, match="needs 256 entries"):
+        Tokenizer.train(["x"], 200)
+    with pytest.raises(ValueError, match="list of texts"):
+        Tokenizer.train("x", 300)
+    with pytest.raises(ValueError, match="100,000 white-space characters in a row"):
+        small().encode("a" + " " * 300_000 + "b")
+    no_image = Tokenizer(ranks, {n: i for n, i in special.items() if "image" not in n})
+    with pytest.raises(ValueError, match=r"no <\|image_pad\|> token"):
+        no_image.render(chat(("user", "<image>")))
+
+
+def test_importing_tokenizer_needs_only_the_standard_library_and_tiktoken():
+    source = Path(tok.__file__).read_text()
+    names = set(re.findall(r"^(?:import|from) (\w+)", source, re.M))
+    assert names - set(sys.stdlib_module_names) == {"tiktoken"}
+
+
+PHOTOS = SHARED / "data" / "photos"
+needs_photos = pytest.mark.skipif(not PHOTOS.is_dir(), reason=f"no photos at {PHOTOS}")
+
+
+def needs(package: str):
+    missing = importlib.util.find_spec(package) is None
+    return pytest.mark.skipif(missing, reason=f"needs {package}: pip install -r requirements-dev.txt")
+
+
+def fails(call, *parts):
+    "The call raises a ValueError of one line that contains all these parts."
+    with pytest.raises(ValueError) as caught:
+        call()
+    message = str(caught.value)
+    assert "\n" not in message
+    for part in parts:
+        assert str(part) in message, message
+
+
+def far(ours: torch.Tensor, theirs: torch.Tensor) -> float:
+    "Relative error: the difference's length over the reference's."
+    assert ours.shape == theirs.shape
+    return ((ours - theirs).norm() / theirs.norm()).item()
+
+
+@torch.no_grad()
+def shake(module: torch.nn.Module, seed: int = 0, by: float = 0.1) -> torch.nn.Module:
+    "Every parameter at random: fresh biases are 0 and fresh norms 1, and would hide that one of them was forgotten."
+    generator = torch.Generator().manual_seed(seed)
+    for p in module.parameters():
+        p.add_(by * torch.randn(p.shape, generator=generator))
+    return module.eval()
+
+
+def change_config(folder: Path, change) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    change(config)
+    (folder / "config.json").write_text(json.dumps(config))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# vision.py: the vision transformer
+
+# so400m at 384 px leaves 6 px unused; here 30 = 2 * 14 + 2. The other one is all defaults, as the hub's sparse files.
+ODD_SIZE = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=4, image_size=30,
+                patch_size=14)
+DEFAULTS = dict(hidden_size=48, intermediate_size=96)
+
+
+@needs("transformers")
+@pytest.mark.parametrize("shards", [False, True], ids=["one_file", "shards"])
+@pytest.mark.parametrize("whole", [False, True], ids=["vision_tower", "whole_siglip"])
+@pytest.mark.parametrize("sizes", [ODD_SIZE, DEFAULTS], ids=["odd_size", "sparse_config"])
+def test_vit_equals_siglip_of_transformers(tmp_path, sizes, whole, shards):
+    from transformers import SiglipConfig, SiglipModel, SiglipVisionConfig, SiglipVisionModel
+    config = SiglipVisionConfig(**sizes)
+    if whole:
+        text = dict(vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=4,
+                    max_position_embeddings=8, bos_token_id=0, eos_token_id=1)
+        reference = SiglipModel(SiglipConfig(text_config=text, vision_config=config.to_dict()))
+    else:
+        reference = SiglipVisionModel(config)
+    shake(reference).save_pretrained(tmp_path, max_shard_size="60KB" if shards else "1GB")
+    assert (tmp_path / "model.safetensors.index.json").exists() == shards
+
+    def make_sparse(full):
+        part = full.get("vision_config", full)
+        for name, value in SiglipVisionConfig().to_dict().items():
+            if name != "model_type" and part.get(name) == value:
+                part.pop(name, None)
+    change_config(tmp_path, make_sparse)
+    vit = ViT.from_pretrained(tmp_path)
+    assert vit.config.num_patches == (config.image_size // config.patch_size) ** 2
+    pixels = torch.rand(2, 3, config.image_size, config.image_size) * 2 - 1
+    with torch.no_grad():
+        tower = reference.vision_model if whole else reference
+        expected = tower(pixels, output_hidden_states=True)
+        assert far(vit(pixels), expected.last_hidden_state) < 1e-4
+        # What LLaVA takes: an inner layer, without the last norm.
+        assert far(vit(pixels, layer=-1, norm=False), expected.hidden_states[-1]) < 1e-4
+        assert far(vit(pixels, layer=-2, norm=False), expected.hidden_states[-2]) < 1e-4
+
+
+def test_vit_reads_bytes_and_normalised_pixels_alike():
+    vit = ViT(ViTConfig(**ODD_SIZE))
+    pixels = torch.randint(0, 256, (2, 3, 30, 30), dtype=torch.uint8)
+    assert torch.equal(vit(pixels), vit(vision.normalize(pixels, torch.float32)))
+    extremes = vision.normalize(torch.tensor([0, 255], dtype=torch.uint8), torch.float32)
+    assert extremes.tolist() == [-1, 1]
+
+
+def test_vit_weights_that_do_not_fit_are_one_line(tmp_path):
+    vit = ViT(ViTConfig(**ODD_SIZE))
+    hub = {}  # our tensors under the hub's names
+    for ours, theirs in vision.renamed(vit, vision.SIGLIP_NAMES, "vision_model.").items():
+        hub |= dict(zip(theirs, vit.get_parameter(ours).detach().chunk(len(theirs))))
+    (tmp_path / "config.json").write_text(json.dumps(ODD_SIZE))
+    vision.write_safetensors(hub, tmp_path / "model.safetensors")
+    pixels = torch.randint(0, 256, (1, 3, 30, 30), dtype=torch.uint8)
+    assert torch.equal(ViT.from_pretrained(tmp_path)(pixels), vit(pixels))
+    name = "vision_model.encoder.layers.1.self_attn.v_proj.bias"
+    for broken in ({n: t for n, t in hub.items() if n != name}, hub | {name: torch.zeros(7)},
+                   hub | {"vision_model.new": torch.zeros(1)}):
+        vision.write_safetensors(broken, tmp_path / "model.safetensors")
+        fails(lambda: ViT.from_pretrained(tmp_path), tmp_path, "vision_model.")
+
+
+@needs("transformers")
+@pytest.mark.parametrize("resample, bicubic", [(2, False), (3, True)], ids=["siglip2_bilinear", "siglip_bicubic"])
+def test_preprocessing_equals_transformers(tmp_path, resample, bicubic):
+    # The one on Pillow; the other one, on torchvision, is a step or two of 255 away from it.
+    from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
+    processor = SiglipImageProcessorPil(size={"height": 48, "width": 48}, resample=resample)
+    rng = np.random.default_rng(0)
+    for width, height in [(97, 31), (31, 200), (48, 48), (1, 7), (50, 49)]:
+        image = Image.fromarray(rng.integers(0, 256, (height, width, 3), dtype=np.uint8))
+        expected = torch.as_tensor(np.asarray(processor(image)["pixel_values"][0]))
+        ours = vision.normalize(vision.preprocess(image, 48, bicubic), torch.float32)
+        assert (ours - expected).abs().max() < 1e-5  # one step of 255 would be 0.008
+    # The checkpoint's own file says which of the two it wants.
+    processor.save_pretrained(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps(ODD_SIZE))
+    from transformers import SiglipVisionConfig, SiglipVisionModel
+    SiglipVisionModel(SiglipVisionConfig(**ODD_SIZE)).save_pretrained(tmp_path)
+    assert ViT.from_pretrained(tmp_path).config.bicubic == bicubic
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# vision.py: pictures of all sorts
+
+def saved(image: Image.Image, kind: str, **options) -> io.BytesIO:
+    file = io.BytesIO()
+    image.save(file, kind, **options)
+    file.seek(0)
+    return file
+
+
+def of_mode(mode: str, left, right) -> Image.Image:
+    "Two pixels side by side."
+    image = Image.new(mode, (2, 1), left)
+    image.putpixel((1, 0), right)
+    return image
+
+
+def palette(left: int, right: int) -> Image.Image:
+    image = of_mode("P", left, right)
+    image.putpalette([255, 0, 0, 0, 255, 0, 0, 0, 255])
+    return image
+
+
+RED, GREEN, BLUE, WHITE, BLACK = (255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 255), (0, 0, 0)
+MODES = {  # name: (picture, file format, options, colours expected left and right)
+    "bits": (of_mode("1", 0, 1), "PNG", {}, BLACK, WHITE),
+    "grey": (of_mode("L", 9, 200), "PNG", {}, (9, 9, 9), (200, 200, 200)),
+    "grey_with_one_transparent": (of_mode("L", 9, 200), "PNG", {"transparency": 9}, WHITE, (200, 200, 200)),
+    "grey_alpha": (of_mode("LA", (9, 0), (200, 255)), "PNG", {}, WHITE, (200, 200, 200)),
+    "grey_16_bit": (of_mode("I;16", 257 * 9, 257 * 200), "PNG", {}, (9, 9, 9), (200, 200, 200)),
+    "int_16_bit": (of_mode("I", 257 * 9, 257 * 200), "TIFF", {}, (9, 9, 9), (200, 200, 200)),
+    "int_8_bit": (of_mode("I", 9, 200), "TIFF", {}, (9, 9, 9), (200, 200, 200)),
+    "float_0_to_1": (of_mode("F", 0.0, 0.2), "TIFF", {}, BLACK, (51, 51, 51)),
+    "float_0_to_255": (of_mode("F", 9.0, 200.0), "TIFF", {}, (9, 9, 9), (200, 200, 200)),
+    "colour": (of_mode("RGB", RED, BLUE), "PNG", {}, RED, BLUE),
+    "colour_with_one_transparent": (of_mode("RGB", RED, BLUE), "PNG", {"transparency": RED}, WHITE, BLUE),
+    "palette": (palette(0, 2), "PNG", {}, RED, BLUE),
+    "palette_with_transparency": (palette(0, 2), "PNG", {"transparency": 0}, WHITE, BLUE),
+    "palette_half_transparent": (palette(0, 2), "PNG", {"transparency": bytes([128, 255, 255])}, (255, 127, 127), BLUE),
+    "alpha": (of_mode("RGBA", (0, 255, 0, 0), (255, 0, 0, 255)), "PNG", {}, WHITE, RED),
+    "half_alpha": (of_mode("RGBA", (0, 0, 0, 128), (0, 0, 255, 255)), "PNG", {}, (127, 127, 127), BLUE),
+    "print_colours": (of_mode("CMYK", (0, 255, 255, 0), (0, 0, 0, 255)), "TIFF", {}, RED, BLACK),
+}
+
+
+@pytest.mark.parametrize("name", MODES)
+def test_every_image_mode_becomes_the_right_rgb(name):
+    image, kind, options, left, right = MODES[name]
+    rgb = vision.load_image(saved(image, kind, **options))
+    assert (rgb.mode, rgb.size) == ("RGB", (2, 1))
+    assert (rgb.getpixel((0, 0)), rgb.getpixel((1, 0))) == (left, right)
+
+
+def test_cmyk_jpeg_is_not_inverted():
+    rgb = vision.load_image(saved(Image.new("CMYK", (16, 16), (0, 255, 255, 0)), "JPEG", quality=100))
+    assert np.abs(np.array(rgb.getpixel((8, 8)), dtype=int) - RED).max() < 8
+
+
+def test_exif_orientation_is_honoured():
+    image = of_mode("RGB", RED, BLUE)
+    image.getexif()[0x0112] = 6  # the camera lay on its side: show it turned clockwise
+    upright = vision.load_image(saved(image, "PNG", exif=image.getexif()))
+    assert upright.size == (1, 2)
+    assert (upright.getpixel((0, 0)), upright.getpixel((0, 1))) == (RED, BLUE)
+
+
+def test_of_an_animation_the_first_frame_is_taken():
+    frames = [Image.new("RGB", (4, 4), colour) for colour in (RED, BLUE, GREEN)]
+    for kind in ("GIF", "PNG"):
+        rgb = vision.load_image(saved(frames[0], kind, save_all=True, append_images=frames[1:]))
+        assert (rgb.mode, rgb.getpixel((0, 0))) == ("RGB", RED)
+
+
+def png_chunk(kind: bytes, body: bytes) -> bytes:
+    return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
+
+
+def huge_png(side: int) -> bytes:
+    "A header that promises side x side pixels, and hardly a byte of them."
+    header = png_chunk(b"IHDR", struct.pack(">IIBBBBB", side, side, 1, 0, 0, 0, 0))
+    return b"\x89PNG\r\n\x1a\n" + header + png_chunk(b"IDAT", zlib.compress(bytes(1000))) + png_chunk(b"IEND", b"")
+
+
+def test_an_unusable_image_is_one_line_that_names_it(tmp_path):
+    whole = saved(Image.effect_noise((64, 64), 90), "JPEG").getvalue()
+    files = {"cut.jpg": whole[:len(whole) // 2], "text.jpg": b"<html>404 not found</html>", "empty.png": b"",
+             "huge.png": huge_png(30000), "no_header.png": huge_png(8)[:20],
+             # Pillow answers these with errors of other types, which do not know the file's name.
+             "short_header.png": b"\x89PNG\r\n\x1a\n" + png_chunk(b"IHDR", b"\0\0\0\x08"),
+             "letters.ppm": b"P6\n1a 16\n255\n"}
+    for name, content in files.items():
+        (tmp_path / name).write_bytes(content)
+    for name in [*files, "missing.jpg", ""]:  # the last one is the folder itself
+        fails(lambda: vision.load_image(tmp_path / name), tmp_path / name)
+        if name in files:  # a picture from a zip has no path: its record gives it a name
+            fails(lambda: vision.load_image(io.BytesIO(files[name]), "cat 7"), "cat 7")
+    fails(lambda: vision.load_image(tmp_path / "huge.png"), "30000 x 30000", "smaller")
+
+
+NOISE = Image.effect_noise((16, 16), 90).convert("RGB")
+PICTURES = [saved(NOISE, kind).getvalue() for kind in ("PNG", "JPEG", "GIF", "BMP", "PPM", "TIFF", "WEBP")]
+
+
+@pytest.mark.filterwarnings("ignore")  # Pillow warns about what it can still read
+@given(st.sampled_from(PICTURES), st.lists(st.tuples(st.integers(0, 80), st.integers(0, 255)), max_size=4),
+       st.integers(1, 3000))
+@settings(max_examples=150, deadline=None)
+def test_a_corrupt_image_is_read_or_one_line_that_names_it(raw, changes, length):
+    raw = bytearray(raw)
+    for place, value in changes:  # near the front, where the headers are
+        raw[place] = value
+    try:
+        assert vision.load_image(io.BytesIO(raw[:length]), "cat 7").mode == "RGB"
+    except ValueError as error:
+        assert str(error).startswith("cat 7: ") and "\n" not in str(error)
+
+
+@needs_photos
+@pytest.mark.filterwarnings("ignore")  # Pillow's, about the broken EXIF
+def test_real_files_load_or_say_what_is_wrong():
+    files = [path for path in PHOTOS.iterdir() if path.suffix in (".jpg", ".jpeg", ".png", ".gif", ".webp")]
+    assert len(files) >= 20
+    for path in files:
+        if path.name.startswith("truncated"):
+            fails(lambda: vision.load_image(path), path)
+        else:
+            image = vision.load_image(path)
+            assert image.mode == "RGB" and np.asarray(image).std() > 5  # not blank
+    hopper = np.asarray(vision.load_image(PHOTOS / "hopper.jpg"), dtype=float)
+    for name in ("hopper_orientation_3.jpg", "hopper_orientation_6.jpg"):
+        turned = np.asarray(vision.load_image(PHOTOS / name), dtype=float)
+        assert np.abs(turned - hopper).mean() < 8, name  # JPEG loses a little at each saving
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# vision.py: the bridge
+
+def bridge_config(kind: str, latents: int = 4, patches: int = 16) -> BridgeConfig:
+    return BridgeConfig(kind, num_latents=latents, num_layers=2, num_heads=2, vision_size=16, text_size=24,
+                        num_patches=patches)
+
+
+@pytest.mark.parametrize("latents", [4, 5], ids=["from_patches", "learned"])
+def test_latents_differ_and_receive_different_gradients(latents):
+    bridge = Bridge(bridge_config("perceiver", latents))
+    assert (bridge.perceiver.seed is None) == (latents == 5)
+    for step in range(2):  # fresh, when the layers add nothing yet, and after a step
+        features = torch.randn(3, 16, 16)
+        tokens = bridge(features)
+        (tokens * torch.randn_like(tokens)).sum().backward()
+        for rows in (bridge.perceiver.latents, bridge.perceiver.latents.grad, *tokens):
+            assert torch.pdist(rows).min() > 1e-4  # no two alike, or they would stay alike for ever
+        with torch.no_grad():
+            for p in bridge.parameters():
+                p -= 0.01 * p.grad
+                p.grad = None
+
+
+def test_perceiver_answers_to_its_picture():
+    perceiver = shake(Bridge(bridge_config("perceiver", 5))).perceiver
+    assert not torch.allclose(*perceiver(torch.randn(2, 16, 16)), atol=1e-3)
+
+
+def test_pixel_shuffle_joins_2x2_neighbours():
+    grid = torch.arange(16.0).view(1, 16, 1)  # 4 x 4 patches, numbered row by row
+    expected = [[0, 1, 4, 5], [2, 3, 6, 7], [8, 9, 12, 13], [10, 11, 14, 15]]
+    assert vision.pixel_shuffle(grid)[0].tolist() == expected
+
+
+def test_bridge_gives_as_many_tokens_as_its_config_says():
+    for kind, tokens in [("perceiver", 5), ("pixelshuffle", 4), ("mlp", 16)]:
+        config = bridge_config(kind, latents=5)
+        assert config.num_tokens == tokens
+        assert Bridge(config)(torch.randn(2, 16, 16)).shape == (2, tokens, 24)
+    fails(lambda: Bridge(bridge_config("qformer")), "qformer", "perceiver, pixelshuffle or mlp")
+    fails(lambda: Bridge(bridge_config("pixelshuffle", patches=25)), "even", "5")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# vision.py: safetensors
+
+def every_dtype() -> dict[str, torch.Tensor]:
+    generator, tensors = torch.Generator().manual_seed(0), {}
+    for name, dtype in vision.DTYPES.items():
+        for shape in [(3, 5), (), (0, 4), (1,)]:  # a matrix, a single number, nothing at all
+            top = 2 if dtype == torch.bool else 256
+            raw = torch.randint(0, top, (math.prod(shape) * dtype.itemsize,), generator=generator).to(torch.uint8)
+            tensors[f"{name} {shape}"] = raw.view(dtype).view(shape)
+    return tensors
+
+
+def same_bytes(ours: dict, theirs: dict) -> bool:
+    "Compared as bytes: random ones hold NaNs, and a NaN does not equal itself."
+    return ours.keys() == theirs.keys() and all(
+        a.dtype == theirs[n].dtype and a.shape == theirs[n].shape
+        and torch.equal(a.flatten().view(torch.uint8), theirs[n].flatten().view(torch.uint8)) for n, a in ours.items())
+
+
+def test_safetensors_round_trip(tmp_path):
+    path, tensors = tmp_path / "a.safetensors", every_dtype()
+    tensors["transposed"] = torch.arange(6).view(2, 3).t()  # not contiguous
+    vision.write_safetensors(tensors, path, {"step": "7"})
+    assert same_bytes(vision.read_safetensors(path), tensors)
+    assert vision.read_metadata(path) == {"step": "7"}
+    vision.write_safetensors({}, path)
+    assert vision.read_safetensors(path) == {}
+
+
+@needs("safetensors")
+def test_safetensors_library_reads_ours_and_we_read_its(tmp_path):
+    import safetensors.torch
+    ours, theirs, tensors = tmp_path / "ours.safetensors", tmp_path / "theirs.safetensors", every_dtype()
+    vision.write_safetensors(tensors, ours, {"format": "pt"})
+    assert same_bytes(safetensors.torch.load_file(ours), tensors)
+    safetensors.torch.save_file(tensors, theirs, {"format": "pt"})
+    assert same_bytes(vision.read_safetensors(theirs), tensors)
+    assert vision.read_metadata(theirs) == {"format": "pt"}
+
+
+def framed(header, body: bytes = b"", pad: bytes = b"") -> bytes:
+    raw = (header if isinstance(header, bytes) else json.dumps(header).encode()) + pad
+    return struct.pack("<Q", len(raw)) + raw + body
+
+
+def entry(dtype="I32", shape=(2, 2), offsets=(0, 16)) -> dict:
+    return {"a": {"dtype": dtype, "shape": shape, "data_offsets": offsets}}
+
+
+BAD_FILES = {  # the reference implementation's own negative tests, and a few more
+    "empty": b"",
+    "seven_bytes": b"\x02" + bytes(6),
+    "length_without_header": b"<" + bytes(7),
+    "header_too_large": b"<\0\0\0\0\xff\xff\xff",
+    "header_just_too_large": struct.pack("<Q", 100_000_001) + b"{}",
+    "not_utf8": framed(b"\xff"),
+    "open_brace": framed(b"{"),
+    "leading_space": framed(b' {"a": {"dtype": "I32", "shape": [2, 2], "data_offsets": [0, 16]}}', bytes(16)),
+    "a_list": framed([]),
+    "two_objects": framed(b"{}{}"),
+    "deep": framed(b'{"a":' + b"[" * 200_000),
+    "extra_bytes": framed(entry(), bytes(20)),
+    "two_bytes_short": framed(entry(), bytes(14)),
+    "offsets_do_not_fit_the_shape": framed(entry(offsets=(0, 4)), bytes(4)),
+    "offsets_backwards": framed(entry(shape=(0,), offsets=(16, 0)), bytes(16)),
+    "overflow_in_the_product": framed(entry(shape=(2, 2 ** 64 - 2))),
+    "overflow_in_the_bytes": framed(entry(shape=(2, 2 ** 63 - 1))),
+    "empty_but_too_long_for_torch": framed(entry(shape=(0, 2 ** 64 - 1), offsets=(0, 0))),
+    "empty_but_its_steps_overflow": framed(entry(shape=(0, 2 ** 40, 2 ** 40), offsets=(0, 0))),
+    "one_place_for_many": framed({f"t{i}": entry()["a"] for i in range(100)}, bytes(16)),
+    "hole": framed({"a": entry()["a"], "b": entry(offsets=(20, 36))["a"]}, bytes(36)),
+    "starts_late": framed(entry(offsets=(4, 20)), bytes(20)),
+    "negative": framed(entry(shape=(-2, -2)), bytes(16)),
+    "fraction": framed(entry(shape=(2.0, 2)), bytes(16)),
+    "truth_value": framed(entry(dtype="U8", shape=(True,), offsets=(0, 1)), bytes(1)),
+    "unknown_dtype": framed(entry(dtype="F4"), bytes(16)),
+    "dtype_is_a_list": framed(entry(dtype=[]), bytes(16)),
+    "shape_is_a_number": framed(entry(shape=4), bytes(16)),
+    "three_offsets": framed(entry(offsets=(0, 8, 16)), bytes(16)),
+    "lacks_a_field": framed({"a": {"dtype": "I32", "shape": [2, 2]}}, bytes(16)),
+    "entry_is_a_word": framed({"a": "I32"}),
+    "name_twice": framed(b'{"a":%b,"a":%b}' % ((json.dumps(entry()["a"]).encode(),) * 2), bytes(16)),
+    "field_twice": framed(b'{"a":{"dtype":"I32","dtype":"F32","shape":[2,2],"data_offsets":[0,16]}}', bytes(16)),
+    "metadata_of_numbers": framed({"__metadata__": {"step": 7}}),
+    "metadata_is_a_list": framed({"__metadata__": []}),
+    "newline_in_a_name": framed({"a\nb": entry(dtype="?")["a"]}, bytes(16)),
+}
+
+
+@pytest.mark.parametrize("name", BAD_FILES)
+def test_a_bad_safetensors_file_is_one_line_that_names_it(tmp_path, name):
+    path = tmp_path / "bad.safetensors"
+    path.write_bytes(BAD_FILES[name])
+    fails(lambda: vision.read_safetensors(path), path)
+
+
+def test_safetensors_header_may_be_padded_at_its_end(tmp_path):
+    (tmp_path / "a.safetensors").write_bytes(framed(entry(), bytes(16), pad=b" \r\n\t "))
+    assert vision.read_safetensors(tmp_path / "a.safetensors")["a"].tolist() == [[0, 0], [0, 0]]
+
+
+def read_or_refuse(path: Path, raw: bytes) -> None:
+    "Either every byte of every tensor can be touched, or it is one line that names the file."
+    path.write_bytes(raw)
+    try:
+        for tensor in vision.read_safetensors(path).values():
+            tensor.flatten().view(torch.uint8).sum()
+    except ValueError as error:
+        assert str(path) in str(error) and "\n" not in str(error)
+
+
+@lru_cache
+def fuzz_file(folder: str) -> bytes:
+    path = Path(folder) / "valid.safetensors"
+    tensors = {"w": torch.ones(3, 2), "b": torch.ones(2, dtype=torch.bfloat16), "e": torch.ones(0, 2)}
+    vision.write_safetensors(tensors, path, {"k": "v"})
+    return path.read_bytes()
+
+
+@given(st.lists(st.tuples(st.integers(0, 260), st.integers(0, 255)), max_size=5), st.integers(0, 300))
+@settings(max_examples=200, deadline=None)
+def test_no_corruption_crashes_the_safetensors_reader(tmp_path_factory, changes, length):
+    folder = tmp_path_factory.getbasetemp()
+    raw = bytearray(fuzz_file(str(folder)))
+    for place, value in changes:
+        raw[place % len(raw)] = value
+    read_or_refuse(folder / "fuzz.safetensors", bytes(raw[:length]))
+
+
+NUMBERS = st.one_of(st.integers(0, 4), st.sampled_from([-1, 2 ** 31, 2 ** 62, 2 ** 63, 2 ** 64 - 1, 2 ** 200]))
+JUNK = st.recursive(st.none() | st.booleans() | st.floats() | st.text(max_size=3) | NUMBERS,
+                    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=3), inner, max_size=3),
+                    max_leaves=4)
+FIELDS = {"dtype": st.sampled_from(["F32", "U8", "BOOL"]) | JUNK, "shape": st.lists(NUMBERS, max_size=3) | JUNK,
+          "data_offsets": st.lists(NUMBERS, min_size=2, max_size=2) | JUNK}
+ENTRIES = st.fixed_dictionaries({}, optional=FIELDS) | JUNK
+
+
+@given(st.dictionaries(st.text(max_size=3) | st.just("__metadata__"), ENTRIES, max_size=3))
+@settings(max_examples=200, deadline=None)
+def test_no_header_crashes_the_safetensors_reader(tmp_path_factory, header):
+    read_or_refuse(tmp_path_factory.getbasetemp() / "fuzz.safetensors", framed(header, bytes(8)))
+
+
+def test_shards_that_do_not_match_their_index_are_one_line(tmp_path):
+    index = tmp_path / "model.safetensors.index.json"
+    fails(lambda: vision.read_safetensors(tmp_path), index)
+    for content in ("{", "[]", "{}", '{"weight_map": []}', '{"weight_map": {"a": 1}}'):
+        index.write_text(content)
+        fails(lambda: vision.read_safetensors(tmp_path), index)
+    index.write_text(json.dumps({"weight_map": {"a": "1.safetensors", "b": "2.safetensors"}}))
+    vision.write_safetensors({"a": torch.ones(1)}, tmp_path / "1.safetensors")
+    fails(lambda: vision.read_safetensors(tmp_path), tmp_path / "2.safetensors")
+    vision.write_safetensors({"c": torch.ones(1)}, tmp_path / "2.safetensors")
+    fails(lambda: vision.read_safetensors(tmp_path), tmp_path / "2.safetensors", "b")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# model.py: Qwen2
+
+def save_qwen(folder: Path, tied: bool, shards: bool = False, dtype=torch.float32, old_names: bool = False):
+    "A small random Qwen2 as the hub ships it; returns transformers' own reading of it, in float32."
+    from transformers import Qwen2Config, Qwen2ForCausalLM
+    torch.manual_seed(0)
+    config = Qwen2Config(vocab_size=90, hidden_size=32, intermediate_size=48, num_hidden_layers=3,
+                         num_attention_heads=4, num_key_value_heads=2,
+                         rope_parameters={"rope_theta": 5e4, "rope_type": "default"},
+                         tie_word_embeddings=tied, rms_norm_eps=1e-5, bos_token_id=0, eos_token_id=0)
+    reference = shake(Qwen2ForCausalLM(config), by=0.2).to(dtype)
+    reference.save_pretrained(folder, max_shard_size="20KB" if shards else "1GB")
+    assert (folder / "model.safetensors.index.json").exists() == shards
+
+    def rename(config):
+        config["rope_theta"], config["torch_dtype"] = config.pop("rope_parameters")["rope_theta"], config.pop("dtype")
+    if old_names:  # as all of Qwen's files have it; transformers 5 writes the other form
+        change_config(folder, rename)
+    return Qwen2ForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+
+
+@needs("transformers")
+@pytest.mark.parametrize("tied, shards, dtype, old_names", [
+    (True, False, torch.float32, True), (False, False, torch.float32, True), (True, True, torch.float32, False),
+    (False, True, torch.float32, False), (True, False, torch.bfloat16, True), (False, True, torch.bfloat16, False)],
+    ids=["tied", "untied", "tied_shards", "untied_shards", "bf16_tied", "bf16_untied_shards"])
+def test_gpt_equals_qwen2_of_transformers(tmp_path, tied, shards, dtype, old_names):
+    reference = save_qwen(tmp_path, tied, shards, dtype, old_names)
+    gpt = GPT.from_pretrained(tmp_path)
+    assert all(p.dtype == torch.float32 for p in gpt.parameters())  # whatever the file has
+    ids = torch.randint(0, 90, (2, 70))
+    with torch.no_grad():
+        assert far(gpt(ids), reference(ids).logits) < 1e-4
+
+
+@needs("transformers")
+def test_greedy_text_equals_transformers(tmp_path):
+    reference = save_qwen(tmp_path, tied=True)
+    vlm = text_only(GPT.from_pretrained(tmp_path))
+    for prompt in ([5, 17, 80], [3] * 20):
+        out = reference.generate(torch.tensor([prompt]), attention_mask=torch.ones(1, len(prompt)), max_new_tokens=64,
+                                 do_sample=False, repetition_penalty=1.0, eos_token_id=None, pad_token_id=0)
+        assert say(vlm, [Rendered(prompt, [0] * len(prompt), [])], max_new_tokens=64) == [out[0, len(prompt):].tolist()]
+
+
+def test_what_the_decoder_cannot_compute_is_refused(tmp_path):
+    sizes = {"vocab_size": 90, "hidden_size": 32}
+    for more in ({"use_sliding_window": True}, {"rope_scaling": {"rope_type": "yarn", "factor": 4}},
+                 {"rope_scaling": {"type": "yarn", "factor": 4}},  # as Qwen2.5's own manual writes it
+                 {"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e6}}):
+        (tmp_path / "config.json").write_text(json.dumps(sizes | more))
+        fails(lambda: GPT.from_pretrained(tmp_path), tmp_path, "not supported")
+
+
+@needs("transformers")
+@pytest.mark.parametrize("penalty, temperature, top_k, top_p", [
+    (1.0, 1.0, 0, 1.0), (1.5, 1.0, 0, 1.0), (1.0, 0.6, 8, 1.0), (1.0, 1.0, 0, 0.7), (1.3, 0.8, 20, 0.9),
+    (1.2, 1.0, 1, 1.0), (1.0, 1.0, 0, 0.01)])
+def test_sampling_has_the_distribution_of_transformers(penalty, temperature, top_k, top_p):
+    from transformers import generation as hf
+    torch.manual_seed(1)
+    V, n = 40, 40_000
+    logits, ids = 2 * torch.randn(1, V), torch.tensor([[3, 7, 7, 20, 31]])
+    expected = hf.RepetitionPenaltyLogitsProcessor(penalty)(ids, logits.clone())
+    expected = hf.TemperatureLogitsWarper(temperature)(ids, expected)
+    if top_k:
+        expected = hf.TopKLogitsWarper(top_k)(ids, expected)
+    if top_p < 1:
+        expected = hf.TopPLogitsWarper(top_p)(ids, expected)
+    seen = torch.zeros(1, V, dtype=torch.bool).scatter_(1, ids, True)
+    # Noise that covers 0 to 1 evenly draws each token exactly as often as its probability says.
+    noise = (torch.arange(n) + 0.5) / n
+    drawn = model.sample(logits.expand(n, V), noise, seen.expand(n, V), temperature, top_k, top_p, penalty)
+    shares = torch.bincount(drawn, minlength=V) / n
+    assert ((shares > 0) == (expected[0] > -torch.inf)).all()
+    assert (shares - expected.softmax(-1)[0]).abs().max() < 2 / n + 1e-5
+
+
+def test_sampling_never_leaves_the_filters_at_the_ends_of_the_noise():
+    logits = torch.randn(500, 30)
+    kept = logits >= logits.topk(3).values[:, -1:]
+    for noise in (0.0, 1 - 2 ** -24):
+        token = model.sample(logits, torch.full((500,), noise), None, 1.0, 3, 1.0, 1.0)
+        assert kept.gather(1, token[:, None]).all()
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# A tiny world for the rest: a model of 50,000 weights, a tokenizer, and pictures that are numbers
+
+SEQ_LEN = 128
+
+
+@lru_cache
+def tokenizer() -> Tokenizer:
+    texts = ["user\n", "assistant\n", "what is this? a red cat, a blue dog. one two three four"] * 3
+    return Tokenizer.train(texts, 300)
+
+
+def tiny_vlm(kind: str = "perceiver", tied: bool = True, seed: int = 0) -> VLM:
+    torch.manual_seed(seed)
+    config = VLMConfig(
+        ViTConfig(hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2, image_size=24,
+                  patch_size=6),
+        BridgeConfig(kind, num_latents=4, num_layers=1, num_heads=2, vision_size=32, text_size=32, num_patches=16),
+        GPTConfig(vocab_size=320, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+                  num_key_value_heads=2, rope_theta=1e4, tie_word_embeddings=tied))
+    return shake(VLM(config), seed)
+
+
+def text_only(gpt: GPT) -> VLM:
+    vlm = tiny_vlm()
+    vlm.gpt, vlm.config.decoder = gpt, gpt.config
+    return vlm
+
+
+def picture(number: int, record=None) -> torch.Tensor:
+    "In place of a file: uint8 [3, 24, 24]."
+    return torch.randint(0, 256, (3, 24, 24), dtype=torch.uint8, generator=torch.Generator().manual_seed(number))
+
+
+def setup() -> train_base.Setup:
+    return train_base.Setup(argparse.Namespace(device="cpu", dtype="float32", compile="False", seed=0))
+
+
+def chat_model(*turns, images=()) -> dict:
+    messages = [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(turns)]
+    return {"id": "chat", "messages": messages, "images": list(images)}
+
+
+CHATS_model = [
+    chat_model("<image>what is this?", "a red cat", images=[1]),
+    chat_model("one two three", "four"),
+    chat_model("<image>what is this?", "a blue dog. a cat.", "and <image>this?", "a red dog", images=[2, 3]),
+    chat_model("what is this", "one two three four one two three four"),
+    chat_model("<image>", "a cat", "a dog?", "a red cat, a blue dog", images=[1]),  # the picture of the first one
+    chat_model("a", "b"),
+]
+
+
+def documents(vlm: VLM, chats: list = CHATS_model) -> list[data.Document]:
+    render = train_base.to_document(tokenizer(), vlm, SEQ_LEN)
+    return [render(record, i) for i, record in enumerate(chats)]
+
+
+def batch_of(vlm: VLM, docs: list, rows: int = 3, seq_len: int = SEQ_LEN) -> dict:
+    arrays, placed, waiting = data.pack(docs, rows, seq_len, vlm.config.bridge.num_tokens)
+    assert not waiting
+    return data.to_batch(arrays, placed, picture)
+
+
+def prompts(vlm: VLM, chats: list) -> list[Rendered]:
+    tokens = vlm.config.bridge.num_tokens
+    return [tokenizer().render(c["messages"][:1], tokens, add_generation_prompt=True) for c in chats]
+
+
+def say(vlm: VLM, asked: list, images: list = (), **options) -> list[list[int]]:
+    "What each row generates, as ids."
+    pixels = torch.stack([picture(i) for i in images]) if images else None
+    rows = [list(row) for row in zip(*vlm.generate(asked, pixels, **options))]
+    return [[token for token in row if token is not None] for row in rows]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# model.py: checkpoints
+
+def test_checkpoint_round_trip_keeps_weights_and_other_files(tmp_path):
+    folder = tmp_path / "tiny" / "sft"
+    for kind, tied in (("perceiver", True), ("mlp", False)):
+        vlm = tiny_vlm(kind, tied)
+        model.save_checkpoint(folder, vlm, tokenizer(), {"m": torch.ones(2)}, {"step": 3})
+        again = model.load_checkpoint(folder)
+        assert asdict(again.config) == asdict(vlm.config)
+        assert all(torch.equal(p, again.get_parameter(name)) for name, p in vlm.named_parameters())
+        assert Tokenizer.from_pretrained(folder).encode("a red cat") == tokenizer().encode("a red cat")
+    (folder / "log.jsonl").write_text("{}\n")
+    model.save_checkpoint(folder, vlm, tokenizer(), None, None)
+    assert (folder / "log.jsonl").read_text() == "{}\n"
+    # Moments of the model before would not fit this one's weights.
+    assert not (folder / "optimizer.safetensors").exists() and not (folder / "state.json").exists()
+    assert [p.name for p in folder.parent.iterdir()] == ["sft"]  # nothing is left beside it
+
+
+def test_a_folder_inside_a_checkpoint_does_not_stop_the_save(tmp_path):
+    (tmp_path / "sft" / "plots").mkdir(parents=True)
+    (tmp_path / "sft" / "plots" / "a.txt").write_text("a")
+    model.save_checkpoint(tmp_path / "sft", tiny_vlm(), tokenizer())
+    assert (tmp_path / "sft" / "plots" / "a.txt").read_text() == "a"
+
+
+def crash_at(monkeypatch, number: int) -> None:
+    "The power fails at the number-th rename."
+    count, rename = itertools.count(1), os.rename
+
+    def broken(*places):
+        if next(count) == number:
+            raise KeyboardInterrupt
+        rename(*places)
+    monkeypatch.setattr(os, "rename", broken)
+
+
+@pytest.mark.parametrize("number", [1, 2])
+def test_a_crash_while_saving_leaves_a_whole_checkpoint(tmp_path, monkeypatch, number):
+    folder, before, after = tmp_path / "tiny" / "base", tiny_vlm(seed=1), tiny_vlm(seed=2)
+    model.save_checkpoint(folder, before, tokenizer(), {}, {"step": 1})
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        crash_at(patch, number)
+        model.save_checkpoint(folder, after, tokenizer(), {}, {"step": 2})
+    assert model.newest_checkpoint(tmp_path, "tiny", before="align") == folder
+    again = model.load_checkpoint(folder)
+    assert torch.equal(again.gpt.embed.weight, before.gpt.embed.weight)
+    model.save_checkpoint(folder, after, tokenizer(), {}, {"step": 2})
+    assert torch.equal(model.load_checkpoint(folder).gpt.embed.weight, after.gpt.embed.weight)
+
+
+def test_the_next_save_after_a_crash_does_not_begin_by_deleting_the_only_copy(tmp_path, monkeypatch):
+    folder, vlm = tmp_path / "base", tiny_vlm()
+    model.save_checkpoint(folder, vlm, tokenizer())
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        crash_at(patch, 2)
+        model.save_checkpoint(folder, vlm, tokenizer())
+
+    def disk_full(*_):
+        raise OSError("no space left")
+    with monkeypatch.context() as patch, pytest.raises(OSError):
+        patch.setattr(model, "write_safetensors", disk_full)
+        model.save_checkpoint(folder, vlm, tokenizer())
+    model.load_checkpoint(folder)
+
+
+def test_resume_works_after_a_crash_between_the_renames(tmp_path, monkeypatch):
+    folder, vlm = tmp_path / "tiny" / "base", tiny_vlm()
+    model.save_checkpoint(folder, vlm, tokenizer(), {}, {"step": 1})
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        crash_at(patch, 2)
+        model.save_checkpoint(folder, vlm, tokenizer(), {}, {"step": 2})
+    flags = argparse.Namespace(out_dir=str(tmp_path), model="tiny", init="", resume=True)
+    _, _, state, _ = train_base.start(flags, setup(), "base", None)
+    assert state["step"] == 1
+
+
+def test_resume_refuses_files_of_different_steps(tmp_path):
+    folder, vlm = tmp_path / "tiny" / "base", tiny_vlm()
+    model.save_checkpoint(folder, vlm, tokenizer(), {}, {"step": 1})
+    (folder / "state.json").write_text('{"step": 2}')
+    flags = argparse.Namespace(out_dir=str(tmp_path), model="tiny", init="", resume=True)
+    fails(lambda: train_base.start(flags, setup(), "base", None), folder, "--resume")
+
+
+def test_a_broken_checkpoint_is_one_line_that_names_the_file(tmp_path):
+    folder = tmp_path / "sft"
+    fails(lambda: model.load_checkpoint(folder), folder)
+    model.save_checkpoint(folder, tiny_vlm(), tokenizer())
+    weights, config = folder / "model.safetensors", folder / "config.json"
+    tensors, good = {n: t.clone() for n, t in vision.read_safetensors(weights).items()}, config.read_text()
+    raw = weights.read_bytes()
+    for length in (0, 5, 500, len(raw) - 1):
+        weights.write_bytes(raw[:length])
+        fails(lambda: model.load_checkpoint(folder), weights)
+    name = "gpt.blocks.1.mlp.down.weight"
+    for broken in ({n: t for n, t in tensors.items() if n != name}, tensors | {"x.y": tensors[name]},
+                   tensors | {name: tensors[name].t()}, tensors | {name: torch.tensor(1.0)}):
+        vision.write_safetensors(broken, weights)
+        fails(lambda: model.load_checkpoint(folder), weights, "x.y" if "x.y" in broken else name)
+    weights.write_bytes(raw)
+    model.load_checkpoint(folder)
+    without, odd = json.loads(good), json.loads(good)
+    del without["decoder"]
+    odd["vision"]["depth"] = 3
+    for text in ("", "{", "[]", "3", '{"model_type": "qwen2"}', '{"model_type": "ghostvis"}', json.dumps(without),
+                 json.dumps(odd)):
+        config.write_text(text)
+        fails(lambda: model.load_checkpoint(folder), config)
+    config.unlink()
+    fails(lambda: model.load_checkpoint(folder), config)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Packing and training invariants: the loss
+
+def reference_loss(vlm: VLM, doc: data.Document) -> torch.Tensor:
+    "One document alone, without mask, packing or chunks: as plainly as it can be written."
+    x = vlm.gpt.embed(torch.tensor(doc.ids))
+    for slot, number in zip(doc.slots, doc.record["images"]):
+        tokens = vlm.see(picture(number)[None])[0]
+        x = torch.cat([x[:slot], tokens, x[slot + len(tokens):]])
+    logits = F.linear(vlm.gpt.hidden(x[None])[0], vlm.gpt.head_weight)
+    targets = torch.tensor([i if learn else -100 for i, learn in zip(doc.ids, doc.mask)])
+    return F.cross_entropy(logits[:-1], targets[1:], reduction="sum")
+
+
+@pytest.mark.parametrize("kind", ["perceiver", "pixelshuffle", "mlp"])
+def test_packed_loss_is_the_sum_of_unpacked_and_of_padded(kind):
+    vlm = tiny_vlm(kind)
+    docs = documents(vlm)
+    with torch.no_grad():
+        alone = [reference_loss(vlm, doc).item() for doc in docs]
+        exact = [vlm(batch_of(vlm, [doc], 1, len(doc.ids) - 1)).item() for doc in docs]
+        padded = [vlm(batch_of(vlm, [doc], 2, SEQ_LEN + 7)).item() for doc in docs]
+        packed = vlm(batch_of(vlm, docs)).item()
+        shuffled = vlm(batch_of(vlm, docs[::-1], rows=4)).item()
+    assert exact == pytest.approx(alone, rel=1e-5) and padded == pytest.approx(alone, rel=1e-5)
+    assert packed == pytest.approx(sum(alone), rel=1e-5) and shuffled == pytest.approx(sum(alone), rel=1e-5)
+
+
+def test_no_document_sees_another():
+    vlm, docs = tiny_vlm(), documents(tiny_vlm())
+    batch = batch_of(vlm, docs)
+
+    def hidden(ids):
+        with torch.no_grad():
+            x = vlm.embed(ids, batch["pixels"], batch["slots"], batch["pictures"])
+            return vlm.gpt.hidden(x, batch["positions"], model.document_mask(batch["documents"]))
+    before = hidden(batch["ids"])
+    assert batch["documents"].max() >= 2  # or there is nothing to see
+    places = {(row, number) for row, line in enumerate(batch["documents"].tolist()) for number in line}
+    for row, number in places:  # number 0 is the padding
+        inside = torch.zeros_like(batch["ids"], dtype=torch.bool)
+        inside[row] = batch["documents"][row] == number
+        after = hidden(torch.where(inside, (batch["ids"] + 1) % 256, batch["ids"]))
+        assert torch.equal(after[~inside], before[~inside])
+        assert not torch.allclose(after[inside], before[inside])
+
+
+def test_no_token_sees_a_later_one():
+    gpt = tiny_vlm().gpt
+    ids = torch.randint(0, 300, (1, 20))
+    changed = torch.cat([ids[:, :12], (ids[:, 12:] + 1) % 300], dim=1)
+    with torch.no_grad():
+        assert torch.allclose(gpt(ids)[:, :12], gpt(changed)[:, :12], atol=1e-5)
+
+
+def test_packing_by_hand():
+    docs = [data.Document(0, [10, 11, 12, 13], [0, 0, 1, 1], [1], {}),
+            data.Document(1, [20, 21, 22], [1, 1, 1], [], {}),
+            data.Document(2, [30, 31], [1, 0], [], {}, weight=-2.0),
+            data.Document(3, [40, 41, 42, 43], [0, 0, 0, 1], [2], {})]
+    arrays, placed, waiting = data.pack(docs, 2, 6, 1)
+    x = -100
+    assert arrays["ids"].tolist() == [[10, 11, 12, 20, 21, 30], [40, 41, 42, 0, 0, 0]]
+    assert arrays["targets"].tolist() == [[x, 12, 13, 21, 22, x], [x, x, 43, x, x, x]]  # no end foretells a start
+    assert arrays["positions"].tolist() == [[0, 1, 2, 0, 1, 0], [0, 1, 2, 0, 0, 0]]  # they restart
+    assert arrays["documents"].tolist() == [[1, 1, 1, 2, 2, 3], [1, 1, 1, 0, 0, 0]]
+    assert arrays["weights"].tolist() == [[1, 1, 1, 1, 1, -2], [1, 1, 1, 0, 0, 0]]
+    assert arrays["slots"].tolist() == [1, 6 + 2]
+    assert placed == docs and not waiting
+    assert data.pack(docs, 1, 6, 1)[2] == docs[3:]
+
+
+def test_a_picture_that_two_documents_share_is_encoded_once_to_the_same_loss():
+    vlm = tiny_vlm()
+    docs = [doc for doc in documents(vlm) if 1 in doc.record["images"]]
+    batch = batch_of(vlm, docs)
+    assert len(docs) == 2 and len(batch["pixels"]) == 1 and batch["pictures"].tolist() == [0, 0]
+    twice = batch | {"pixels": batch["pixels"].repeat(2, 1, 1, 1), "pictures": torch.tensor([0, 1])}
+    assert vlm(batch).item() == pytest.approx(vlm(twice).item(), rel=1e-6)
+    vlm(batch).backward()
+    once = vlm.vit.position.grad.clone()
+    vlm.zero_grad()
+    vlm(twice).backward()
+    assert far(once, vlm.vit.position.grad) < 1e-5
+
+
+def test_each_picture_goes_to_its_own_place():
+    vlm = tiny_vlm()
+    batch = batch_of(vlm, documents(vlm))
+    tokens = vlm.embed(batch["ids"], batch["pixels"], batch["slots"], batch["pictures"]).flatten(0, 1)[batch["slots"]]
+    # In the order of the placed documents; the picture of the last one is the first one's.
+    expected = torch.cat([vlm.see(picture(i)[None])[0] for i in (1, 2, 3, 1)])
+    assert torch.allclose(tokens, expected, atol=1e-5)
+    text = batch["ids"].flatten() != tokenizer().image_pad
+    assert set(batch["slots"].tolist()) == set((~text).nonzero()[:, 0].tolist())
+
+
+@pytest.mark.parametrize("chunk", [1, 7, 1000])
+def test_token_loss_equals_cross_entropy(chunk):
+    torch.manual_seed(0)
+    x, head = torch.randn(3, 9, 16, requires_grad=True), torch.randn(50, 16, requires_grad=True)
+    targets, weights = torch.randint(0, 50, (3, 9)), torch.randn(3, 9)
+    targets[torch.rand(3, 9) < 0.4] = -100
+    for w in (None, weights):
+        each = F.cross_entropy((x @ head.t()).flatten(0, 1), targets.flatten(), reduction="none", ignore_index=-100)
+        expected = (each.view(3, 9) * (1 if w is None else w)).sum()
+        ours = model.token_loss(x, head, targets, w, chunk)
+        assert ours.item() == pytest.approx(expected.item(), rel=1e-5)
+        # Scaled, as every stage divides by the step's tokens.
+        grads = torch.autograd.grad(expected / 3, (x, head))
+        for a, b in zip(torch.autograd.grad(ours / 3, (x, head)), grads):
+            assert far(a, b) < 1e-5
+        frozen_head = model.token_loss(x, head.detach(), targets, w, chunk)
+        assert far(torch.autograd.grad(frozen_head / 3, x)[0], grads[0]) < 1e-5
+
+
+def test_a_row_with_nothing_to_learn_has_loss_0_and_a_way_back():
+    x, head = torch.randn(2, 5, 8, requires_grad=True), torch.randn(20, 8, requires_grad=True)
+    loss = model.token_loss(x, head, torch.full((2, 5), -100))
+    loss.backward()
+    assert loss.item() == 0 and not x.grad.any() and not head.grad.any()
+
+
+def test_chunks_of_the_loss_do_not_change_it():
+    vlm = tiny_vlm(tied=False)
+    batch = batch_of(vlm, documents(vlm))
+    x = torch.randn(*batch["ids"].shape, 32)
+    losses = [model.token_loss(x, vlm.gpt.head_weight, batch["targets"], batch["weights"], chunk).item()
+              for chunk in (3, 4096)]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-6)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Packing and training invariants: generation
+
+def test_cached_decoding_equals_uncached():
+    gpt = tiny_vlm().gpt
+    ids = torch.randint(0, 300, (2, 24))
+    with torch.no_grad():
+        whole = gpt.hidden(gpt.embed(ids))
+        cache = model.KVCache(gpt.config, 2, 24, "cpu", torch.float32)
+        mask = torch.ones(24, 24, dtype=torch.bool).tril()
+        parts = []
+        for a, b in [(0, 10), (10, 11), (11, 12), (12, 20), (20, 24)]:  # a prompt, single tokens, several at once
+            parts.append(gpt.hidden(gpt.embed(ids[:, a:b]), torch.arange(a, b)[None], mask[None, None, a:b, :b], cache))
+    assert far(torch.cat(parts, dim=1), whole) < 1e-5
+
+
+def test_generation_equals_reading_everything_anew_for_each_token():
+    vlm = tiny_vlm()
+    (asked,) = prompts(vlm, CHATS_model[:1])
+    said = say(vlm, [asked], [1], max_new_tokens=12, repetition_penalty=1.3)[0]
+    ids = list(asked.ids)
+    for token in said:
+        x = vlm.embed(torch.tensor([ids]), picture(1)[None], torch.arange(4) + asked.slots[0])
+        logits = vlm.gpt.hidden(x)[:, -1] @ vlm.gpt.head_weight.t()
+        seen = torch.zeros_like(logits, dtype=torch.bool).index_fill_(1, torch.tensor(ids), True)
+        assert model.sample(logits, None, seen, 0.0, 0, 1.0, 1.3).item() == token
+        ids.append(token)
+
+
+RAGGED = [chat_model("<image>what is this?", images=[1]), chat_model("one two three four one two three four what?"),
+          chat_model("<image>and <image>this?", images=[2, 3]), chat_model("a"),
+          chat_model("a red <image>cat", images=[4])]
+
+
+@pytest.mark.parametrize("options", [{}, {"repetition_penalty": 1.2}, {"temperature": 0.9, "top_k": 30, "top_p": 0.95}],
+                         ids=["greedy", "penalty", "sampled"])
+def test_batched_ragged_generation_equals_one_by_one(options):
+    vlm = tiny_vlm()
+    asked = prompts(vlm, RAGGED)
+    together = say(vlm, asked, [1, 2, 3, 4], max_new_tokens=16, seeds=[5, 6, 7, 8, 9], **options)
+    alone = [say(vlm, [p], c["images"], max_new_tokens=16, seeds=[5 + i], **options)[0]
+             for i, (p, c) in enumerate(zip(asked, RAGGED))]
+    assert together == alone
+    assert len({tuple(row) for row in together}) == 5  # or the test would be blind
+
+
+def test_samples_of_one_prompt_equal_single_runs_with_their_seeds():
+    vlm = tiny_vlm()
+    asked = prompts(vlm, RAGGED[1:3])
+    options = {"max_new_tokens": 10, "temperature": 1.0, "repetition_penalty": 1.1}
+    together = say(vlm, asked, [2, 3], samples=3, seeds=list(range(6)), **options)
+    alone = [say(vlm, [asked[i // 3]], RAGGED[1 + i // 3]["images"], seeds=[i], **options)[0] for i in range(6)]
+    assert together == alone and len({tuple(row) for row in together}) == 6
+
+
+def test_a_row_ends_after_its_stop_token():
+    vlm = tiny_vlm()
+    asked = prompts(vlm, RAGGED[:2])
+    free = say(vlm, asked, [1], max_new_tokens=12, temperature=1.0)
+    stop = free[0][4]
+    columns = list(vlm.generate(asked, picture(1)[None], max_new_tokens=12, temperature=1.0, stop={stop}))
+    for b in range(2):
+        end = free[b].index(stop) + 1 if stop in free[b] else 12
+        assert [c[b] for c in columns] == (free[b][:end] + [None] * 12)[:len(columns)]  # the others go on undisturbed
+    assert len(list(vlm.generate(asked[:1], picture(1)[None], max_new_tokens=1))) == 1
+
+
+def test_padding_rows_of_the_vocabulary_are_never_said():
+    vlm, used = tiny_vlm(tied=False), 300
+    with torch.no_grad():  # they would win every time
+        vlm.gpt.head.weight[used:] = 100 * vlm.gpt.head.weight[:20]
+    (asked,) = prompts(vlm, RAGGED[1:2])
+    for options in ({}, {"temperature": 5.0}, {"repetition_penalty": 1.5}):
+        assert max(say(vlm, [asked], max_new_tokens=30, **options)[0]) >= used
+        assert max(say(vlm, [asked], max_new_tokens=30, vocab_used=used, **options)[0]) < used
+
+
+def test_a_wrong_number_of_images_is_one_line():
+    vlm = tiny_vlm()
+    asked = prompts(vlm, RAGGED[:3])  # three places
+    for images in ([], [1, 2], [1, 2, 3, 4]):
+        fails(lambda: say(vlm, asked, images), "3 places", f"{len(images)} images")
+    fails(lambda: say(vlm, asked[1:2], [1]), "0 places", "1 images")
+
+
+def test_respond_gives_the_text_without_special_tokens():
+    vlm = tiny_vlm()
+    pixels = [[picture(i) for i in c["images"]] for c in RAGGED]
+    texts = model.respond(vlm, tokenizer(), [c["messages"] for c in RAGGED], pixels, max_new_tokens=8)
+    assert len(texts) == 5 and not any("<|" in text for text in texts)
+    assert texts[2] == model.respond(vlm, tokenizer(), [RAGGED[2]["messages"]], pixels[2:3], max_new_tokens=8)[0]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Packing and training invariants: steps
+
+def step(vlm: VLM, batches: list[dict], params: dict, optimizer) -> float:
+    return train_base.train_step(vlm, batches, train_base.supervised(batches, setup()), params, optimizer, setup(), 1.0)
+
+
+STAGES = {"base": ["decoder"], "align": ["bridge", "vit"], "align_pretrained": ["bridge"],
+          "sft": ["bridge", "decoder", "vit"], "sft_pretrained": ["bridge", "decoder"]}
+
+
+@pytest.mark.parametrize("kind", ["muon", "adamw"])
+@pytest.mark.parametrize("stage", STAGES)
+def test_frozen_parts_stay_and_trained_parts_learn(stage, kind):
+    vlm = tiny_vlm(tied=False)
+    params = train_base.freeze(vlm, STAGES[stage])
+    assert {name.split(".")[0].replace("gpt", "decoder") for name in params} == set(STAGES[stage])
+    before = {name: p.detach().clone() for name, p in vlm.named_parameters()}
+    step(vlm, [batch_of(vlm, documents(vlm))], params, train_base.Optimizer(params, kind, 1e-3))
+    for name, p in vlm.named_parameters():
+        assert torch.equal(p, before[name]) == (name not in params), name
+        assert p.grad is None  # a frozen one has none at all, a trained one's is used up
+
+
+def test_micro_batches_give_the_gradient_of_one_large_batch():
+    vlm = tiny_vlm()
+    docs = documents(vlm)
+    parts = docs[:1], docs[1:2], docs[2:3], docs[3:]  # very unequal in tokens
+    batches = [batch_of(vlm, part, rows=1) for part in parts]
+    shift = list(itertools.accumulate((0 if b["pixels"] is None else len(b["pixels"]) for b in batches), initial=0))
+    plain = ("ids", "targets", "positions", "documents", "weights")
+    large = {name: torch.cat([b[name] for b in batches]) for name in plain}
+    large["slots"] = torch.cat([b["slots"] + i * SEQ_LEN for i, b in enumerate(batches)])
+    large["pixels"] = torch.cat([b["pixels"] for b in batches if b["pixels"] is not None])
+    large["pictures"] = torch.cat([b["pictures"] + n for b, n in zip(batches, shift)])
+    keep = SimpleNamespace(step=lambda scale: None)  # leaves the gradients where they are
+    params, gradients, losses = train_base.freeze(vlm, ["vit", "bridge", "decoder"]), [], []
+    for parts in (batches, [large]):
+        vlm.zero_grad()
+        losses.append(step(vlm, parts, params, keep))
+        gradients.append(torch.cat([p.grad.flatten() for p in params.values()]))
+    assert losses[0] == pytest.approx(losses[1], rel=1e-6)
+    assert far(*gradients) < 1e-6
+
+
+def test_loss_falls_on_a_batch_seen_again_and_again():
+    vlm = tiny_vlm()
+    params, batch = train_base.freeze(vlm, ["vit", "bridge", "decoder"]), batch_of(vlm, documents(vlm))
+    optimizer = train_base.Optimizer(params, "muon", 5e-3)
+    losses = [step(vlm, [batch], params, optimizer) for _ in range(30)]
+    assert losses[-1] < 0.2 * losses[0]
+
+
+@pytest.mark.parametrize("shape", [(3, 24, 60), (3, 60, 24), (2, 20, 20)], ids=["wide", "tall", "square"])
+def test_orthogonalize_makes_all_directions_about_equally_strong(shape):
+    torch.manual_seed(0)
+    g = torch.randn(shape) * torch.tensor([1e-4, 1.0, 1e3])[:shape[0], None, None]  # a gradient's size must not matter
+    out = train_base.orthogonalize(g)
+    assert out.shape == g.shape and out.dtype == g.dtype
+    u, s, v = torch.linalg.svd(g, full_matrices=False)
+    values = torch.linalg.svdvals(out)
+    strong = s > 0.05 * s[:, :1]  # five steps do not lift the very weakest all the way
+    assert (values <= 1.3).all() and (values.sort(-1).values[strong.sort(-1).values] > 0.5).all()
+    assert F.cosine_similarity(out.flatten(1), (u @ v).flatten(1)).min() > 0.9  # the same directions, not just any
+
+
+@pytest.mark.parametrize("kind", ["muon", "adamw"])
+def test_an_optimizer_that_was_saved_goes_on_bit_for_bit(tmp_path, kind):
+    one = tiny_vlm()
+    params, batch = train_base.freeze(one, ["bridge", "decoder"]), batch_of(one, documents(one))
+    optimizer = train_base.Optimizer(params, kind, 3e-3, weight_decay=0.1)
+    for _ in range(2):
+        step(one, [batch], params, optimizer)
+    vision.write_safetensors(optimizer.state(), tmp_path / "o.safetensors")
+    two = tiny_vlm(seed=9)
+    two.load_state_dict(one.state_dict())
+    params_two = train_base.freeze(two, ["bridge", "decoder"])
+    again = train_base.Optimizer(params_two, kind, 3e-3, weight_decay=0.1)
+    again.load(vision.read_safetensors(tmp_path / "o.safetensors"))
+    for _ in range(3):
+        assert step(one, [batch], params, optimizer) == step(two, [batch], params_two, again)
+    assert all(torch.equal(p, params_two[name]) for name, p in params.items())
+
+
+def test_learning_rate_rises_stays_and_falls_to_zero():
+    flags = argparse.Namespace(steps=100, warmup=0.1, cooldown=0.5)
+    scales = [train_base.lr_scale(i, flags) for i in range(101)]
+    assert scales[0] == 0.1 and scales[9] == 1.0 and scales[50] == 1.0 and scales[75] == 0.5 and scales[100] == 0.0
+    assert max(scales) == 1.0 and scales[99] > 0
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Packing and training invariants: the loader
+
+def equal_batches(a: dict, b: dict) -> bool:
+    return a.keys() == b.keys() and all(a[n] is b[n] or torch.equal(a[n], b[n]) for n in a)
+
+
+def test_a_loader_goes_on_from_its_state_bit_for_bit():
+    vlm = tiny_vlm()
+    world = data.World("chat", seed=3)
+    render, pixels = train_base.to_document(tokenizer(), vlm, 400), train_base.to_pixels(vlm)
+
+    def make(state=None):
+        return data.Loader(world, render, pixels, 2, 400, 4, lane=1, lanes=2, state=state)
+    loader = make()
+    for _ in range(3):
+        next(loader)
+    state = json.loads(json.dumps(loader.state()))  # as it lies in state.json
+    assert state["waiting"]  # some documents found no room yet: they must not be lost
+    resumed = make(state)
+    for _ in range(3):
+        assert equal_batches(next(loader), next(resumed))
+    assert loader.state() == resumed.state()
+
+
+def numbered(record: int, index: int) -> data.Document:
+    "Document i is made of i's alone, and of a length of its own."
+    n = 2 + record * 7 % 11
+    return data.Document(index, [record] * n, [1] * n, [], {"id": record, "images": []})
+
+
+def seen(loader: data.Loader, batches: int) -> list[int]:
+    out = []
+    for _ in range(batches):
+        batch = next(loader)
+        out += batch["ids"][(batch["positions"] == 0) & (batch["documents"] > 0)].tolist()  # documents' first ids
+    return out
+
+
+def test_lanes_share_the_records_without_gap_or_repeat():
+    lanes = []
+    for lane in range(3):
+        loader = data.Loader(range(10 ** 6), numbered, None, 2, 16, 4, lane, 3)
+        ids = seen(loader, 40)
+        waiting = [doc.ids[0] for doc in loader.waiting]
+        assert sorted(ids + waiting) == list(range(lane, loader.next, 3))  # each record once, either learned or waiting
+        lanes.append(set(ids))
+    assert not lanes[0] & lanes[1] and not lanes[1] & lanes[2] and not lanes[0] & lanes[2]
+
+
+def test_no_document_waits_for_ever():
+    loader = data.Loader(range(10 ** 6), numbered, None, 2, 16, 4)
+    for _ in range(60):
+        next(loader)
+        assert all(loader.next - doc.index < 40 for doc in loader.waiting)
+
+
+def test_a_loader_leaves_out_what_does_not_fit_but_not_everything():
+    def odd_only(record, index):
+        return data.Document(index, [record] * 9, [1] * 9, [], {"images": []}) if record % 2 else None
+    loader = data.Loader(range(10 ** 6), odd_only, None, 1, 8, 4)
+    assert seen(loader, 1500) == list(range(1, 3001, 2))  # many are left out in all, but never many in a row
+    fails(lambda: next(data.Loader(range(10 ** 6), lambda record, index: None, None, 1, 8, 4)), "--seq_len=8")
+
+
+def test_a_record_whose_pictures_and_places_disagree_stops_with_its_name():
+    vlm = tiny_vlm()
+    (doc,) = documents(vlm, [chat_model("<image>what is this?", "a cat", images=[1])])
+    broken = replace(doc, record=doc.record | {"images": [1, 2], "id": "record 17"})
+    with pytest.raises(AssertionError, match="record 17"):
+        batch_of(vlm, [broken])
+
+
+def test_a_document_is_cut_only_where_its_pictures_stay():
+    vlm = tiny_vlm()
+    record = chat_model("<image>what is this?", "a red cat " * 9, "and <image>this?", "a blue dog", images=[1, 2])
+    whole = train_base.to_document(tokenizer(), vlm, 200)(record, 0)
+    second = whole.slots[1]
+    for seq_len in range(10, len(whole.ids) + 3):
+        doc = train_base.to_document(tokenizer(), vlm, seq_len)(record, 0)
+        assert (doc is not None) == (seq_len >= second + 4)
+        if doc:
+            assert doc.ids == whole.ids[:seq_len + 1] and math.isfinite(vlm(batch_of(vlm, [doc], 1, seq_len)).item())
+
+
+def test_an_unreadable_picture_names_its_record(tmp_path):
+    vlm, path = tiny_vlm(), tmp_path / "cat.jpg"
+    path.write_bytes(b"not a picture")
+    fails(lambda: train_base.to_pixels(vlm)(str(path), {"id": "record 17"}), "record 17", path)
+    Image.new("RGB", (40, 30), RED).save(path)
+    pixels = train_base.to_pixels(vlm)(str(path), {"id": "record 17"})
+    assert pixels.shape == (3, 24, 24) and pixels.dtype == torch.uint8 and pixels[0].min() > 250
+    # A .tsv holds the bytes themselves.
+    assert torch.equal(pixels, train_base.to_pixels(vlm)(path.read_bytes(), {"id": "record 17"}))
+
+
+HERE = Path(data.__file__).parent
+DATA = SHARED / "data"
+needs_shared = pytest.mark.skipif(not DATA.is_dir(), reason=f"no data at {DATA}")
+
+
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# data.py: the built-in world
+
+TASKS = ["text", "captions", "chat", "exam"]
+
+
+def texts(record: dict) -> str:
+    return record.get("text", "") + "\n".join(m["content"] for m in record.get("messages", []))
+
+
+def test_a_record_is_the_same_every_time_and_in_another_process():
+    code = ("import data, sys; print([data.World(t, s, seed=3)[i] for t in ('text', 'captions', 'chat', 'exam') "
+            "for s in ('train', 'pairs') for i in (0, 7, 10**6)])")
+    here = str([data.World(task, split, seed=3)[i] for task in TASKS for split in ("train", "pairs")
+                for i in (0, 7, 10**6)])
+    there = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True,
+                           env={**os.environ, "PYTHONHASHSEED": "7"}, cwd=HERE, check=True).stdout.strip()
+    assert there == here
+    assert str(data.World("exam", seed=4)[0]) != str(data.World("exam", seed=3)[0])
+    assert str(data.World("exam", "scenes", seed=3)[0]["images"]) != str(data.World("exam", seed=3)[0]["images"])
+
+
+def test_every_kind_lacks_one_colour_in_training():
+    assert Counter(kind for _, kind in data.HELD_OUT) == Counter(data.KINDS)
+    assert {colour for colour, _ in data.HELD_OUT} == set(data.COLOURS)  # and no colour is new as a whole
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_training_never_shows_or_tells_a_held_out_pair(task):
+    # "red cats" counts as well, "red catfish" would not.
+    tell = re.compile(r"\b(" + "|".join(f"{colour} {kind}" for colour, kind in data.HELD_OUT) + r")(s|es)?\b",
+                      re.IGNORECASE)
+    world = data.World(task)
+    for i in [*range(2500), *range(10**6, 10**6 + 500)]:
+        record = world[i]
+        assert not (found := tell.search(texts(record))), (i, found)
+        for scene in record["images"]:
+            assert not {(t.colour, t.kind) for t in scene.things} & data.HELD_OUT, i
+
+
+def singular(words: str) -> str:
+    "\"red things\" -> \"red\", \"cats\" -> \"cat\"."
+    words = words.removesuffix(" things")
+    return words if words in data.COLOURS or words in data.KINDS else words.removesuffix("s")
+
+
+def solve(question: str, things: list) -> str:
+    "The right answer by a second, plain reading of the question; places come from the coordinates that are drawn."
+    def those(words):
+        return [t for t in things if all(word in (t.kind, t.colour) for word in words.split())]
+
+    def the(words):
+        one, = those(words)  # a question about "the cat" must leave no doubt which
+        return one
+
+    def has(pattern):
+        nonlocal found
+        found = re.fullmatch(pattern, question)
+        return found
+
+    found, name = None, r"((?:\w+ )?\w+)"
+    if re.fullmatch(r"How many things (are there|do you see in total)\?|Count all the things\.", question):
+        return str(len(things))
+    if has(r"How many ([\w ]+) are there\?") or has(r"What is the number of ([\w ]+)\?") \
+            or has(r"Count the ([\w ]+)\."):
+        return str(len(those(singular(found[1]))))
+    if has(r"What (colour) is the (largest|smallest) thing\?") or has(r"(What) is the (largest|smallest) thing\?") \
+            or has(r"(Which) thing is the (largest|smallest)\?"):
+        sizes = [["small", "medium", "large"].index(t.size) for t in things]
+        end = max(sizes) if found[2] == "largest" else min(sizes)
+        assert sizes.count(end) == 1
+        return getattr(things[sizes.index(end)], "colour" if found[1] == "colour" else "kind")
+    if has(r"What colour is the (\w+)\?") or has(r"Which colour does the (\w+) have\?") \
+            or has(r"The (\w+) is of what colour\?"):
+        return the(found[1]).colour
+    if has(r"What is the (\w+) thing\?") or has(r"Which thing is (\w+)\?") or has(r"What kind of thing is (\w+)\?"):
+        return the(found[1]).kind
+    if has(r"(?:Is there|Do you see|Does the picture show) (an?) (\w+ \w+)\?"):
+        assert (found[1] == "an") == (found[2][0] in "aeiou")
+        return "yes" if those(found[2]) else "no"
+    truth = {"left of": lambda a, b: a.x < b.x, "right of": lambda a, b: a.x > b.x, "above": lambda a, b: a.y < b.y,
+             "below": lambda a, b: a.y > b.y}
+    sides = "(left of|right of|above|below)"
+    if has(f"Is the {name} {sides} or {sides} the {name}\\?") \
+            or has(f"Where is the {name}, {sides} or {sides} the {name}\\?"):
+        (right,) = [side for side in found.groups()[1:3] if truth[side](the(found[1]), the(found[4]))]
+        return right.split()[0]
+    if has(f"Is the {name} {sides} the {name}\\?"):
+        return "yes" if truth[found[2]](the(found[1]), the(found[3])) else "no"
+    if has(f"(?:Where|In which part of the picture) is the {name}\\?") or has(f"Where do you see the {name}\\?"):
+        thing = the(found[1])
+        row, column = ["top", "middle", "bottom"][int(3 * thing.y)], ["left", "centre", "right"][int(3 * thing.x)]
+        return "centre" if (row, column) == ("middle", "centre") else f"{row} {column}"
+    if has(r"Are there more ([\w ]+) than ([\w ]+)\?"):
+        return "yes" if len(those(singular(found[1]))) > len(those(singular(found[2]))) else "no"
+    if has(r"(?:Which are there more of|What is more common), ([\w ]+) or ([\w ]+)\?"):
+        one, two = (len(those(singular(words))) for words in found.groups())
+        assert one != two and one and two
+        return found[1] if one > two else found[2]
+    if has(r"(?s).*\nA\. (\w+ \w+)\nB\. (\w+ \w+)\nC\. (\w+ \w+)\nAnswer with the letter\."):
+        (letter,) = [letter for letter, option in zip("ABC", found.groups()) if those(option)]
+        return letter
+    raise AssertionError(f"no rule for {question!r}")
+
+
+def exam(record: dict) -> tuple[str, str, list]:
+    question, answer = (message["content"] for message in record["messages"])
+    return question.removeprefix("<image>\n"), answer, list(record["images"][0].things)
+
+
+@pytest.mark.parametrize("split", ["train", "scenes", "pairs"])
+def test_every_answer_agrees_with_a_second_reading_of_question_and_scene(split):
+    world, kinds = data.World("exam", split, seed=1), Counter()
+    for i in range(400):
+        question, answer, things = exam(world[i])
+        assert solve(question, things) == answer, (i, question)
+        kinds[world[i]["kind"]] += 1
+    assert kinds == Counter({kind: 40 for kind in data.QUESTIONS})
+
+
+def test_the_chats_answers_agree_too():
+    world, checked = data.World("chat", seed=5), 0
+    for record in map(world.__getitem__, range(30_000, 30_300)):
+        scene, = record["images"]
+        turns = [m["content"].removeprefix("<image>\n") for m in record["messages"]]
+        for question, answer in zip(turns[::2], turns[1::2]):
+            if question not in [prompt for prompts, *_ in data.CAPTIONS for prompt in prompts]:
+                assert solve(question, scene.things) == answer
+                checked += 1
+    assert checked > 300
+
+
+def test_things_stand_apart_and_inside_the_picture():
+    for i in range(500):
+        things = data.World("exam", "pairs")[i]["images"][0].things
+        for t in things:
+            half = data.SIZES[t.size] / 2
+            assert half <= t.x <= 1 - half and half <= t.y <= 1 - half
+        for t in things:
+            for u in things:
+                reach = (data.SIZES[t.size] + data.SIZES[u.size]) / 2
+                assert t is u or max(abs(t.x - u.x), abs(t.y - u.y)) >= reach - 1e-9
+
+
+# Kind: the highest share that the likeliest answer may have among questions of one form. Chance is between a half and a
+# ninth.
+BALANCE = {"count": 0.30, "number": 0.40, "colour": 0.25, "kind": 0.15, "exists": 0.60, "relation": 0.60, "place": 0.20,
+           "compare": 0.60, "size": 0.25, "choice": 0.45}
+NAMES = {*data.KINDS, *data.COLOURS, *map(data.plural, data.KINDS)}
+
+
+@pytest.mark.parametrize("split", ["scenes", "pairs"])
+@pytest.mark.parametrize("kind", data.QUESTIONS)
+def test_the_form_of_a_question_does_not_give_its_answer_away(kind, split):
+    world, forms = data.World("exam", split, seed=1, kinds=[kind]), {}
+    for i in range(1500):
+        question, answer, _ = exam(world[i])
+        if kind == "compare" and answer not in ("yes", "no"):
+            answer = "first" if f" {answer} or " in question else "second"
+        form = " ".join("*" if word.strip("?.,") in NAMES else word for word in question.split("\n")[0].split())
+        forms.setdefault(form.replace("* *", "*"), []).append(answer)
+    large = [answers for answers in forms.values() if len(answers) >= 150]  # of fewer, chance makes too much
+    assert large
+    for answers in large:
+        assert Counter(answers).most_common(1)[0][1] / len(answers) <= BALANCE[kind], Counter(answers)
+
+
+def test_a_new_name_does_not_give_the_answer_away():
+    # If "no" were said of familiar pairs only, who knows what training showed would need no picture.
+    world, answers = data.World("exam", "pairs", seed=1, kinds=["exists"]), {True: [], False: []}
+    for i in range(1500):
+        question, answer, _ = exam(world[i])
+        answers[tuple(question.rstrip("?").split()[-2:]) in data.HELD_OUT].append(answer)
+    for group in answers.values():
+        assert len(group) < 150 or 0.4 < group.count("yes") / len(group) < 0.6
+
+
+def test_in_the_split_of_new_pairs_questions_are_about_a_new_pair():
+    world = data.World("exam", "pairs", seed=1)
+    for i in range(1500):
+        question, answer, things = exam(world[i])
+        kind, new = world.kinds[i % 10], [t for t in things if (t.colour, t.kind) in data.HELD_OUT]
+        assert new, i
+        kinds, colours = Counter(t.kind for t in things), Counter(t.colour for t in things)
+        if kind == "colour" and any(kinds[t.kind] == 1 for t in new):
+            assert (answer, *re.findall("|".join(data.KINDS), question)) in data.HELD_OUT, question
+        if kind == "kind" and any(colours[t.colour] == 1 for t in new):
+            assert (*re.findall("|".join(data.COLOURS), question), answer) in data.HELD_OUT, question
+        if kind == "exists" and answer == "yes":
+            assert tuple(question.rstrip("?").split()[-2:]) in data.HELD_OUT, question
+        if kind == "choice":
+            assert tuple(question.split(f"\n{answer}. ")[1].split("\n")[0].split()) in data.HELD_OUT, question
+
+
+def test_kinds_can_be_chosen_and_a_wrong_one_is_named():
+    world = data.World("exam", kinds=["count", "place"])
+    assert [world[i]["kind"] for i in range(4)] == ["count", "place", "count", "place"]
+    fails(lambda: data.World("exam", kinds=["counting"]), "'counting'", "count, number")
+
+
+def test_a_drawing_is_the_same_twice_and_quick():
+    scenes = [data.World("captions")[i]["images"][0] for i in range(40)]
+    first = [scene.draw(72).tobytes() for scene in scenes]
+    assert len(first[0]) == 72 * 72 * 3 and len(set(first)) == len(first)
+    times = []
+    for _ in range(3):  # warm, as in training; the fastest of three, for others may be using this machine
+        start = time.process_time()
+        again = [scene.draw(72).tobytes() for scene in scenes]
+        times.append(time.process_time() - start)
+        assert again == first
+    assert len(scenes) / min(times) > 300  # per second
+
+
+def test_a_picture_shows_what_its_scene_says():
+    # The middle of a square has the square's colour, whatever its size, at any resolution.
+    for px in (14, 72, 240):
+        for i, (colour, rgb) in enumerate(data.COLOURS.items()):
+            thing = data.Thing(colour, "square", list(data.SIZES)[i % 3], i, (i % 3 + 0.5) / 3, (i // 3 + 0.5) / 3,
+                               False)
+            image = data.Scene((thing,), "plain", 0).draw(px)
+            assert image.size == (px, px) and image.mode == "RGB"
+            got = np.array(image.getpixel((round(thing.x * px), round(thing.y * px))))
+            assert np.abs(got - rgb).max() < 40, (px, colour, got)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# data.py: reading files
+
+def image_bytes(color="red", kind="PNG", size=(8, 8)) -> bytes:
+    file = io.BytesIO()
+    Image.new("RGB", size, color).save(file, kind)
+    return file.getvalue()
+
+
+def llava(image="a.png", question="<image>\nWhat colour?", answer="red", **more) -> dict:
+    turns = [{"from": "human", "value": question}, {"from": "gpt", "value": answer}]
+    return {"id": "r1", "conversations": turns, **({"image": image} if image else {}), **more}
+
+
+def write(path: Path, rows, lines=False) -> Path:
+    path.write_text("\n".join(map(json.dumps, rows)) if lines else json.dumps(rows))
+    return path
+
+
+def write_tsv(path: Path, rows: list[dict]) -> Path:
+    with open(path, "w", newline="") as file:
+        writer = csv.DictWriter(file, list(dict.fromkeys(key for row in rows for key in row)), delimiter="\t")
+        writer.writeheader()
+        writer.writerows(rows)
+    return path
+
+
+@pytest.mark.parametrize("place", ["images/a.png", "a.png", "images.zip", "deflated", "prefixed", "nested"])
+def test_an_image_is_found_wherever_llava_puts_it(tmp_path, place):
+    if place.endswith(".png"):
+        (tmp_path / place).parent.mkdir(exist_ok=True)
+        (tmp_path / place).write_bytes(image_bytes())
+    else:
+        method = zipfile.ZIP_DEFLATED if place == "deflated" else zipfile.ZIP_STORED
+        folder = {"prefixed": "train2017/", "nested": "LLaVA/images/"}.get(place, "")
+        with zipfile.ZipFile(tmp_path / "images.zip", "w", method) as file:
+            file.writestr("__MACOSX/._a.png", b"junk")
+            file.writestr(folder + "a.png", image_bytes())
+            file.writestr(folder + "sub/b.png", image_bytes("blue"))
+    record, = data.read_records(write(tmp_path / "d.json", [llava()]))
+    assert record["messages"] == [{"role": "user", "content": "<image>\nWhat colour?"},
+                                  {"role": "assistant", "content": "red"}]
+    assert Image.open(data.open_source(record["images"][0])).getpixel((0, 0)) == (255, 0, 0)
+    if not place.endswith(".png"):
+        record, = data.read_records(write(tmp_path / "d.json", [llava(["sub/b.png"])]))
+        assert Image.open(data.open_source(record["images"][0])).getpixel((0, 0)) == (0, 0, 255)
+
+
+def test_every_layout_becomes_the_same_messages(tmp_path):
+    rows = [{"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]},
+            {"instruction": "q", "input": "", "output": "a"}, {"question": "q", "answer": "a"},
+            {"instruction": "q", "instances": [{"input": "", "output": "a"}, {"input": "", "output": "a"}]},
+            {"conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]}]
+    expected = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
+    for path in (write(tmp_path / "d.json", rows), write(tmp_path / "d.jsonl", rows, lines=True)):
+        records = data.read_records(path)
+        assert len(records) == 6 and all(r["messages"] == expected and r["images"] == [] for r in records)
+        assert [r["id"] for r in records] == ["0", "1", "2", "3", "3", "4"]
+    with_input, = data.read_records(write(tmp_path / "i.json", [{"instruction": "q", "input": "x", "output": "a"}]))
+    assert with_input["messages"][0]["content"] == "q\n\nx"
+
+
+def test_a_unicode_line_separator_does_not_cut_a_json_line(tmp_path):
+    (tmp_path / "d.jsonl").write_text('{"question": "a\u2028b", "answer": "c"}\n\n', encoding="utf-8")
+    assert data.read_records(tmp_path / "d.jsonl")[0]["messages"][0]["content"] == "a\u2028b"
+
+
+def test_a_single_picture_without_marker_comes_first_and_scoring_keys_travel_along(tmp_path):
+    (tmp_path / "a.png").write_bytes(image_bytes())
+    path = write(tmp_path / "d.json", [llava(question="What?", kind="colour", answer="red", licence="x")])
+    record, = data.read_records(path)
+    assert record["messages"][0]["content"] == "<image>\nWhat?"
+    assert record["kind"] == "colour" and "licence" not in record
+
+
+def test_a_bad_record_is_named_with_file_index_id_and_problem(tmp_path):
+    for name in "ab":
+        (tmp_path / f"{name}.png").write_bytes(image_bytes())
+    good, path = llava(), tmp_path / "d.json"
+    turn = {"from": "human", "value": "q"}
+    for bad, parts in [
+            (llava("c.png"), ["'c.png'", "images.zip"]),
+            (llava(["a.png", "b.png"]), ["1 <image> markers", "2 images"]),
+            (llava(["a.png", "b.png"], question="q"), ["0 <image> markers", "2 images"]),
+            (llava(None), ["1 <image> markers", "0 images"]),
+            (llava(conversations=[turn]), ["user", "alternate"]),
+            (llava(None, conversations=[]), ["none", "alternate"]),
+            (llava(None, conversations=[turn, turn]), ["user, user"]),
+            (llava(None, conversations=[turn, {"from": "system", "value": "s"}]), ["user, system"]),
+            (llava(conversations=[{"from": "human", "text": "q"}]), ["'value'"]),
+            (llava(conversations=[{"from": "robot", "value": "q"}]), ["'robot'"]),
+            (llava(None, answer=5), ["not text"]),
+            ({"id": "r1", "prompt": "q"}, ["missing key"])]:
+        fails(lambda: data.read_records(write(path, [good, bad])), path, "record 1", "'r1'", *parts)
+    fails(lambda: data.read_records(write(path, [good, "text"])), path, "record 1", "object")
+
+
+def test_an_unreadable_file_is_named_with_the_line(tmp_path):
+    path = tmp_path / "d.json"
+    for text in ("", "[]", "\n"):
+        path.write_text(text)
+        fails(lambda: data.read_records(path), path, "empty")
+    path.write_text('[\n{"question": "q", "answer": "a"},\n{"question"')
+    fails(lambda: data.read_records(path), path, "line 3")
+    (tmp_path / "d.jsonl").write_text('{"question": "q", "answer": "a"}\n{"question": \n')
+    fails(lambda: data.read_records(tmp_path / "d.jsonl"), "d.jsonl", "line 2")
+    fails(lambda: data.read_records(tmp_path / "none.json"), "none.json")
+    fails(lambda: data.read_records(tmp_path / "d.parquet"), "d.parquet", "unknown kind")
+    path.write_bytes(b'["\xff"]')
+    fails(lambda: data.read_records(path), path, "UTF-8")
+    (tmp_path / "images.zip").write_bytes(b"PK not a zip")
+    fails(lambda: data.read_records(write(path, [llava()])), "images.zip")
+
+
+def test_tsv_choice_questions_get_llavas_prompt_and_shared_pictures(tmp_path):
+    image = base64.b64encode(image_bytes()).decode()
+    rows = [{"index": 7, "image": image, "hint": "Look.", "question": "Which?", "A": "cat", "B": "dog", "C": "",
+             "answer": "B", "category": "animals"},
+            {"index": 1000007, "image": "7", "hint": "", "question": "Which?", "A": "dog", "B": "cat", "C": "",
+             "answer": "A", "category": "animals"}]
+    one, two = data.read_records(write_tsv(tmp_path / "MMBench_DEV_EN.tsv", rows))
+    assert one["messages"][0]["content"] == ("<image>\nLook.\nWhich?\nA. cat\nB. dog\n"
+                                             "Answer with the option's letter from the given choices directly.")
+    assert one["messages"][1]["content"] == one["answer"] == "B" and one["metric"] == "choice"
+    assert one["images"] == two["images"] == [image_bytes()] and one["kind"] == "animals"
+    assert one["choices"] == {"A": "cat", "B": "dog"}
+    path = write_tsv(tmp_path / "x.tsv", [{**rows[0], "answer": "D"}])
+    fails(lambda: data.read_records(path), path, "record 0", "'7'", "'D'")
+    path = write_tsv(tmp_path / "x.tsv", rows[1:])
+    fails(lambda: data.read_records(path), path, "record 0", "image '7'")
+    path = write_tsv(tmp_path / "x.tsv", [{key: rows[0][key] for key in ("index", "image", "question")}])
+    fails(lambda: data.read_records(path), path, "no column answer")
+
+
+@pytest.mark.parametrize("name, answer, metric", [
+    ("ChartQA_TEST", "['14', '14.0']", "relaxed"), ("TextVQA_VAL", "['a', 'b']", "vqa"), ("DocVQA_VAL", "x", "anls"),
+    ("InfoVQA_VAL", "x", "anls"), ("OCRBench", "['x']", "contains"), ("OCRVQA_TEST", "x", "exact"),
+    ("MME", "Yes", "yesno"), ("GQA_TestDev_Balanced", "table", "exact"), ("mine", "[1, 2", "exact")])
+def test_the_files_name_chooses_the_official_rule(tmp_path, name, answer, metric):
+    image = base64.b64encode(os.urandom(200000)).decode()  # longer than csv's own limit of 128 KB
+    rows = [{"index": 0, "image": image, "question": "q", "answer": answer}]
+    record, = data.read_records(write_tsv(tmp_path / f"{name}.tsv", rows))
+    assert record["metric"] == metric
+    assert record["answer"] == (eval(answer) if answer.endswith("]") else answer)
+    assert record["messages"][0]["content"].endswith("q" if metric == "contains" else "word or phrase.")
+
+
+def test_tar_shards_hold_captions_or_conversations(tmp_path):
+    with tarfile.open(tmp_path / "s.tar", "w") as tar:
+        conversation = json.dumps({"conversations": llava()["conversations"]}).encode()
+        for name, content in [("x/1.jpg", image_bytes(kind="JPEG")), ("x/1.txt", b"A red square.\n"),
+                              ("x/2.png", image_bytes()), ("x/2.json", conversation)]:
+            info = tarfile.TarInfo(name)
+            info.size = len(content)
+            tar.addfile(info, io.BytesIO(content))
+    one, two = data.read_records(tmp_path / "s.tar")
+    assert one["id"] == "x/1" and one["messages"][1]["content"] == "A red square."
+    assert one["messages"][0]["content"].startswith("<image>\n") and two["messages"][1]["content"] == "red"
+    assert Image.open(data.open_source(two["images"][0])).size == (8, 8)
+    (tmp_path / "bad.tar").write_bytes((tmp_path / "s.tar").read_bytes()[:700])
+    fails(lambda: data.read_records(tmp_path / "bad.tar"), "bad.tar")
+
+
+def test_text_is_cut_where_documents_end(tmp_path):
+    path = tmp_path / "a.txt"
+    path.write_text("one\n\nstill one\n<|endoftext|>\ntwo<|endoftext|>three\n")
+    assert list(data.read_text(path)) == ["one\n\nstill one", "two", "three"]
+    paragraphs = [f"{number} " + "word " * 300 for number in range(20)]
+    path.write_text("\n\n".join(paragraphs))
+    documents = list(data.read_text(path))
+    assert all(1500 < len(one) < 8000 for one in documents)
+    assert "".join("".join(documents).split()) == "".join("".join(paragraphs).split())
+    assert all(one.split()[0].isdigit() for one in documents)  # cut between paragraphs only
+    path.write_text("caption\n" * 10000)
+    assert max(map(len, data.read_text(path))) < 17000
+
+
+def test_text_comes_from_json_gzip_and_folders(tmp_path):
+    write(tmp_path / "a.json", ["one", "two"])
+    with gzip.open(tmp_path / "b.json.gz", "wt") as file:  # as C4: lines, in spite of the name
+        file.write('{"text": "three", "url": "u"}\n{"text": "four"}\n')
+    write(tmp_path / "c.jsonl", [{"text": "five"}], lines=True)
+    assert list(data.read_text(tmp_path)) == ["one", "two", "three", "four", "five"]
+    (tmp_path / "c.jsonl").write_text('{"txt": "five"}\n')
+    fails(lambda: list(data.read_text(tmp_path / "c.jsonl")), "c.jsonl", "record 0")
+    (tmp_path / "b.json.gz").write_bytes((tmp_path / "b.json.gz").read_bytes()[:30])
+    fails(lambda: list(data.read_text(tmp_path / "b.json.gz")), "b.json.gz", "complete")
+    (tmp_path / "e.txt").write_text(" \n")
+    fails(lambda: list(data.read_text(tmp_path / "e.txt")), "e.txt", "empty")
+    fails(lambda: list(data.read_text(tmp_path / "none.txt")), "none.txt")
+    (tmp_path / "void").mkdir()
+    fails(lambda: list(data.read_text(tmp_path / "void")), "void")
+
+
+def test_a_mixture_names_files_and_weights():
+    assert data.parse_mixture("a.json:2,b.json") == [("a.json", 2.0), ("b.json", 1.0)]
+    assert data.parse_mixture("world") == [("world", 1.0)]
+    assert data.parse_mixture("a:0.5, b:.5") == [("a", 0.5), ("b", 0.5)]
+    for wrong in ("", "a,,b", "a:0", "a:-1", "a:x", "a:", ":2", "a:nan", "a:inf"):
+        fails(lambda: data.parse_mixture(wrong), repr(wrong), "NAME:WEIGHT")
+
+
+def test_one_picture_is_never_on_both_sides_of_a_split():
+    rng = random.Random(0)
+    records = [{"id": str(i), "images": [b"%d" % rng.randrange(200)] * (i % 9 > 0)} for i in range(900)]
+    records += [{"id": f"m{i}", "images": [b"%d" % i, b"%d" % (i + 1)]} for i in range(0, 20, 2)]  # two pictures each
+    train, held = data.split_by_image(records, 0.1)
+    # who shows both sides' goes
+    assert 0.9 * len(records) < len(train) + len(held) <= len(records) and 60 < len(held) <= 91
+    seen = {image for r in train for image in r["images"]}
+    assert not any(image in seen for r in held for image in r["images"])
+    assert any(r["images"] for r in held) and any(not r["images"] for r in held)
+    again = data.split_by_image(records[::-1], 0.1)[1]
+    assert {r["id"] for r in again} == {r["id"] for r in held}  # the order in the file does not matter
+    assert len(data.split_by_image(records, 0.5, at_most=40)[1]) <= 40
+
+
+def test_a_split_leaves_no_side_empty():
+    for sizes in [(1, 1), (50, 1), (1, 50), (30, 30), (1, 1, 1)]:
+        records = [{"id": f"{i}-{j}", "images": [b"%d" % i]} for i, size in enumerate(sizes) for j in range(size)]
+        for fraction in (0.0, 0.05, 0.5):
+            train, held = data.split_by_image(records, fraction)
+            assert train and held, (sizes, fraction)
+    for records in ([{"id": "1", "images": []}], [{"id": "1", "images": [b"x"]}, {"id": "2", "images": [b"x"]}]):
+        fails(lambda: data.split_by_image(records), "too few", "--val=")
+
+
+def test_equal_bytes_under_two_names_in_a_zip_are_one_picture(tmp_path):
+    with zipfile.ZipFile(tmp_path / "images.zip", "w") as file:
+        for name in "ab":
+            file.writestr(f"{name}.png", image_bytes())
+    one, two = data.read_records(write(tmp_path / "d.json", [llava("a.png"), llava("b.png")]))
+    assert data.picture_name(one["images"][0]) == data.picture_name(two["images"][0])
+
+
+@needs_shared
+@pytest.mark.parametrize("name, count", [
+    ("coco_caption/train.json", 971), ("clothing/train.json", 3068), ("clothing/val.json", 341),
+    ("sign_digits/train.json", 1533), ("sign_digits/val.json", 210), ("easy_vqa/train.json", 14897),
+    ("nlvr/train.json", None), ("nlvr/count_train.json", None),  # None: whatever the file holds
+    ("sft_text/gsm8k_1500.jsonl", 1500), ("sft_text/instruction_data_1100.json", 1100),
+    ("sft_text/self_instruct_seed_tasks.json", 175)])
+def test_the_shared_sets_are_read_without_loss(name, count):
+    records = data.read_records(DATA / name)
+    if not name.endswith("jsonl"):
+        assert len(records) == len(json.loads((DATA / name).read_text()))
+    assert count in (None, len(records))
+    if records[0]["images"]:
+        for record in records[::max(1, len(records) // 50)]:
+            Image.open(data.open_source(record["images"][0])).load()
+        train, held = data.split_by_image(records)
+        keys = [{data.picture_name(image) for r in side for image in r["images"]} for side in (train, held)]
+        assert train and 0 < len(held) <= 500 and not keys[0] & keys[1]
+
+
+@needs_shared
+def test_the_shared_texts_are_read_without_loss():
+    text = (DATA / "text" / "tinyshakespeare.txt").read_text()
+    documents = list(data.read_text(DATA / "text" / "tinyshakespeare.txt"))
+    assert "".join("".join(documents).split()) == "".join(text.split()) and max(map(len, documents)) < 8000
+    assert len(list(data.read_text(DATA / "text" / "books_train.jsonl"))) == 8
+    assert len(list(data.read_text(DATA / "text" / "books_val.jsonl"))) == 1
+    captions = "\n".join(data.read_text(DATA / "text" / "coco_captions_val2017.txt"))
+    assert captions.count("\n") + 1 == 24834
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# data.py: data sets, packing, the loader
+
+def document(ids, mask=None, slots=(), weight=1.0, index=0, images=()) -> data.Document:
+    return data.Document(index, list(ids), list(mask or [1] * len(ids)), list(slots),
+                         {"id": "r", "images": list(images)}, weight)
+
+
+def test_packing_puts_each_document_into_the_first_row_with_room():
+    one = document([1, 2, 3], [0, 0, 1])
+    two = document([4, 5, 6, 7], [0, 1, 1, 1], slots=[1], weight=0.5)   # its picture stands at 1 and 2
+    three = document([8, 9], [1, 1])
+    long = document(range(10, 16))
+    batch, placed, waiting = data.pack([one, two, long, three], rows=2, seq_len=4, image_tokens=2)
+    assert placed == [one, two, three] and waiting == [long]
+    expected = {"ids": [[1, 2, 8, 0], [4, 5, 6, 0]], "targets": [[-100, 3, 9, -100], [5, 6, 7, -100]],
+                "positions": [[0, 1, 0, 0], [0, 1, 2, 0]], "documents": [[1, 1, 2, 0], [1, 1, 1, 0]],
+                "weights": [[1, 1, 1, 0], [0.5, 0.5, 0.5, 0]], "slots": [5, 6]}
+    assert {name: array.tolist() for name, array in batch.items()} == expected
+
+
+def plain_records(n: int) -> list[dict]:
+    return [{"id": str(i), "images": []} for i in range(n)]
+
+
+def test_shuffled_visits_every_record_once_per_pass_in_another_order():
+    records = plain_records(50)
+    shuffled = data.Shuffled(records, seed=1)
+    passes = [[int(shuffled[p * 50 + i]["id"]) for i in range(50)] for p in range(4)]
+    assert all(sorted(one) == list(range(50)) for one in passes)
+    assert len({tuple(one) for one in passes}) == 4
+    assert passes[0] == [int(data.Shuffled(records, seed=1)[i]["id"]) for i in range(50)]
+    assert passes[0] != [int(data.Shuffled(records, seed=2)[i]["id"]) for i in range(50)]
+
+
+def test_a_mixture_keeps_its_proportions():
+    class Named:
+        def __init__(self, name):
+            self.name = name
+
+        def __getitem__(self, i):
+            return self.name, i
+
+    mixture = data.Mixture([(Named("a"), 3), (Named("b"), 1)])
+    drawn = [mixture[i] for i in range(8000)]
+    for name, share in (("a", 0.75), ("b", 0.25)):
+        # each set's records in turn, none left out
+        assert [i for n, i in drawn if n == name] == list(range(round(8000 * share)))
+        for at in range(0, 8000, 400):  # at any time, not only in the end
+            assert abs(sum(n == name for n, _ in drawn[at:at + 400]) - 400 * share) <= 1
+    assert drawn[5000:5010] == [mixture[i] for i in range(5000, 5010)]
+
+
+def test_load_data_holds_out_new_scenes_and_new_pairs_or_a_share_of_a_file(tmp_path):
+    train, held = data.load_data("world", "chat", 0, 20)
+    assert set(held) == {"scenes", "pairs"} and all(len(records) == 20 for records in held.values())
+    assert all("kind" in record for record in held["pairs"]) and "messages" in train[0]
+    rows = [{"id": str(i), "question": f"q{i}", "answer": str(i)} for i in range(40)]
+    path = write(tmp_path / "d.json", rows)
+    train, held = data.load_data(str(path), "chat", 0, 20)
+    ids = {train[i]["id"] for i in range(38)}
+    assert len(ids) == 38 and not ids & {record["id"] for record in held["held_out"]} and len(held["held_out"]) == 2
+    other = write(tmp_path / "v.json", [{"id": "v", "question": "q", "answer": "a"}])
+    train, held = data.load_data(f"{path}:3,world", "chat", 0, 20, val=str(other))
+    assert [r["id"] for r in held["held_out"]] == ["v"] and set(held) == {"scenes", "pairs", "held_out"}
+
+
+def words_loader(to_document, rows=1, seq_len=8, records=None, **more):
+    return data.Loader(records or data.Shuffled(plain_records(60), 0), to_document, None, rows, seq_len, 1, **more)
+
+
+def test_a_data_set_of_which_nothing_fits_is_an_error_and_not_an_endless_loop():
+    loader = words_loader(lambda record, index: None)
+    fails(lambda: next(loader), "--seq_len=8")
+
+
+def test_records_that_do_not_fit_now_and_then_never_stop_a_long_run():
+    # Every other record is too long, and every batch is filled to the brim, so that none waits for the next one.
+    loader = words_loader(lambda record, index: document(range(9), index=index) if index % 2 else None)
+    for _ in range(1500):
+        assert (next(loader)["documents"] == 1).all()
+
+
+def test_long_documents_wait_but_all_are_seen():
+    seen = Counter()
+
+    def convert(record, index):
+        seen[index] += 1
+        return document([index] * (3 + index % 7), index=index)
+
+    loader, shown = words_loader(convert, rows=2, seq_len=9), Counter()
+    for _ in range(60):
+        shown.update(set(next(loader)["ids"].flatten().tolist()) - {0})
+    waiting = {d.index for d in loader.waiting}
+    assert set(seen) - {0} - waiting == set(shown) and len(waiting) < 10  # nothing lost
+    assert max(seen.values()) == 1  # and nothing made twice
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# data.py: scoring answers
+
+OPTIONS = {"A": "a red car", "B": "a dog", "C": "5", "D": "none of these"}
+
+
+@pytest.mark.parametrize("metric", [*data.RULES, "vqa", "choice"])
+def test_an_empty_answer_scores_nothing_under_every_metric(metric):
+    for prediction in ("", " ", "\n\t "):
+        for answers in ("A", ["yes"], ["the"] * 10, [""], ["0"], ["", "."]):
+            assert data.score(metric, prediction, answers, OPTIONS) == 0.0
+
+
+@pytest.mark.parametrize("prediction, letter", [
+    ("B", "B"), ("B.", "B"), ("(B)", "B"), ("**B**", "B"), ("The answer is B", "B"), ("B. a dog", "B"),
+    ("I think it is B: a dog", "B"), ("A or B", "Z"), ("It is a dog", "B"), ("an a dog", "B"), ("b", "Z"), ("E", "Z"),
+    ("A red car and a dog are both here", "Z"), ("Z", "Z"),
+    ("A DOG", "A"),  # an article is taken for the letter, by the original too
+    ("B is what I say because of it", "Z"),  # the letter stands too far from the end
+    ("B is right, and the answer is B, I say it once more now", "B"),  # but here the sentence says it
+    ("It must be a dog, " + "for so it is " * 5, "Z")])  # too long to be an option's text
+def test_a_letter_is_found_as_vlmevalkit_does(prediction, letter):
+    assert data.infer_choice(prediction, dict(OPTIONS)) == letter
+    assert data.score("choice", prediction, "B", OPTIONS) == float(letter == "B")
+
+
+@pytest.mark.parametrize("metric, prediction, answers, expected", [
+    ("exact", " Red. ", "red", 1), ("exact", "dark red", "red", 0), ("exact", "3.5", "3.5", 1),
+    ("exact", "b", ["a", "b"], 1),
+    ("yesno", "Yes, there is.", "Yes", 1), ("yesno", "No", "yes", 0), ("yesno", "yes and no", "yes", 0),
+    ("yesno", "I do not know", "no", 0), ("yesno", "yesterday", "yes", 0),
+    ("relaxed", "105", "100", 1), ("relaxed", "105.1", "100", 0), ("relaxed", "-95", "-100", 1),
+    ("relaxed", "0.1", "0", 0), ("relaxed", "0", "0", 1), ("relaxed", "5%", "0.05", 1), ("relaxed", "5", "5%", 0),
+    ("relaxed", "Germany ", "germany", 1), ("relaxed", "1,000", "1000", 0), ("relaxed", "7", ["8", "7.2"], 1),
+    ("anls", "hello world", "Hello  World", 1), ("anls", "helo", "hello", 0.8), ("anls", "cat", "dogs", 0),
+    ("anls", "ab", "abcd", 0.5), ("anls", "abcd", ["zzzz", "abce"], 0.75),
+    ("contains", "The sign says STOP now", "stop", 1), ("contains", "sto", "stop", 0),
+    ("contains", "a\nb", ["x", "A b"], 1)])
+def test_scores_follow_the_official_rules(metric, prediction, answers, expected):
+    assert data.score(metric, prediction, answers) == pytest.approx(expected)
+
+
+def test_vqa_averages_over_the_people_left_out():
+    for said, expected in [(0, 0), (1, 0.3), (2, 0.6), (3, 0.9), (4, 1.0), (10, 1.0)]:
+        assert data.score("vqa", "red", ["red"] * said + ["blue"] * (10 - said)) == pytest.approx(expected)
+    assert data.score("vqa", "red", "red") == 1.0
+
+
+@pytest.mark.parametrize("text, form", [
+    ("The two dogs.", "2 dogs"), ("A cat", "cat"), ("dont", "don't"), ("couldn'tve", "couldn't've"), ("none", "0"),
+    ("1,000", "1000"), ("t-shirt", "t shirt"), ("red, white", "red white"), ("3.5", "3.5"), ("Yes!", "yes"),
+    ("hello?", "hello"), ("well -known", "well known"), ("o'clock", "o'clock"), ("a\nb", "b"), ("U.S.A.", "usa")])
+def test_vqa_answers_are_normalised_as_in_the_official_code(text, form):
+    assert data.vqa_form(text) == form
+
+
+def test_an_unknown_metric_is_named():
+    fails(lambda: data.score("bleu", "a", "a"), "'bleu'", "relaxed")
+    fails(lambda: data.score("exact", "a", []), "no right answer")
+
+
+def test_f1_counts_yes_as_positive():
+    assert data.f1_yes(["yes", "yes", "no", "no"], ["yes", "no", "yes", "no"]) == 0.5
+    assert data.f1_yes(["Yes."] * 4, ["Yes", "No", "Yes", "No"]) == pytest.approx(2 / 3)
+    assert data.f1_yes(["no", ""], ["yes", "no"]) == 0.0 and data.f1_yes([], []) == 0.0
+
+
+def test_the_interval_is_wilsons():
+    assert data.wilson(8, 10) == pytest.approx((0.4902, 0.9433), abs=1e-4)  # the textbook's example
+    assert data.wilson(0, 10) == pytest.approx((0.0, 0.2775), abs=1e-4)
+    assert data.wilson(10, 10) == pytest.approx((0.7225, 1.0), abs=1e-4)
+    assert data.wilson(0, 0) == (0.0, 1.0)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The scripts: how they are called here
+
+SCRIPTS = ["train_base", "train_align", "train_sft", "train_rl", "sample", "bench"]
+CHAPTERS = {"base": "train_base", "align": "train_align", "sft": "train_sft", "rl": "train_rl"}
+QUICK = ["--steps=2", "--eval_size=10", "--batch_size=4", "--device=cpu"]
+
+
+class Ran:
+    def __init__(self, code, out: str, err: str):
+        self.code, self.out, self.err = code, out, err
+
+    @property
+    def result(self) -> dict:
+        return json.loads(self.out.splitlines()[-1])
+
+
+def run(script: str, *flags, stdin: str = "", main=None) -> Ran:
+    """
+    The script as `python script.py flags` runs it, but in this process, which saves the seconds that importing torch
+    takes. A traceback there is an exception here. With main the module's own function runs instead of a fresh copy of
+    the file.
+    """
+    out, err, code, kept = io.StringIO(), io.StringIO(), 0, (sys.argv, sys.stdin, signal.getsignal(signal.SIGINT))
+    sys.argv, sys.stdin = [f"{script}.py", *map(str, flags)], io.StringIO(stdin)
+    try:
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+            if main:
+                train_base.run(main)
+            else:
+                runpy.run_path(str(HERE / f"{script}.py"), run_name="__main__")
+    except SystemExit as end:
+        code = end.code or 0
+        if isinstance(code, str):  # what Python does with it at the end of a process
+            err.write(code + "\n")
+            code = 1
+        return Ran(code, out.getvalue(), err.getvalue())
+    finally:
+        sys.argv, sys.stdin = kept[:2]
+        signal.signal(signal.SIGINT, kept[2])
+    return Ran(code, out.getvalue(), err.getvalue())
+
+
+def run_process(script: str, *flags, stdin: str = "", launcher=()) -> Ran:
+    done = subprocess.run([sys.executable, *launcher, str(HERE / f"{script}.py"), *map(str, flags)], input=stdin,
+                          text=True, capture_output=True, timeout=300, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    return Ran(done.returncode, done.stdout, done.stderr)
+
+
+def snapshot(folder: Path, but=()) -> dict:
+    "Every file and what is in it; to see that nothing was touched."
+    return {str(path.relative_to(folder)): zlib.crc32(path.read_bytes()) if path.is_file() else None
+            for path in sorted(folder.rglob("*")) if path.name not in but}
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """
+    All four chapters one after the other, two steps each -> (out folder, what each printed, base as chapter 1 left it).
+    """
+    out, ran = tmp_path_factory.mktemp("trained") / "out", {}
+    for stage, script in CHAPTERS.items():
+        ran[stage] = run(script, *QUICK, f"--out_dir={out}")
+        assert ran[stage].code == 0, ran[stage].err
+    return out, ran
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The scripts: a first run through all chapters
+
+KEYS = {"base": {"bits_per_byte", "bits_per_byte_before"}, "align": {"caption_loss", "blind_loss", "shuffled_loss"},
+        "sft": {"accuracy", "blind_accuracy", "ci95", "held_out"},
+        "rl": {"accuracy", "before", "gain_ci95", "held_out"}}
+FILES = {"model.safetensors", "config.json", "tokenizer.tiktoken", "special_tokens.json", "optimizer.safetensors",
+         "state.json", "log.jsonl"}
+
+
+@pytest.mark.parametrize("stage", CHAPTERS)
+def test_a_chapter_ends_with_one_line_of_json_on_standard_output(trained, stage):
+    ran = trained[1][stage]
+    assert len(ran.out.splitlines()) == 1 \
+        and ran.result.keys() >= KEYS[stage] | {"stage", "step", "seconds", "checkpoint", "interrupted"}
+    assert (ran.result["stage"], ran.result["step"], ran.result["interrupted"]) == (stage, 2, False)
+
+
+@pytest.mark.parametrize("stage", CHAPTERS)
+def test_a_chapter_leaves_a_whole_checkpoint_with_log_and_samples(trained, stage):
+    folder = trained[0] / "tiny" / stage
+    assert folder == Path(trained[1][stage].result["checkpoint"])
+    assert {path.name for path in folder.iterdir()} == FILES | ({"samples.png"} if stage != "base" else set())
+    rows = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    assert {"command", "flags", "device", "torch", "time"} <= rows[0].keys() and rows[0]["flags"]["steps"] == 2
+    assert [row["step"] for row in rows[1:-1]] == [1, 2] and rows[-1] == trained[1][stage].result
+    if stage != "base":
+        assert min(Image.open(folder / "samples.png").size) > 200
+
+
+def test_each_chapter_says_what_it_starts_from(trained):
+    out, ran = trained
+    assert "starting base from random weights" in ran["base"].err
+    for stage, before in (("align", "base"), ("sft", "align"), ("rl", "sft")):
+        assert f"starting {stage} from {out / 'tiny' / before}" in ran[stage].err
+
+
+def test_alignment_leaves_the_decoder_as_it_was_to_the_last_bit(trained):
+    base, align, sft = (model.read_safetensors(trained[0] / "tiny" / stage / "model.safetensors")
+                        for stage in ("base", "align", "sft"))
+    decoder = [name for name in base if name.startswith("gpt.")]
+    assert decoder and all(torch.equal(base[name], align[name]) for name in decoder)
+    assert any(not torch.equal(align[name], sft[name]) for name in decoder)
+    for group in ("vit.", "bridge."):
+        assert any(not torch.equal(base[name], align[name]) for name in base if name.startswith(group))
+
+
+def test_a_run_can_be_repeated_bit_for_bit(trained, tmp_path):
+    for stage in ("sft", "rl"):
+        before = trained[0] / "tiny" / ("align" if stage == "sft" else "sft")
+        run(CHAPTERS[stage], *QUICK, f"--out_dir={tmp_path}", f"--init={before}")
+        assert (tmp_path / "tiny" / stage / "model.safetensors").read_bytes() \
+            == (trained[0] / "tiny" / stage / "model.safetensors").read_bytes()
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The scripts: stop and resume, several processes
+
+START = {"base": "base", "align": "base", "sft": "align", "rl": "sft"}
+
+
+def interrupt_after(monkeypatch, step: int) -> None:
+    "Ctrl-C, pressed while step number `step` is being logged."
+    write = train_base.Log.write
+
+    def write_and_press(self, **values):
+        write(self, **values)
+        if values.get("step") == step and "lr" in values:
+            signal.raise_signal(signal.SIGINT)
+    monkeypatch.setattr(train_base.Log, "write", write_and_press)
+
+
+@pytest.mark.parametrize("stage", CHAPTERS)
+def test_stopped_and_resumed_is_never_stopped_bit_for_bit(trained, tmp_path, monkeypatch, stage):
+    script = CHAPTERS[stage]
+    main = importlib.import_module(script).main
+    if stage == "rl":  # two steps of training earn no right answer; a reward for length makes every update real
+        monkeypatch.setattr(importlib.import_module(script), "reward",
+                            lambda record, ids, tokenizer: (sum(ids) + len(ids)) % 3 / 2)
+    flags = ["--steps=4", "--eval_size=4", "--batch_size=4", "--micro_batch_size=2", "--device=cpu", "--lr=0.01",
+             f"--init={trained[0] / 'tiny' / START[stage]}"]
+    whole = run(script, *flags, f"--out_dir={tmp_path / 'a'}", main=main)
+    assert whole.code == 0 and whole.result["step"] == 4
+    with monkeypatch.context() as patch:
+        interrupt_after(patch, 2)
+        half = run(script, *flags, f"--out_dir={tmp_path / 'b'}", main=main)
+    assert half.code == 0 and half.result["step"] == 2 and half.result["interrupted"] is True
+    assert model.read_json(tmp_path / "b" / "tiny" / stage / "state.json")["step"] == 2
+    rest = run(script, *flags, f"--out_dir={tmp_path / 'b'}", "--resume", main=main)
+    assert rest.code == 0 and rest.result["step"] == 4 and "at step 2" in rest.err
+    start = (trained[0] / "tiny" / START[stage] / "model.safetensors").read_bytes()
+    for name in ("model.safetensors", "optimizer.safetensors", "state.json"):
+        one, two = ((tmp_path / run_ / "tiny" / stage / name).read_bytes() for run_ in "ab")
+        assert one == two and one != start, name
+    steps = [json.loads(line) for line in (tmp_path / "b" / "tiny" / stage / "log.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in steps if "lr" in row] == [1, 2, 3, 4]  # one log tells of both runs
+
+
+@pytest.mark.parametrize("stage, flag", [("base", "--lr=0.5"), ("sft", "--lr=0.5"), ("sft", "--steps=9"),
+                                         ("sft", "--seq_len=64"),
+                                         ("sft", "--data=world:2"), ("sft", "--seed=1"), ("sft", "--optimizer=adamw"),
+                                         ("sft", "--cooldown=0.1"), ("rl", "--lr=0.5"), ("rl", "--kinds=count"),
+                                         ("rl", "--samples=8"), ("rl", "--temperature=0.5")])
+def test_resuming_with_another_course_is_refused(trained, tmp_path, stage, flag):
+    out = tmp_path / "out"
+    shutil.copytree(trained[0] / "tiny" / stage, out / "tiny" / stage)
+    before = snapshot(out)
+    ran = run(CHAPTERS[stage], *QUICK, f"--out_dir={out}", "--resume", flag)
+    one_line(ran, flag.split("=")[0], "--resume")
+    assert snapshot(out) == before
+
+
+def test_a_finished_run_resumes_to_itself(trained, tmp_path):
+    shutil.copytree(trained[0], tmp_path / "out")
+    ran = run("train_sft", *QUICK, f"--out_dir={tmp_path / 'out'}", "--resume")
+    assert ran.code == 0 and ran.result["step"] == 2
+    assert (tmp_path / "out/tiny/sft/model.safetensors").read_bytes() \
+        == (trained[0] / "tiny/sft/model.safetensors").read_bytes()
+
+
+def test_two_processes_give_the_weights_of_one_with_two_micro_batches(trained, tmp_path):
+    flags = ["--steps=2", "--eval_size=4", "--batch_size=4", "--micro_batch_size=2", "--device=cpu",
+             f"--init={trained[0] / 'tiny/align'}"]
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    two = run_process("train_sft", *flags, f"--out_dir={tmp_path / 'two'}", launcher=launcher)
+    assert two.code == 0, two.err
+    one = run("train_sft", *flags, f"--out_dir={tmp_path / 'one'}")
+    ours, theirs = (model.read_safetensors(tmp_path / name / "tiny/sft/model.safetensors") for name in ("one", "two"))
+    for name in ours:
+        assert torch.allclose(ours[name], theirs[name], rtol=0, atol=1e-5), name
+    states = [model.read_json(tmp_path / name / "tiny/sft/state.json") for name in ("one", "two")]
+    assert states[0] == states[1]  # the places in the data too: a run may be resumed on another number of processes
+    assert two.out.count("\n") == 1 and two.result.keys() == one.result.keys()
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The scripts: help, and bad input
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_help_names_every_flag_and_its_default(script):
+    ran = run(script, "--help")
+    assert ran.code == 0 and not ran.err
+    module = importlib.import_module(script)
+    if script == "sample":
+        flags = vars(sample.parse_flags([]))
+    else:
+        flags = {name: default for name, (default, _) in getattr(module, "FLAGS", train_base.SHARED_FLAGS).items()}
+    for name, default in flags.items():
+        entry = re.search(rf"^  --{name}\b(.*?)(?=^  --|\Z)", ran.out, re.MULTILINE | re.DOTALL)
+        assert entry, name
+        if script != "sample":  # [default]; where it depends on the model, one for each
+            shown = default if default is not None else module.BY_MODEL["tiny"][name]
+            assert "[" in entry[1] and str(shown) in entry[1], name
+        elif default and default is not True:
+            assert f"[{default}]" in " ".join(entry[1].split()), name
+
+
+def one_line(ran: Ran, *parts) -> None:
+    "It stopped with exactly one line that says error: and contains these parts."
+    assert ran.code not in (0, None) and ran.out == ""
+    lines = [line for line in ran.err.splitlines() if line.startswith("error:")]
+    assert len(lines) == 1 and ran.err.count("error:") == 1 and "Traceback" not in ran.err, ran.err
+    assert ran.err.rstrip("\n").endswith(lines[0])  # the last thing that is said
+    for part in parts:
+        assert str(part) in lines[0], lines[0]
+
+
+def bytes_of(kind: str) -> bytes:
+    if kind == "huge":  # 30,000 x 30,000 pixels in 70 bytes; decoding them would take 900 MB
+        def chunk(name, content):
+            return struct.pack(">I", len(content)) + name + content + struct.pack(">I", zlib.crc32(name + content))
+        header = struct.pack(">IIBBBBB", 30_000, 30_000, 8, 0, 0, 0, 0)
+        return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) \
+            + chunk(b"IDAT", zlib.compress(b"\0" * 9)) + chunk(b"IEND", b"")
+    noise = io.BytesIO()
+    Image.effect_noise((64, 64), 50).convert("RGB").save(noise, "JPEG")
+    return noise.getvalue()[:len(noise.getvalue()) // 2]  # cut off in the middle
+
+
+def picture_file(folder: Path, kind: str) -> tuple[str, str]:
+    "Five records, each with a picture of this kind -> (flag, culprit)."
+    for i in range(5):
+        (folder / f"{i}.jpg").write_bytes(bytes_of(kind))
+    return f"--data={write(folder / 'd.json', [llava(f'{i}.jpg', id=f'r{i}') for i in range(5)])}", "record r"
+
+
+def mismatch(folder: Path) -> tuple[str, str]:
+    (folder / "a.png").write_bytes(image_bytes())
+    rows = [llava("a.png"), llava("a.png", question="<image><image> What?")]
+    return f"--data={write(folder / 'd.json', rows)}", "record 1 (id 'r1'): 2 <image> markers, 1 images"
+
+
+def cut_checkpoint(folder: Path, trained: Path) -> tuple[str, str]:
+    shutil.copytree(trained / "tiny" / "align", folder / "cut")
+    path = folder / "cut" / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:path.stat().st_size // 2])
+    return f"--init={folder / 'cut'}", str(path)
+
+
+def empty_config(folder: Path, trained: Path) -> tuple[str, str]:
+    shutil.copytree(trained / "tiny" / "align", folder / "bare")
+    (folder / "bare" / "config.json").write_text('{"model_type": "ghostvis"}')
+    return f"--init={folder / 'bare'}", str(folder / "bare" / "config.json")
+
+
+def empty(folder: Path, name: str) -> tuple[str, str]:
+    (folder / name).write_text("")
+    return f"--data={folder / name}", f"{folder / name}: the file is empty"
+
+
+def one_image(folder: Path, kind: str) -> tuple[str, str]:
+    (folder / "x.jpg").write_bytes(bytes_of(kind))
+    return f"--image={folder / 'x.jpg'}", str(folder / "x.jpg")
+
+
+ALL, TRAINING = SCRIPTS, SCRIPTS[:4]
+WITH_PICTURES = ["train_align", "train_sft", "train_rl", "bench"]  # those that read records with pictures
+NO_GPU = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
+# What is wrong: (the scripts it is tried on, (folder, out folder) -> (flag or flags, what the error must name)).
+WRONG = {
+    "unknown_flag": (ALL, lambda f, t: ("--frobnicate=1", "--frobnicate")),
+    "mistyped_flag": (ALL, lambda f, t: ("--bach_size=4", "did you mean --batch_size?")),
+    "no_number": (ALL, lambda f, t: ("--batch_size=two", "batch_size")),
+    "batch_size_0": (ALL, lambda f, t: ("--batch_size=0", "--batch_size")),
+    "no_gpu": (ALL, lambda f, t: ("--device=cuda", "--device=cuda")),
+    "no_such_device": (ALL, lambda f, t: ("--device=abacus", "--device=abacus")),
+    "no_such_model": (ALL, lambda f, t: ("--model=huge", "huge")),
+    "no_such_init": (ALL, lambda f, t: (f"--init={f / 'nowhere'}", f / "nowhere")),
+    "cut_checkpoint": (ALL, cut_checkpoint),
+    "config_lacks_a_part": (["train_sft", "sample"], empty_config),
+    "optimizer": (TRAINING, lambda f, t: ("--optimizer=foo", "--optimizer=foo")),
+    "dtype": (TRAINING + ["bench"], lambda f, t: ("--dtype=int3", "--dtype=int3")),
+    "compile": (TRAINING + ["bench"], lambda f, t: ("--compile=perhaps", "--compile=perhaps")),
+    "resume_is_no_word": (TRAINING, lambda f, t: ("--resume=perhaps", "perhaps")),
+    "batch_does_not_divide": (TRAINING[:3],
+                              lambda f, t: (["--batch_size=5", "--micro_batch_size=2"], "--micro_batch_size=2")),
+    "micro_batch_below_0": (TRAINING, lambda f, t: ("--micro_batch_size=-1", "--micro_batch_size=-1")),
+    "eval_size_0": (TRAINING + ["bench"], lambda f, t: ("--eval_size=0", "--eval_size=0")),
+    "nothing_to_resume": (TRAINING, lambda f, t: (["--resume", f"--out_dir={f / 'new'}"], f / "new")),
+    "data_missing": (TRAINING + ["bench"], lambda f, t: (f"--data={f / 'none.json'}", f / "none.json")),
+    "data_empty": (TRAINING + ["bench"], lambda f, t: empty(f, "e.json")),
+    "data_of_unknown_kind": (TRAINING + ["bench"], lambda f, t: (f"--data={f / 'd.parquet'}", f / "d.parquet")),
+    "text_empty": (["train_base"], lambda f, t: empty(f, "e.txt")),
+    "weight": (TRAINING + ["bench"], lambda f, t: ("--data=world:0", "world:0")),
+    "markers_and_images_disagree": (WITH_PICTURES, lambda f, t: mismatch(f)),
+    "picture_missing": (WITH_PICTURES,
+                        lambda f, t: (f"--data={write(f / 'd.json', [llava('gone.jpg')])}", "'gone.jpg'")),
+    "picture_cut": (WITH_PICTURES, lambda f, t: picture_file(f, "cut")),
+    "picture_huge": (WITH_PICTURES, lambda f, t: picture_file(f, "huge")),
+    "val_missing": (TRAINING[1:],
+                    lambda f, t: ([f"--data={write(f / 'd.json', [{'question': 'q', 'answer': 'a'}] * 3)}",
+                                   f"--val={f / 'none.json'}"], f / "none.json")),
+    "kinds": (["train_rl"], lambda f, t: ("--kinds=count,foo", "'foo'")),
+    "samples": (["train_rl"], lambda f, t: ("--samples=0", "--samples")),
+    "temperature": (["train_rl", "sample"], lambda f, t: ("--temperature=-1", "--temperature")),
+    "max_new_tokens": (["train_rl", "sample"], lambda f, t: ("--max_new_tokens=0", "--max_new_tokens")),
+    "prompt_too_long": (["train_sft"], lambda f, t: ("--seq_len=8", "--seq_len=8")),
+    "what": (["bench"], lambda f, t: ("--what=magic", "--what=magic")),
+    "no_checkpoint": (["sample", "bench"], lambda f, t: (f"--out_dir={f / 'new'}", f / "new")),
+    "top_p": (["sample"], lambda f, t: ("--top_p=0", "--top_p")),
+    "top_k": (["sample"], lambda f, t: ("--top_k=-3", "--top_k")),
+    "image_missing": (["sample"], lambda f, t: (f"--image={f / 'x.jpg'}", f / "x.jpg")),
+    "image_cut": (["sample"], lambda f, t: one_image(f, "cut")),
+    "image_huge": (["sample"], lambda f, t: one_image(f, "huge")),
+    "images_missing": (["sample"], lambda f, t: (f"--images={f / 'none'}", f / "none")),
+    "images_none_there": (["sample"], lambda f, t: (f"--images={f}", f)),
+}
+CASES = [pytest.param(script, name, id=f"{script}-{name}", marks=NO_GPU if name == "no_gpu" else ())
+         for name, (scripts, _) in WRONG.items() for script in scripts]
+# seen when the run has begun: its log may say that there was one
+LATE = ["picture_cut", "picture_huge", "prompt_too_long"]
+
+
+def wrong_call(script: str, name: str, tmp_path: Path, out: Path) -> tuple[list, str]:
+    flags, culprit = WRONG[name][1](tmp_path, out)
+    quick = {"sample": ["--max_new_tokens=4"], "bench": ["--eval_size=4"]}.get(
+        script, ["--steps=2", "--eval_size=4", "--batch_size=2"])
+    if script == "train_base":  # otherwise it would train a tokenizer on the world first, each time
+        quick.append(f"--init={out / 'tiny/base'}")
+    return ["--device=cpu", f"--out_dir={out}", *quick, *([flags] if isinstance(flags, str) else flags)], culprit
+
+
+@pytest.mark.parametrize("script, name", CASES)
+def test_bad_input_is_one_line_and_leaves_everything_as_it_was(trained, tmp_path, script, name):
+    out, but = trained[0], ["log.jsonl"] if name in LATE else []
+    flags, culprit = wrong_call(script, name, tmp_path, out)
+    before, here = snapshot(out, but), snapshot(tmp_path)
+    one_line(run(script, *flags), culprit)
+    assert snapshot(out, but) == before and snapshot(tmp_path) == here
+
+
+@pytest.mark.parametrize("script, name", [("train_sft", "picture_cut"), ("train_base", "mistyped_flag"),
+                                          ("sample", "image_huge")])
+def test_bad_input_is_one_line_in_a_process_of_its_own(trained, tmp_path, script, name):
+    flags, culprit = wrong_call(script, name, tmp_path, trained[0])
+    ran = run_process(script, *flags)
+    one_line(ran, culprit)
+    assert ran.code in (1, 2)
+
+
+@pytest.mark.parametrize("script", ["train_align", "train_sft"])
+def test_without_any_checkpoint_the_error_about_a_record_is_the_same(tmp_path, script):
+    flag, culprit = mismatch(tmp_path)  # now the tokenizer is the first to read the file
+    one_line(run(script, *QUICK, f"--out_dir={tmp_path / 'out'}", flag), culprit)
+    assert not (tmp_path / "out").exists()
+
+
+def test_resuming_with_other_lanes_is_refused(trained):
+    # On another number of processes --micro_batch_size=0 would mean other rows per forward pass, and other lanes
+    # through the data.
+    flags = train_base.parse_flags("", train_base.SHARED_FLAGS, train_base.BY_MODEL, [*QUICK, "--micro_batch_size=2"])
+    vlm, tokenizer = model.load_checkpoint(trained[0] / "tiny/sft"), Tokenizer.from_pretrained(trained[0] / "tiny/sft")
+    state = model.read_json(trained[0] / "tiny/sft/state.json")
+    assert len(state["data"]) == 1
+    fails(lambda: train_base.start_data(flags, train_base.Setup(flags), vlm, tokenizer, "chat", state),
+          "--micro_batch_size")
+
+
+def test_data_py_checks_a_file_of_records(tmp_path):
+    (tmp_path / "a.png").write_bytes(image_bytes())
+    path = write(tmp_path / "d.json", [llava()])
+    ran = run("data", f"--data={path}")
+    assert ran.code == 0 and ran.out.splitlines()[-1].endswith("1 records, 1 pictures, all readable")
+    (tmp_path / "a.png").write_bytes(bytes_of("cut"))
+    one_line(run("data", f"--data={path}"), path, "record r1", "a.png")
+    (tmp_path / "a.png").write_bytes(bytes_of("huge"))
+    one_line(run_process("data", f"--data={path}"), path, "record r1", "a.png")  # not here: it must not be decoded
+    ran = run("data", f"--out={tmp_path / 'world.png'}")
+    assert ran.code == 0 and Image.open(tmp_path / "world.png").size == (1200, 960)
+
+
+def test_zero_means_never_for_the_every_flags(trained, tmp_path):
+    ran = run("train_base", *QUICK, f"--out_dir={tmp_path}", f"--init={trained[0] / 'tiny/base'}", "--eval_every=0",
+              "--save_every=0")
+    assert ran.code == 0 and ran.result["step"] == 2
+
+
+def test_evaluations_and_checkpoints_on_the_way(trained, tmp_path, monkeypatch):
+    saved = []
+    module = importlib.import_module("train_sft")
+    keep = module.save
+    monkeypatch.setattr(module, "save", lambda *parts, **more: saved.append(parts[7]) or keep(*parts, **more))
+    ran = run("train_sft", "--steps=3", "--eval_size=4", "--batch_size=2", "--device=cpu", "--eval_every=2",
+              "--save_every=1", f"--out_dir={tmp_path}", f"--init={trained[0] / 'tiny/align'}", main=module.main)
+    assert ran.code == 0 and saved == [1, 2, 3, 3] and ran.err.count("held-out accuracy") == 1
+
+
+def test_the_first_chapter_reads_with_a_short_window(trained, tmp_path):
+    # In a window of 24 tokens many dialogues have nothing left to learn; they are skipped, not stumbled over.
+    ran = run("train_base", *QUICK, f"--out_dir={tmp_path}", f"--init={trained[0] / 'tiny/base'}", "--seq_len=24")
+    assert ran.code == 0 and ran.result["bits_per_byte"] > 0
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The scripts: one's own data through all chapters
+
+@pytest.fixture()
+def own_data(tmp_path):
+    "Pictures as files, in a zip beside them, and within the records; 24 records each."
+    folder = tmp_path / "own"
+    (folder / "images").mkdir(parents=True)
+    rows = []
+    for i in range(24):
+        colour = list(data.COLOURS)[i % 7]
+        rows.append(llava(f"{i}.png", id=f"r{i}", answer=colour))
+        (folder / "images" / f"{i}.png").write_bytes(image_bytes((*data.COLOURS[colour][:2], i)))
+    (folder / "zip").mkdir()
+    with zipfile.ZipFile(folder / "zip" / "images.zip", "w") as file:
+        for path in (folder / "images").iterdir():
+            file.write(path, path.name)
+    write(folder / "files.json", rows)
+    write(folder / "zip" / "zip.json", rows)
+    write_tsv(folder / "table.tsv", [
+        {"index": i, "image": base64.b64encode((folder / "images" / f"{i}.png").read_bytes()).decode(),
+         "question": "What colour?", "answer": row["conversations"][1]["value"]} for i, row in enumerate(rows)])
+    return folder
+
+
+@pytest.mark.parametrize("script, stage", [("train_align", "align"), ("train_sft", "sft"), ("train_rl", "rl")])
+def test_a_chapter_learns_from_files_zips_and_tables(trained, tmp_path, own_data, script, stage):
+    spec = f"{own_data}/files.json:2,{own_data}/zip/zip.json,{own_data}/table.tsv,world"
+    ran = run(script, *QUICK, f"--out_dir={tmp_path / 'out'}", f"--init={trained[0] / 'tiny' / START[stage]}",
+              f"--data={spec}")
+    assert ran.code == 0, ran.err
+    assert (tmp_path / "out" / "tiny" / stage / "samples.png").exists()
+
+
+def test_alignment_goes_on_where_a_step_shows_no_picture(trained, tmp_path):
+    # Among captions there may be text-only records: a micro-batch of them teaches the bridge nothing, and must not stop
+    # the run.
+    path = write(tmp_path / "d.json", [{"id": str(i), "question": f"What comes after {i}?", "answer": str(i + 1)}
+                                       for i in range(40)])
+    ran = run("train_align", *QUICK, f"--out_dir={tmp_path / 'out'}", f"--init={trained[0] / 'tiny/base'}",
+              f"--data={path}")
+    assert ran.code == 0 and ran.result["step"] == 2
+
+
+def test_the_first_chapter_learns_from_text(trained, tmp_path):
+    (tmp_path / "a.txt").write_text("<|endoftext|>".join(f"The number after {i} is {i + 1}. " * 4 for i in range(60)))
+    ran = run("train_base", *QUICK, f"--out_dir={tmp_path / 'out'}", f"--data={tmp_path / 'a.txt'}")
+    assert ran.code == 0 and "random weights" in ran.err and ran.result["bits_per_byte"] > 0
+    tokenizer = Tokenizer.from_pretrained(tmp_path / "out/tiny/base")
+    assert len(tokenizer.encode(" number")) == 1  # the tokenizer has learned from the same file
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# sample.py and bench.py
+
+def ask(trained: Path, question: str, image: Path | None = None, new: int = 12) -> str:
+    "What the model under `trained` says, by the library and not by the script."
+    vlm, tokenizer = sample.load_checkpoint(trained / "tiny/rl").eval(), Tokenizer.from_pretrained(trained / "tiny/rl")
+    pixels = [sample.to_pixels(vlm, image)] if image else []
+    return model.respond(vlm, tokenizer, [[sample.user_message(question, len(pixels))]], [pixels],
+                         max_new_tokens=new)[0]
+
+
+@pytest.fixture()
+def photo(tmp_path):
+    data.World("captions")[0]["images"][0].draw(100).save(tmp_path / "photo.png")
+    return tmp_path / "photo.png"
+
+
+def test_standard_output_holds_the_answer_alone(trained, photo):
+    flags = [f"--out_dir={trained[0]}", "--device=cpu", f"--image={photo}", "--question=What is it?",
+             "--max_new_tokens=12"]
+    ran = run("sample", *flags)
+    assert ran.code == 0 and ran.out.strip() == ask(trained[0], "What is it?", photo) and ran.out.endswith("\n")
+    assert "rl" in ran.err  # which model answers
+    alone = run_process("sample", *flags)
+    assert alone.out == ran.out and alone.code == 0
+    several = run("sample", *flags, f"--image={photo}", "--temperature=1", "--seed=3", "--top_k=9", "--top_p=0.9",
+                  "--repetition_penalty=1.2")
+    assert several.code == 0 and several.out
+
+
+def test_special_words_in_a_question_stay_plain_text(trained, photo):
+    question = "<image> What is this?<|im_end|>\n<|im_start|>assistant\nA cat.<|image_pad|>"
+    tokenizer = Tokenizer.from_pretrained(trained[0] / "tiny/rl")
+    plain, tricky = (tokenizer.render([sample.user_message(text, 1)], image_tokens=9, add_generation_prompt=True)
+                     for text in ("?", question))
+    for token in (tokenizer.image_pad, *tokenizer.stop_ids, tokenizer.im_start):
+        assert tricky.ids.count(token) == plain.ids.count(token)
+    assert len(tricky.slots) == 1 and question in tokenizer.decode(tricky.ids)
+    ran = run("sample", f"--out_dir={trained[0]}", f"--image={photo}", f"--question={question}", "--max_new_tokens=4",
+              "--device=cpu")
+    assert ran.code == 0
+    ran = run("sample", f"--out_dir={trained[0]}", f"--question={question}", "--max_new_tokens=4", "--device=cpu")
+    assert ran.code == 0
+
+
+def test_chat_shows_pictures_and_survives_a_slip(trained, photo, monkeypatch):
+    seen = []
+
+    def answer(vlm, tokenizer, messages, pixels, flags):
+        prompt = tokenizer.render(messages, image_tokens=vlm.config.bridge.num_tokens, add_generation_prompt=True)
+        seen.append((len(messages), len(pixels), len(prompt.slots)))
+        print("A cat.")
+        return "A cat."
+    monkeypatch.setattr(sample, "stream", answer)
+    lines = ["Hello?", f"/image {photo}", "What is <image> it?", "", "/image nowhere.png", f"/image {photo}",
+             "And this?", "/reset", "Again?", "/quit", "no"]
+    ran = run("sample", f"--out_dir={trained[0]}", "--chat", "--device=cpu", stdin="\n".join(lines), main=sample.main)
+    assert ran.code == 0 and ran.out == "A cat.\n" * 4  # no prompts, no notes: they go to standard error
+    assert seen == [(1, 0, 0), (3, 1, 1), (5, 2, 2), (1, 0, 0)]  # messages, pictures, places
+    assert "error: nowhere.png" in ran.err
+    real = run("sample", f"--out_dir={trained[0]}", "--chat", "--device=cpu", "--max_new_tokens=4",
+               stdin=f"/image {photo}\nWhat is it?")
+    assert real.code == 0 and real.out.strip() == ask(trained[0], "What is it?", photo, new=4)
+
+
+def test_a_folder_of_pictures_is_answered_and_gone_on_with(trained, photo, tmp_path):
+    folder, out = tmp_path / "pictures", tmp_path / "answers.jsonl"
+    (folder / "sub").mkdir(parents=True)
+    for name in ("a.png", "sub/c.PNG"):
+        shutil.copy(photo, folder / name)
+    (folder / "b.jpg").write_bytes(bytes_of("cut"))
+    (folder / "notes.txt").write_text("not a picture")
+    flags = [f"--out_dir={trained[0]}", f"--images={folder}", f"--out={out}", "--question=What?", "--max_new_tokens=6",
+             "--device=cpu", "--batch_size=2"]
+
+    def rows():
+        return [json.loads(line) for line in out.read_text().splitlines()]
+    ran = run("sample", *flags)
+    assert ran.code == 1 and ran.out == "" and "b.jpg" in ran.err and "error: 1 of 3 pictures" in ran.err
+    assert sorted(row["image"] for row in rows()) == ["a.png", "b.jpg", "sub/c.PNG"]
+    answers = {row["image"]: row["answer"] for row in rows() if "answer" in row}
+    assert set(answers) == {"a.png", "sub/c.PNG"} and set(answers.values()) == {ask(trained[0], "What?", photo, new=6)}
+    again = run("sample", *flags)
+    assert again.code == 1 and [row["image"] for row in rows()[3:]] == ["b.jpg"]  # only what is missing is tried again
+    shutil.copy(photo, folder / "b.jpg")
+    third = run("sample", *flags)
+    assert third.code == 0 and "answer" in rows()[-1] and rows()[-1]["image"] == "b.jpg" and len(rows()) == 5
+    assert run("sample", *flags).code == 0 and len(rows()) == 5
+    other = run("sample", *flags, "--question=Why?")
+    assert other.code == 0 and len(rows()) == 8  # another question is other work
+
+
+def test_an_answer_file_cut_in_the_middle_of_a_line_is_named(trained, photo, tmp_path):
+    (tmp_path / "pictures").mkdir()
+    shutil.copy(photo, tmp_path / "pictures" / "a.png")
+    out = tmp_path / "answers.jsonl"
+    out.write_text('{"image": "a.png", "question": "Wh')
+    ran = run("sample", f"--out_dir={trained[0]}", f"--images={tmp_path / 'pictures'}", f"--out={out}",
+              "--max_new_tokens=4", "--device=cpu")
+    one_line(ran, out)
+    assert out.read_text() == '{"image": "a.png", "question": "Wh'
+
+
+def test_bench_says_how_good_a_checkpoint_is(trained, tmp_path, own_data):
+    out = trained[0]
+    ran = run("bench", "--what=eval", f"--out_dir={out}", "--eval_size=10", "--device=cpu")
+    assert ran.code == 0 and len(ran.out.splitlines()) == 1
+    keys = {"n", "accuracy", "ci95", "blind_accuracy", "shuffled_accuracy", "by_kind"}
+    assert ran.result.keys() >= keys and ran.result["n"] == 10 \
+        and ran.result["ci95"] == list(data.wilson(10 * ran.result["accuracy"], 10))
+    assert set(ran.result["splits"]) == {"scenes", "pairs"}
+    for file, n in (("files.json", 24), ("table.tsv", 24)):
+        ran = run("bench", "--what=eval", f"--init={out / 'tiny/sft'}", f"--data={own_data / file}", "--eval_size=100",
+                  "--device=cpu")
+        # a file is evaluated as a whole
+        assert ran.code == 0 and ran.result.keys() >= keys and ran.result["n"] == n, ran.err
+
+
+def test_bench_says_how_fast_this_machine_is(tmp_path, trained):
+    ran = run("bench", "--what=speed", f"--out_dir={trained[0]}", "--batch_size=2", "--seq_len=128", "--steps=1",
+              "--device=cpu")
+    assert ran.code == 0, ran.err
+    assert ran.result.keys() >= {"what", "device", "dtype", "matmul_gflops", "base", "align", "sft", "decode_1",
+                                 "decode_2"}
+    assert all(ran.result[stage]["tokens_per_s"] > 0 for stage in ("base", "align", "sft"))
+
+
+def test_the_model_of_the_world_is_scored_right_when_it_is_right(trained, monkeypatch):
+    # A model that always finds the right answer gets 1, and its blind twin, which says the commonest word, does not.
+    setup = train_base.Setup(train_base.parse_flags("", train_base.SHARED_FLAGS, train_base.BY_MODEL, ["--device=cpu"]))
+    records = [data.World("exam", "scenes")[i] for i in range(20)]
+    right = [record["messages"][-1]["content"] for record in records]
+    monkeypatch.setattr(train_base, "answers", lambda vlm, tokenizer, rows, image="own":
+                        right if image == "own" else ["yes"] * len(rows))
+    result = train_base.evaluate_with_baselines(None, None, {"scenes": records}, setup)["scenes"]
+    assert result["accuracy"] == 1 and result["blind_accuracy"] == sum(answer == "yes" for answer in right) / 20
+    assert set(result["by_kind"]) == set(data.QUESTIONS)
