@@ -20,6 +20,7 @@ import math
 import mmap
 import os
 import struct
+import warnings
 from dataclasses import dataclass, fields
 from pathlib import Path
 
@@ -56,7 +57,9 @@ def load_image(source, name: str = "") -> Image.Image:
         raise ValueError(f"{name}: {image.width} x {image.height} pixels is over the limit of {MAX_PIXELS:,}; "
                          "make it smaller")
     try:
-        image = ImageOps.exif_transpose(image)  # phones store the picture as the sensor lay, and how to turn it
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # Pillow's words about a broken EXIF block
+            image = ImageOps.exif_transpose(image)  # phones store the picture as the sensor lay, and how to turn it
     except Exception:  # noqa: BLE001 a broken EXIF block raises almost anything; the pixels themselves are fine
         pass
     return to_rgb(image)
