@@ -2444,7 +2444,8 @@ def test_two_processes_give_the_weights_of_one_with_two_micro_batches(trained, t
             assert torch.allclose(ours[name], theirs[name], rtol=0, atol=1e-4), name
     rows = [[json.loads(line) for line in (tmp_path / name / "tiny/sft/log.jsonl").read_text().splitlines()]
             for name in ("one", "two")]
-    assert [r["loss"] for r in rows[0] if "lr" in r] == pytest.approx([r["loss"] for r in rows[1] if "lr" in r], rel=1e-5)
+    one_loss, two_loss = ([row["loss"] for row in run_ if "lr" in row] for run_ in rows)
+    assert one_loss == pytest.approx(two_loss, rel=1e-5)
     states = [model.read_json(tmp_path / name / "tiny/sft/state.json") for name in ("one", "two")]
     assert states[0] == states[1]  # the places in the data too: a run may be resumed on another number of processes
     assert two.out.count("\n") == 1 and two.result.keys() == one.result.keys()
