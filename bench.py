@@ -25,6 +25,7 @@ FLAGS = {
     "init": ("", "checkpoint folder; empty: the latest stage under --out_dir, for speed else random weights"),
     "out_dir": ("out", "where the stages keep their checkpoints"),
     "data": ("world", "world, or a file of records: .json, .jsonl, .tsv"),
+    # With half of 2,000 questions right, the 95 % interval reaches 2 points to each side; of 100 questions, 10 points.
     "eval_size": (2000, "questions at most"),
     "batch_size": (32, "speed: rows per training step, and prompts decoded at once"),
     "seq_len": (128, "speed: tokens per row"),
@@ -39,55 +40,75 @@ FLAGS = {
 def bench_eval(flags) -> dict:
     "The same questions three times: with their own picture, with none, and with another's."
     setup = Setup(flags)
+    # Asked before load(): start() would fall back to random weights. They do for speed; their accuracy means nothing.
     if not (flags.init or newest_checkpoint(flags.out_dir, flags.model)):
         raise ValueError(f"no trained model under {flags.out_dir}/{flags.model}; train one, or name a "
                          "checkpoint folder by --init=")
     vlm, tokenizer = load(flags, setup)
     if flags.data == "world":
         _, held = data.load_data("world", "exam", 0, flags.eval_size)
-    else:  # a file given to be evaluated is held out as a whole
+    else:
+        # The file is taken as a whole: nothing is set aside, as it is in training. Trap: a file that the model was
+        # trained on measures its memory.
         held = {"all": [record for name, _ in data.parse_mixture(flags.data)
                         for record in data.read_records(name)][:flags.eval_size]}
+    # An accuracy alone does not show that the model sees. Blind (a grey picture) is what the question gives away:
+    # guessing answers half of all yes/no questions. Where shuffled (another's picture) is not well below the model's
+    # own score, the answers do not follow the picture.
     results = evaluate_with_baselines(vlm, tokenizer, held, setup)
+    # The first split's numbers stand on top too: a script finds "accuracy" there, whatever the split's name.
     return {"what": "eval", "data": flags.data, **next(iter(results.values())), "splits": results}
 
 
 def load(flags, setup) -> tuple[VLM, Tokenizer]:
-    flags.resume = False
-    vlm, tokenizer, _, _ = start(flags, setup, "", make_tokenizer(flags))
+    flags.resume = False  # start() reads it; here it is no flag
+    flags.init = flags.init or newest_checkpoint(flags.out_dir, flags.model)
+    # With nothing to start from, start() looks for the stages before the one named. It must then be a real stage:
+    # before base there are none, so it makes the random weights that base begins with.
+    vlm, tokenizer, _, _ = start(flags, setup, "bench" if flags.init else "base", make_tokenizer(flags))
     return vlm, tokenizer
 
 
 def clock(work, steps: int, device) -> float:
-    "Seconds per call, the median of `steps`: a shared machine has slow moments. GPUs work ahead, so wait for them."
+    "Seconds per call, the median of `steps`."
     times = []
     for i in range(steps + 3):
         start_time = time.perf_counter()
         work()
+        # work() only puts kernels into the GPU's queue. Without waiting we would time the queueing.
         if device.type == "cuda":
             torch.cuda.synchronize()
         times.append(time.perf_counter() - start_time)
+    # The first three calls warm up: they compile, choose kernels, fetch memory, make the optimizer's moments.
+    # The median of the rest, not the mean: one slow moment of a shared machine would move the mean.
     return sorted(times[3:])[steps // 2]
 
 
 def matmul_ceiling(setup) -> float:
     "FLOP/s of one large matrix product here and now: what no training step can exceed."
+    # So large that computing outweighs launching the kernel and reading memory: 1.1 TFLOP on a GPU, 2.1 GFLOP on a CPU.
     n = 8192 if setup.device.type == "cuda" else 1024
+    # In the type that the step computes in: a float32 step held against bfloat16's ceiling would look worse than it is.
     a, b = (torch.randn(n, n, device=setup.device, dtype=setup.dtype) for _ in range(2))
+    # Each of the n^2 results is a sum of n products: n multiplications and n additions, 2 n FLOP.
     return 2 * n ** 3 / clock(lambda: a @ b, 10, setup.device)
 
 
 def step_flops(vlm: VLM, trained: list[str], tokens: int, images: int) -> float:
-    """
-    Matrix products only: 2 FLOP per weight and position forward, 2 for the gradient of the input, 2 for that of the
-    weight.
-    """
+    "FLOP of one step, only those of matrix products with weights."
+    # Attention's scores, norms and the optimizer take time but are not counted. So the share of the ceiling errs on the
+    # low side, and 100 % is out of reach.
     out = 0.0
     for name, group in vlm.groups().items():
+        # Positions and latents are added, an embedding is looked up: no product. Trap: a tied embedding is also the
+        # head, whose product then goes uncounted.
         weights = sum(p.numel() for n, p in group.named_parameters()
                       if p.ndim == 2 and not n.endswith(("embed.weight", "position", "latents")))
+        # The Perceiver's keys and values are really made at N + M positions, patches and latents; M are counted.
         positions = {"vit": images * vlm.config.vision.num_patches, "bridge": images * vlm.config.bridge.num_tokens,
                      "decoder": tokens}[name]
+        # Per weight and position: 2 FLOP forward, 2 for the gradient of the input, 2 for that of the weight. A frozen
+        # decoder has no weight gradient, but passes the input's on to the bridge: 4. A frozen ViT only runs forward: 2.
         out += weights * positions * (6 if name in trained else 4 if name == "decoder" else 2)
     return out
 
@@ -98,16 +119,23 @@ def bench_speed(flags) -> dict:
     ceiling, rows = matmul_ceiling(setup), {}
     setup.say(f"{setup.device.type}, {setup.dtype}, {torch.get_num_threads()} threads, torch {torch.__version__}; "
               f"matrix products reach {ceiling / 1e9:,.0f} GFLOP/s")
+    # "of ceiling" compares machines, each held against its own limit, and shows how much room is left. It cannot tell
+    # where the rest of the time went: small products, attention, the optimizer, or waiting.
     setup.say(f"{'stage':<10}{'ms/step':>9}{'tokens/s':>10}{'images/s':>10}{'of ceiling':>12}{'loader ms':>11}")
-    flags.val, flags.micro_batch_size = "", 0
+    flags.val, flags.micro_batch_size = "", 0  # start_data reads both; 0: the whole step in one forward pass
+    # The parts that each stage trains. Chapter 4 is not here: it writes answers (see decode) and then steps like sft.
     for stage, task, trained in (("base", "text", ["decoder"]), ("align", "captions", ["bridge", "vit"]),
                                  ("sft", "chat", ["bridge", "decoder", "vit"])):
         params = freeze(vlm, trained)
-        optimizer = Optimizer(params, "muon", 1e-9)  # the weights hardly move: every step does the same work
-        flags.eval_size = 1
+        # A step's work does not depend on the rate. A real rate, again and again on one batch, could drive the weights,
+        # which the next stage goes on with, to NaN.
+        optimizer = Optimizer(params, "muon", 1e-9)
+        flags.eval_size = 1  # start_data also makes held-out records; nobody asks them here
         loaders, _ = start_data(flags, setup, vlm, tokenizer, task, {})
+        # Timed apart from the step. Training does one after the other, so its time per step is the sum of both columns.
         loading = clock(lambda: next(loaders[0]), flags.steps, torch.device("cpu"))
         batch = next(loaders[0])
+        # Padding (document 0) is work without use and counts as no token. A picture shared by several rows counts once.
         tokens, images = int((batch["documents"] > 0).sum()), 0 if batch["pixels"] is None else len(batch["pixels"])
         seconds = clock(lambda: train_step(vlm, [batch], supervised([batch], setup), params, optimizer, setup, 1.0),
                         flags.steps, setup.device)
@@ -124,14 +152,19 @@ def bench_speed(flags) -> dict:
 def bench_decode(flags, setup, vlm: VLM, tokenizer: Tokenizer) -> dict:
     "After a picture and a question: time to the first token, and tokens per second after it."
     record, new, rows = data.World("exam", "scenes")[0], 32, {}
+    # One prompt for all rows: no padding. Real batches of unlike lengths are a little slower.
     prompt = tokenizer.render(record["messages"][:-1], image_tokens=vlm.config.bridge.num_tokens,
                               add_generation_prompt=True)
     size = vlm.config.vision.image_size
     for batch in (1, flags.batch_size):
+        # Noise will do: how long a picture takes does not depend on what it shows.
         pixels = torch.randint(0, 256, (batch, 3, size, size), dtype=torch.uint8)
+        # list() runs the generator to its end: without it nothing would be computed. No stop tokens: all answers are
+        # equally long. As in sample.py there is no autocast: decoding runs in float32, whatever --dtype says.
         first, all_ = (clock(lambda: list(vlm.generate([prompt] * batch, pixels, max_new_tokens=n)),
                              flags.steps, setup.device)
                        for n in (1, new + 1))
+        # The first token waits for ViT, bridge and prompt. The difference of the two times is pure decoding.
         rows[f"decode_{batch}"] = {"first_token_ms": first * 1e3, "tokens_per_s": batch * new / (all_ - first)}
         setup.say(f"decode, {batch} at once: first token after {first * 1e3:.1f} ms, then "
                   f"{batch * new / (all_ - first):,.0f} tokens/s")

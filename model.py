@@ -9,13 +9,15 @@ Read it in this order: RMSNorm and RoPE, Attention, MLP, GPT (a complete languag
 how it is trained (token_loss) and used (generate). The layers compute exactly what Hugging Face's Qwen2 does (arXiv
 2412.15115): the released weights load into them and give the same logits.
 
+Axis letters: B rows, T tokens in a row, H the decoder's width, d a head's width, V words, n pictures, M tokens of each.
+
 Left out: sliding windows (no released Qwen2.5 uses them), dropout (none of the recipes uses it), YaRN for very long
 texts.
 """
 import json
 import os
 import shutil
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Iterator
 
@@ -32,19 +34,19 @@ from vision import (Bridge, BridgeConfig, ViT, ViTConfig, init_linears, load_ren
 @dataclass
 class GPTConfig:
     "Field names are those of Hugging Face's Qwen2Config; the values here are Qwen2.5-1.5B's."
-    vocab_size: int = 151936          # V: rows of the embedding, some of them padding
-    hidden_size: int = 1536           # H
-    intermediate_size: int = 8960
+    vocab_size: int = 151936          # V: rows of the embedding; 151,665 are words, the rest is padding
+    hidden_size: int = 1536           # H: the width of the residual stream
+    intermediate_size: int = 8960     # I: width inside the MLP, where most of the weights are
     num_hidden_layers: int = 28       # L
-    num_attention_heads: int = 12
+    num_attention_heads: int = 12     # query heads, of d = 1536 / 12 = 128 channels each
     num_key_value_heads: int = 2      # each serves 12 / 2 = 6 query heads: the cache is 6 times smaller
-    rms_norm_eps: float = 1e-6
-    rope_theta: float = 1_000_000.0
+    rms_norm_eps: float = 1e-6        # added under the root: an all-zero vector stays finite
+    rope_theta: float = 1_000_000.0   # the slowest rotary pair turns once in about 5 million tokens
     tie_word_embeddings: bool = True  # the head is the embedding matrix, transposed
-    max_position_embeddings: int = 32768
+    max_position_embeddings: int = 32768  # tokens, as in training; a note to the reader, nothing here enforces it
 
     @property
-    def head_dim(self) -> int:
+    def head_dim(self) -> int:        # d
         return self.hidden_size // self.num_attention_heads
 
 
@@ -55,7 +57,7 @@ class VLMConfig:
     decoder: GPTConfig = field(default_factory=GPTConfig)
     pretrained_vision: bool = False   # then the ViT stays frozen in every stage
     image_pad: int = -1               # the id whose embedding the picture's tokens replace; set from the tokenizer
-    preset: str = "tiny"
+    preset: str = "tiny"              # also the folder under --out_dir in which its checkpoints lie
 
     @classmethod
     def from_dict(cls, d: dict) -> "VLMConfig":
@@ -64,15 +66,15 @@ class VLMConfig:
 
 
 PRESETS = {
-    "tiny": VLMConfig(
+    "tiny": VLMConfig(   # 1.7 million parameters: ViT 0.66, bridge 0.30, decoder 0.72
         ViTConfig(hidden_size=128, intermediate_size=512, num_hidden_layers=3, num_attention_heads=4, image_size=72,
-                  patch_size=12),
-        BridgeConfig(num_latents=9, num_layers=1, num_heads=4),
-        GPTConfig(vocab_size=1024, hidden_size=128, intermediate_size=256, num_hidden_layers=3, num_attention_heads=4,
+                  patch_size=12),                         # 72 / 12 = 6 patches a side: N = 36
+        BridgeConfig(num_latents=9, num_layers=1, num_heads=4),  # M = N / 4: each latent starts from 2 x 2 patches
+        GPTConfig(vocab_size=1024, hidden_size=128, intermediate_size=256, num_hidden_layers=4, num_attention_heads=4,
                   num_key_value_heads=2, max_position_embeddings=2048)),
-    "small": VLMConfig(
+    "small": VLMConfig(  # 64 million parameters: ViT 21, bridge 5, decoder 38
         ViTConfig(hidden_size=384, intermediate_size=1536, num_hidden_layers=12, num_attention_heads=6, image_size=128,
-                  patch_size=8),
+                  patch_size=8),                          # 128 / 8 = 16 patches a side: N = 256, like SigLIP-L/16
         BridgeConfig(num_latents=64, num_layers=2, num_heads=6),
         GPTConfig(vocab_size=8192, hidden_size=512, intermediate_size=1408, num_hidden_layers=12, num_attention_heads=8,
                   num_key_value_heads=2, max_position_embeddings=4096)),
@@ -95,25 +97,30 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        # The weight may be a float32 master copy while x is bfloat16: rms_norm wants one type.
         return F.rms_norm(x, (x.shape[-1],), self.weight.to(x.dtype), self.eps)
 
 
 def rope_table(positions: torch.Tensor, config: GPTConfig) -> tuple[torch.Tensor, torch.Tensor]:
-    "positions [B, T] -> cos, sin [B, 1, T, head_dim / 2], in float32: bfloat16 cannot tell position 1000 from 1001."
+    "positions [B, T] -> cos, sin [B, 1, T, d / 2]; the 1 stands for the heads, which all turn alike."
     d = config.head_dim
+    # Radians per token: 1 for the first pair of channels, about a millionth for the last. Fast pairs tell neighbours
+    # apart, slow ones tell chapters apart, as a clock has a hand for seconds and one for hours.
     frequencies = config.rope_theta ** (-torch.arange(0, d, 2, device=positions.device, dtype=torch.float32) / d)
-    angles = positions[:, None, :, None].float() * frequencies
+    # float32 throughout: bfloat16 cannot tell position 1000 from 1001
+    angles = positions[:, None, :, None].float() * frequencies                                       # [B, 1, T, d/2]
     return angles.cos(), angles.sin()
 
 
 def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
     """
-    Rotary positions (arXiv 2104.09864): channel i of the first half and channel i of the second are one pair, turned by
-    an angle that grows with the position, so that a query meets a key by their distance alone. (Llama's first code
-    paired 2i with 2i+1: weights trained for one pairing are noise in the other.)
+    Rotary positions (arXiv 2104.09864): each pair of channels is turned by an angle that grows with the position, so
+    that a query meets a key by their distance alone.
     """
+    # TRAP: channel i of the first half and channel i of the second are one pair. Llama's first code paired 2i with
+    # 2i + 1, and weights trained for one pairing are noise in the other.
     a, b = x.float().chunk(2, dim=-1)                                                          # [B, heads, T, d/2] each
-    return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1).to(x.dtype)
+    return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1).to(x.dtype)                     # [B, heads, T, d]
 
 
 class KVCache:
@@ -123,17 +130,16 @@ class KVCache:
     """
 
     def __init__(self, config: GPTConfig, batch: int, length: int, device, dtype):
+        # Qwen2.5-1.5B in bfloat16: 2 x 28 layers x 2 heads x 128 channels x 2 bytes = 28 KiB for each token of a row
         shape = (config.num_hidden_layers, batch, config.num_key_value_heads, length, config.head_dim)
         # zeros, not empty: a stray NaN would pass through a zero weight
-        self.k = torch.zeros(shape, device=device, dtype=dtype)
+        self.k = torch.zeros(shape, device=device, dtype=dtype)                            # [L, B, kv heads, length, d]
         self.v = torch.zeros(shape, device=device, dtype=dtype)
         self.length = 0  # positions filled; the same for all rows, as prompts are padded on the left
 
     def update(self, layer: int, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """
-        Append k, v [B, kv heads, T, d] of one layer; returns all keys and values up to now. `length` moves on after the
-        last layer.
-        """
+        "Append k, v [B, kv heads, T, d] of one layer; returns all its keys and values up to now."
+        # TRAP: `length` does not move here, for all layers write to the same columns. GPT.hidden moves it afterwards.
         end = self.length + k.shape[2]
         self.k[layer, :, :, self.length:end] = k
         self.v[layer, :, :, self.length:end] = v
@@ -149,19 +155,23 @@ class Attention(nn.Module):
         super().__init__()
         self.config, self.layer = config, layer
         H, d = config.hidden_size, config.head_dim
+        # rows of query, key and value; 1536, 256 and 256 in Qwen2.5-1.5B
         self.sizes = [config.num_attention_heads * d, config.num_key_value_heads * d, config.num_key_value_heads * d]
         self.qkv = nn.Linear(H, sum(self.sizes))       # Qwen has a bias here and nowhere else
         self.out = nn.Linear(H, H, bias=False)
 
     def forward(self, x, rope, mask, cache) -> torch.Tensor:
         B, T, H = x.shape
-        q, k, v = (part.view(B, T, -1, self.config.head_dim).transpose(1, 2)
+        q, k, v = (part.view(B, T, -1, self.config.head_dim).transpose(1, 2)              # [B, heads or kv heads, T, d]
                    for part in self.qkv(x).split(self.sizes, dim=-1))
-        q, k = rotate(q, *rope), rotate(k, *rope)                                         # [B, heads or kv heads, T, d]
-        if cache is not None:
-            k, v = cache.update(self.layer, k, v)
+        # Values are not turned: where a word stands decides who finds it, not what it says.
+        q, k = rotate(q, *rope), rotate(k, *rope)
+        if cache is not None:  # keys are kept turned: their positions never change
+            k, v = cache.update(self.layer, k, v)                                               # [B, kv heads, keys, d]
+        # enable_gqa: query heads 0 to 5 read kv head 0, and so on, without copying it six times.
+        # TRAP: is_causal lines up query 0 with key 0. Once the cache holds something that is wrong: give a mask then.
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=True)
-        return self.out(y.transpose(1, 2).reshape(B, T, H))
+        return self.out(y.transpose(1, 2).reshape(B, T, H))                                          # [B, T, H]
 
 
 class MLP(nn.Module):
@@ -169,12 +179,13 @@ class MLP(nn.Module):
 
     def __init__(self, config: GPTConfig):
         super().__init__()
+        # gate and up in one product: a large one keeps the hardware busier than two of half the size
         self.gate_up = nn.Linear(config.hidden_size, 2 * config.intermediate_size, bias=False)
         self.down = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        gate, up = self.gate_up(x).chunk(2, dim=-1)
-        return self.down(F.silu(gate) * up)
+        gate, up = self.gate_up(x).chunk(2, dim=-1)                                                  # [B, T, I] each
+        return self.down(F.silu(gate) * up)                                                          # [B, T, H]
 
 
 class Block(nn.Module):
@@ -186,8 +197,9 @@ class Block(nn.Module):
         self.mlp = MLP(config)
 
     def forward(self, x, rope, mask, cache) -> torch.Tensor:
-        x = x + self.attention(self.norm1(x), rope, mask, cache)
-        return x + self.mlp(self.norm2(x))
+        # Norms stand on the branches, not on x itself: the gradient has a straight way from the loss to layer 0.
+        x = x + self.attention(self.norm1(x), rope, mask, cache)  # tokens exchange what they know
+        return x + self.mlp(self.norm2(x))                        # each token thinks for itself
 
 
 # Ours on the left, Hugging Face's on the right; where several stand on the right, ours is their rows stacked.
@@ -196,7 +208,7 @@ QWEN_NAMES = {
     "norm.weight": ["model.norm.weight"],
     "head.weight": ["lm_head.weight"],  # untied models only
     "blocks.#.norm1.*": ["model.layers.#.input_layernorm.*"],
-    "blocks.#.norm2.*": ["model.layers.#.post_attention_layernorm.*"],
+    "blocks.#.norm2.*": ["model.layers.#.post_attention_layernorm.*"],  # before the MLP, in spite of its name
     "blocks.#.attention.qkv.*": [f"model.layers.#.self_attn.{x}_proj.*" for x in "qkv"],
     "blocks.#.attention.out.*": ["model.layers.#.self_attn.o_proj.*"],
     "blocks.#.mlp.gate_up.*": ["model.layers.#.mlp.gate_proj.*", "model.layers.#.mlp.up_proj.*"],
@@ -218,6 +230,7 @@ class GPT(nn.Module):
 
     @property
     def head_weight(self) -> torch.Tensor:
+        # looked up each time: a tied head that was stored would still be the old matrix after weights are loaded
         return self.embed.weight if self.config.tie_word_embeddings else self.head.weight            # [V, H]
 
     def hidden(self, x: torch.Tensor, positions=None, mask=None, cache: KVCache | None = None) -> torch.Tensor:
@@ -226,7 +239,7 @@ class GPT(nn.Module):
         [B, 1, T, keys] is True where a query may look; without them: one document a row, causal.
         """
         if positions is None:
-            positions = torch.arange(x.shape[1], device=x.device)[None]
+            positions = torch.arange(x.shape[1], device=x.device)[None]                              # [1, T]
         rope = rope_table(positions, self.config)
         for block in self.blocks:
             x = block(x, rope, mask, cache)
@@ -235,10 +248,8 @@ class GPT(nn.Module):
         return self.norm(x)
 
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
-        """
-        ids [B, T] -> logits [B, T, V]. Training uses hidden() and token_loss instead: it never needs all logits at
-        once.
-        """
+        "ids [B, T] -> logits [B, T, V]."
+        # Training uses hidden() and token_loss instead: it never needs all logits at once.
         return F.linear(self.hidden(self.embed(ids)), self.head_weight.to(self.embed.weight.dtype))
 
     @classmethod
@@ -248,10 +259,11 @@ class GPT(nn.Module):
         hf = read_json(folder / "config.json")
         hf |= hf.get("rope_parameters") or {}  # transformers 5 moved rope_theta in there
         rope = {**hf, **(hf.get("rope_scaling") or {})}
+        # What we would compute differently is refused: such a model would load, and answer a little worse.
         if hf.get("use_sliding_window") or rope.get("rope_type", rope.get("type", "default")) != "default":
             raise ValueError(f"{folder}/config.json: sliding windows and scaled RoPE are not supported")
         config = GPTConfig(**{f.name: hf[f.name] for f in fields(GPTConfig) if f.name in hf})
-        with torch.device("meta"):
+        with torch.device("meta"):  # shapes without memory: no random weights are drawn only to be replaced
             gpt = cls(config)
         tensors = dict(read_safetensors(folder))
         if config.tie_word_embeddings:
@@ -273,27 +285,30 @@ class TokenLoss(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, head, targets, weights, chunk, train):
-        total = x.new_zeros((), dtype=torch.float32)
+        # n supervised tokens: x [n, H], targets [n], weights [n]; head [V, H]
+        total = x.new_zeros((), dtype=torch.float32)  # bfloat16 has 2 to 3 digits, too few for a sum
         w = head.to(x.dtype)
         grad_x = torch.zeros_like(x) if train else None
         grad_head = torch.zeros_like(head) if train and head.requires_grad else None
         for i in range(0, len(x), chunk):
             xi, ti, wi = x[i:i + chunk], targets[i:i + chunk], weights[i:i + chunk]
             logits = (xi @ w.t()).float()                                                            # [chunk, V]
-            logsum = logits.logsumexp(dim=-1, keepdim=True)
+            logsum = logits.logsumexp(dim=-1, keepdim=True)                                          # [chunk, 1]
+            # -log softmax at the target = logsumexp - the target's logit: no probability underflows to log 0
             total += ((logsum[:, 0] - logits.gather(1, ti[:, None])[:, 0]) * wi).sum()
             if train:  # d loss / d logits = softmax - 1 at the target
-                delta = logits.sub_(logsum).exp_()
+                delta = logits.sub_(logsum).exp_()  # in the logits' own memory, the largest block there is
                 delta[torch.arange(len(ti), device=x.device), ti] -= 1
                 delta = delta.mul_(wi[:, None]).to(x.dtype)
-                grad_x[i:i + chunk] = delta @ w
+                grad_x[i:i + chunk] = delta @ w                                                      # [chunk, H]
                 if grad_head is not None:
-                    grad_head += delta.t() @ xi
+                    grad_head += delta.t() @ xi                                                      # [V, H]
         ctx.save_for_backward(grad_x, grad_head)
         return total
 
     @staticmethod
     def backward(ctx, grad):
+        # The loss is one number: its gradient only scales what forward has made. One result per input of it.
         grad_x, grad_head = ctx.saved_tensors
         return grad_x * grad, None if grad_head is None else grad_head * grad, None, None, None, None
 
@@ -301,10 +316,10 @@ class TokenLoss(torch.autograd.Function):
 def token_loss(x, head, targets, weights=None, chunk: int = 4096) -> torch.Tensor:
     """
     x [B, T, H], head [V, H], targets [B, T] with -100 where nothing is to be learned -> the SUM over supervised tokens
-    of weight * -log p(target). The caller divides by the tokens of the whole step, over all micro-batches and ranks: a
-    mean of means would weigh a token in a short micro-batch more. `weights` [B, T] are the advantages in reinforcement
-    learning, else ones.
+    of weight * -log p(target). `weights` [B, T] are the advantages in reinforcement learning, else ones.
     """
+    # TRAP: the caller divides, by the tokens of the whole step over all micro-batches and ranks. A mean of means would
+    # weigh a token in a short micro-batch more.
     rows = (targets.flatten() >= 0).nonzero()[:, 0]  # most positions are picture or question: they never reach the head
     weights = torch.ones_like(targets, dtype=torch.float32) if weights is None else weights
     return TokenLoss.apply(x.flatten(0, 1)[rows], head, targets.flatten()[rows], weights.flatten()[rows], chunk,
@@ -317,7 +332,8 @@ def token_loss(x, head, targets, weights=None, chunk: int = 4096) -> torch.Tenso
 def document_mask(documents: torch.Tensor) -> torch.Tensor:
     "document ids [B, T] -> [B, 1, T, T], True where a query may look: back, and only within its own document."
     T = documents.shape[1]
-    causal = torch.ones(T, T, dtype=torch.bool, device=documents.device).tril()
+    causal = torch.ones(T, T, dtype=torch.bool, device=documents.device).tril()                      # [T, T]
+    # Padding is document 0 and sees itself: every query has at least one key, so no softmax is over nothing.
     return (causal & (documents[:, :, None] == documents[:, None, :]))[:, None]
 
 
@@ -330,33 +346,34 @@ class VLM(nn.Module):
         self.gpt = GPT(config.decoder)
 
     def see(self, pixels: torch.Tensor) -> torch.Tensor:
-        "pixels uint8 [n, 3, S, S] -> the pictures' tokens [n, M, H]. A frozen ViT leaves no graph behind."
+        "pixels uint8 [n, 3, S, S] -> the pictures' tokens [n, M, H]."
+        # A frozen ViT leaves no graph behind: the activations of its layers are freed at once.
         with torch.set_grad_enabled(torch.is_grad_enabled() and self.vit.patch.weight.requires_grad):
-            features = self.vit(pixels)
+            features = self.vit(pixels)                                                              # [n, N, D]
         return self.bridge(features)
 
     def embed(self, ids, pixels=None, slots=None, pictures=None) -> torch.Tensor:
         """
         ids [B, T] -> [B, T, H]. slots [m * M] are the places of m pictures' placeholders in ids.flatten(); the
         embeddings there are overwritten. pictures [m] says which of the n pixels each one shows (default: each in
-        turn): a picture that several documents talk about is encoded once. The packer has checked that pictures and
-        places belong together.
+        turn): a picture that several documents talk about is encoded once.
         """
         x = self.gpt.embed(ids)
         if pixels is not None and len(pixels):
             tokens = self.see(pixels)                                                                # [n, M, H]
             tokens = tokens if pictures is None else tokens[pictures]                                # [m, M, H]
+            # Gradients go to the pictures' tokens here. The packer has checked that pictures and places fit together.
             x = x.flatten(0, 1).index_copy(0, slots, tokens.flatten(0, 1).to(x.dtype)).view_as(x)
         return x
 
     def forward(self, batch: dict) -> torch.Tensor:
         "A packed batch (data.pack) -> summed loss over its supervised tokens."
         x = self.embed(batch["ids"], batch.get("pixels"), batch.get("slots"), batch.get("pictures"))
-        h = self.gpt.hidden(x, batch["positions"], document_mask(batch["documents"]))
+        h = self.gpt.hidden(x, batch["positions"], document_mask(batch["documents"]))                # [B, T, H]
         return token_loss(h, self.gpt.head_weight, batch["targets"], batch["weights"])
 
     def groups(self) -> dict[str, nn.Module]:
-        return {"vit": self.vit, "bridge": self.bridge, "decoder": self.gpt}
+        return {"vit": self.vit, "bridge": self.bridge, "decoder": self.gpt}  # what a stage trains or freezes
 
     # ------------------------------------------------------------------------------------------------------------------
     # Generation
@@ -370,80 +387,86 @@ class VLM(nn.Module):
         Prompts of any lengths, as tokenizer.render gives them, with `pixels` [n, 3, S, S] of all their pictures in
         order. Yields, for each new position, one id per row, None for rows that have ended (the stop token itself is
         still yielded). With samples = n every prompt is read once and answered n times: rows i*n to i*n+n-1.
-        temperature 0 takes the likeliest token. A row's random numbers come from its own seed: what it says does not
-        depend on its neighbours.
+        temperature 0 takes the likeliest token.
         """
+        # 1. One rectangle of ids. Padded on the left, so that all rows' last prompt tokens, and then all new ones,
+        #    stand in one column.
         device, B = self.gpt.embed.weight.device, len(prompts)
         T = max(len(p.ids) for p in prompts)
-        # Padded on the left, so that all rows' last prompt tokens, and then all new ones, stand in one column.
-        pad = torch.tensor([T - len(p.ids) for p in prompts], device=device)
+        pad = torch.tensor([T - len(p.ids) for p in prompts], device=device)                         # [B]
         ids = torch.tensor([[0] * (T - len(p.ids)) + list(p.ids) for p in prompts], device=device)   # [B, T]
-        M = self.config.bridge.num_tokens
-        starts = [b * T + T - len(p.ids) + s for b, p in enumerate(prompts) for s in p.slots]
-        if len(starts) != (0 if pixels is None else len(pixels)):
-            raise ValueError(f"{len(starts)} places for images in the prompts, "
-                             f"but {0 if pixels is None else len(pixels)} images")
-        slots = (torch.tensor(starts, device=device, dtype=torch.long)[:, None]
-                 + torch.arange(M, device=device)).flatten()
-        cache = KVCache(self.config.decoder, B, T + max_new_tokens, device, self.gpt.embed.weight.dtype)
 
+        # 2. Where the pictures go: a prompt's slot is its run's first place, moved right by the padding.
+        M, images = self.config.bridge.num_tokens, 0 if pixels is None else len(pixels)
+        starts = [b * T + T - len(p.ids) + s for b, p in enumerate(prompts) for s in p.slots]
+        if len(starts) != images:
+            raise ValueError(f"{len(starts)} places for images in the prompts, but {images} images")
+        slots = (torch.tensor(starts, device=device, dtype=torch.long)[:, None]
+                 + torch.arange(M, device=device)).flatten()                                         # [n * M]
+
+        # 3. Read all prompts in one pass, and keep their keys and values.
+        cache = KVCache(self.config.decoder, B, T + max_new_tokens, device, self.gpt.embed.weight.dtype)
         columns = torch.arange(T + max_new_tokens, device=device)
         mask = (columns[:T, None] >= columns[None, :T]) & (columns[None, :T] >= pad[:, None, None])  # [B, T, T]
         # a padding position sees itself: a softmax over nothing is NaN
         mask |= torch.eye(T, dtype=torch.bool, device=device)
-        positions = (columns[:T] - pad[:, None]).clamp(min=0)
+        positions = (columns[:T] - pad[:, None]).clamp(min=0)  # [B, T]: a row's first real token stands at 0
         x = self.embed(ids, pixels.to(device) if pixels is not None else None, slots)
         h = self.gpt.hidden(x, positions, mask[:, None], cache)[:, -1]                               # [B, H]
-        if samples > 1:
+        if samples > 1:  # only now: the costly part, reading the pictures, was done once for all samples
             cache.repeat(samples)
             h, pad, ids = (t.repeat_interleave(samples, dim=0) for t in (h, pad, ids))
             B *= samples
-        seen = torch.zeros(B, self.config.decoder.vocab_size, dtype=torch.bool, device=device)
+
+        # 4. What the sampler needs: the words each row has seen, and its random numbers.
+        seen = torch.zeros(B, self.config.decoder.vocab_size, dtype=torch.bool, device=device)       # [B, V]
         if repetition_penalty != 1.0:
             seen.scatter_(1, ids, columns[None, :T] >= pad[:, None])
-            # 0 also pads
+            # TRAP: id 0 is a word and also the padding: the scatter may have written either last.
             seen[:, 0] = torch.tensor([0 in p.ids for p in prompts for _ in range(samples)], device=device)
-        # All random numbers at once: one column is used at each step.
+        # From each row's own seed: what it says does not depend on its neighbours. Drawn on the CPU, so that every
+        # device gets the same numbers, and all at once: one column is used at each step.
         seeds = list(range(B)) if seeds is None else seeds
         noise = torch.stack([torch.rand(max_new_tokens, generator=torch.Generator().manual_seed(s))
-                             for s in seeds]).to(device)
+                             for s in seeds]).to(device)                                           # [B, max_new_tokens]
+
+        # 5. One token per row and step, until every row has ended.
         ended = [False] * B
         for step in range(max_new_tokens):
             logits = F.linear(h, self.gpt.head_weight.to(h.dtype)).float()                           # [B, V]
             if vocab_used:
                 logits[:, vocab_used:] = -torch.inf  # padding rows of the embedding are not words
-            token = sample(logits, noise[:, step], seen, temperature, top_k, top_p, repetition_penalty)
-            row = token.tolist()
+            token = sample(logits, noise[:, step], seen, temperature, top_k, top_p, repetition_penalty)  # [B]
+            row = token.tolist()  # the one line of this loop where the CPU waits for the device
             yield [None if ended[b] else row[b] for b in range(B)]
-            ended = [ended[b] or row[b] in stop for b in range(B)]
+            ended = [ended[b] or row[b] in stop for b in range(B)]  # such rows go on, unheard, until all have ended
             if all(ended) or step == max_new_tokens - 1:
                 return
             if repetition_penalty != 1.0:
                 seen.scatter_(1, token[:, None], True)
             mask = (columns[None, :T + step + 1] >= pad[:, None])[:, None, None]                     # [B, 1, 1, keys]
-            h = self.gpt.hidden(self.gpt.embed(token[:, None]), (T + step - pad)[:, None], mask, cache)[:, 0]
+            h = self.gpt.hidden(self.gpt.embed(token[:, None]), (T + step - pad)[:, None], mask, cache)[:, 0]  # [B, H]
 
 
 def sample(logits, noise, seen, temperature: float, top_k: int, top_p: float,
            repetition_penalty: float) -> torch.Tensor:
-    """
-    logits [B, V], noise [B] uniform in 0 to 1 -> token ids [B]. The filters come in Hugging Face's order: repetition
-    penalty (a token that was `seen` loses likelihood), temperature, top-k (the k likeliest), top-p (the fewest that
-    hold p of the mass).
-    """
-    if repetition_penalty != 1.0:
+    "logits [B, V], noise [B] uniform in 0 to 1 -> token ids [B]. The filters come in Hugging Face's order."
+    if repetition_penalty != 1.0:  # above 1: whatever was seen loses likelihood. Both branches push a logit down.
         logits = torch.where(
             seen, torch.where(logits > 0, logits / repetition_penalty, logits * repetition_penalty), logits)
     if temperature == 0:
         return logits.argmax(dim=-1)
-    probs, order = (logits / temperature).softmax(dim=-1).sort(dim=-1, descending=True)
-    if top_k:
+    # Below 1 the likely tokens gain, above 1 the unlikely. order [B, V] leads back from ranks to ids.
+    probs, order = (logits / temperature).softmax(dim=-1).sort(dim=-1, descending=True)              # [B, V]
+    if top_k:  # the k likeliest
         probs[:, top_k:] = 0
-        probs /= probs.sum(dim=-1, keepdim=True)
-    probs[probs.cumsum(dim=-1) - probs > top_p] = 0  # drop those before which p is already full: the first always stays
+        probs /= probs.sum(dim=-1, keepdim=True)  # top-p counts shares of what top-k has left
+    # top-p, the fewest that hold p of the mass: drop those before which p is already full. The first always stays.
+    probs[probs.cumsum(dim=-1) - probs > top_p] = 0
     # Inverse transform: the first token at which the running sum passes the noise.
-    total = probs.cumsum(dim=-1)
-    index = (total <= noise[:, None] * total[:, -1:]).sum(dim=-1, keepdim=True)
+    total = probs.cumsum(dim=-1)                                                                     # [B, V]
+    index = (total <= noise[:, None] * total[:, -1:]).sum(dim=-1, keepdim=True)                      # [B, 1]
+    # minimum: rounding may carry the index past the last token that is still allowed
     return order.gather(1, index.minimum((probs > 0).sum(dim=-1, keepdim=True) - 1))[:, 0]
 
 
@@ -475,6 +498,7 @@ def recover(folder) -> Path:
     "If the last save was interrupted between its two renames, the checkpoint lies beside its place: put it back."
     folder = Path(folder)
     old = folder.with_name(folder.name + ".old")
+    # .new is never taken instead: nothing tells from outside whether it was finished. At most one save is lost.
     if not folder.exists() and old.exists():
         os.rename(old, folder)
     return folder
@@ -483,27 +507,30 @@ def recover(folder) -> Path:
 def save_checkpoint(folder, vlm: VLM, tokenizer, optimizer: dict | None = None, state: dict | None = None) -> None:
     """
     All or nothing: the new folder is written beside the old one and then takes its place, so that a crash at any moment
-    leaves a whole checkpoint. Other files in the old folder (log.jsonl, samples.png) move along.
+    leaves a whole checkpoint.
     """
+    # First recover, then clean up: after an interrupted save the only whole checkpoint may be the one named .old.
     folder = recover(folder)
     new, old = folder.with_name(folder.name + ".new"), folder.with_name(folder.name + ".old")
     for leftover in (new, old):
         shutil.rmtree(leftover, ignore_errors=True)
     new.mkdir(parents=True)
     (new / "config.json").write_text(json.dumps({"model_type": "ghostvis", **asdict(vlm.config)}, indent=2) + "\n")
-    tokenizer.save(new)
+    tokenizer.save(new)  # with the weights: under another tokenizer's ids they would speak gibberish
     stamp = {"step": str((state or {}).get("step", 0))}  # proves that weights, moments and state belong to one moment
     write_safetensors(dict(vlm.named_parameters()), new / "model.safetensors", {"format": "pt", **stamp})
     if optimizer is not None:
         write_safetensors(optimizer, new / "optimizer.safetensors", stamp)
         (new / "state.json").write_text(json.dumps(state, indent=2) + "\n")
     if folder.exists():
-        for file in folder.iterdir():
+        for file in folder.iterdir():  # log.jsonl, samples.png move along; an old optimizer beside new weights must not
             if not (new / file.name).exists() and file.name not in ("optimizer.safetensors", "state.json"):
                 (shutil.copytree if file.is_dir() else shutil.copy2)(file, new / file.name)
+        # Two renames, as a folder that has files in it cannot be replaced by one. Each happens wholly or not at all;
+        # in the moment between them the checkpoint is .old, where recover() finds it.
         os.rename(folder, old)
     os.rename(new, folder)
-    shutil.rmtree(old, ignore_errors=True)
+    shutil.rmtree(old, ignore_errors=True)  # last: until here there was always one whole checkpoint
 
 
 STAGES = ["base", "align", "sft", "rl"]  # in the order in which they build on each other
@@ -513,6 +540,7 @@ def newest_checkpoint(out_dir, preset: str, before: str = "") -> Path | None:
     "The checkpoint of the latest stage (of those before a given one) under OUT_DIR/PRESET, if there is any."
     stages = STAGES[:STAGES.index(before)] if before else STAGES
     folders = [Path(out_dir) / preset / stage for stage in stages]
+    # .old counts too: after an interrupted save it is all there is, and load_checkpoint will put it back
     return next((f for f in reversed(folders)
                  if (f / "config.json").exists() or f.with_name(f.name + ".old").exists()), None)
 
@@ -521,7 +549,7 @@ def load_checkpoint(folder) -> VLM:
     "The folder's model, on the CPU, in float32. ValueError if anything is missing, cut short or of another shape."
     folder = recover(folder)
     config = read_json(folder / "config.json")
-    if config.pop("model_type", "") != "ghostvis":
+    if config.pop("model_type", "") != "ghostvis":  # Hugging Face's folders have a config.json too
         raise ValueError(f"{folder}/config.json: not a checkpoint of this project")
     try:
         config = VLMConfig.from_dict(config)
@@ -530,6 +558,7 @@ def load_checkpoint(folder) -> VLM:
     with torch.device("meta"):
         vlm = VLM(config)
     tensors = read_safetensors(folder / "model.safetensors")
+    # Our own names on both sides, through the same checks as released weights: none missing, none left over.
     load_renamed(vlm, tensors, {name: [name] for name, _ in vlm.named_parameters()}, "",
                  str(folder / "model.safetensors"))
     return vlm

@@ -18,23 +18,27 @@ from pathlib import Path
 
 import torch
 
+# No train_base.py: asking must not load the training code. Hence this file's own flags and choice of device.
 import data
 from model import PRESETS, VLM, load_checkpoint, newest_checkpoint, respond
 from tokenizer import Tokenizer
 from vision import load_image, preprocess
 
+# A folder often holds other files too. They are told by their names: opening each one would take long.
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff"}
 
 
 def did_you_mean(message: str, names) -> str:
     for word in message.split():
+        # "--imge=cat.jpg" -> "imge" -> near "image". Only words with dashes can be meant as flags.
         near = difflib.get_close_matches(word.split("=")[0].lstrip("-"), names, n=1) if word.startswith("--") else []
-        if near and near[0] not in message:
+        if near and near[0] not in message:  # else the message is about a known flag's value
             return f"; did you mean --{near[0]}?"
     return ""
 
 
 def parse_flags(argv=None) -> argparse.Namespace:
+    # allow_abbrev would take --temp for --temperature, until a new flag that begins alike makes it an error.
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
                                      allow_abbrev=False)
     add = parser.add_argument
@@ -56,9 +60,11 @@ def parse_flags(argv=None) -> argparse.Namespace:
     add("--seed", type=int, default=0, help="of sampling [%(default)s]")
     add("--batch_size", type=int, default=16, help="pictures at once, with --images [%(default)s]")
     add("--device", default="auto", help="auto, cpu, cuda or mps [%(default)s]")
+    # Exit codes: 2 for a flag that does not exist or does not parse (argparse's custom), 1 for any other bad input.
     parser.error = lambda message: parser.exit(
         2, f"error: {message}{did_you_mean(message, vars(parser.parse_args([])))} (--help lists all flags)\n")
     flags = parser.parse_args(argv)
+    # argparse knows types, not ranges. Checked before the model is loaded: a slip should not cost that wait.
     if not 0 < flags.top_p <= 1 or min(flags.temperature, flags.top_k) < 0 or flags.repetition_penalty <= 0 \
             or min(flags.max_new_tokens, flags.batch_size) < 1:
         raise ValueError("--top_p must be in 0 to 1, --temperature and --top_k from 0, --repetition_penalty above 0, "
@@ -68,9 +74,10 @@ def parse_flags(argv=None) -> argparse.Namespace:
 
 def load(flags) -> tuple[VLM, Tokenizer]:
     folder = flags.init or newest_checkpoint(flags.out_dir, flags.model)
-    if not folder:
+    if not folder:  # training would begin with random weights; asking them gives noise, so here it is an error
         raise ValueError(f"no trained model under {flags.out_dir}/{flags.model}; train one with "
                          "`python train_sft.py --batch_size=32`, or name a checkpoint folder by --init=")
+    # The tokenizer lies in the checkpoint: with another one's ids the same weights would write noise.
     vlm, tokenizer = load_checkpoint(folder), Tokenizer.from_pretrained(folder)
     device = flags.device
     if device == "auto":
@@ -79,36 +86,46 @@ def load(flags) -> tuple[VLM, Tokenizer]:
         raise ValueError(f"--device={device}: choose auto, cpu, cuda or mps")
     if device == "cuda" and not torch.cuda.is_available():
         raise ValueError("--device=cuda: PyTorch sees no GPU here; use --device=cpu")
+    # Which of several stages answers is easily mistaken, so it is said. Not on standard output: that is the answer's.
     print(f"({folder}, {device})", file=sys.stderr)
     return vlm.to(device).eval(), tokenizer
 
 
 def options(flags) -> dict:
+    # The defaults are greedy (temperature 0), as in the evaluation: what you see is what was measured.
     return {name: getattr(flags, name)
             for name in ("max_new_tokens", "temperature", "top_k", "top_p", "repetition_penalty")}
 
 
 def to_pixels(vlm: VLM, path) -> torch.Tensor:
+    # Size and filter belong to the checkpoint: pixels made in another way look strange to its ViT. uint8 [3, S, S].
     config = vlm.config.vision
     return preprocess(load_image(path), config.image_size, config.bicubic)
 
 
 def user_message(question: str, images: int) -> dict:
-    "The parts form: what a user types is text, even if it contains <image>."
+    # Content may be a string, in which "<image>" marks a picture's place, or a list of parts. We use parts: what a user
+    # types then stays text, even if it contains "<image>", and the places always match the pictures.
+    # Pictures, a newline, the question: the order that the training data has. Without a picture, no newline.
     return {"role": "user",
             "content": [{"type": "image"}] * images + [{"type": "text", "text": "\n" * bool(images) + question}]}
 
 
 def stream(vlm: VLM, tokenizer: Tokenizer, messages: list, pixels: list, flags) -> str:
-    "Print the answer as it comes, and return it. A token may end inside a character: only whole ones are printed."
+    "Print the answer as it comes, and return it."
+    # In a chat the whole conversation is read again for each answer: simple, but every turn waits a little longer.
     prompt = tokenizer.render(messages, image_tokens=vlm.config.bridge.num_tokens, add_generation_prompt=True)
     ids, shown = [], ""
+    # One row, so each step yields one id. The last may be a stop token; decode leaves special tokens out. vocab_used:
+    # the embedding may have more rows than there are words.
     for (token,) in vlm.generate([prompt], torch.stack(pixels) if pixels else None, stop=set(tokenizer.stop_ids),
                                  vocab_used=tokenizer.vocab_size, seeds=[flags.seed], **options(flags)):
         ids.append(token)
-        text = tokenizer.decode(ids)
+        text = tokenizer.decode(ids)  # all of them: a single token may be a part of a character, and no text by itself
+        # U+FFFD at the end is the begun character (an emoji has 4 bytes, often in several tokens). A terminal cannot
+        # take it back, so it is held until the next tokens complete it.
         if not text.endswith("\ufffd"):
-            print(text[len(shown):], end="", flush=True)
+            print(text[len(shown):], end="", flush=True)  # without flush, a pipe shows nothing before the end
             shown = text
     text = tokenizer.decode(ids)
     print(text[len(shown):])  # what is left of a character that the answer broke off
@@ -116,11 +133,15 @@ def stream(vlm: VLM, tokenizer: Tokenizer, messages: list, pixels: list, flags) 
 
 
 def chat(vlm: VLM, tokenizer: Tokenizer, flags) -> None:
+    # Only answers go to standard output, so `--chat < questions.txt > answers.txt` works.
     print("Type a question. /image PATH shows a picture, /reset starts over, /quit ends.", file=sys.stderr)
+    # pixels: all pictures of the conversation so far. waiting: those shown since the last question, which go before the
+    # next one.
     messages, pixels, waiting = [], [], [to_pixels(vlm, path) for path in flags.image]
     while True:
+        # Not input("> "): it would write its prompt to standard output.
         print("> ", end="", file=sys.stderr, flush=True)
-        line = sys.stdin.readline()
+        line = sys.stdin.readline()  # "" only at the end of input (Ctrl-D); an empty line is "\n"
         if not line or line.strip() == "/quit":
             return
         command, _, rest = line.strip().partition(" ")
@@ -128,34 +149,38 @@ def chat(vlm: VLM, tokenizer: Tokenizer, flags) -> None:
             try:
                 waiting.append(to_pixels(vlm, rest.strip()))
                 print("(picture loaded; ask about it)", file=sys.stderr)
-            except ValueError as error:  # a slip of the keyboard should not end the conversation
+            except ValueError as error:  # a mistyped path should not cost the conversation so far
                 print(f"error: {error}", file=sys.stderr)
         elif command == "/reset":
             messages, pixels, waiting = [], [], []
-        elif command:
+        elif command:  # anything else is a question, an unknown /word too
             messages.append(user_message(line.strip(), len(waiting)))
             pixels, waiting = pixels + waiting, []
             answer = stream(vlm, tokenizer, messages, pixels, flags)
+            # The answer as parts too: a model may write "<image>" as well.
             messages.append({"role": "assistant", "content": [{"type": "text", "text": answer}]})
 
 
 def folder(vlm: VLM, tokenizer: Tokenizer, flags) -> None:
-    """
-    Every picture of a folder -> one line of --out. A picture that cannot be read gets a line with its error, and the
-    rest go on.
-    """
+    "Every picture of a folder -> one line of --out: a JSON object with its answer, or with the error if it is broken."
     root, out = Path(flags.images), Path(flags.out)
     if not root.is_dir():
         raise ValueError(f"--images={root}: no such folder")
+    # A large folder takes hours. A run that was stopped goes on: what --out answers already is skipped. The question is
+    # part of the key, as another question is other work. Lines with an error do not count: those are tried again.
     done = set()
     if out.exists():
+        # A line cut off by a crash is an error that names the file. Going on behind it would spoil the next line too.
         with data.naming(out):
             done = {(row["image"], row["question"])
                     for row in map(json.loads, out.read_text(encoding="utf-8").splitlines()) if "answer" in row}
+    # Relative to the folder: it may be moved, and a.png in two subfolders stays two pictures. Sorted: the file system's
+    # order differs from machine to machine.
     names = sorted(str(path.relative_to(root)) for path in root.rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES)
     if not names:
         raise ValueError(f"--images={root}: no pictures there ({', '.join(sorted(IMAGE_SUFFIXES))})")
     names, failed = [name for name in names if (name, flags.question) not in done], 0
+    # Append, never rewrite: nothing that goes wrong later can harm the answers that are there.
     with open(out, "a", encoding="utf-8") as file:
         for at in range(0, len(names), flags.batch_size):
             rows = []
@@ -163,17 +188,23 @@ def folder(vlm: VLM, tokenizer: Tokenizer, flags) -> None:
                 try:
                     rows.append((name, to_pixels(vlm, root / name)))
                 except ValueError as error:
+                    # One broken file among thousands must not end the run; its line says what is wrong with it.
                     failed += 1
                     print(f"error: {error}", file=sys.stderr)
                     file.write(json.dumps({"image": name, "question": flags.question, "error": str(error)}) + "\n")
+            # A seed for each row, the same for all: an answer depends neither on the batch size nor on which pictures
+            # share the batch, so a run that was stopped gives the same answers as one that was not. Where all pictures
+            # of a batch are broken there is no row, and generate cannot take none.
             said = respond(vlm, tokenizer, [[user_message(flags.question, 1)]] * len(rows),
                            [[pixels] for _, pixels in rows], seeds=[flags.seed] * len(rows),
                            **options(flags)) if rows else []
+            # ensure_ascii=False: answers in any script stay readable in the file.
             for (name, _), answer in zip(rows, said):
                 file.write(json.dumps({"image": name, "question": flags.question, "answer": answer},
                                       ensure_ascii=False) + "\n")
-            file.flush()
+            file.flush()  # a crash loses one batch at most
             print(f"{min(at + flags.batch_size, len(names))} of {len(names)} pictures", file=sys.stderr)
+    # At the end, when all others are answered: exit code 1 tells a script that some are missing.
     if failed:
         raise ValueError(f"{failed} of {len(names)} pictures could not be read; {out} says which")
 
@@ -185,7 +216,7 @@ def main() -> None:
         folder(vlm, tokenizer, flags)
     elif flags.chat:
         chat(vlm, tokenizer, flags)
-    else:
+    else:  # several --image: all of them before the one question, in the order given
         stream(vlm, tokenizer, [user_message(flags.question, len(flags.image))],
                [to_pixels(vlm, path) for path in flags.image], flags)
 
@@ -194,6 +225,6 @@ if __name__ == "__main__":
     try:
         main()
     except (ValueError, OSError) as error:
-        sys.exit(f"error: {error}")
+        sys.exit(f"error: {error}")  # a text goes to standard error, and the exit code is 1
     except KeyboardInterrupt:
-        sys.exit(130)
+        sys.exit(130)  # the shells' number for Ctrl-C: 128 + SIGINT (2)

@@ -3,7 +3,7 @@ Chapter 4: learning from being right. The model answers, the answers are checked
 becomes likelier.
 
     python train_rl.py                                  # tiny, after train_sft.py: a few minutes on a laptop
-    python train_rl.py --kinds=count,number             # only some kinds of questions
+    python train_rl.py --kinds=                         # all kinds of questions, not only the two weakest
     python train_rl.py --data=my.json                   # your own questions, if their answers are short enough to check
     torchrun --nproc_per_node=8 train_rl.py --model=small
 
@@ -11,8 +11,8 @@ GRPO (arXiv 2402.03300) in its plainest form. For each question the model is ask
 answer's advantage is its reward minus the mean reward of its group: no value network, the group is the baseline. The
 update is the ordinary loss of chapter 3 on the model's own answers, each token weighted by its answer's advantage.
 
-Prints the accuracy on held-out questions before and after, with 95 % intervals, and the interval of the difference,
-which is narrower because both times the questions are the same.
+Prints the accuracy on held-out questions of all kinds before and after, with 95 % intervals, and the interval of the
+difference, which is narrower because both times the questions are the same.
 
 New in this chapter: rollouts with the picture in the prompt, rewards, advantages as token weights.
 Left out, because the policy that samples is the policy that learns (one update per rollout, temperature 1): the ratio
@@ -29,11 +29,13 @@ import torch
 from tqdm import tqdm
 
 import data
-from train_base import (SHARED_FLAGS, Interrupt, Log, Optimizer, Setup, check_resume, evaluate, finish, freeze,
+from train_base import (SHARED_FLAGS, Interrupt, Log, Optimizer, Setup, evaluate, finish, freeze,
                         lr_scale, make_tokenizer, parse_flags, run, save, save_samples, start, to_pixels, train_step)
 
 STAGE = "rl"
-BY_MODEL = {"tiny": {"batch_size": 64, "seq_len": 256, "steps": 200, "lr": 0.0004, "eval_size": 1200},
+# batch_size counts questions here, not rows. A rate far below chapter 3's: its last steps found a good place, and
+# a policy that jumps away from it answers badly, is rewarded seldom, and learns nothing.
+BY_MODEL = {"tiny": {"batch_size": 64, "seq_len": 256, "steps": 200, "lr": 0.0004, "eval_size": 2000},
             "small": {"batch_size": 64, "seq_len": 1024, "steps": 300, "lr": 0.0005, "eval_size": 1200}}
 FLAGS = SHARED_FLAGS | {
     "batch_size": (None, "questions per step, over all GPUs"),
@@ -41,7 +43,8 @@ FLAGS = SHARED_FLAGS | {
     "samples": (16, "answers to each question: the group that serves as baseline"),
     "max_new_tokens": (12, "longest answer, in tokens"),
     "temperature": (1.0, "of sampling; anything but 1 samples from another policy than the one that learns"),
-    "kinds": ("", "train on these kinds of questions only, comma-separated; empty: all"),
+    # A question that is always answered right teaches nothing: ask what chapter 3 has left unlearned.
+    "kinds": ("number,place", "kinds of the world's questions to train on, comma-separated; empty: all"),
 }
 
 
@@ -50,11 +53,13 @@ def roll_out(vlm, tokenizer, records: list, flags, step: int) -> tuple[list, lis
     -> (prompts, the ids of each question's samples). Each sample has its own seed; the picture is encoded once for all
     of them.
     """
+    # The same render as in training and in sample.py: it opens the assistant's turn, and the model goes on from there.
     prompts = [tokenizer.render(record["messages"][:-1], image_tokens=vlm.config.bridge.num_tokens,
                                 add_generation_prompt=True) for record in records]
     convert = to_pixels(vlm)
     pixels = [convert(source, record) for record in records for source in record["images"]]
     n = len(prompts) * flags.samples
+    # A seed for each answer: what it says depends neither on its neighbours nor on the number of ranks.
     # Not Python's hash(), which differs from process to process.
     seeds = [random.Random(f"{flags.seed}/{step}/{record['id']}/{k}").getrandbits(40)
              for record in records for k in range(flags.samples)]
@@ -63,15 +68,17 @@ def roll_out(vlm, tokenizer, records: list, flags, step: int) -> tuple[list, lis
                                samples=flags.samples, stop=set(tokenizer.stop_ids), temperature=flags.temperature,
                                vocab_used=tokenizer.vocab_size, seeds=seeds):
         for row, token in zip(rows, column):
-            if token is not None:
+            if token is not None:  # None: this answer has ended. Its stop token is kept: to stop is learned as well
                 row.append(token)
     return prompts, [rows[i * flags.samples:(i + 1) * flags.samples] for i in range(len(prompts))]
 
 
 def reward(record: dict, ids: list[int], tokenizer) -> float:
     "1 for a right answer that also ends; the scoring rules are those of the evaluation."
+    # Without this, an endless answer that happens to score would be made likelier, and they grow from there.
     if ids[-1] not in tokenizer.stop_ids:
         return 0.0
+    # A file's record may name several right answers under "answer"; else the conversation's last turn is the one.
     answer = record.get("answer", record["messages"][-1]["content"])
     return data.score(record.get("metric", "exact"), tokenizer.decode(ids).strip(), answer, record.get("choices"))
 
@@ -85,22 +92,27 @@ def to_documents(records, prompts, groups, tokenizer) -> tuple[list, int, dict]:
     documents, tokens, means, teaching = [], 0, [], 0
     for record, prompt, group in zip(records, prompts, groups):
         rewards = [reward(record, ids, tokenizer) for ids in group]
+        # The baseline: an answer is praised for being better than its siblings, not for an easy question.
         mean = sum(rewards) / len(rewards)
         means.append(mean)
         if max(rewards) == min(rewards):
             continue  # all right or all wrong: every advantage is 0, and there is nothing to learn
         teaching += 1
+        # Counted over all samples, also those merged below: the step is divided by it, as if none were merged.
         tokens += sum(len(ids) for ids in group)
-        advantages = {}
+        advantages = {}  # {answer as ids: sum over its occurrences}; short answers repeat often
         for ids, r in zip(group, rewards):
             advantages[tuple(ids)] = advantages.get(tuple(ids), 0.0) + r - mean
         for ids, advantage in advantages.items():
+            # Only the answer is learned: the mask is 0 on the prompt, and on the picture within it.
             documents.append(data.Document(0, prompt.ids + list(ids), [0] * len(prompt.ids) + [1] * len(ids),
                                            prompt.slots, record, advantage))
     return documents, tokens, {"reward": sum(means) / max(len(means), 1), "teaching": teaching / max(len(means), 1)}
 
 
 def pack_all(documents: list, rows: int, seq_len: int, vlm) -> list[dict]:
+    # First fit, batch after batch, until all found a place. Answers to one question share its picture: it is drawn
+    # and encoded once for each batch (data.to_batch).
     batches = []
     while documents:
         arrays, placed, waiting = data.pack(documents, rows, seq_len, vlm.config.bridge.num_tokens)
@@ -112,15 +124,29 @@ def pack_all(documents: list, rows: int, seq_len: int, vlm) -> list[dict]:
     return batches
 
 
-def compare(before: dict, after: dict) -> dict:
-    """
-    Accuracies with their 95 % intervals, and the paired difference: mean and standard error of each question's change.
-    """
-    changes = torch.tensor(after["right"], dtype=torch.float64) - torch.tensor(before["right"], dtype=torch.float64)
-    mean, error = changes.mean().item(), 1.96 * changes.std().item() / math.sqrt(len(changes))
-    return {"n": after["n"], "before": before["accuracy"], "before_ci95": before["ci95"], "accuracy": after["accuracy"],
-            "ci95": after["ci95"], "gain": mean, "gain_ci95": [mean - error, mean + error],
-            "by_kind_before": before["by_kind"], "by_kind": after["by_kind"]}
+def gain(before: list[float], after: list[float]) -> dict:
+    "Scores of the same questions before and after -> accuracies and their difference, with 95 % intervals."
+    # Both times the same questions, decoded greedily: most do not change, and their spread drops out.
+    changes = torch.tensor(after, dtype=torch.float64) - torch.tensor(before, dtype=torch.float64)
+    # 1.96 standard errors on either side hold 95 % of a normal distribution.
+    n, mean, error = len(after), changes.mean().item(), 1.96 * changes.std().item() / math.sqrt(len(after))
+    return {"n": n, "before": sum(before) / n, "before_ci95": data.wilson(sum(before), n),
+            "accuracy": sum(after) / n, "ci95": data.wilson(sum(after), n),
+            "gain": mean, "gain_ci95": [mean - error, mean + error]}
+
+
+def compare(before: dict, after: dict, records: list, kinds: list, setup: Setup) -> dict:
+    "Two evaluations of one held-out set -> the gain on all of it, and on the kinds trained on. Prints a table."
+    asked = [i for i, record in enumerate(records) if record.get("kind") in kinds] or range(len(records))
+    out = gain(before["right"], after["right"]) | {"by_kind_before": before["by_kind"], "by_kind": after["by_kind"]}
+    out["trained_on"] = gain([before["right"][i] for i in asked], [after["right"][i] for i in asked])
+    for kind, value in after["by_kind"].items():
+        setup.say(f"  {kind:<11}{before['by_kind'][kind]:>8.1%} {value:>8.1%}")
+    for name, r in (("all", out), ("trained on", out["trained_on"])):
+        setup.say(f"  {name:<11}{r['before']:>8.1%} {r['accuracy']:>8.1%}   "
+                  f"({r['n']} questions; 95 % interval {r['ci95'][0]:.1%} to {r['ci95'][1]:.1%}; "
+                  f"gain {r['gain']:+.1%}, {r['gain_ci95'][0]:+.1%} to {r['gain_ci95'][1]:+.1%})")
+    return out
 
 
 def main() -> None:
@@ -128,32 +154,34 @@ def main() -> None:
     setup = Setup(flags)
     vlm, tokenizer, state, moments = start(flags, setup, STAGE, make_tokenizer(flags))
     params = freeze(vlm, ["bridge", "decoder"] if vlm.config.pretrained_vision else ["bridge", "decoder", "vit"])
-    optimizer = Optimizer(params, flags.optimizer, flags.lr)
-    step = check_resume(flags, state)
-    if moments:
-        optimizer.load(moments)
+    optimizer = Optimizer(params, flags.optimizer, flags.lr, moments)
+    step = state.get("step", 0)  # above 0 with --resume
+    # New: one question at a time, with an answer that code can check. No packed loader: the rows are made by the model.
     kinds = [kind for kind in flags.kinds.split(",") if kind]
     dataset, held = data.load_data(flags.data, "exam", flags.seed, flags.eval_size, flags.val, kinds=kinds)
     log, interrupt = Log(flags, setup, STAGE), Interrupt()
+    # A resumed run compares with where it began, not with where it was interrupted.
     before = state.get("before") or {name: evaluate(vlm, tokenizer, records, setup) for name, records in held.items()}
     for name, result in before.items():
         setup.say(f"before: {name} {result['accuracy']:.1%} "
                   f"(95 % interval {result['ci95'][0]:.1%} to {result['ci95'][1]:.1%})")
 
     started, bar = time.time(), tqdm(total=flags.steps, initial=step, disable=not setup.master, desc=STAGE, unit="step")
-    while step < flags.steps and not interrupt.wanted:
+    while step < flags.steps and not interrupt.heard(setup):
         # ---- one step: ask, check, learn -----------------------------------------------------------------------------
-        # this rank's questions
+        # This rank's questions. They are counted on from step to step: no question is asked twice.
         mine = range(step * flags.batch_size + setup.rank, (step + 1) * flags.batch_size, setup.world)
         records = [dataset[i] for i in mine]
         prompts, groups = roll_out(vlm, tokenizer, records, flags, step)
         documents, tokens, stats = to_documents(records, prompts, groups, tokenizer)
         batches = pack_all(documents, flags.micro_batch_size or 16, flags.seq_len, vlm)
+        # One update for each rollout: the model that is updated is the one that answered, so no ratio is needed.
         # token-level: a long answer's tokens count as much as a short one's (DAPO, arXiv 2503.14476)
         tokens = setup.sum(tokens)
         train_step(vlm, batches, max(tokens, 1), params, optimizer, setup, lr_scale(step, flags))
         step += 1
         # ------------------------------------------------------------------------------------------------------------
+        # "teaching": groups with right and wrong answers. Near 0 the questions are too easy or too hard to learn from.
         stats = {name: setup.sum(value) / setup.world for name, value in stats.items()}
         bar.update()
         bar.set_postfix(reward=f"{stats['reward']:.3f}", teaching=f"{stats['teaching']:.0%}")
@@ -167,20 +195,15 @@ def main() -> None:
     bar.close()
     seconds = time.time() - started
     folder = save(flags, setup, STAGE, vlm, tokenizer, optimizer, [], step, before=before)
-    results = {name: compare(before[name], evaluate(vlm, tokenizer, records, setup)) for name, records in held.items()}
-    for name, r in results.items():
-        setup.say(f"\n{name:<12}  before    after   ({r['n']} questions)")
-        for kind in r["by_kind"]:
-            setup.say(f"  {kind:<10}{r['by_kind_before'][kind]:>8.1%} {r['by_kind'][kind]:>8.1%}")
-        setup.say(f"  {'all':<10}{r['before']:>8.1%} {r['accuracy']:>8.1%}   95 % intervals "
-                  f"{r['before_ci95'][0]:.1%} to {r['before_ci95'][1]:.1%}, "
-                  f"{r['ci95'][0]:.1%} to {r['ci95'][1]:.1%}; "
-                  f"gain {r['gain']:+.1%} ({r['gain_ci95'][0]:+.1%} to {r['gain_ci95'][1]:+.1%})")
+    results = {}
+    for name, records in held.items():
+        setup.say(f"\n{name:<13}  before    after")
+        results[name] = compare(before[name], evaluate(vlm, tokenizer, records, setup), records, kinds, setup)
     if setup.master:
         save_samples(folder / "samples.png", vlm, tokenizer, [r for records in held.values() for r in records[:8]][:16])
     main_result = next(iter(results.values()))
     finish(setup, log, stage=STAGE, step=step, accuracy=main_result["accuracy"], before=main_result["before"],
-           gain_ci95=main_result["gain_ci95"], held_out=results, seconds=seconds,
+           gain_ci95=main_result["gain_ci95"], trained_on=main_result["trained_on"], held_out=results, seconds=seconds,
            checkpoint=str(folder), interrupted=interrupt.wanted)
 
 

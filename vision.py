@@ -44,6 +44,7 @@ def load_image(source, name: str = "") -> Image.Image:
     """
     name = name or (str(source) if isinstance(source, (str, Path)) else "image")
     try:
+        # Image.open reads only the header. So the size is known before memory is spent on pixels.
         image = source if isinstance(source, Image.Image) else Image.open(source)
         small = image.width * image.height <= MAX_PIXELS
         if small:
@@ -53,7 +54,7 @@ def load_image(source, name: str = "") -> Image.Image:
     except Exception as error:  # noqa: BLE001 Pillow's decoders answer a broken file with almost any type of error
         why = " ".join(str(error).split())[:200]
         raise ValueError(f"{name}: not a readable image ({why}); replace it or remove it from the data") from None
-    if not small:
+    if not small:  # raised out here: inside the try it would be reported as a broken file
         raise ValueError(f"{name}: {image.width} x {image.height} pixels is over the limit of {MAX_PIXELS:,}; "
                          "make it smaller")
     try:
@@ -66,13 +67,14 @@ def load_image(source, name: str = "") -> Image.Image:
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    "Any PIL mode -> RGB. Transparent pixels become white: what lies under them in the file is arbitrary."
+    "Any PIL mode -> RGB."
     # 16 or 32 bits a pixel: PIL's own conversion would clip all above 255 to white
     if image.mode.startswith(("I", "F")):
         values = np.asarray(image, dtype=np.float64)
-        top = values.max(initial=0)
+        top = values.max(initial=0)  # the file does not say what its white is, so the brightest pixel decides
         scale = 255 if image.mode == "F" and top <= 1 else 1 if top <= 255 else 1 / 257  # 65535 / 257 = 255
         image = Image.fromarray((values * scale).clip(0, 255).astype(np.uint8))
+    # Transparent pixels become white: what lies under them in the file is arbitrary, often black.
     if image.mode in ("LA", "La", "PA", "RGBA", "RGBa") or "transparency" in image.info:
         rgba = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba)
@@ -82,16 +84,18 @@ def to_rgb(image: Image.Image) -> Image.Image:
 def preprocess(image: Image.Image, size: int, bicubic: bool = False) -> torch.Tensor:
     """
     RGB image -> uint8 [3, size, size]. Like SigLIP: one direct resize, the aspect ratio is not kept and nothing is
-    cropped away. SigLIP was released with bicubic, SigLIP 2 with bilinear resampling. Bytes travel to the device;
-    `normalize` is done there.
+    cropped away.
     """
+    # SigLIP was released with bicubic, SigLIP 2 with bilinear resampling.
     if image.size != (size, size):
         image = image.resize((size, size), Image.Resampling.BICUBIC if bicubic else Image.Resampling.BILINEAR)
-    return torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()
+    # Bytes, a quarter of the size of floats, travel to the device; `normalize` is done there.
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()                      # [S, S, 3] -> [3, S, S]
 
 
 def normalize(pixels: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     "Bytes 0 to 255 -> -1 to 1: SigLIP's mean 0.5 and standard deviation 0.5 on a 0 to 1 scale."
+    # float32 until the end: bfloat16 would round the middle greys before 1 is subtracted
     return (pixels.to(torch.float32) / 127.5 - 1).to(dtype)
 
 
@@ -100,17 +104,15 @@ def normalize(pixels: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
 
 @dataclass
 class ViTConfig:
-    """
-    Field names and defaults are those of Hugging Face's SiglipVisionConfig: its sparse config.json files rely on the
-    defaults.
-    """
-    hidden_size: int = 768            # D
-    intermediate_size: int = 3072
-    num_hidden_layers: int = 12
-    num_attention_heads: int = 12
-    image_size: int = 224             # S, pixels
-    patch_size: int = 16              # P, pixels; N = (S // P) ** 2
-    layer_norm_eps: float = 1e-6
+    "Field names and defaults are those of Hugging Face's SiglipVisionConfig. SigLIP2-L/16's values stand in brackets."
+    # TRAP: the hub's config.json files leave out what equals a default, so these numbers may not be changed.
+    hidden_size: int = 768            # D: width of a patch's vector [1024]
+    intermediate_size: int = 3072     # width inside the MLP, 4 D as a rule [4096]
+    num_hidden_layers: int = 12       # [24]
+    num_attention_heads: int = 12     # [16, of 64 channels each]
+    image_size: int = 224             # S, pixels [256]
+    patch_size: int = 16              # P, pixels; N = (S // P) ** 2 [16, so N = 256]
+    layer_norm_eps: float = 1e-6      # TRAP: PyTorch's own default is 1e-5
     bicubic: bool = False             # from preprocessor_config.json
 
     @property
@@ -121,13 +123,14 @@ class ViTConfig:
 def sincos_positions(side: int, D: int) -> torch.Tensor:
     """
     Start values for the positions of side x side patches [side^2, D]: sines and cosines of the column, then of the row,
-    in D / 4 wavelengths. They are learned from there on; random ones would have to find out first which patches are
-    neighbours.
+    in D / 4 wavelengths.
     """
+    # They are learned from there on. Random ones would have to find out first which patches are neighbours.
+    # 1 to 1/100 radian per patch: a side has tens of places, where a text (with its usual 1/10,000) has thousands.
     frequencies = 100 ** -(torch.arange(D // 4) / (D // 4))
-    y, x = torch.meshgrid(torch.arange(side), torch.arange(side), indexing="ij")
+    y, x = torch.meshgrid(torch.arange(side), torch.arange(side), indexing="ij")  # row by row, as patches are cut
     x, y = x.flatten()[:, None] * frequencies, y.flatten()[:, None] * frequencies                   # [side^2, D/4] each
-    return torch.cat([x.sin(), x.cos(), y.sin(), y.cos()], dim=1)
+    return torch.cat([x.sin(), x.cos(), y.sin(), y.cos()], dim=1)                                    # [side^2, D]
 
 
 class ViTBlock(nn.Module):
@@ -149,9 +152,9 @@ class ViTBlock(nn.Module):
         B, N, D = x.shape
         q, k, v = self.qkv(self.norm1(x)).view(B, N, 3, self.num_heads, -1).permute(
             2, 0, 3, 1, 4)                                                              # 3 x [B, heads, N, D/heads]
-        y = F.scaled_dot_product_attention(q, k, v)
-        x = x + self.out(y.transpose(1, 2).reshape(B, N, D))
-        # SigLIP was trained with the tanh form
+        y = F.scaled_dot_product_attention(q, k, v)  # no mask: a picture has no past and no future
+        x = x + self.out(y.transpose(1, 2).reshape(B, N, D))                                         # [B, N, D]
+        # TRAP: SigLIP was trained with GELU's tanh form; the exact one is off by up to 0.0005 in every layer
         return x + self.fc2(F.gelu(self.fc1(self.norm2(x)), approximate="tanh"))
 
 
@@ -162,7 +165,7 @@ class ViT(nn.Module):
         D, P, S = config.hidden_size, config.patch_size, config.image_size
         # the usual "patch convolution": with stride = kernel it is one matrix product
         self.patch = nn.Linear(3 * P * P, D)
-        self.position = nn.Parameter(sincos_positions(S // P, D))
+        self.position = nn.Parameter(sincos_positions(S // P, D))                                    # [N, D]
         self.blocks = nn.ModuleList(ViTBlock(config) for _ in range(config.num_hidden_layers))
         self.norm = nn.LayerNorm(D, eps=config.layer_norm_eps)
         init_linears(self, outputs=("out", "fc2"), depth=config.num_hidden_layers)
@@ -175,32 +178,31 @@ class ViT(nn.Module):
         if pixels.dtype == torch.uint8:
             pixels = normalize(pixels, self.patch.weight.dtype)
         B, C, S, _ = pixels.shape
-        # so400m: 384 = 27 * 14 + 6, the odd 6 pixels are not seen
+        # A rest at the right and lower edge is not seen: 6 pixels in SigLIP so400m, where 384 = 27 * 14 + 6.
         P, n = self.config.patch_size, S // self.config.patch_size
+        # [B, C, rows, P, columns, P] -> [B, rows, columns, C, P, P]: a patch's values in the order of SigLIP's weight
         x = pixels[:, :, :n * P, :n * P].reshape(B, C, n, P, n, P).permute(0, 2, 4, 1, 3, 5).reshape(
-            B, n * n, C * P * P)
-        x = self.patch(x) + self.position                                                           # [B, N, D]
-        for block in self.blocks[:len(self.blocks) + 1 + layer]:
+            B, n * n, C * P * P)                                                                     # [B, N, 3*P*P]
+        x = self.patch(x) + self.position                                                            # [B, N, D]
+        for block in self.blocks[:len(self.blocks) + 1 + layer]:  # later blocks are not computed at all
             x = block(x)
         return self.norm(x) if norm else x
 
     @classmethod
     def from_pretrained(cls, folder) -> "ViT":
-        """
-        From a folder as the hub ships it: config.json (of SigLIP or of its vision tower alone) and one or more
-        safetensors files.
-        """
+        "From a SigLIP or SigLIP 2 folder as the hub ships it: config.json and one or more safetensors files."
         folder = Path(folder)
         config = read_json(folder / "config.json")
-        config = config.get("vision_config", config)
+        config = config.get("vision_config", config)  # whole SigLIP, or the vision tower alone
         fill = {f.name: config[f.name] for f in fields(ViTConfig) if f.name in config}
         if (folder / "preprocessor_config.json").exists():  # resample: 2 is bilinear, 3 bicubic
             fill["bicubic"] = read_json(folder / "preprocessor_config.json").get("resample", 3) == 3
         with torch.device("meta"):  # no memory and no random numbers: every tensor comes from the file
             vit = cls(ViTConfig(**fill))
         tensors = read_safetensors(folder)
-        # the hub has the prefix
+        # the hub's files have the prefix, those that transformers 5 saves do not
         prefix = "vision_model." if any(name.startswith("vision_model.") for name in tensors) else ""
+        # Left out by name, not by "whatever we do not know": a tensor that we forgot would be an error below.
         ours = {n: t for n, t in tensors.items()
                 if not n.startswith(("text_model.", "logit_")) and ".head." not in f".{n}"}
         load_renamed(vit, ours, SIGLIP_NAMES, prefix, str(folder))
@@ -223,13 +225,12 @@ SIGLIP_NAMES = {
 
 
 def init_linears(module: nn.Module, outputs: tuple, depth: int) -> None:
-    """
-    Start values that keep a signal's size from layer to layer; layers that write to the residual stream start smaller,
-    as in GPT-2.
-    """
+    "Start values that keep a signal's size from layer to layer, as in GPT-2."
     for name, linear in module.named_modules():
         if isinstance(linear, nn.Linear):
+            # Layers that write to the residual stream start smaller: 2 * depth of them are added up in it.
             shrink = (2 * depth) ** -0.5 if name.split(".")[-1] in outputs else 1.0
+            # A sum of n products is sqrt(n) times as large as one of them: this factor takes it back.
             nn.init.normal_(linear.weight, std=shrink * linear.in_features ** -0.5)
             if linear.bias is not None:
                 nn.init.zeros_(linear.bias)
@@ -242,11 +243,11 @@ def init_linears(module: nn.Module, outputs: tuple, depth: int) -> None:
 class BridgeConfig:
     kind: str = "perceiver"   # or "pixelshuffle" (2 x 2 neighbours side by side) or "mlp" (every patch is a token)
     num_latents: int = 64     # M; only the Perceiver is free to choose it
-    num_layers: int = 2       # Perceiver
-    num_heads: int = 16       # Perceiver
-    vision_size: int = 1024   # D
-    text_size: int = 1536     # H
-    num_patches: int = 256    # N
+    num_layers: int = 2       # Perceiver; each has 12 D^2 weights
+    num_heads: int = 16       # Perceiver; of 1024 / 16 = 64 channels each
+    vision_size: int = 1024   # D, as wide as the ViT
+    text_size: int = 1536     # H, as wide as the decoder
+    num_patches: int = 256    # N, what the ViT gives for one picture
 
     @property
     def num_tokens(self) -> int:
@@ -263,21 +264,21 @@ class PerceiverLayer(nn.Module):
         D = config.vision_size
         self.num_heads = config.num_heads
         self.norm_latents, self.norm_features, self.norm_mlp = nn.LayerNorm(D), nn.LayerNorm(D), nn.LayerNorm(D)
-        self.q = nn.Linear(D, D, bias=False)
+        self.q = nn.Linear(D, D, bias=False)  # only the latents ask: M queries, so M vectors come out
         self.kv = nn.Linear(D, 2 * D, bias=False)
         self.out = nn.Linear(D, D, bias=False)
         self.fc1 = nn.Linear(D, 4 * D, bias=False)
         self.fc2 = nn.Linear(4 * D, D, bias=False)
         for linear in (self.q, self.kv, self.fc1):
             nn.init.normal_(linear.weight, std=D ** -0.5)
-        # Nothing is added at first: the resampler begins as what its latents start from, and attention grows where it
-        # helps.
+        # Both branches add nothing at first: the resampler begins as what its latents start from, and attention grows
+        # where it helps. (Gradients still reach these two; once they have moved, they reach the rest.)
         nn.init.zeros_(self.out.weight)
         nn.init.zeros_(self.fc2.weight)
 
     def forward(self, latents: torch.Tensor, features: torch.Tensor) -> torch.Tensor:
         B, M, D = latents.shape
-        x = self.norm_latents(latents)
+        x = self.norm_latents(latents)                                                               # [B, M, D]
         # Keys from features and latents: so the latents can also agree on who summarises what.
         kv = self.kv(torch.cat([self.norm_features(features), x], dim=1))                            # [B, N+M, 2D]
         q = self.q(x).view(B, M, self.num_heads, -1).transpose(1, 2)                            # [B, heads, M, D/heads]
@@ -288,50 +289,43 @@ class PerceiverLayer(nn.Module):
 
 
 def pixel_shuffle(features: torch.Tensor) -> torch.Tensor:
-    """
-    [B, N, D] -> [B, N/4, 4D]: each 2 x 2 neighbourhood of patches becomes one long vector. The baseline a resampler
-    must beat.
-    """
+    "[B, N, D] -> [B, N/4, 4D]: each 2 x 2 neighbourhood of patches becomes one long vector."
+    # Nothing is lost and nothing chosen: the baseline a resampler must beat.
     B, N, D = features.shape
-    n = math.isqrt(N)
-    x = features.view(B, n // 2, 2, n // 2, 2, D).permute(0, 1, 3, 2, 4, 5)
+    n = math.isqrt(N)  # patches a side
+    x = features.view(B, n // 2, 2, n // 2, 2, D).permute(0, 1, 3, 2, 4, 5)                     # [B, n/2, n/2, 2, 2, D]
     return x.reshape(B, N // 4, 4 * D)
 
 
 class Perceiver(nn.Module):
-    """
-    Flamingo's resampler (arXiv 2204.14198): features [B, N, D] -> latents [B, M, D].
-    The latents are drawn at random: equal ones would receive equal gradients and stay equal for ever. Flamingo's
-    latents are the same for every picture and must first learn where to look. With M = N / 4, ours start from their own
-    2 x 2 patches instead: on the tiny model the caption loss after 150 steps is 0.21 that way and 0.55 the other, and
-    most of the time was spent on finding places.
-    """
+    "Flamingo's resampler (arXiv 2204.14198): features [B, N, D] -> latents [B, M, D]."
 
     def __init__(self, config: BridgeConfig):
         super().__init__()
         M, D = config.num_latents, config.vision_size
+        # Flamingo's latents are the same for every picture and must first learn where to look. With M = N / 4, ours
+        # start from their own 2 x 2 patches instead: on the tiny model the caption loss after 150 steps is 0.21 that
+        # way and 0.55 the other, and most of the time was spent on finding places.
         self.seed = nn.Linear(4 * D, D) if 4 * M == config.num_patches and math.isqrt(M) ** 2 == M else None
         if self.seed is not None:
-            nn.init.normal_(self.seed.weight, std=(4 * D) ** -0.5)
-            nn.init.zeros_(self.seed.bias)
-        self.latents = nn.Parameter(torch.randn(M, D) * (1.0 if self.seed is None else 0.02))
+            init_linears(self.seed, outputs=(), depth=1)
+        # Drawn at random: equal latents would receive equal gradients and stay equal for ever. As loud as the patches:
+        # a latent's own vector is what tells the decoder which place it speaks of.
+        self.latents = nn.Parameter(torch.randn(M, D))
         self.layers = nn.ModuleList(PerceiverLayer(config) for _ in range(config.num_layers))
         self.norm = nn.LayerNorm(D)
 
     def forward(self, features: torch.Tensor) -> torch.Tensor:
         latents = self.latents.expand(len(features), -1, -1)                                         # [B, M, D]
         if self.seed is not None:
-            latents = latents + self.seed(pixel_shuffle(features))
-        for layer in self.layers:
+            latents = latents + self.seed(pixel_shuffle(features))                                   # M = N/4 here
+        for layer in self.layers:  # each looks at the picture again, now knowing better what to look for
             latents = layer(latents, features)
         return self.norm(latents)
 
 
 class Bridge(nn.Module):
-    """
-    features [B, N, D] -> tokens [B, M, H]: fewer vectors (by one of three ways), then LLaVA's 2-layer MLP to the
-    decoder's width.
-    """
+    "features [B, N, D] -> tokens [B, M, H]: fewer vectors (or all of them), then LLaVA's 2-layer MLP to width H."
 
     def __init__(self, config: BridgeConfig):
         super().__init__()
@@ -341,6 +335,7 @@ class Bridge(nn.Module):
         if config.kind == "pixelshuffle" and math.isqrt(config.num_patches) % 2:
             raise ValueError(f"pixelshuffle needs an even grid of patches, not {math.isqrt(config.num_patches)} a side")
         self.perceiver = Perceiver(config) if config.kind == "perceiver" else None
+        # shuffled vectors are four patches long
         width = config.vision_size * (4 if config.kind == "pixelshuffle" else 1)
         self.fc1 = nn.Linear(width, config.text_size)
         self.fc2 = nn.Linear(config.text_size, config.text_size)
@@ -350,10 +345,10 @@ class Bridge(nn.Module):
 
     def forward(self, features: torch.Tensor) -> torch.Tensor:
         if self.perceiver is not None:
-            features = self.perceiver(features)
+            features = self.perceiver(features)                                                      # [B, M, D]
         elif self.config.kind == "pixelshuffle":
-            features = pixel_shuffle(features)
-        return self.fc2(F.gelu(self.fc1(features)))
+            features = pixel_shuffle(features)                                                       # [B, N/4, 4D]
+        return self.fc2(F.gelu(self.fc1(features)))                                                  # [B, M, H]
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -394,18 +389,18 @@ def unique_keys(pairs: list) -> dict:
 
 def read_header(path) -> tuple[dict, dict, int]:
     """
-    path -> (entries {name: (dtype, shape, begin, end)}, metadata, offset of the data section), everything checked
-    against the file's size first: a file cut short, or made by an attacker, is a ValueError here and never a crash
-    later.
+    path -> (entries {name: (dtype, shape, begin, end)}, metadata, offset of the data section). A file cut short, or
+    made by an attacker, is a ValueError here and never a crash later.
     """
     def bad(why: str) -> ValueError:
         return ValueError(f"{path}: not a valid safetensors file ({why}); fetch or write it again")
     size = os.path.getsize(path)
     with open(path, "rb") as file:
         first = file.read(8)
-        if len(first) < 8:
+        if len(first) < 8:  # an empty file, left by a full disk or a broken download
             raise bad("shorter than 8 bytes")
         length = struct.unpack("<Q", first)[0]
+        # Any 8 bytes make a number, up to 18 million TB. Both checks come before read(length) asks for that memory.
         if length > MAX_HEADER:
             raise bad(f"header of {length:,} bytes is over the limit")
         if 8 + length > size:
@@ -413,12 +408,13 @@ def read_header(path) -> tuple[dict, dict, int]:
         raw = file.read(length)
     try:
         text = raw.decode("utf-8")
-        if not text.startswith("{"):
+        if not text.startswith("{"):  # JSON allows blanks in front, the format does not: one file, one reading
             raise ValueError("does not begin with {")
         header = json.loads(text, object_pairs_hook=unique_keys)
-    except (ValueError, RecursionError) as error:  # UnicodeDecodeError and JSONDecodeError are ValueErrors
+    # UnicodeDecodeError and JSONDecodeError are ValueErrors; a hundred thousand brackets make a RecursionError.
+    except (ValueError, RecursionError) as error:
         raise bad(f"header: {error}") from None
-    metadata = header.pop("__metadata__", {})
+    metadata = header.pop("__metadata__", {})  # the one key that is not a tensor
     if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
         raise bad("__metadata__ is not a map of strings")
     entries = {}
@@ -427,21 +423,25 @@ def read_header(path) -> tuple[dict, dict, int]:
             dtype, shape, (begin, end) = info["dtype"], info["shape"], info["data_offsets"]
         except (TypeError, KeyError, ValueError):
             raise bad(f"tensor {name!r}: needs dtype, shape and two data_offsets") from None
-        if not isinstance(dtype, str) or dtype not in DTYPES:
+        if not isinstance(dtype, str) or dtype not in DTYPES:  # looking up a list would itself fail
             raise bad(f"tensor {name!r}: dtype {dtype!r} is not supported")
+        # type, not isinstance: JSON's true is an int to isinstance, and -1 would let torch guess a side
         if not isinstance(shape, list) or any(type(n) is not int or n < 0 for n in shape + [begin, end]):
             raise bad(f"tensor {name!r}: shape and offsets must be whole numbers from 0")
         if math.prod(n or 1 for n in shape) >= 2 ** 59:  # one side may be 0, and then the size alone proves nothing
             raise bad(f"tensor {name!r}: shape {shape} is too large")
+        # The shape must account for every byte: a view can then never reach beyond its own tensor.
         if end - begin != math.prod(shape) * DTYPES[dtype].itemsize:
             raise bad(f"tensor {name!r}: {end - begin} bytes for shape {shape} of {dtype}")
         entries[name] = (DTYPES[dtype], shape, begin, end)
-    expected = 0  # in order of their offsets the tensors must tile the data section exactly
+    # In order of their offsets the tensors must tile the data section exactly. A gap could hide a second file, an
+    # overlap could blow up a small one: a thousand tensors on the same bytes.
+    expected = 0
     for name, (_, _, begin, end) in sorted(entries.items(), key=lambda item: item[1][2:]):
         if begin != expected:
             raise bad(f"tensor {name!r}: begins at {begin}, not at {expected}: a gap or an overlap")
         expected = end
-    if 8 + length + expected != size:
+    if 8 + length + expected != size:  # the commonest accident: a download that stopped early
         raise bad(f"{size:,} bytes, but its tensors end at {8 + length + expected:,}: cut short or changed")
     return entries, metadata, 8 + length
 
@@ -453,12 +453,11 @@ def read_metadata(path) -> dict[str, str]:
 def read_safetensors(path) -> dict[str, torch.Tensor]:
     """
     One file, or a folder with model.safetensors or with shards and their index -> {name: tensor}.
-    The tensors are views of the mapped file: the operating system reads a page when it is first touched. Do not write
-    to them.
+    The tensors are views of the mapped file: do not write to them.
     """
     path = Path(path)
     if path.is_dir():
-        if (path / "model.safetensors").exists():
+        if (path / "model.safetensors").exists():  # Qwen2.5 up to 1.5B is one file, 3B is two shards and an index
             return read_safetensors(path / "model.safetensors")
         index = path / "model.safetensors.index.json"
         where = read_json(index).get("weight_map")  # {tensor name: file name}
@@ -466,13 +465,14 @@ def read_safetensors(path) -> dict[str, torch.Tensor]:
             raise ValueError(f"{index}: lacks the weight_map of tensor and file names")
         shards = {file: read_safetensors(path / file) for file in sorted(set(where.values()))}
         for name, file in where.items():
-            if name not in shards[file]:
+            if name not in shards[file]:  # shards of two different downloads
                 raise ValueError(f"{path / file}: lacks {name}, which model.safetensors.index.json says it holds")
         return {name: shards[file][name] for name, file in where.items()}
     if not path.exists():
         raise ValueError(f"{path}: no such file")
     entries, _, start = read_header(path)
-    # private mapping: torch wants writable memory, and a stray write must not reach the disk
+    # Mapped, not read: the operating system fetches a page when it is first touched, so unused tensors cost nothing.
+    # ACCESS_COPY is a private mapping: torch wants writable memory, and a stray write must not reach the disk.
     with open(path, "rb") as file:
         data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
     tensors = {}
@@ -484,11 +484,9 @@ def read_safetensors(path) -> dict[str, torch.Tensor]:
 
 
 def write_safetensors(tensors: dict[str, torch.Tensor], path, metadata: dict[str, str] | None = None) -> None:
-    """
-    Largest dtype first, then by name: so every tensor starts at a multiple of its element size. The header is padded to
-    8 bytes.
-    """
+    "The same tensors give the same bytes, in whatever order the dict holds them."
     names = {dtype: name for name, dtype in DTYPES.items()}
+    # Largest dtype first, then by name: so every tensor starts at a multiple of its element size.
     order = sorted(tensors, key=lambda n: (-tensors[n].element_size(), n))
     header, offset = {"__metadata__": metadata} if metadata else {}, 0
     for name in order:
@@ -497,25 +495,26 @@ def write_safetensors(tensors: dict[str, torch.Tensor], path, metadata: dict[str
                         "data_offsets": [offset, end]}
         offset = end
     raw = json.dumps(header, separators=(",", ":")).encode()
-    raw += b" " * (-len(raw) % 8)
+    raw += b" " * (-len(raw) % 8)  # to a multiple of 8 bytes, so that the data section starts at one too
     with open(path, "wb") as file:
         file.write(struct.pack("<Q", len(raw)) + raw)
         for name in order:  # one tensor at a time on the host: the whole model never lies there twice
+            # .view(uint8): numpy has no bfloat16, so the bytes are handed over as what they are
             file.write(tensors[name].detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
         file.flush()
         os.fsync(file.fileno())  # on disk before anyone renames the file into place
 
 
 def renamed(module: nn.Module, table: dict[str, list[str]], prefix: str) -> dict[str, list[str]]:
-    """
-    {our name: [hub names]} for every parameter of the module. In the table # stands for a layer's number, * for weight
-    or bias.
-    """
+    "{our name: [hub names]} for the parameters of a module. In the table # is a layer's number, * is weight or bias."
     out = {}
     for name, _ in module.named_parameters():
         parts = name.split(".")
+        # "blocks.3.norm1.weight": number 3, last "weight"
         number, last = next((p for p in parts if p.isdigit()), ""), parts[-1]
         general = ".".join("#" if p.isdigit() else p for p in parts)
+        # TRAP: a parameter that no pattern fits is skipped and stays as it was, so the tables must be complete.
+        # Tried from the most exact to the most general: the name, "blocks.#.norm1.weight", "blocks.#.norm1.*"
         for pattern in (name, general, general.removesuffix(last) + "*"):
             if pattern in table:
                 out[name] = [prefix + hub.replace("#", number).replace("*", last) for hub in table[pattern]]
@@ -533,14 +532,18 @@ def load_renamed(module: nn.Module, tensors: dict, table: dict, prefix: str, whe
         missing = [name for name in theirs if name not in tensors]
         if missing:
             raise ValueError(f"{where}: tensor {missing[0]} is missing; is this the right model?")
+        # A copy in any case: training writes to parameters, and nothing may write to a mapped file's tensors.
         value = torch.cat([tensors[n].to(dtype) for n in theirs]) if len(theirs) > 1 \
             else tensors[theirs[0]].to(dtype, copy=True)
+        # Size and rows, not the whole shape: SigLIP's patch weight is [D, 3, P, P] and becomes [D, 3*P*P] below.
         if value.numel() != parameters[ours].numel() or len(value) != len(parameters[ours]):
             raise ValueError(f"{where}: {theirs[0]} has shape {list(value.shape)}, "
                              f"config.json asks for {list(parameters[ours].shape)}")
         owner, _, last = ours.rpartition(".")
+        # A new parameter, as one on the meta device cannot be filled. TRAP: make optimizers only after loading.
         setattr(module.get_submodule(owner), last, nn.Parameter(value.reshape(parameters[ours].shape)))
         used.update(theirs)
+    # Layers or biases that we would not compute make it another model.
     extra = sorted(set(tensors) - used)
     if extra:
         raise ValueError(f"{where}: {len(extra)} tensors are not part of this model, first {extra[0]}")
