@@ -1452,6 +1452,36 @@ def test_orthogonalize_makes_all_directions_about_equally_strong(shape):
     assert F.cosine_similarity(out.flatten(1), (u @ v).flatten(1)).min() > 0.9  # the same directions, not just any
 
 
+def test_query_key_and_value_get_updates_of_one_size_whatever_their_gradients():
+    torch.manual_seed(0)
+    # 8 query rows, 4 key rows and 4 value rows of width 8, in one matrix; the value's gradient is 10,000 times larger
+    p = torch.nn.Parameter(torch.zeros(16, 8))
+    p.grad = torch.randn(16, 8) * torch.tensor([1e-4] * 12 + [1.0] * 4)[:, None]
+    train_base.Optimizer({"blocks.0.attention.qkv.weight": p}, "muon", 1.0).step(1.0)
+    query, key, value = (part.detach().square().mean().sqrt() for part in p.split([8, 4, 4]))
+    assert 0.7 < key / value < 1.4 and 0.7 < query / value < 2  # a square matrix of rank 8 has larger entries
+    assert train_base.stacked("blocks.0.mlp.down.weight", p) == [16]
+
+
+def test_the_gain_of_questions_asked_twice_and_its_interval():
+    import train_rl
+    r = train_rl.gain([0, 0, 1, 1] * 100, [1, 0, 1, 1] * 100)
+    assert (r["n"], r["before"], r["accuracy"]) == (400, 0.5, 0.75) and r["gain"] == 0.25
+    low, high = r["gain_ci95"]
+    assert low + high == pytest.approx(0.5)
+    assert high - low == pytest.approx(2 * 1.96 * (0.25 * 0.75 / 400) ** 0.5, rel=0.01)
+    # Before and after being right independently of each other, the same accuracies would give a wider interval.
+    assert r["gain_ci95"][0] > 0 and train_rl.gain([0, 0, 1, 1] * 5, [1, 0, 1, 0] * 5)["gain_ci95"][0] < 0
+
+
+def test_one_ranks_ctrl_c_is_heard_by_all():
+    interrupt = train_base.Interrupt()
+    signal.signal(signal.SIGINT, interrupt.old)
+    others = argparse.Namespace(sum=lambda value: value + 0.0)
+    assert not interrupt.heard(others)
+    assert interrupt.heard(argparse.Namespace(sum=lambda value: value + 1.0)) and interrupt.wanted
+
+
 @pytest.mark.parametrize("kind", ["muon", "adamw"])
 def test_an_optimizer_that_was_saved_goes_on_bit_for_bit(tmp_path, kind):
     one = tiny_vlm()
@@ -2688,6 +2718,15 @@ def own_data(tmp_path):
         {"index": i, "image": base64.b64encode((folder / "images" / f"{i}.png").read_bytes()).decode(),
          "question": "What colour?", "answer": row["conversations"][1]["value"]} for i, row in enumerate(rows)])
     return folder
+
+
+def test_a_broken_held_out_picture_is_found_before_training(trained, tmp_path, own_data):
+    for path in (own_data / "images").iterdir():
+        path.write_bytes(path.read_bytes()[:40])
+    ran = run("train_sft", *QUICK, f"--out_dir={tmp_path / 'out'}", f"--init={trained[0] / 'tiny/align'}",
+              f"--data={own_data}/zip/zip.json", f"--val={own_data}/files.json")
+    one_line(ran, "record r", ".png")
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("script, stage", [("train_align", "align"), ("train_sft", "sft"), ("train_rl", "rl")])

@@ -50,6 +50,7 @@ def picture_losses(vlm, documents: list, setup: Setup, seq_len: int) -> dict:
 def main() -> None:
     flags = parse_flags(__doc__, SHARED_FLAGS, BY_MODEL)
     setup = Setup(flags)
+    # From chapter 1 if it is there, else from scratch: then a decoder without words is frozen, and little is learned.
     vlm, tokenizer, state, moments = start(flags, setup, STAGE, make_tokenizer(flags))
     # New: the decoder is frozen. Gradients flow through it to the picture's tokens, but it keeps none of its own.
     # A ViT with pretrained weights is frozen as well: it has seen far more pictures than we can show it.
@@ -66,7 +67,7 @@ def main() -> None:
     setup.say(", ".join(f"{name} {n:,} parameters" + ("" if name in {p.split('.')[0] for p in params} else " (frozen)")
                         for name, n in counts.items() if name != "decoder")
               + f", decoder {counts['decoder']:,} (frozen)")
-    show_captions(vlm, tokenizer, records[:3], setup, "before")
+    show_captions(vlm, tokenizer, records[:3], setup, "before")  # chapter 1's prose, about nothing in particular
 
     # The loop is chapter 1's; a batch now brings its pictures along, already drawn as bytes.
     vlm.train()
@@ -90,6 +91,7 @@ def main() -> None:
     # Save before anything else: an error in the evaluation must not cost the run.
     folder = save(flags, setup, STAGE, vlm, tokenizer, optimizer, loaders, step)
     show_captions(vlm, tokenizer, records[:3], setup, "after")
+    # nats per token: e^-0.6 = 0.55 is then the chance, on average, that the model gives to a caption's next word
     losses = picture_losses(vlm, documents, setup, flags.seq_len)
     if setup.master:
         save_samples(folder / "samples.png", vlm, tokenizer, records[:8])

@@ -107,6 +107,7 @@ def to_documents(records, prompts, groups, tokenizer) -> tuple[list, int, dict]:
             # Only the answer is learned: the mask is 0 on the prompt, and on the picture within it.
             documents.append(data.Document(0, prompt.ids + list(ids), [0] * len(prompt.ids) + [1] * len(ids),
                                            prompt.slots, record, advantage))
+    # reward: the mean over all samples, at temperature 1; greedy answers, as in the evaluation, are somewhat better
     return documents, tokens, {"reward": sum(means) / max(len(means), 1), "teaching": teaching / max(len(means), 1)}
 
 
@@ -119,6 +120,7 @@ def pack_all(documents: list, rows: int, seq_len: int, vlm) -> list[dict]:
         if len(waiting) == len(documents):
             raise ValueError(f"a question with its answer has {len(documents[0].ids)} tokens; "
                              f"raise --seq_len={seq_len}")
+        # The pictures are read again, now with gradients: rollouts keep none, and the ViT learns from rewards too.
         batches.append(data.to_batch(arrays, placed, to_pixels(vlm)))
         documents = waiting
     return batches
@@ -153,6 +155,7 @@ def main() -> None:
     flags = parse_flags(__doc__, FLAGS, BY_MODEL)
     setup = Setup(flags)
     vlm, tokenizer, state, moments = start(flags, setup, STAGE, make_tokenizer(flags))
+    # The same parts as in chapter 3.
     params = freeze(vlm, ["bridge", "decoder"] if vlm.config.pretrained_vision else ["bridge", "decoder", "vit"])
     optimizer = Optimizer(params, flags.optimizer, flags.lr, moments)
     step = state.get("step", 0)  # above 0 with --resume
@@ -195,6 +198,7 @@ def main() -> None:
     bar.close()
     seconds = time.time() - started
     folder = save(flags, setup, STAGE, vlm, tokenizer, optimizer, [], step, before=before)
+    # All kinds are asked again, also those not trained on: a policy forgets what no reward reminds it of.
     results = {}
     for name, records in held.items():
         setup.say(f"\n{name:<13}  before    after")

@@ -37,6 +37,7 @@ def main() -> None:
     # New: all learn. The decoder must: to answer, it has to look a thing up among the picture's tokens by what the
     # question calls it, and text has taught it nothing of that kind.
     params = freeze(vlm, ["bridge", "decoder"] if vlm.config.pretrained_vision else ["bridge", "decoder", "vit"])
+    # Fresh moments, even when the weights come from chapter 2: they speak of another loss.
     optimizer = Optimizer(params, flags.optimizer, flags.lr, moments)
     step = state.get("step", 0)  # above 0 with --resume
     loaders, held = start_data(flags, setup, vlm, tokenizer, "chat", state)
@@ -77,6 +78,7 @@ def main() -> None:
     for name, image in (("loss", "own"), ("blind_loss", "blank"), ("shuffled_loss", "shuffled")):
         nats, tokens = held_out_loss(vlm, documents, setup, flags.seq_len, image)
         results[next(iter(held))][name] = nats / max(tokens, 1)
+    # Look at them: which mistakes it makes says more than their number.
     if setup.master:
         save_samples(folder / "samples.png", vlm, tokenizer, [r for records in held.values() for r in records[:8]][:16])
     # In one line for scripts: the first held-out set, and all of them under "held_out".
