@@ -661,7 +661,7 @@ def finish(setup: Setup, log: Log, **results) -> None:
 
 STAGE = "base"
 # A step of tiny reads 16 x 256 = 4,096 tokens. The larger the model, the smaller the rate it bears.
-BY_MODEL = {"tiny": {"batch_size": 16, "seq_len": 256, "steps": 160, "lr": 0.005},
+BY_MODEL = {"tiny": {"batch_size": 16, "seq_len": 256, "steps": 140, "lr": 0.005},
             "small": {"batch_size": 64, "seq_len": 1024, "steps": 3000, "lr": 0.003}}
 
 
