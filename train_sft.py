@@ -28,10 +28,11 @@ STAGE = "sft"
 # takes some 50 tokens. Longer conversations of your own want a longer --seq_len: a row's end cuts them off.
 BY_MODEL = {"tiny": {"batch_size": 96, "seq_len": 64, "steps": 1200, "lr": 0.005, "eval_size": 400},
             "small": {"batch_size": 64, "seq_len": 1024, "steps": 4000, "lr": 0.002, "eval_size": 1000}}
+FLAGS = SHARED_FLAGS | {"eval_size": (None, "held-out questions per evaluation, of each set")}
 
 
 def main() -> None:
-    flags = parse_flags(__doc__, SHARED_FLAGS | {"eval_size": (None, "held-out questions per evaluation")}, BY_MODEL)
+    flags = parse_flags(__doc__, FLAGS, BY_MODEL)
     setup = Setup(flags)
     vlm, tokenizer, state, moments = start(flags, setup, STAGE, make_tokenizer(flags))
     # New: all learn. The decoder must: to answer, it has to look a thing up among the picture's tokens by what the
