@@ -431,13 +431,14 @@ def needs(package: str):
 
 
 def fails(call, *parts):
-    "The call raises a ValueError of one line that contains all these parts."
+    "The call raises a ValueError of one line that contains all these parts. Returns the line."
     with pytest.raises(ValueError) as caught:
         call()
     message = str(caught.value)
     assert "\n" not in message
     for part in parts:
         assert str(part) in message, message
+    return message
 
 
 def far(ours: torch.Tensor, theirs: torch.Tensor) -> float:
@@ -525,7 +526,7 @@ def test_vit_weights_that_do_not_fit_are_one_line(tmp_path):
     for broken in ({n: t for n, t in hub.items() if n != name}, hub | {name: torch.zeros(7)},
                    hub | {"vision_model.new": torch.zeros(1)}):
         vision.write_safetensors(broken, tmp_path / "model.safetensors")
-        fails(lambda: ViT.from_pretrained(tmp_path), tmp_path, "vision_model.")
+        assert fails(lambda: ViT.from_pretrained(tmp_path), tmp_path, "vision_model.")
 
 
 @needs("transformers")
@@ -641,10 +642,10 @@ def test_an_unusable_image_is_one_line_that_names_it(tmp_path):
     for name, content in files.items():
         (tmp_path / name).write_bytes(content)
     for name in [*files, "missing.jpg", ""]:  # the last one is the folder itself
-        fails(lambda: vision.load_image(tmp_path / name), tmp_path / name)
+        assert fails(lambda: vision.load_image(tmp_path / name), tmp_path / name)
         if name in files:  # a picture from a zip has no path: its record gives it a name
-            fails(lambda: vision.load_image(io.BytesIO(files[name]), "cat 7"), "cat 7")
-    fails(lambda: vision.load_image(tmp_path / "huge.png"), "30000 x 30000", "smaller")
+            assert fails(lambda: vision.load_image(io.BytesIO(files[name]), "cat 7"), "cat 7")
+    assert fails(lambda: vision.load_image(tmp_path / "huge.png"), "30000 x 30000", "smaller")
 
 
 NOISE = Image.effect_noise((16, 16), 90).convert("RGB")
@@ -672,7 +673,7 @@ def test_real_files_load_or_say_what_is_wrong():
     assert len(files) >= 20
     for path in files:
         if path.name.startswith("truncated"):
-            fails(lambda: vision.load_image(path), path)
+            assert fails(lambda: vision.load_image(path), path)
         else:
             image = vision.load_image(path)
             assert image.mode == "RGB" and np.asarray(image).std() > 5  # not blank
@@ -722,8 +723,8 @@ def test_bridge_gives_as_many_tokens_as_its_config_says():
         config = bridge_config(kind, latents=5)
         assert config.num_tokens == tokens
         assert Bridge(config)(torch.randn(2, 16, 16)).shape == (2, tokens, 24)
-    fails(lambda: Bridge(bridge_config("qformer")), "qformer", "perceiver, pixelshuffle or mlp")
-    fails(lambda: Bridge(bridge_config("pixelshuffle", patches=25)), "even", "5")
+    assert fails(lambda: Bridge(bridge_config("qformer")), "qformer", "perceiver, pixelshuffle or mlp")
+    assert fails(lambda: Bridge(bridge_config("pixelshuffle", patches=25)), "even", "5")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -820,7 +821,7 @@ BAD_FILES = {  # the reference implementation's own negative tests, and a few mo
 def test_a_bad_safetensors_file_is_one_line_that_names_it(tmp_path, name):
     path = tmp_path / "bad.safetensors"
     path.write_bytes(BAD_FILES[name])
-    fails(lambda: vision.read_safetensors(path), path)
+    assert fails(lambda: vision.read_safetensors(path), path)
 
 
 def test_safetensors_header_may_be_padded_at_its_end(tmp_path):
@@ -873,15 +874,15 @@ def test_no_header_crashes_the_safetensors_reader(tmp_path_factory, header):
 
 def test_shards_that_do_not_match_their_index_are_one_line(tmp_path):
     index = tmp_path / "model.safetensors.index.json"
-    fails(lambda: vision.read_safetensors(tmp_path), index)
+    assert fails(lambda: vision.read_safetensors(tmp_path), index)
     for content in ("{", "[]", "{}", '{"weight_map": []}', '{"weight_map": {"a": 1}}'):
         index.write_text(content)
-        fails(lambda: vision.read_safetensors(tmp_path), index)
+        assert fails(lambda: vision.read_safetensors(tmp_path), index)
     index.write_text(json.dumps({"weight_map": {"a": "1.safetensors", "b": "2.safetensors"}}))
     vision.write_safetensors({"a": torch.ones(1)}, tmp_path / "1.safetensors")
-    fails(lambda: vision.read_safetensors(tmp_path), tmp_path / "2.safetensors")
+    assert fails(lambda: vision.read_safetensors(tmp_path), tmp_path / "2.safetensors")
     vision.write_safetensors({"c": torch.ones(1)}, tmp_path / "2.safetensors")
-    fails(lambda: vision.read_safetensors(tmp_path), tmp_path / "2.safetensors", "b")
+    assert fails(lambda: vision.read_safetensors(tmp_path), tmp_path / "2.safetensors", "b")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -936,7 +937,7 @@ def test_what_the_decoder_cannot_compute_is_refused(tmp_path):
                  {"rope_scaling": {"type": "yarn", "factor": 4}},  # as Qwen2.5's own manual writes it
                  {"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e6}}):
         (tmp_path / "config.json").write_text(json.dumps(sizes | more))
-        fails(lambda: GPT.from_pretrained(tmp_path), tmp_path, "not supported")
+        assert fails(lambda: GPT.from_pretrained(tmp_path), tmp_path, "not supported")
 
 
 @needs("transformers")
@@ -1130,24 +1131,24 @@ def test_resume_refuses_files_of_different_steps(tmp_path):
     model.save_checkpoint(folder, vlm, tokenizer(), {}, {"step": 1})
     (folder / "state.json").write_text('{"step": 2}')
     flags = argparse.Namespace(out_dir=str(tmp_path), model="tiny", init="", resume=True)
-    fails(lambda: train_base.start(flags, setup(), "base", None), folder, "--resume")
+    assert fails(lambda: train_base.start(flags, setup(), "base", None), folder, "--resume")
 
 
 def test_a_broken_checkpoint_is_one_line_that_names_the_file(tmp_path):
     folder = tmp_path / "sft"
-    fails(lambda: model.load_checkpoint(folder), folder)
+    assert fails(lambda: model.load_checkpoint(folder), folder)
     model.save_checkpoint(folder, tiny_vlm(), tokenizer())
     weights, config = folder / "model.safetensors", folder / "config.json"
     tensors, good = {n: t.clone() for n, t in vision.read_safetensors(weights).items()}, config.read_text()
     raw = weights.read_bytes()
     for length in (0, 5, 500, len(raw) - 1):
         weights.write_bytes(raw[:length])
-        fails(lambda: model.load_checkpoint(folder), weights)
+        assert fails(lambda: model.load_checkpoint(folder), weights)
     name = "gpt.blocks.1.mlp.down.weight"
     for broken in ({n: t for n, t in tensors.items() if n != name}, tensors | {"x.y": tensors[name]},
                    tensors | {name: tensors[name].t()}, tensors | {name: torch.tensor(1.0)}):
         vision.write_safetensors(broken, weights)
-        fails(lambda: model.load_checkpoint(folder), weights, "x.y" if "x.y" in broken else name)
+        assert fails(lambda: model.load_checkpoint(folder), weights, "x.y" if "x.y" in broken else name)
     weights.write_bytes(raw)
     model.load_checkpoint(folder)
     without, odd = json.loads(good), json.loads(good)
@@ -1156,9 +1157,9 @@ def test_a_broken_checkpoint_is_one_line_that_names_the_file(tmp_path):
     for text in ("", "{", "[]", "3", '{"model_type": "qwen2"}', '{"model_type": "ghostvis"}', json.dumps(without),
                  json.dumps(odd)):
         config.write_text(text)
-        fails(lambda: model.load_checkpoint(folder), config)
+        assert fails(lambda: model.load_checkpoint(folder), config)
     config.unlink()
-    fails(lambda: model.load_checkpoint(folder), config)
+    assert fails(lambda: model.load_checkpoint(folder), config)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -1374,8 +1375,8 @@ def test_a_wrong_number_of_images_is_one_line():
     vlm = tiny_vlm()
     asked = prompts(vlm, RAGGED[:3])  # three places
     for images in ([], [1, 2], [1, 2, 3, 4]):
-        fails(lambda: say(vlm, asked, images), "3 places", f"{len(images)} images")
-    fails(lambda: say(vlm, asked[1:2], [1]), "0 places", "1 images")
+        assert fails(lambda: say(vlm, asked, images), "3 places", f"{len(images)} images")
+    assert fails(lambda: say(vlm, asked[1:2], [1]), "0 places", "1 images")
 
 
 def test_respond_gives_the_text_without_special_tokens():
@@ -1450,6 +1451,15 @@ def test_orthogonalize_makes_all_directions_about_equally_strong(shape):
     strong = s > 0.05 * s[:, :1]  # five steps do not lift the very weakest all the way
     assert (values <= 1.3).all() and (values.sort(-1).values[strong.sort(-1).values] > 0.5).all()
     assert F.cosine_similarity(out.flatten(1), (u @ v).flatten(1)).min() > 0.9  # the same directions, not just any
+
+
+def test_a_pretrained_vit_stays_frozen_whatever_a_chapter_asks_for():
+    vlm = tiny_vlm()
+    assert any(name.startswith("vit.") for name in train_base.freeze(vlm, ["bridge", "decoder", "vit"]))
+    vlm.config.pretrained_vision = True
+    params = train_base.freeze(vlm, ["bridge", "decoder", "vit"])
+    assert params and not any(name.startswith("vit.") for name in params)
+    assert not vlm.vit.patch.weight.requires_grad
 
 
 def test_query_key_and_value_get_updates_of_one_size_whatever_their_gradients():
@@ -1569,7 +1579,7 @@ def test_a_loader_leaves_out_what_does_not_fit_but_not_everything():
         return data.Document(index, [record] * 9, [1] * 9, [], {"images": []}) if record % 2 else None
     loader = data.Loader(range(10 ** 6), odd_only, None, 1, 8, 4)
     assert seen(loader, 1500) == list(range(1, 3001, 2))  # many are left out in all, but never many in a row
-    fails(lambda: next(data.Loader(range(10 ** 6), lambda record, index: None, None, 1, 8, 4)), "--seq_len=8")
+    assert fails(lambda: next(data.Loader(range(10 ** 6), lambda record, index: None, None, 1, 8, 4)), "--seq_len=8")
 
 
 def test_a_record_whose_pictures_and_places_disagree_stops_with_its_name():
@@ -1595,7 +1605,7 @@ def test_a_document_is_cut_only_where_its_pictures_stay():
 def test_an_unreadable_picture_names_its_record(tmp_path):
     vlm, path = tiny_vlm(), tmp_path / "cat.jpg"
     path.write_bytes(b"not a picture")
-    fails(lambda: train_base.to_pixels(vlm)(str(path), {"id": "record 17"}), "record 17", path)
+    assert fails(lambda: train_base.to_pixels(vlm)(str(path), {"id": "record 17"}), "record 17", path)
     Image.new("RGB", (40, 30), RED).save(path)
     pixels = train_base.to_pixels(vlm)(str(path), {"id": "record 17"})
     assert pixels.shape == (3, 24, 24) and pixels.dtype == torch.uint8 and pixels[0].min() > 250
@@ -1803,7 +1813,7 @@ def test_in_the_split_of_new_pairs_questions_are_about_a_new_pair():
 def test_kinds_can_be_chosen_and_a_wrong_one_is_named():
     world = data.World("exam", kinds=["count", "place"])
     assert [world[i]["kind"] for i in range(4)] == ["count", "place", "count", "place"]
-    fails(lambda: data.World("exam", kinds=["counting"]), "'counting'", "count, number")
+    assert fails(lambda: data.World("exam", kinds=["counting"]), "'counting'", "count, number")
 
 
 def test_a_drawing_is_the_same_twice_and_quick():
@@ -1924,25 +1934,25 @@ def test_a_bad_record_is_named_with_file_index_id_and_problem(tmp_path):
             (llava(conversations=[{"from": "robot", "value": "q"}]), ["'robot'"]),
             (llava(None, answer=5), ["not text"]),
             ({"id": "r1", "prompt": "q"}, ["missing key"])]:
-        fails(lambda: data.read_records(write(path, [good, bad])), path, "record 1", "'r1'", *parts)
-    fails(lambda: data.read_records(write(path, [good, "text"])), path, "record 1", "object")
+        assert fails(lambda: data.read_records(write(path, [good, bad])), path, "record 1", "'r1'", *parts)
+    assert fails(lambda: data.read_records(write(path, [good, "text"])), path, "record 1", "object")
 
 
 def test_an_unreadable_file_is_named_with_the_line(tmp_path):
     path = tmp_path / "d.json"
     for text in ("", "[]", "\n"):
         path.write_text(text)
-        fails(lambda: data.read_records(path), path, "empty")
+        assert fails(lambda: data.read_records(path), path, "empty")
     path.write_text('[\n{"question": "q", "answer": "a"},\n{"question"')
-    fails(lambda: data.read_records(path), path, "line 3")
+    assert fails(lambda: data.read_records(path), path, "line 3")
     (tmp_path / "d.jsonl").write_text('{"question": "q", "answer": "a"}\n{"question": \n')
-    fails(lambda: data.read_records(tmp_path / "d.jsonl"), "d.jsonl", "line 2")
-    fails(lambda: data.read_records(tmp_path / "none.json"), "none.json")
-    fails(lambda: data.read_records(tmp_path / "d.parquet"), "d.parquet", "unknown kind")
+    assert fails(lambda: data.read_records(tmp_path / "d.jsonl"), "d.jsonl", "line 2")
+    assert fails(lambda: data.read_records(tmp_path / "none.json"), "none.json")
+    assert fails(lambda: data.read_records(tmp_path / "d.parquet"), "d.parquet", "unknown kind")
     path.write_bytes(b'["\xff"]')
-    fails(lambda: data.read_records(path), path, "UTF-8")
+    assert fails(lambda: data.read_records(path), path, "UTF-8")
     (tmp_path / "images.zip").write_bytes(b"PK not a zip")
-    fails(lambda: data.read_records(write(path, [llava()])), "images.zip")
+    assert fails(lambda: data.read_records(write(path, [llava()])), "images.zip")
 
 
 def test_tsv_choice_questions_get_llavas_prompt_and_shared_pictures(tmp_path):
@@ -1958,11 +1968,11 @@ def test_tsv_choice_questions_get_llavas_prompt_and_shared_pictures(tmp_path):
     assert one["images"] == two["images"] == [image_bytes()] and one["kind"] == "animals"
     assert one["choices"] == {"A": "cat", "B": "dog"}
     path = write_tsv(tmp_path / "x.tsv", [{**rows[0], "answer": "D"}])
-    fails(lambda: data.read_records(path), path, "record 0", "'7'", "'D'")
+    assert fails(lambda: data.read_records(path), path, "record 0", "'7'", "'D'")
     path = write_tsv(tmp_path / "x.tsv", rows[1:])
-    fails(lambda: data.read_records(path), path, "record 0", "image '7'")
+    assert fails(lambda: data.read_records(path), path, "record 0", "image '7'")
     path = write_tsv(tmp_path / "x.tsv", [{key: rows[0][key] for key in ("index", "image", "question")}])
-    fails(lambda: data.read_records(path), path, "no column answer")
+    assert fails(lambda: data.read_records(path), path, "no column answer")
 
 
 @pytest.mark.parametrize("name, answer, metric", [
@@ -1991,7 +2001,7 @@ def test_tar_shards_hold_captions_or_conversations(tmp_path):
     assert one["messages"][0]["content"].startswith("<image>\n") and two["messages"][1]["content"] == "red"
     assert Image.open(data.open_source(two["images"][0])).size == (8, 8)
     (tmp_path / "bad.tar").write_bytes((tmp_path / "s.tar").read_bytes()[:700])
-    fails(lambda: data.read_records(tmp_path / "bad.tar"), "bad.tar")
+    assert fails(lambda: data.read_records(tmp_path / "bad.tar"), "bad.tar")
 
 
 def test_text_is_cut_where_documents_end(tmp_path):
@@ -2015,14 +2025,14 @@ def test_text_comes_from_json_gzip_and_folders(tmp_path):
     write(tmp_path / "c.jsonl", [{"text": "five"}], lines=True)
     assert list(data.read_text(tmp_path)) == ["one", "two", "three", "four", "five"]
     (tmp_path / "c.jsonl").write_text('{"txt": "five"}\n')
-    fails(lambda: list(data.read_text(tmp_path / "c.jsonl")), "c.jsonl", "record 0")
+    assert fails(lambda: list(data.read_text(tmp_path / "c.jsonl")), "c.jsonl", "record 0")
     (tmp_path / "b.json.gz").write_bytes((tmp_path / "b.json.gz").read_bytes()[:30])
-    fails(lambda: list(data.read_text(tmp_path / "b.json.gz")), "b.json.gz", "complete")
+    assert fails(lambda: list(data.read_text(tmp_path / "b.json.gz")), "b.json.gz", "complete")
     (tmp_path / "e.txt").write_text(" \n")
-    fails(lambda: list(data.read_text(tmp_path / "e.txt")), "e.txt", "empty")
-    fails(lambda: list(data.read_text(tmp_path / "none.txt")), "none.txt")
+    assert fails(lambda: list(data.read_text(tmp_path / "e.txt")), "e.txt", "empty")
+    assert fails(lambda: list(data.read_text(tmp_path / "none.txt")), "none.txt")
     (tmp_path / "void").mkdir()
-    fails(lambda: list(data.read_text(tmp_path / "void")), "void")
+    assert fails(lambda: list(data.read_text(tmp_path / "void")), "void")
 
 
 def test_a_mixture_names_files_and_weights():
@@ -2030,7 +2040,7 @@ def test_a_mixture_names_files_and_weights():
     assert data.parse_mixture("world") == [("world", 1.0)]
     assert data.parse_mixture("a:0.5, b:.5") == [("a", 0.5), ("b", 0.5)]
     for wrong in ("", "a,,b", "a:0", "a:-1", "a:x", "a:", ":2", "a:nan", "a:inf"):
-        fails(lambda: data.parse_mixture(wrong), repr(wrong), "NAME:WEIGHT")
+        assert fails(lambda: data.parse_mixture(wrong), repr(wrong), "NAME:WEIGHT")
 
 
 def test_one_picture_is_never_on_both_sides_of_a_split():
@@ -2055,7 +2065,7 @@ def test_a_split_leaves_no_side_empty():
             train, held = data.split_by_image(records, fraction)
             assert train and held, (sizes, fraction)
     for records in ([{"id": "1", "images": []}], [{"id": "1", "images": [b"x"]}, {"id": "2", "images": [b"x"]}]):
-        fails(lambda: data.split_by_image(records), "too few", "--val=")
+        assert fails(lambda: data.split_by_image(records), "too few", "--val=")
 
 
 def test_equal_bytes_under_two_names_in_a_zip_are_one_picture(tmp_path):
@@ -2170,7 +2180,7 @@ def words_loader(to_document, rows=1, seq_len=8, records=None, **more):
 
 def test_a_data_set_of_which_nothing_fits_is_an_error_and_not_an_endless_loop():
     loader = words_loader(lambda record, index: None)
-    fails(lambda: next(loader), "--seq_len=8")
+    assert fails(lambda: next(loader), "--seq_len=8")
 
 
 def test_records_that_do_not_fit_now_and_then_never_stop_a_long_run():
@@ -2252,8 +2262,8 @@ def test_vqa_answers_are_normalised_as_in_the_official_code(text, form):
 
 
 def test_an_unknown_metric_is_named():
-    fails(lambda: data.score("bleu", "a", "a"), "'bleu'", "relaxed")
-    fails(lambda: data.score("exact", "a", []), "no right answer")
+    assert fails(lambda: data.score("bleu", "a", "a"), "'bleu'", "relaxed")
+    assert fails(lambda: data.score("exact", "a", []), "no right answer")
 
 
 def test_f1_counts_yes_as_positive():
@@ -2465,7 +2475,7 @@ def test_two_processes_give_the_weights_of_one_with_two_micro_batches(trained, t
     one = run("train_sft", *flags, f"--out_dir={tmp_path / 'one'}")
     ours, theirs = (model.read_safetensors(tmp_path / name / "tiny/sft/model.safetensors") for name in ("one", "two"))
     for name in ours:
-        # A key's bias shifts all scores alike: its true gradient is 0, and AdamW makes full steps of the rounding noise.
+        # A key's bias shifts all scores alike: its true gradient is 0, and AdamW makes full steps of rounding noise.
         if not name.endswith("qkv.bias"):
             assert torch.allclose(ours[name], theirs[name], rtol=0, atol=1e-4), name
     rows = [[json.loads(line) for line in (tmp_path / name / "tiny/sft/log.jsonl").read_text().splitlines()]
@@ -2656,7 +2666,7 @@ def test_resuming_with_other_lanes_is_refused(trained):
     vlm, tokenizer = model.load_checkpoint(trained[0] / "tiny/sft"), Tokenizer.from_pretrained(trained[0] / "tiny/sft")
     state = model.read_json(trained[0] / "tiny/sft/state.json")
     assert len(state["data"]) == 1
-    fails(lambda: train_base.start_data(flags, train_base.Setup(flags), vlm, tokenizer, "chat", state),
+    assert fails(lambda: train_base.start_data(flags, train_base.Setup(flags), vlm, tokenizer, "chat", state),
           "--micro_batch_size")
 
 

@@ -53,8 +53,7 @@ def main() -> None:
     # From chapter 1 if it is there, else from scratch: then a decoder without words is frozen, and little is learned.
     vlm, tokenizer, state, moments = start(flags, setup, STAGE, make_tokenizer(flags))
     # New: the decoder is frozen. Gradients flow through it to the picture's tokens, but it keeps none of its own.
-    # A ViT with pretrained weights is frozen as well: it has seen far more pictures than we can show it.
-    params = freeze(vlm, ["bridge"] if vlm.config.pretrained_vision else ["bridge", "vit"])
+    params = freeze(vlm, ["bridge", "vit"])
     optimizer = Optimizer(params, flags.optimizer, flags.lr, moments)
     step = state.get("step", 0)  # above 0 with --resume
     loaders, held = start_data(flags, setup, vlm, tokenizer, "captions", state)

@@ -131,7 +131,7 @@ def gain(before: list[float], after: list[float]) -> dict:
     # Both times the same questions, decoded greedily: most do not change, and their spread drops out.
     changes = torch.tensor(after, dtype=torch.float64) - torch.tensor(before, dtype=torch.float64)
     # 1.96 standard errors on either side hold 95 % of a normal distribution.
-    n, mean, error = len(after), changes.mean().item(), 1.96 * changes.std().item() / math.sqrt(len(after))
+    n, mean, error = len(after), changes.mean().item(), 1.96 * changes.std(correction=0).item() / math.sqrt(len(after))
     return {"n": n, "before": sum(before) / n, "before_ci95": data.wilson(sum(before), n),
             "accuracy": sum(after) / n, "ci95": data.wilson(sum(after), n),
             "gain": mean, "gain_ci95": [mean - error, mean + error]}
@@ -157,7 +157,7 @@ def main() -> None:
     setup = Setup(flags)
     vlm, tokenizer, state, moments = start(flags, setup, STAGE, make_tokenizer(flags))
     # The same parts as in chapter 3.
-    params = freeze(vlm, ["bridge", "decoder"] if vlm.config.pretrained_vision else ["bridge", "decoder", "vit"])
+    params = freeze(vlm, ["bridge", "decoder", "vit"])
     optimizer = Optimizer(params, flags.optimizer, flags.lr, moments)
     step = state.get("step", 0)  # above 0 with --resume
     # New: one question at a time, with an answer that code can check. No packed loader: the rows are made by the model.

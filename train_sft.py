@@ -37,7 +37,7 @@ def main() -> None:
     vlm, tokenizer, state, moments = start(flags, setup, STAGE, make_tokenizer(flags))
     # New: all learn. The decoder must: to answer, it has to look a thing up among the picture's tokens by what the
     # question calls it, and text has taught it nothing of that kind.
-    params = freeze(vlm, ["bridge", "decoder"] if vlm.config.pretrained_vision else ["bridge", "decoder", "vit"])
+    params = freeze(vlm, ["bridge", "decoder", "vit"])
     # Fresh moments, even when the weights come from chapter 2: they speak of another loss.
     optimizer = Optimizer(params, flags.optimizer, flags.lr, moments)
     step = state.get("step", 0)  # above 0 with --resume
