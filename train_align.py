@@ -24,7 +24,7 @@ from train_base import (SHARED_FLAGS, Interrupt, Log, Optimizer, Setup, answers,
 
 STAGE = "align"
 # Rows here are longer than the captions: several captions, each with its picture, share a row (data.pack).
-BY_MODEL = {"tiny": {"batch_size": 16, "seq_len": 256, "steps": 110, "lr": 0.007},
+BY_MODEL = {"tiny": {"batch_size": 16, "seq_len": 256, "steps": 100, "lr": 0.003},
             "small": {"batch_size": 64, "seq_len": 512, "steps": 1500, "lr": 0.003}}
 
 
