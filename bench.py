@@ -21,7 +21,9 @@ from train_base import (Optimizer, Setup, evaluate_with_baselines, freeze, make_
 
 FLAGS = {
     "what": ("eval", "eval or speed"),
-    "model": ("tiny", f"preset: {', '.join(PRESETS)}"),
+    "model": ("tiny", f"{', '.join(PRESETS)}, or a hub id (Org/Name) or folder"),
+    "vision": ("", "speed: encoder in place of the preset's"),
+    "bridge": ("", "speed: perceiver, pixelshuffle or mlp, in place of the preset's"),
     "init": ("", "checkpoint folder; empty: the latest stage under --out_dir, for speed else random weights"),
     "out_dir": ("out", "where the stages keep their checkpoints"),
     "data": ("world", "world, or a file of records: .json, .jsonl, .tsv"),
@@ -41,7 +43,7 @@ def bench_eval(flags) -> dict:
     "The same questions three times: with their own picture, with none, and with another's."
     setup = Setup(flags)
     # Asked before load(): start() would fall back to random weights. They do for speed; their accuracy means nothing.
-    if not (flags.init or newest_checkpoint(flags.out_dir, flags.model)):
+    if not (flags.init or newest_checkpoint(flags.out_dir, flags.model) or flags.model == "llava-ov-0.5b"):
         raise ValueError(f"no trained model under {flags.out_dir}/{flags.model}; train one, or name a "
                          "checkpoint folder by --init=")
     vlm, tokenizer = load(flags, setup)

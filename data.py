@@ -1,8 +1,10 @@
 """
-Everything that comes from disk, and a world that needs no disk at all.
+Everything that comes from disk or network, and a world that needs neither.
 
-    python data.py                       # draw a contact sheet of the built-in world: world.png
-    python data.py --data=my.json        # check your own records: read all, open every picture, show three
+    python data.py                           # draw a contact sheet of the built-in world: world.png
+    python data.py --data=my.json            # check your own records: read all, open every picture, show three
+    python data.py --download=qwen2.5-1.5b   # fetch published weights, and the vision tower for them: 3.1 + 1.3 GB
+    python data.py --download=list           # what can be fetched by a short name; anything else by Org/Name
 
 In the order of this file:
   drawing     things and backgrounds as tables of flat shapes, painted at any size
@@ -11,12 +13,13 @@ In the order of this file:
   reading     LLaVA-style JSON, JSONL, TSV benchmarks, tar shards, plain text -> records
   packing     documents of all lengths -> rows of one fixed shape, and the loader that feeds training
   scoring     the official rules of the benchmarks
+  downloads   weights and tokenizers from the Hugging Face hub: resumed, checked, kept
 
 A record is one conversation: {"id", "messages": [{"role", "content"}], "images": [source]}. It is drawn and rendered
 when it is its turn.
 
 Left out: streaming from object stores, and shuffling buffers: a record's index alone says what it is, so any order can
-be had directly.
+be had directly. Several connections at once for one download: its parts could not be resumed from its length alone.
 """
 import argparse
 import ast
@@ -24,6 +27,7 @@ import base64
 import cmath
 import contextlib
 import csv
+import errno
 import functools
 import gzip
 import hashlib
@@ -34,18 +38,28 @@ import math
 import os
 import random
 import re
+import shutil
 import sys
 import tarfile
+import time
 import zipfile
 import zlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 from string import ascii_uppercase
+from urllib.parse import quote, urljoin, urlsplit
 
 import numpy as np
+import requests
 import torch
 from PIL import Image, ImageDraw
+from tqdm import tqdm
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Drawing: things and backgrounds are tables of flat shapes, so that a picture is the same at any size.
@@ -1226,6 +1240,408 @@ def wilson(k: float, n: int) -> tuple[float, float]:
 
 
 # ----------------------------------------------------------------------------------------------------------------------
+# Downloads: published weights and tokenizers from the Hugging Face hub, by plain HTTP
+# Gigabytes over a home line break off now and then, and a weight with one flipped bit loads as well as before. So a
+# file grows under the name FILE.part, where another process can go on, and gets its own name once its hash is right.
+
+SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"  # the index says which shard holds which tensor
+ANY = None, None  # no bytes and sha256 known here: at a fixed commit the server's word is enough, see look_up()
+CONFIGS = dict.fromkeys(["config.json", "generation_config.json", "preprocessor_config.json", "tokenizer_config.json",
+                         "added_tokens.json"], ANY)
+QWEN = dict.fromkeys(["config.json", "generation_config.json", "tokenizer_config.json"], ANY) | {
+    "tokenizer.json": (7_031_645, "c0382117ea329cdf097041132f6d735924b697924d6f6fc3945713e96ce87539")}
+LLAVA = CONFIGS | {
+    "vocab.json": (2_776_833, "ca10d7e9fb3ed18575dd1e277a2579c16d108e32f27439684afa0e10b1440910"),
+    "merges.txt": (1_671_853, "8831e4f1a044471340f7c0a83d7bd71306a5b867e95fd870f74d0c5308a904d5")}
+SIGLIP = dict.fromkeys(["config.json", "preprocessor_config.json"], ANY)
+RESEARCH = "Qwen Research licence: non-commercial use only"
+TOWER = "vision_model."  # the rest of a SigLIP file, more than half of it, is a text encoder, which we never use
+
+
+@dataclass(frozen=True)
+class Repository:
+    hub: str           # Org/Name
+    revision: str      # a commit, which fixes every byte, or a branch, whose newest commit is taken
+    files: dict        # {name: (bytes, sha256)} in the order of fetching; {}: the server is asked what there is
+    licence: str = "Apache-2.0"
+    prefix: str = ""   # of model.safetensors only the tensors whose names begin so
+
+
+def pin(hub: str, revision: str, small: dict, *weights: tuple, **more) -> Repository:
+    "weights: (bytes, sha256) of the one file, or of each shard."
+    n = len(weights)
+    names = [f"model-{i:05}-of-{n:05}.safetensors" for i in range(1, n + 1)] if n > 1 else [SINGLE]
+    return Repository(hub, revision, small | ({INDEX: ANY} if n > 1 else {}) | dict(zip(names, weights)), **more)
+
+
+REPOSITORIES = {repository.hub.split("/")[1].lower(): repository for repository in (
+    pin("Qwen/Qwen2.5-0.5B", "060db6499f32faf8b98477b0a26969ef7d8b9987", QWEN,
+        (988_097_824, "88c142557820ccad55bb59756bfcfcf891de9cc6202816bd346445188a0ed342")),
+    pin("Qwen/Qwen2.5-0.5B-Instruct", "7ae557604adf67be50417f59c2c2f167def9a775", QWEN,
+        (988_097_824, "fdf756fa7fcbe7404d5c60e26bff1a0c8b8aa1f72ced49e7dd0210fe288fb7fe")),
+    pin("Qwen/Qwen2.5-1.5B", "8faed761d45a263340a0528343f099c05c9a4323", QWEN,
+        (3_087_467_144, "a961db72e75d52b18e6b0c9d379e51a26973b233385e0e127fdda7d648aec796")),
+    pin("Qwen/Qwen2.5-1.5B-Instruct", "989aa7980e4cf806f80c7fef2b1adb7bc71aa306", QWEN,
+        (3_087_467_144, "dd924a11b4c220f385b51ffa522daea7c9f3d850e31b162bb5661df483c6d3ee")),
+    pin("Qwen/Qwen2.5-3B", "3aab1f1954e9cc14eb9509a215f9e5ca08227a9b", QWEN,
+        (3_968_658_944, None), (2_203_268_048, None), licence=RESEARCH),
+    pin("Qwen/Qwen2.5-3B-Instruct", "aa8e72537993ba99e69dfaafa59ed015b17504d1", QWEN,
+        (3_968_658_944, "67347b23fb4165b652eb6611f5e1f2a06dfcddba8e909df1b2b0b1857bee06c2"),
+        (2_203_268_048, "a40d941d0e7e0b966ad8b62bb6d6b7c88cce1299197b599d9d0a4ce59aabfc1d"), licence=RESEARCH),
+    pin("google/siglip2-large-patch16-256", "787800c8990e6f058423089178e718139608408c", SIGLIP,
+        (3_526_204_360, "fa34f822f016dbb167d8d0e3a8af99b5e199aa28573360d4295252b9ec418e2a"), prefix=TOWER),
+    pin("google/siglip-large-patch16-256", "d0da9f876e7d66b4e250cd2450c3ba2ce735e447", SIGLIP, ANY, prefix=TOWER),
+    pin("google/siglip2-base-patch16-224", "75de2d55ec2d0b4efc50b3e9ad70dba96a7b2fa2", SIGLIP,
+        (1_500_800_904, "612923381c76ec5a9bed335d1c48827e3f2e506ac31b044b63b2031fadee6a0b"), prefix=TOWER),
+    pin("google/siglip-base-patch16-224", "7fd15f0689c79d79e38b1c2e2e2370a7bf2761ed", SIGLIP,
+        (812_672_320, "2c63cb7d1f2e95ba501893cbb8faeb4ea9a3af295498d35097126228659c2af8"), prefix=TOWER),
+    pin("google/siglip-so400m-patch14-224", "d04cf29fca7b6374f74d8bea1969314492266b5e", SIGLIP, ANY, prefix=TOWER),
+    pin("google/siglip-so400m-patch14-384", "9fdffc58afc957d1a03a25b10dba0329ab15c2a3", SIGLIP,
+        (3_511_950_624, "ea2abad2b7f8a9c1aa5e49a244d5d57ffa71c56f720c94bc5d240ef4d6e1d94a"), prefix=TOWER),
+)} | {"llava-ov-0.5b":
+    pin("llava-hf/llava-onevision-qwen2-0.5b-ov-hf", "74dd0bf867a4cda7950c17663794267c60cf4b40", LLAVA,
+        (1_787_445_680, "07b3362c3412de79baf2379e44e5b0b2a8f4b965ebebd11d7b5b3eb4450fe96e")),
+}
+
+CHUNK = 2 ** 16              # bytes that a break can lose
+TIMEOUT = 10, 30             # seconds to connect, seconds without a byte
+ATTEMPTS, BACKOFF = 5, 0.5   # failures in a row without a new byte; seconds, doubled from one to the next
+TRY_AGAIN = 408, 429, 500, 502, 503, 504  # overloaded or restarting; any other error would only be repeated
+REMEDIES = {401: "missing, private or gated: check the name, or set HF_TOKEN to a token that may read it",
+            403: "not allowed: accept the licence on the repository's page, with the account that HF_TOKEN belongs to",
+            404: "no such file: is this a model in safetensors?",
+            (404, "RepoNotFound"): "no such repository: check the name",
+            (404, "RevisionNotFound"): "no such revision: check what stands behind the @"}
+MAX_HEADER = 100_000_000     # bytes; the safetensors format's own limit
+
+
+class Dropped(Exception):
+    "(reason, seconds to wait if the server named them): another attempt may help."
+
+
+@dataclass(frozen=True)
+class Piece:
+    "A file as the server describes it; or the part of it that we want, under a header of our own."
+    name: str
+    what: str          # "Org/Name, config.json": for errors
+    url: str
+    commit: str
+    etag: str          # of a large file its sha256, 64 hex digits; of a small one git's hash, 40
+    digest: str        # the table's sha256, or else the etag
+    total: int         # bytes on the server
+    size: int          # bytes on our disk: the header, then a run of the server's
+    begin: int = 0     # where that run begins in the server's file
+    head: bytes = b""
+
+
+def note(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+def setting(variable: str, default) -> Path:
+    return Path(os.environ.get(variable) or default).expanduser()
+
+
+def endpoint() -> str:
+    url = (os.environ.get("HF_ENDPOINT") or "https://huggingface.co").rstrip("/")
+    need(url.startswith(("https://", "http://")), f"HF_ENDPOINT={url}: expected an address such as https://NAME")
+    return url
+
+
+def find_repository(name: str) -> Repository:
+    for short, repository in REPOSITORIES.items():
+        if name in (short, repository.hub):
+            return repository
+    match = re.fullmatch(r"(\w[\w.-]*/\w[\w.-]*)(?:@(\S+))?", name)
+    need(match, f"{name!r}: no such repository; known are {', '.join(REPOSITORIES)}, and any other as Org/Name or "
+                "Org/Name@revision")
+    return Repository(match[1], match[2] or "main", {}, f"see {endpoint()}/{match[1]}")
+
+
+def our_folder(repository: Repository) -> Path:
+    revision = repository.revision  # a branch may be called refs/pr/1
+    short = revision[:12] if re.fullmatch("[0-9a-f]{40}", revision) else revision.replace("/", "--")
+    return setting("GHOSTVIS_CACHE", "~/.cache/ghostvis") / f"{repository.hub.replace('/', '--')}@{short}"
+
+
+def hub_folder(repository: Repository) -> Path:
+    "Where huggingface_hub puts it: who has used transformers need not fetch it again."
+    cache = setting("HF_HUB_CACHE", setting("HF_HOME", "~/.cache/huggingface") / "hub")
+    cache, commit = cache / f"models--{repository.hub.replace('/', '--')}", repository.revision
+    with contextlib.suppress(OSError):  # a branch is a file with its commit
+        commit = (cache / "refs" / commit).read_text().strip()
+    return cache / "snapshots" / commit
+
+
+def read_shards(folder: Path) -> list[str]:
+    with naming(folder / INDEX):
+        where = json.loads((folder / INDEX).read_text(encoding="utf-8"))
+    where = where.get("weight_map") if isinstance(where, dict) else None
+    # Plain names only: a stranger's index must not make us write to ../../.bashrc.
+    need(isinstance(where, dict) and all(re.fullmatch(r"\w[\w.-]*", str(file)) for file in where.values()),
+         f"{folder / INDEX}: lacks the weight_map from tensors to plain file names; use another repository")
+    return sorted(set(where.values()))
+
+
+def lacking(repository: Repository, folder: Path) -> list[str]:
+    "The files that are not in a folder yet."
+    files = repository.files
+    if not files:  # what is optional was fetched before the weights: who has these has all
+        sharded = (folder / INDEX).exists() and not (folder / SINGLE).exists()
+        files = dict.fromkeys(["config.json", *(read_shards(folder) if sharded else [SINGLE])], ANY)
+    # The part of the weights that lies in our folder has a size of its own; it was checked before it got that name.
+    cut = SINGLE if repository.prefix and folder == our_folder(repository) else None
+    return [name for name, (size, _) in files.items() if not (folder / name).is_file()
+            or name != cut and size not in (None, (folder / name).stat().st_size)]
+
+
+def authorization() -> dict:
+    path = setting("HF_TOKEN_PATH", setting("HF_HOME", "~/.cache/huggingface") / "token")
+    token = (os.environ.get("HF_TOKEN") or (path.read_text() if path.is_file() else "")).strip()
+    return {"Authorization": f"Bearer {token}"} if token else {}
+
+
+def request(session, method: str, url: str, what: str, headers: dict, accept=()) -> tuple:
+    "-> (the reply, the headers that the hub itself sent on the way to it). Statuses of 400 and more are errors."
+    # Redirects by hand. For large files the hub sends us on to a storage host, with a signature in the address that
+    # holds for minutes only, so that each attempt starts at the hub. Our token is none of that host's business.
+    host, hub = urlsplit(url)[:2], requests.structures.CaseInsensitiveDict()  # host: scheme, and name with port
+    for _ in range(10):
+        home = urlsplit(url)[:2] == host
+        reply = session.request(method, url, headers=headers | (authorization() if home else {}), timeout=TIMEOUT,
+                                stream=method == "GET", allow_redirects=False)
+        hub.update(reply.headers if home else {})
+        url = urljoin(url, reply.headers.get("Location", ""))
+        if not reply.is_redirect or method == "HEAD" and urlsplit(url)[:2] != host:  # the hub has said all
+            break
+        reply.close()
+    hub["ETag"] = (hub.get("X-Linked-Etag") or hub.get("ETag") or "").removeprefix("W/").strip('"')
+    status, kind = reply.status_code, (reply.status_code, reply.headers.get("X-Error-Code"))
+    if status in TRY_AGAIN:
+        # ratelimit: "api";r=0;t=55 or Retry-After: 55; a second more, for its clock is not ours
+        limit = re.search(r"\bt=(\d+)", reply.headers.get("ratelimit", ""))
+        seconds = limit[1] if limit else reply.headers.get("Retry-After", "")
+        raise Dropped(f"the server answers {status}", int(seconds) + 1 if seconds.isdecimal() else 0)
+    need(status < 400 or status in accept, f"{what}: the server answers {status}, " + str(
+        REMEDIES.get(kind) or REMEDIES.get(status) or f"{reply.reason}; check HF_ENDPOINT ({endpoint()}) and proxies"))
+    return reply, hub
+
+
+def retry(what: str, attempt, say, size=lambda: 0):
+    "The result of attempt(). A failure counts if size() has not grown: a bad line may break a hundred times."
+    failures, most = 0, size()
+    while True:
+        try:
+            return attempt()
+        except (requests.ConnectionError, requests.Timeout, requests.exceptions.ChunkedEncodingError) as error:
+            # "HTTPSConnectionPool(...): Max retries exceeded ...: [Errno 111] Connection refused'))": the end says it
+            reason, seconds = str(error).rsplit(": ", 1)[-1].strip("')\".")[:90], 0
+        except Dropped as error:
+            reason, seconds = error.args
+        failures, most = (0, size()) if size() > most else (failures + 1, most)
+        need(failures < ATTEMPTS, f"{what}: {reason}, {failures} times in a row; check the connection to {endpoint()} "
+                                  "and run again: it will go on from here")
+        seconds = seconds or BACKOFF * 2 ** failures
+        say(f"{what}: {reason}; next attempt in {seconds:.0f} s")
+        time.sleep(seconds)
+
+
+def look_up(session, repository: Repository, revision: str, name: str, say, optional=False) -> Piece | None:
+    "What the server says of a file, held against the table before a byte is fetched. None: not there."
+    what = f"{repository.hub}, {name}"
+    url = f"{endpoint()}/{repository.hub}/resolve/{quote(revision, safe='')}/{quote(name)}"
+    reply, hub = retry(what, lambda: request(session, "HEAD", url, what, {}, [404] if optional else []), say)
+    if reply.status_code == 404:
+        return None
+    # a redirect's own Content-Length is that of the redirect
+    length = hub.get("X-Linked-Size") or ("" if reply.is_redirect else hub.get("Content-Length", ""))
+    etag, (size, sha256) = hub["ETag"], repository.files.get(name, ANY)
+    need("X-Repo-Commit" in hub and etag and length.isdecimal(), f"{what}: a proxy's page answers here, not a Hugging "
+         f"Face hub; log in to this network, or check HF_ENDPOINT ({endpoint()})")
+    total = int(length)
+    need(size in (None, total) and (sha256 in (None, etag) or len(etag) != 64), f"{what}: {endpoint()} has {total:,} "
+         f"bytes with hash {etag}, expected are {size or total:,} with {sha256 or etag}; the file was replaced, or the "
+         "mirror is wrong: check HF_ENDPOINT")
+    return Piece(name, what, url, hub["X-Repo-Commit"], etag, sha256 or etag, total, total)
+
+
+def pour(session, piece: Piece, file, progress=lambda size: None) -> None:
+    "One connection: appends what it brings to the file, which may be in memory."
+    start = piece.begin + file.tell() - len(piece.head)   # the next byte, counted in the server's file
+    stop = piece.begin + piece.size - len(piece.head)
+    cut, resumed = stop - piece.begin < piece.total, start > piece.begin
+    reply, hub = request(session, "GET", piece.url, piece.what,
+                         {"Range": f"bytes={start}-{stop - 1}"} if cut or resumed else {}, [416] if resumed else [])
+    with reply:
+        # Two versions of a file must not be mixed where no hash of the whole can tell. TRAP: If-Range would ask the
+        # storage host, which has an ETag of its own: it never agrees, and each time the whole file comes.
+        need(not cut or hub["ETag"] == piece.etag, f"{piece.what}: replaced on the server just now; run again")
+        where = re.match(r"bytes (\d+)-", reply.headers.get("Content-Range", ""))
+        # 200: the whole file, whatever we asked for. 416: no such range, so ours is of another file.
+        came = int(where[1]) if where else 0 if reply.status_code == 200 else math.inf
+        if came != start:
+            file.truncate(len(piece.head))
+            file.seek(0, os.SEEK_END)
+            start = piece.begin
+        if came > start:
+            raise Dropped("the server sent another part than was asked for", 0)
+        skip = start - came
+        for chunk in reply.iter_content(CHUNK):
+            chunk, skip = chunk[skip:], max(0, skip - len(chunk))
+            file.write(chunk[:piece.size - file.tell()])
+            progress(file.tell())
+            if file.tell() == piece.size:
+                return
+    raise Dropped("the connection closed early", 0)
+
+
+def cut_out(session, piece: Piece, prefix: str, say) -> Piece:
+    "Of a safetensors file only the tensors with a prefix, if they lie side by side: a smaller file of the same kind."
+    # 8 bytes with the header's length, {name: {"dtype", "shape", "data_offsets": [begin, end]}} counted from the
+    # header's end, the data. The hub's SigLIP files are sorted by name: text_model before vision_model.
+    def read(start: int, stop: int) -> bytes:
+        part, file = replace(piece, begin=start, size=stop - start), io.BytesIO()
+        retry(piece.what, lambda: pour(session, part, file), say, file.tell)
+        return file.getvalue()
+
+    length = int.from_bytes(read(0, 8), "little")
+    bad = f"{piece.what}: not a valid safetensors file; choose another revision"
+    need(length <= min(MAX_HEADER, piece.total - 8), bad)
+    raw = read(8, 8 + length)
+    try:
+        header = json.loads(raw)
+        wanted = {name: info for name, info in header.items() if name.startswith(prefix)}
+        begins, ends = zip(*(info["data_offsets"] for info in wanted.values())) if wanted else ([0], [0])
+        begin, end, held = min(begins), max(ends), sum(ends) - sum(begins)
+        entries = {name: info | {"data_offsets": [a - begin, b - begin]}
+                   for (name, info), a, b in zip(wanted.items(), begins, ends)}
+        # The ETag goes along: a part that was begun with another version of the file has another header.
+        head = json.dumps({"__metadata__": header.get("__metadata__", {}) | {"etag": piece.etag}} | entries).encode()
+    except (ValueError, TypeError, KeyError, AttributeError):
+        raise ValueError(bad) from None
+    if not wanted or held != end - begin or not 0 <= begin <= end <= piece.total - 8 - length:
+        return piece  # something else lies between them: take all
+    head += b" " * (-len(head) % 8)  # the data start at a multiple of 8
+    head = len(head).to_bytes(8, "little") + head
+    return replace(piece, begin=8 + length + begin, size=len(head) + held, head=head)
+
+
+def plan(session, repository: Repository, folder: Path, say) -> list[Piece]:
+    "What is still to be fetched, the weights last. Nothing is yet, but headers and the index of shards."
+    record, revision = folder / "commit", repository.revision
+    with contextlib.suppress(OSError):
+        # A branch moves on, and files that are fetched on two days would be of two commits. So the first day's commit
+        # is kept; delete the folder for a newer one.
+        revision = record.read_text() or revision
+    ask = functools.partial(look_up, session, repository, say=say)
+    if repository.files:
+        pieces = [ask(revision, name) for name in lacking(repository, folder)]
+        return [cut_out(session, piece, repository.prefix, say) if piece.name == SINGLE and repository.prefix
+                else piece for piece in pieces]
+    pieces = [ask(revision, "config.json")]
+    record.write_text(revision := pieces[0].commit)
+    pieces += [ask(revision, name, optional=True) for name in (*CONFIGS, "tokenizer.json") if name != "config.json"]
+    if not pieces[-1]:  # older repositories have the tokenizer in two files
+        pieces += [ask(revision, name, optional=True) for name in ("vocab.json", "merges.txt")]
+    weights = [ask(revision, SINGLE, optional=True)]
+    if not weights[0]:
+        download(session, ask(revision, INDEX), folder, say)
+        weights = [ask(revision, name) for name in read_shards(folder)]
+    return [piece for piece in pieces + weights if piece and not (folder / piece.name).exists()]
+
+
+def announce(repository: Repository, pieces: list[Piece], folder: Path, say) -> None:
+    "Bytes and licence, before any of it is fetched; and no start on a disk that will be full before the end."
+    free, left = shutil.disk_usage(folder).free, 0
+    say(f"{repository.hub}, revision {repository.revision[:12]}, licence: {repository.licence}")
+    for piece in pieces:
+        part = folder / f"{piece.name}.part"
+        here = part.stat().st_size if part.exists() else 0
+        left += max(0, piece.size - here)
+        say(f"{piece.size / 1e6:12,.1f} MB  {piece.name}" + f", {here / 1e6:,.1f} MB are here already" * bool(here)
+            + f" (only {repository.prefix}* of {piece.total / 1e6:,.1f} MB)" * bool(piece.head))
+    say(f"{left / 1e6:12,.1f} MB  to come, to {folder}, where {free / 1e6:,.1f} MB are free")
+    need(left <= free, f"{folder}: {left:,} bytes are to come and {free:,} are free; make room, or set GHOSTVIS_CACHE "
+                       "to a folder on another disk")
+
+
+def check_hash(path: Path, expected: str) -> None:
+    "64 digits are a sha256; 40 are the sha1 by which git names a file, with its size in front."
+    digest = hashlib.sha256() if len(expected) == 64 else hashlib.sha1(b"blob %d\0" % path.stat().st_size)
+    with open(path, "rb") as file:
+        while block := file.read(2 ** 20):
+            digest.update(block)
+    if digest.hexdigest() != expected:
+        path.unlink()  # wrong somewhere, and nobody knows where
+        raise ValueError(f"{path}: hash {digest.hexdigest()}, expected {expected}: damaged on the way; it was deleted, "
+                         "run again to fetch it anew")
+
+
+def download(session, piece: Piece, folder: Path, say) -> None:
+    target, part = folder / piece.name, folder / f"{piece.name}.part"
+    try:
+        with open(part, "a+b") as file:
+            file.seek(0)
+            if file.read(len(piece.head)) != piece.head or file.seek(0, os.SEEK_END) > piece.size:
+                file.truncate(0)  # begun with another version
+                file.write(piece.head)
+            file.seek(0, os.SEEK_END)
+            with tqdm(total=piece.size, initial=file.tell(), desc=piece.name, unit="B", unit_scale=True,
+                      disable=None) as bar:  # None: only on a terminal, not in a log file
+                if file.tell() < piece.size:
+                    retry(piece.what, lambda: pour(session, piece, file, lambda size: bar.update(size - bar.n)), say,
+                          file.tell)
+            file.flush()
+            os.fsync(file.fileno())  # on the disk before the name: else a power cut could leave a name without bytes
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        raise ValueError(f"{target}: the disk is full; make room and run again: it will go on from here") from None
+    # A part cannot be checked by the hash of the whole. That the server's ETag was the table's sha256 has to do.
+    if not piece.head and re.fullmatch("[0-9a-f]{40}|[0-9a-f]{64}", piece.digest):
+        check_hash(part, piece.digest)
+    os.replace(part, target)  # all at once: nobody ever sees half a file under this name
+    say(f"{piece.name}: complete")
+
+
+@contextlib.contextmanager
+def locked(folder: Path, say):
+    "One process at a time: the ranks of a run all ask for the same weights."
+    with open(folder / ".lock", "w") as file:
+        if fcntl:  # the system's own lock, which ends with its process: a kill leaves nothing to clean up
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                say(f"another process fetches to {folder}: waiting for it")
+                fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def fetch(name: str, say=note) -> Path:
+    """"qwen2.5-1.5b", or any "Org/Name@revision" -> the folder with its files; what is missing is fetched."""
+    repository = find_repository(name)
+    folder = our_folder(repository)
+    for ready in folder, hub_folder(repository):
+        if not lacking(repository, ready):
+            return ready
+    offline = [variable for variable in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE")
+               if os.environ.get(variable, "").upper() in ("1", "ON", "YES", "TRUE")]
+    need(not offline, f"{folder}: lacks {', '.join(lacking(repository, folder))}, and {''.join(offline[:1])} is set; "
+                      f"run python data.py --download={name} once without it")
+    folder.mkdir(parents=True, exist_ok=True)
+    with locked(folder, say), requests.Session() as session:
+        session.headers["Accept-Encoding"] = "identity"  # else small files come zipped, with no length, another ETag
+        # TRAP: without an auth of ours, requests looks into ~/.netrc and puts what it finds in our token's place.
+        session.auth = lambda request: request
+        if lacking(repository, folder):  # who had to wait for the lock finds all there
+            pieces = plan(session, repository, folder, say)
+            announce(repository, pieces, folder, say)
+            for piece in pieces:
+                download(session, piece, folder, say)
+    return folder
+
+
+# ----------------------------------------------------------------------------------------------------------------------
 # The command line
 
 def contact_sheet(path: str, columns: int = 5, rows: int = 4, px: int = 240) -> None:
@@ -1235,12 +1651,30 @@ def contact_sheet(path: str, columns: int = 5, rows: int = 4, px: int = 240) -> 
     sheet.save(path)
 
 
+def download_all(names: str, vision: str) -> None:
+    if names == "list":
+        for name, repository in REPOSITORIES.items():
+            print(f"{name:26} {repository.hub:43} {repository.licence}")
+        return
+    names = [name.strip() for name in names.split(",")]
+    names += [vision] if vision and any(name.startswith("qwen2.5-") for name in names) else []
+    for name in names:  # a slip in the last name is found before the gigabytes of the first
+        find_repository(name)
+    for name in dict.fromkeys(names):
+        print(f"{name} {fetch(name)}", flush=True)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
                                      allow_abbrev=False)
     parser.add_argument("--data", default="world", help="world, or a file of records to check [world]")
     parser.add_argument("--out", default="world.png", help="where the world's contact sheet goes [world.png]")
+    parser.add_argument("--download", default="", help="what to fetch: names joined by commas; list shows them [off]")
+    parser.add_argument("--vision", default="siglip2-large-patch16-256",
+                        help="fetched along with any qwen2.5-*, \"\" is none [siglip2-large-patch16-256]")
     flags = parser.parse_args()
+    if flags.download:
+        return download_all(flags.download, flags.vision)
     if flags.data == "world":
         contact_sheet(flags.out)
         world = World("exam", "scenes")
@@ -1269,3 +1703,5 @@ if __name__ == "__main__":
         main()
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
+    except KeyboardInterrupt:  # nothing is lost: a download goes on from where it was
+        sys.exit("stopped")

@@ -11,13 +11,17 @@ how it is trained (token_loss) and used (generate). The layers compute exactly w
 
 Axis letters: B rows, T tokens in a row, H the decoder's width, d a head's width, V words, n pictures, M tokens of each.
 
+The last section fetches released weights, and writes trained ones in the form in which engines serve them.
+
 Left out: sliding windows (no released Qwen2.5 uses them), dropout (none of the recipes uses it), YaRN for very long
 texts.
 """
+import copy
 import json
+import math
 import os
 import shutil
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Iterator
 
@@ -25,8 +29,10 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from vision import (Bridge, BridgeConfig, ViT, ViTConfig, init_linears, load_renamed, read_json, read_metadata,
-                    read_safetensors, write_safetensors)
+import data
+from vision import (MOST_TILES, MOST_TOKENS, SIGLIP, SIGLIP_NAMES, Bridge, BridgeConfig, Tiles, ViT, ViTConfig,
+                    init_linears, load_renamed, read_json, read_metadata, read_safetensors, renamed, vit_config,
+                    write_safetensors)
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Configurations
@@ -55,14 +61,15 @@ class VLMConfig:
     vision: ViTConfig = field(default_factory=ViTConfig)
     bridge: BridgeConfig = field(default_factory=BridgeConfig)
     decoder: GPTConfig = field(default_factory=GPTConfig)
-    pretrained_vision: bool = False   # then the ViT stays frozen in every stage
+    pretrained_vision: str = ""       # the released encoder's name; then the ViT stays frozen in every stage
     image_pad: int = -1               # the id whose embedding the picture's tokens replace; set from the tokenizer
     preset: str = "tiny"              # also the folder under --out_dir in which its checkpoints lie
+    generation: dict = field(default_factory=dict)  # the publisher's temperature, top_k, ...; ours: empty, greedy
 
     @classmethod
     def from_dict(cls, d: dict) -> "VLMConfig":
-        return cls(ViTConfig(**d["vision"]), BridgeConfig(**d["bridge"]), GPTConfig(**d["decoder"]),
-                   d["pretrained_vision"], d["image_pad"], d["preset"])
+        return cls(**(d | {"vision": ViTConfig(**d["vision"]), "bridge": BridgeConfig(**d["bridge"]),
+                           "decoder": GPTConfig(**d["decoder"])}))
 
 
 PRESETS = {
@@ -79,10 +86,40 @@ PRESETS = {
         GPTConfig(vocab_size=8192, hidden_size=512, intermediate_size=1408, num_hidden_layers=12, num_attention_heads=8,
                   num_key_value_heads=2, max_position_embeddings=4096)),
 }
-for _name, _preset in PRESETS.items():  # what follows from the rest is written once
-    _preset.preset = _name
-    _preset.bridge.vision_size, _preset.bridge.text_size = _preset.vision.hidden_size, _preset.decoder.hidden_size
-    _preset.bridge.num_patches = _preset.vision.num_patches
+# Qwen2.5 as released. The fields not named here are the same in all: vocabulary, RoPE's base, epsilon, the tied head.
+QWEN = {
+    "qwen2.5-0.5b": GPTConfig(hidden_size=896, intermediate_size=4864, num_hidden_layers=24, num_attention_heads=14),
+    "qwen2.5-1.5b": GPTConfig(max_position_embeddings=131072),
+    "qwen2.5-3b": GPTConfig(hidden_size=2048, intermediate_size=11008, num_hidden_layers=36, num_attention_heads=16),
+}
+for _name, _decoder in list(QWEN.items()):  # the instruct models have the same shapes
+    QWEN[_name + "-instruct"] = replace(_decoder, max_position_embeddings=32768)
+DEFAULT_VISION = "siglip2-large-patch16-256"
+PRESETS |= {_name: VLMConfig(SIGLIP[DEFAULT_VISION], BridgeConfig(), _decoder, pretrained_vision=DEFAULT_VISION)
+            for _name, _decoder in QWEN.items()}
+# A finished public model: SigLIP so400m without its last layer, an MLP, Qwen2-0.5B with a few more rows of padding.
+PRESETS["llava-ov-0.5b"] = VLMConfig(
+    replace(SIGLIP["siglip-so400m-patch14-384"], num_hidden_layers=26, pad=True),
+    BridgeConfig(kind="mlp", newline=True), replace(QWEN["qwen2.5-0.5b"], vocab_size=152000),
+    pretrained_vision="llava-ov-0.5b")
+
+
+def fit(config: VLMConfig) -> VLMConfig:
+    "What follows from the other parts is written once, here: the bridge's two ends."
+    config.bridge.vision_size, config.bridge.text_size = config.vision.hidden_size, config.decoder.hidden_size
+    config.bridge.num_patches = config.vision.num_patches
+    return config
+
+
+def preset(name: str, vision: str = "", bridge: str = "") -> VLMConfig:
+    "A fresh configuration; `vision` and `bridge` put another encoder or kind of bridge in the preset's place."
+    config = copy.deepcopy(PRESETS[name])
+    config.preset = name
+    if vision:
+        config.vision, config.pretrained_vision = replace(SIGLIP[vision]), vision
+    if bridge:
+        config.bridge.kind = bridge
+    return fit(config)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -253,23 +290,28 @@ class GPT(nn.Module):
         return F.linear(self.hidden(self.embed(ids)), self.head_weight.to(self.embed.weight.dtype))
 
     @classmethod
-    def from_pretrained(cls, folder) -> "GPT":
+    def from_pretrained(cls, folder, device="cpu", dtype=torch.float32) -> "GPT":
         "From a Qwen2 or Qwen2.5 folder as the hub ships it: config.json and one or more safetensors files."
         folder = Path(folder)
-        hf = read_json(folder / "config.json")
-        hf |= hf.get("rope_parameters") or {}  # transformers 5 moved rope_theta in there
-        rope = {**hf, **(hf.get("rope_scaling") or {})}
-        # What we would compute differently is refused: such a model would load, and answer a little worse.
-        if hf.get("use_sliding_window") or rope.get("rope_type", rope.get("type", "default")) != "default":
-            raise ValueError(f"{folder}/config.json: sliding windows and scaled RoPE are not supported")
-        config = GPTConfig(**{f.name: hf[f.name] for f in fields(GPTConfig) if f.name in hf})
         with torch.device("meta"):  # shapes without memory: no random weights are drawn only to be replaced
-            gpt = cls(config)
-        tensors = dict(read_safetensors(folder))
-        if config.tie_word_embeddings:
+            gpt = cls(gpt_config(read_json(folder / "config.json"), folder))
+        tensors = read_safetensors(folder)
+        if gpt.config.tie_word_embeddings:
             tensors.pop("lm_head.weight", None)  # some tools write the tied head out a second time
-        load_renamed(gpt, tensors, QWEN_NAMES, "", str(folder))
+        load_renamed(gpt, tensors, QWEN_NAMES, "", str(folder), device, dtype)
         return gpt
+
+
+def gpt_config(hf: dict, folder: Path) -> GPTConfig:
+    "Qwen2's config.json; one that asks for what this decoder does not do is refused."
+    hf = hf | (hf.get("rope_parameters") or {})  # transformers 5 moved rope_theta in there
+    rope = {**hf, **(hf.get("rope_scaling") or {})}
+    # What we would compute differently is refused: such a model would load, and answer a little worse.
+    if hf.get("model_type", "qwen2") != "qwen2":
+        raise ValueError(f"{folder}/config.json: a {hf['model_type']} model; only Qwen2 and Qwen2.5 are supported")
+    if hf.get("use_sliding_window") or rope.get("rope_type", rope.get("type", "default")) != "default":
+        raise ValueError(f"{folder}/config.json: sliding windows and scaled RoPE are not supported")
+    return GPTConfig(**{f.name: hf[f.name] for f in fields(GPTConfig) if f.name in hf})
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -341,34 +383,52 @@ class VLM(nn.Module):
     def __init__(self, config: VLMConfig):
         super().__init__()
         self.config = config
-        self.vit = ViT(config.vision)
-        self.bridge = Bridge(config.bridge)
+        self.vit = ViT(config.vision) if config.vision else None  # a bare language model sees nothing
+        self.bridge = Bridge(config.bridge) if config.vision else None
         self.gpt = GPT(config.decoder)
+
+    def features(self, pixels: torch.Tensor) -> torch.Tensor:
+        "pixels uint8 [n, 3, S, S] -> what the bridge reads, [n, N, D]."
+        # A frozen ViT leaves no graph behind: the activations of its layers are freed at once.
+        with torch.set_grad_enabled(torch.is_grad_enabled() and self.vit.patch.weight.requires_grad):
+            return self.vit(pixels, self.config.bridge.layer, self.config.bridge.norm)
 
     def see(self, pixels: torch.Tensor) -> torch.Tensor:
         "pixels uint8 [n, 3, S, S] -> the pictures' tokens [n, M, H]."
-        # A frozen ViT leaves no graph behind: the activations of its layers are freed at once.
-        with torch.set_grad_enabled(torch.is_grad_enabled() and self.vit.patch.weight.requires_grad):
-            features = self.vit(pixels)                                                              # [n, N, D]
-        return self.bridge(features)
+        return self.bridge(self.features(pixels))
 
-    def embed(self, ids, pixels=None, slots=None, pictures=None) -> torch.Tensor:
+    def look(self, images: list) -> torch.Tensor:
+        "Pictures, each uint8 [3, S, S] or Tiles -> all their tokens in a row [K, H]."
+        # Tiled pictures one by one: 37 tiles fill any device, and plain ones, all alike, go in one batch.
+        device = self.gpt.embed.weight.device
+        plain = [image for image in images if not isinstance(image, Tiles)]
+        seen = iter(self.see(torch.stack(plain).to(device)) if plain else [])
+        return torch.cat([self.bridge.stitch(self.features(image.pixels.to(device)), image)
+                          if isinstance(image, Tiles) else next(seen) for image in images])
+
+    def num_tokens(self, image) -> int:
+        "How many decoder positions a picture (uint8 [3, S, S] or Tiles) takes."
+        config = self.config.bridge
+        return image.num_tokens(config.num_patches) if isinstance(image, Tiles) else config.num_tokens
+
+    def embed(self, ids, tokens=None, slots=None) -> torch.Tensor:
         """
-        ids [B, T] -> [B, T, H]. slots [m * M] are the places of m pictures' placeholders in ids.flatten(); the
-        embeddings there are overwritten. pictures [m] says which of the n pixels each one shows (default: each in
-        turn): a picture that several documents talk about is encoded once.
+        ids [B, T] -> [B, T, H]. slots [K] are the places of the pictures' placeholders in ids.flatten(); the embeddings
+        there are overwritten by the pictures' tokens [K, H].
         """
         x = self.gpt.embed(ids)
-        if pixels is not None and len(pixels):
-            tokens = self.see(pixels)                                                                # [n, M, H]
-            tokens = tokens if pictures is None else tokens[pictures]                                # [m, M, H]
-            # Gradients go to the pictures' tokens here. The packer has checked that pictures and places fit together.
-            x = x.flatten(0, 1).index_copy(0, slots, tokens.flatten(0, 1).to(x.dtype)).view_as(x)
-        return x
+        if tokens is None:
+            return x
+        # Gradients go to the pictures' tokens here. The packer has checked that pictures and places fit together.
+        return x.flatten(0, 1).index_copy(0, slots, tokens.to(x.dtype)).view_as(x)
 
     def forward(self, batch: dict) -> torch.Tensor:
         "A packed batch (data.pack) -> summed loss over its supervised tokens."
-        x = self.embed(batch["ids"], batch.get("pixels"), batch.get("slots"), batch.get("pictures"))
+        tokens = None
+        if batch["pixels"] is not None:
+            # pictures [m]: which of the n pixels each place shows. One that several documents talk about is seen once.
+            tokens = self.see(batch["pixels"])[batch["pictures"]].flatten(0, 1)                      # [m * M, H]
+        x = self.embed(batch["ids"], tokens, batch["slots"])
         h = self.gpt.hidden(x, batch["positions"], document_mask(batch["documents"]))                # [B, T, H]
         return token_loss(h, self.gpt.head_weight, batch["targets"], batch["weights"])
 
@@ -379,13 +439,13 @@ class VLM(nn.Module):
     # Generation
 
     @torch.no_grad()
-    def generate(self, prompts: list, pixels=None, *, max_new_tokens: int = 128, stop: set[int] = frozenset(),
+    def generate(self, prompts: list, images: list = (), *, max_new_tokens: int = 128, stop: set[int] = frozenset(),
                  samples: int = 1, temperature: float = 0.0, top_k: int = 0, top_p: float = 1.0,
                  repetition_penalty: float = 1.0, vocab_used: int = 0,
                  seeds: list[int] | None = None) -> Iterator[list[int | None]]:
         """
-        Prompts of any lengths, as tokenizer.render gives them, with `pixels` [n, 3, S, S] of all their pictures in
-        order. Yields, for each new position, one id per row, None for rows that have ended (the stop token itself is
+        Prompts of any lengths, as tokenizer.render gives them, with all their pictures in order, each uint8 [3, S, S]
+        or Tiles. Yields, for each new position, one id per row, None for rows that have ended (the stop token itself is
         still yielded). With samples = n every prompt is read once and answered n times: rows i*n to i*n+n-1.
         temperature 0 takes the likeliest token.
         """
@@ -396,23 +456,24 @@ class VLM(nn.Module):
         pad = torch.tensor([T - len(p.ids) for p in prompts], device=device)                         # [B]
         ids = torch.tensor([[0] * (T - len(p.ids)) + list(p.ids) for p in prompts], device=device)   # [B, T]
 
-        # 2. Where the pictures go: a prompt's slot is its run's first place, moved right by the padding.
-        M, images = self.config.bridge.num_tokens, 0 if pixels is None else len(pixels)
+        # 2. Where the pictures go: from its slot, its run's first place moved right by the padding, one place a token.
         starts = [b * T + T - len(p.ids) + s for b, p in enumerate(prompts) for s in p.slots]
-        if len(starts) != images:
-            raise ValueError(f"{len(starts)} places for images in the prompts, but {images} images")
-        slots = (torch.tensor(starts, device=device, dtype=torch.long)[:, None]
-                 + torch.arange(M, device=device)).flatten()                                         # [n * M]
+        if len(starts) != len(images):
+            raise ValueError(f"{len(starts)} places for images in the prompts, but {len(images)} images")
+        places = [start + i for start, image in zip(starts, images) for i in range(self.num_tokens(image))]
+        slots = torch.tensor(places, device=device, dtype=torch.long)                                # [K]
 
         # 3. Read all prompts in one pass, and keep their keys and values.
         cache = KVCache(self.config.decoder, B, T + max_new_tokens, device, self.gpt.embed.weight.dtype)
         columns = torch.arange(T + max_new_tokens, device=device)
-        mask = (columns[:T, None] >= columns[None, :T]) & (columns[None, :T] >= pad[:, None, None])  # [B, T, T]
-        # a padding position sees itself: a softmax over nothing is NaN
-        mask |= torch.eye(T, dtype=torch.bool, device=device)
+        mask = None  # one prompt, or several of equal length: plainly causal, for which there are faster kernels
+        if pad.any():
+            mask = (columns[:T, None] >= columns[None, :T]) & (columns[None, :T] >= pad[:, None, None])  # [B, T, T]
+            # a padding position sees itself: a softmax over nothing is NaN
+            mask = (mask | torch.eye(T, dtype=torch.bool, device=device))[:, None]                   # [B, 1, T, T]
         positions = (columns[:T] - pad[:, None]).clamp(min=0)  # [B, T]: a row's first real token stands at 0
-        x = self.embed(ids, pixels.to(device) if pixels is not None else None, slots)
-        h = self.gpt.hidden(x, positions, mask[:, None], cache)[:, -1]                               # [B, H]
+        x = self.embed(ids, self.look(images) if len(images) else None, slots)
+        h = self.gpt.hidden(x, positions, mask, cache)[:, -1]                                        # [B, H]
         if samples > 1:  # only now: the costly part, reading the pictures, was done once for all samples
             cache.repeat(samples)
             h, pad, ids = (t.repeat_interleave(samples, dim=0) for t in (h, pad, ids))
@@ -470,16 +531,15 @@ def sample(logits, noise, seen, temperature: float, top_k: int, top_p: float,
     return order.gather(1, index.minimum((probs > 0).sum(dim=-1, keepdim=True) - 1))[:, 0]
 
 
-def respond(vlm: VLM, tokenizer, conversations: list, pixels: list, **options) -> list[str]:
+def respond(vlm: VLM, tokenizer, conversations: list, images: list, **options) -> list[str]:
     """
-    Chat messages and each one's list of uint8 [3, S, S] pictures -> the assistant's next words. `options` are those of
-    generate; with samples = n there are n answers in a row for each conversation.
+    Chat messages and each one's list of pictures (uint8 [3, S, S] or Tiles) -> the assistant's next words. `options`
+    are those of generate; with samples = n there are n answers in a row for each conversation.
     """
-    prompts = [tokenizer.render(m, image_tokens=vlm.config.bridge.num_tokens, add_generation_prompt=True)
-               for m in conversations]
-    images = [p for group in pixels for p in group]
+    prompts = [tokenizer.render(m, image_tokens=[vlm.num_tokens(image) for image in group], add_generation_prompt=True)
+               for m, group in zip(conversations, images)]
     rows = [[] for _ in range(len(prompts) * options.get("samples", 1))]
-    for column in vlm.generate(prompts, torch.stack(images) if images else None, stop=set(tokenizer.stop_ids),
+    for column in vlm.generate(prompts, [image for group in images for image in group], stop=set(tokenizer.stop_ids),
                                vocab_used=tokenizer.vocab_size, **options):
         for row, token in zip(rows, column):
             if token is not None and token not in tokenizer.stop_ids:
@@ -536,29 +596,196 @@ def save_checkpoint(folder, vlm: VLM, tokenizer, optimizer: dict | None = None, 
 STAGES = ["base", "align", "sft", "rl"]  # in the order in which they build on each other
 
 
-def newest_checkpoint(out_dir, preset: str, before: str = "") -> Path | None:
-    "The checkpoint of the latest stage (of those before a given one) under OUT_DIR/PRESET, if there is any."
+def newest_checkpoint(out_dir, model: str, before: str = "") -> Path | None:
+    "The checkpoint of the latest stage (of those before a given one) under OUT_DIR/MODEL, if there is any."
     stages = STAGES[:STAGES.index(before)] if before else STAGES
-    folders = [Path(out_dir) / preset / stage for stage in stages]
+    folders = [Path(out_dir) / run_name(model) / stage for stage in stages]
     # .old counts too: after an interrupted save it is all there is, and load_checkpoint will put it back
     return next((f for f in reversed(folders)
                  if (f / "config.json").exists() or f.with_name(f.name + ".old").exists()), None)
 
 
-def load_checkpoint(folder) -> VLM:
-    "The folder's model, on the CPU, in float32. ValueError if anything is missing, cut short or of another shape."
+def load_checkpoint(folder, device="cpu", dtype=torch.float32) -> VLM:
+    """
+    The folder's model: one of our checkpoints, or a LLaVA folder of Hugging Face's. ValueError if anything is missing,
+    cut short or of another shape.
+    """
     folder = recover(folder)
     config = read_json(folder / "config.json")
-    if config.pop("model_type", "") != "ghostvis":  # Hugging Face's folders have a config.json too
-        raise ValueError(f"{folder}/config.json: not a checkpoint of this project")
+    kind = config.pop("model_type", "")
+    if kind in LLAVA:
+        return load_llava(folder, device, dtype)
+    if kind != "ghostvis":
+        raise ValueError(f"{folder}/config.json: neither a checkpoint of this project nor a LLaVA; "
+                         "a bare Qwen2 folder is given by --model=")
     try:
         config = VLMConfig.from_dict(config)
     except (KeyError, TypeError) as error:
         raise ValueError(f"{folder}/config.json: does not fit this version of the code ({error})") from None
     with torch.device("meta"):
         vlm = VLM(config)
-    tensors = read_safetensors(folder / "model.safetensors")
     # Our own names on both sides, through the same checks as released weights: none missing, none left over.
-    load_renamed(vlm, tensors, {name: [name] for name, _ in vlm.named_parameters()}, "",
-                 str(folder / "model.safetensors"))
+    load_renamed(vlm, read_safetensors(folder / "model.safetensors"), {n: [n] for n, _ in vlm.named_parameters()}, "",
+                 str(folder / "model.safetensors"), device, dtype)
     return vlm
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Released weights: from the hub, and back into its form
+
+LLAVA = ("llava_onevision", "llava")  # model types: with and without a newline token and tiles
+LLAVA_NAMES = {
+    **{f"vit.{ours}": [f"vision_tower.vision_model.{name}" for name in theirs] for ours, theirs in SIGLIP_NAMES.items()},
+    **{f"gpt.{ours}": [f"language_model.{name}" for name in theirs] for ours, theirs in QWEN_NAMES.items()},
+    "bridge.fc1.*": ["multi_modal_projector.linear_1.*"],
+    "bridge.fc2.*": ["multi_modal_projector.linear_2.*"],
+    "bridge.newline": ["image_newline"],
+}
+
+
+def load_llava(folder, device="cpu", dtype=torch.float32) -> VLM:
+    "From a Hugging Face folder of LLaVA-OneVision, or of a LLaVA with SigLIP and Qwen2."
+    folder = Path(folder)
+    hf = read_json(folder / "config.json")
+    # What we would compute differently is refused. (None: left out, as it equals Hugging Face's default.)
+    for key, ours in (("projector_hidden_act", ("gelu", None)), ("vision_feature_select_strategy", ("full", )),
+                      ("vision_aspect_ratio", ("anyres_max_9", None))):
+        if hf.get(key) not in ours:
+            raise ValueError(f"{folder}/config.json: {key} {hf.get(key)!r} is not supported, only {ours[0]!r}")
+    tensors = {}
+    for name, tensor in read_safetensors(folder).items():
+        # The hub's files begin with the part's name, and what transformers 5 writes with "model." and no inner name.
+        part, _, rest = name.removeprefix("model.").partition(".")
+        inner = {"vision_tower": "vision_model.", "language_model": "model."}.get(part, "")
+        if part == "lm_head":
+            part, rest, inner = "language_model", name, ""
+        if not rest.startswith((inner, "lm_head.")):
+            rest = inner + rest
+        if ".head." not in rest:  # SigLIP's pooling head, where it was kept
+            tensors[f"{part}.{rest}".removesuffix(".")] = tensor
+    decoder = gpt_config(hf["text_config"], folder)
+    decoder.tie_word_embeddings = "language_model.lm_head.weight" not in tensors
+    vision, newline = vit_config(hf["vision_config"], folder), hf["model_type"] == "llava_onevision"
+    vision.pad = newline
+    layer = hf.get("vision_feature_layer", -1 if newline else -2)
+    if type(layer) is not int:
+        raise ValueError(f"{folder}/config.json: vision_feature_layer {layer} is not supported, only a single number")
+    # Hugging Face counts the embeddings as layer 0, so layer 26 of 26 is our -1, as their -1 is.
+    config = fit(VLMConfig(
+        vision, BridgeConfig(kind="mlp", layer=layer if layer < 0 else layer - vision.num_hidden_layers - 1,
+                             newline=newline), decoder, pretrained_vision=hf["model_type"], preset="",
+        image_pad=hf.get("image_token_index", hf.get("image_token_id", -1)), generation=generation_config(folder)))
+    with torch.device("meta"):
+        vlm = VLM(config)
+    load_renamed(vlm, tensors, LLAVA_NAMES, "", str(folder), device, dtype)
+    return vlm
+
+
+def generation_config(folder) -> dict:
+    "How the publisher samples: options of `generate`."
+    path = Path(folder) / "generation_config.json"
+    hf = read_json(path) if path.exists() else {}
+    # TRAP: without do_sample the other entries are leftovers and the checkpoint is greedy, but the penalty still counts.
+    keys = ("temperature", "top_k", "top_p", "repetition_penalty") if hf.get("do_sample") else ("repetition_penalty", )
+    return {key: hf[key] for key in keys if hf.get(key) is not None}
+
+
+def load_pretrained(name: str, vision: str = "", bridge: str = "", device="cpu", dtype=torch.float32,
+                    blind: bool = False) -> tuple[VLM, Path]:
+    """
+    Released weights -> (model, the folder with its tokenizer). name: a preset, a hub id or a folder that holds a Qwen2
+    or a LLaVA. A Qwen gets eyes: a released encoder, and a new bridge that chapter 2 has to train; blind: it gets none.
+    """
+    def find(source: str) -> Path:
+        return Path(source) if Path(source).is_dir() else data.fetch(source)
+    folder = find(name)
+    if read_json(folder / "config.json").get("model_type") in LLAVA:
+        vlm = load_llava(folder, device, dtype)
+    else:
+        gpt = GPT.from_pretrained(folder, device, dtype)
+        vision = vision or DEFAULT_VISION
+        vit = None if blind else ViT.from_pretrained(find(vision), device, dtype)
+        config = VLMConfig(vit and vit.config, BridgeConfig(kind=bridge or "perceiver"), gpt.config,
+                           pretrained_vision=vision, generation=generation_config(folder))
+        with torch.device("meta"):
+            vlm = VLM(config if blind else fit(config))
+        vlm.vit, vlm.gpt = vit, gpt
+        if not blind:
+            vlm.bridge = Bridge(config.bridge).to(device, dtype)
+    vlm.config.preset = run_name(name)
+    return vlm, folder
+
+
+def run_name(model: str) -> str:
+    "The folder under --out_dir: a preset's name, or the last part of a hub id or path. Org/Name@revision -> Name"
+    return Path(model.split("@")[0]).name
+
+
+def export(folder, vlm: VLM, tokenizer, decoder_only: bool = False, dtype=torch.bfloat16) -> None:
+    """
+    Write a Hugging Face folder that transformers and serving engines load: a LLaVA (bridge "mlp"), or the decoder alone
+    as a Qwen2. Other bridges exist only here; their decoder can be had.
+    """
+    folder, config = Path(folder), vlm.config
+    if not decoder_only and config.bridge.kind != "mlp":
+        raise ValueError(f"Hugging Face has no model with a {config.bridge.kind} bridge: train with --bridge=mlp, "
+                         "or export the decoder alone by --decoder_only")
+    if folder.exists() and any(folder.iterdir()):
+        raise ValueError(f"{folder}: is not empty; give --export= a new folder")
+    tokenizer.save_hub(folder, config.decoder.max_position_embeddings)
+    text = {**asdict(config.decoder), "model_type": "qwen2", "architectures": ["Qwen2ForCausalLM"],
+            "hidden_act": "silu", "use_sliding_window": False, "torch_dtype": str(dtype).removeprefix("torch."),
+            "bos_token_id": tokenizer.endoftext, "eos_token_id": tokenizer.im_end, "pad_token_id": tokenizer.endoftext}
+    files = {"config.json": text, "generation_config.json": {
+        "eos_token_id": list(tokenizer.stop_ids), "pad_token_id": tokenizer.endoftext,
+        "do_sample": config.generation.get("temperature", 0) > 0, **config.generation}}
+    if not decoder_only:
+        files |= llava_files(config, text)
+    for name, content in files.items():
+        (folder / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    tensors = hub_tensors(vlm.gpt, QWEN_NAMES) if decoder_only else hub_tensors(vlm, LLAVA_NAMES)
+    write_safetensors({name: t.to(dtype) for name, t in tensors.items()}, folder / "model.safetensors",
+                      {"format": "pt"})
+
+
+def hub_tensors(module: nn.Module, table: dict, prefix: str = "") -> dict[str, torch.Tensor]:
+    "The way back from load_renamed: the module's weights under the hub's names and in its shapes."
+    tensors, parameters = {}, dict(module.named_parameters())
+    for ours, theirs in renamed(module, table, prefix).items():
+        value = parameters[ours].detach()
+        if ours.endswith("patch.weight"):  # flat here, a convolution's [D, 3, P, P] there
+            P = math.isqrt(value.shape[1] // 3)
+            value = value.view(len(value), 3, P, P)
+        # Stacked ones are cut apart: the decoder's query, key and value by their heads, all others into equal parts.
+        owner = module.get_submodule(ours.rsplit(".", 2)[0]) if len(theirs) > 1 else None
+        sizes = owner.sizes if isinstance(owner, Attention) else [len(value) // len(theirs)] * len(theirs)
+        tensors |= dict(zip(theirs, value.split(sizes)))
+    return tensors
+
+
+def llava_files(config: VLMConfig, text: dict) -> dict[str, dict]:
+    "The JSON files of a LLaVA or LLaVA-OneVision folder, by name."
+    vision, tiled, mean = config.vision, config.bridge.newline, [0.5, 0.5, 0.5]
+    side, name = vision.image_size, "LlavaOnevision" if config.bridge.newline else "Llava"
+    pinpoints = [[h * side, w * side] for h in range(1, MOST_TILES + 1) for w in range(1, MOST_TILES + 1)]
+    layout = {"image_grid_pinpoints": pinpoints, "vision_aspect_ratio": f"anyres_max_{MOST_TOKENS}"} if tiled else {}
+    return {
+        "config.json": {
+            "model_type": LLAVA[0 if tiled else 1], "architectures": [f"{name}ForConditionalGeneration"],
+            "image_token_index": config.image_pad, "projector_hidden_act": "gelu", "multimodal_projector_bias": True,
+            "vision_feature_layer": config.bridge.layer, "vision_feature_select_strategy": "full",
+            "image_seq_length": vision.num_patches, "tie_word_embeddings": text["tie_word_embeddings"],
+            "torch_dtype": text["torch_dtype"], "text_config": text, **layout,
+            "vision_config": {
+                "model_type": "siglip_vision_model", "vision_use_head": False, "hidden_act": "gelu_pytorch_tanh",
+                **{f.name: getattr(vision, f.name) for f in fields(ViTConfig) if f.name not in ("bicubic", "pad")}}},
+        "preprocessor_config.json": {
+            "image_processor_type": f"{name}ImageProcessor" if tiled else "SiglipImageProcessor",
+            "processor_class": f"{name}Processor", "do_resize": True, "size": {"height": side, "width": side},
+            "resample": 3 if vision.bicubic else 2, "do_rescale": True, "rescale_factor": 1 / 255,
+            "do_normalize": True, "image_mean": mean, "image_std": mean, "do_convert_rgb": True, **layout},
+        "processor_config.json": {
+            "processor_class": f"{name}Processor", "vision_feature_select_strategy": "full",
+            **({"num_image_tokens": vision.num_patches, "image_token": "<image>", "video_token": "<video>"} if tiled else
+               {"patch_size": vision.patch_size, "image_token": "<|image_pad|>", "num_additional_image_tokens": 0})},
+    }

@@ -5,10 +5,14 @@ Ask a trained model about pictures.
     python sample.py --image cat.jpg --question "What colour is the cat?"
     python sample.py --chat                                           # a conversation; /image PATH shows a picture
     python sample.py --images holiday/ --out answers.jsonl            # a whole folder, one JSON line per picture
+    python sample.py --model=llava-ov-0.5b --image photo.jpg          # a finished public model, downloaded once
+    python sample.py --model=qwen2.5-0.5b-instruct --chat             # a language model without eyes
+    python sample.py --export=my_llava                                # the model as a Hugging Face folder, for serving
 
 Standard output holds the answer alone, so that it can be piped; everything else goes to standard error. The checkpoint
-is --init, or the latest stage under --out_dir. The prompt is made by the same `render` as in training: a chat that
-looks even slightly different from what a model was trained on is the most common reason for bad answers.
+is --init, or the latest stage of --model under --out_dir, or --model's released weights; without --model the tiny one,
+or, before that is trained, llava-ov-0.5b. The prompt is made by the same `render` as in training: a chat that looks
+even slightly different from what a model was trained on is the most common reason for bad answers.
 """
 import argparse
 import difflib
@@ -20,12 +24,14 @@ import torch
 
 # No train_base.py: asking must not load the training code. Hence this file's own flags and choice of device.
 import data
-from model import PRESETS, VLM, load_checkpoint, newest_checkpoint, respond
+from model import PRESETS, VLM, export, load_checkpoint, load_pretrained, newest_checkpoint, respond
 from tokenizer import Tokenizer
-from vision import load_image, preprocess
+from vision import cut_tiles, load_image, preprocess
 
 # A folder often holds other files too. They are told by their names: opening each one would take long.
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff"}
+
+TRAIN = "train one by `python train_align.py` and then `python train_sft.py`, a quarter of an hour on two CPU cores"
 
 
 def did_you_mean(message: str, names) -> str:
@@ -49,23 +55,32 @@ def parse_flags(argv=None) -> argparse.Namespace:
     add("--out", default="answers.jsonl",
         help="with --images; pictures that it already answers are skipped [%(default)s]")
     add("--init", default="", help="checkpoint folder [the latest stage under OUT_DIR/MODEL]")
-    add("--model", default="tiny", help=f"{', '.join(PRESETS)} [%(default)s]")
+    add("--model", default="", help=f"{', '.join(PRESETS)}, or a hub id, Org/Name [tiny, or llava-ov-0.5b]")
     add("--out_dir", default="out", help="where the stages keep their checkpoints [%(default)s]")
-    add("--max_new_tokens", type=int, default=128, help="[%(default)s]")
-    add("--temperature", type=float, default=0.0, help="0: always the likeliest token [%(default)s]")
-    add("--top_k", type=int, default=0, help="sample among the k likeliest tokens; 0: all [%(default)s]")
-    add("--top_p", type=float, default=1.0, help="sample among the fewest tokens that hold this share [%(default)s]")
-    add("--repetition_penalty", type=float, default=1.0,
-        help="above 1: words already used become less likely [%(default)s]")
+    add("--anyres", default="auto", choices=["auto", "True", "False"],
+        help="cut a large picture into tiles: ten times the tokens, and small print becomes legible; only models like "
+             "llava-ov-0.5b can; auto: on a GPU [%(default)s]")
+    add("--max_new_tokens", type=int, default=256, help="[%(default)s]")
+    # No numbers here: each released model has its publisher's (generation_config.json), ours are greedy.
+    add("--temperature", type=float, help="0: always the likeliest token [the model's own, else 0]")
+    add("--top_k", type=int, help="sample among the k likeliest tokens; 0: all [the model's own, else 0]")
+    add("--top_p", type=float, help="sample among the fewest tokens that hold this share [the model's own, else 1]")
+    add("--repetition_penalty", type=float,
+        help="above 1: words already used become less likely [the model's own, else 1]")
     add("--seed", type=int, default=0, help="of sampling [%(default)s]")
     add("--batch_size", type=int, default=16, help="pictures at once, with --images [%(default)s]")
     add("--device", default="auto", help="auto, cpu, cuda or mps [%(default)s]")
+    add("--export", default="", help="write the model into this new folder in Hugging Face's form, and ask nothing")
+    add("--decoder_only", action="store_true", help="with --export: the language model alone, as a Qwen2")
     # Exit codes: 2 for a flag that does not exist or does not parse (argparse's custom), 1 for any other bad input.
     parser.error = lambda message: parser.exit(
         2, f"error: {message}{did_you_mean(message, vars(parser.parse_args([])))} (--help lists all flags)\n")
     flags = parser.parse_args(argv)
+    if flags.model and flags.model not in PRESETS and "/" not in flags.model:
+        raise ValueError(f"--model={flags.model}: unknown; choose from {', '.join(PRESETS)}, or give a hub id, Org/Name")
     # argparse knows types, not ranges. Checked before the model is loaded: a slip should not cost that wait.
-    if not 0 < flags.top_p <= 1 or min(flags.temperature, flags.top_k) < 0 or flags.repetition_penalty <= 0 \
+    top_p, penalty = (1 if x is None else x for x in (flags.top_p, flags.repetition_penalty))
+    if not 0 < top_p <= 1 or min(flags.temperature or 0, flags.top_k or 0) < 0 or penalty <= 0 \
             or min(flags.max_new_tokens, flags.batch_size) < 1:
         raise ValueError("--top_p must be in 0 to 1, --temperature and --top_k from 0, --repetition_penalty above 0, "
                          "--max_new_tokens and --batch_size from 1")
@@ -73,12 +88,6 @@ def parse_flags(argv=None) -> argparse.Namespace:
 
 
 def load(flags) -> tuple[VLM, Tokenizer]:
-    folder = flags.init or newest_checkpoint(flags.out_dir, flags.model)
-    if not folder:  # training would begin with random weights; asking them gives noise, so here it is an error
-        raise ValueError(f"no trained model under {flags.out_dir}/{flags.model}; train one with "
-                         "`python train_sft.py --batch_size=32`, or name a checkpoint folder by --init=")
-    # The tokenizer lies in the checkpoint: with another one's ids the same weights would write noise.
-    vlm, tokenizer = load_checkpoint(folder), Tokenizer.from_pretrained(folder)
     device = flags.device
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
@@ -86,21 +95,49 @@ def load(flags) -> tuple[VLM, Tokenizer]:
         raise ValueError(f"--device={device}: choose auto, cpu, cuda or mps")
     if device == "cuda" and not torch.cuda.is_available():
         raise ValueError("--device=cuda: PyTorch sees no GPU here; use --device=cpu")
+    # Half the bytes, and answers are as fast as weights can be read. Not on CPUs: most are far slower in bfloat16.
+    dtype = torch.bfloat16 if device == "cuda" else torch.float32
+    folder = flags.init or newest_checkpoint(flags.out_dir, flags.model or "tiny")
+    if folder:
+        vlm = load_checkpoint(folder, device, dtype)
+    elif flags.model in ("tiny", "small"):  # training would begin with random weights; asking them gives noise
+        raise ValueError(f"no trained model under {flags.out_dir}/{flags.model}; {TRAIN}, or name a checkpoint folder "
+                         "by --init=")
+    else:
+        try:
+            # blind: a bridge that nobody has trained would tell the decoder noise about the picture.
+            vlm, folder = load_pretrained(flags.model or "llava-ov-0.5b", device=device, dtype=dtype, blind=True)
+        except (ValueError, OSError) as error:
+            if flags.model:
+                raise
+            raise ValueError(f"no trained model under {flags.out_dir}/tiny; {TRAIN}. A public model could not be had "
+                             f"either: {error}") from None
+    # The tokenizer lies with the weights: with another one's ids the same weights would write noise.
+    tokenizer = Tokenizer.from_pretrained(folder)
     # Which of several stages answers is easily mistaken, so it is said. Not on standard output: that is the answer's.
     print(f"({folder}, {device})", file=sys.stderr)
-    return vlm.to(device).eval(), tokenizer
+    return vlm.eval(), tokenizer
 
 
-def options(flags) -> dict:
-    # The defaults are greedy (temperature 0), as in the evaluation: what you see is what was measured.
-    return {name: getattr(flags, name)
-            for name in ("max_new_tokens", "temperature", "top_k", "top_p", "repetition_penalty")}
+def options(vlm: VLM, flags) -> dict:
+    # What is given; else the publisher's; else generate's own defaults, greedy as in the evaluation: what you see is
+    # what was measured.
+    given = {name: getattr(flags, name) for name in ("temperature", "top_k", "top_p", "repetition_penalty")
+             if getattr(flags, name) is not None}
+    return {"max_new_tokens": flags.max_new_tokens, **vlm.config.generation, **given}
 
 
-def to_pixels(vlm: VLM, path) -> torch.Tensor:
-    # Size and filter belong to the checkpoint: pixels made in another way look strange to its ViT. uint8 [3, S, S].
-    config = vlm.config.vision
-    return preprocess(load_image(path), config.image_size, config.bicubic)
+def to_pixels(vlm: VLM, path, flags, alone: bool = True):
+    "-> uint8 [3, S, S], or Tiles. alone: the conversation has no other picture."
+    if vlm.vit is None:
+        raise ValueError(f"{vlm.config.preset} cannot see: it is a language model, and its bridge is not trained; run "
+                         f"`python train_align.py --model={vlm.config.preset}` and train_sft.py, or ask llava-ov-0.5b")
+    # Size and filter belong to the checkpoint: pixels made in another way look strange to its ViT.
+    config, image = vlm.config.vision, load_image(path)
+    anyres = flags.anyres == "True" or (flags.anyres == "auto" and vlm.gpt.embed.weight.is_cuda)
+    if anyres and alone and vlm.config.bridge.newline:  # LLaVA-OneVision has learned tiles of single pictures only
+        return cut_tiles(image, config.image_size, config.bicubic)
+    return preprocess(image, config.image_size, config.bicubic, config.pad)
 
 
 def user_message(question: str, images: int) -> dict:
@@ -114,12 +151,12 @@ def user_message(question: str, images: int) -> dict:
 def stream(vlm: VLM, tokenizer: Tokenizer, messages: list, pixels: list, flags) -> str:
     "Print the answer as it comes, and return it."
     # In a chat the whole conversation is read again for each answer: simple, but every turn waits a little longer.
-    prompt = tokenizer.render(messages, image_tokens=vlm.config.bridge.num_tokens, add_generation_prompt=True)
+    prompt = tokenizer.render(messages, image_tokens=[vlm.num_tokens(p) for p in pixels], add_generation_prompt=True)
     ids, shown = [], ""
     # One row, so each step yields one id. The last may be a stop token; decode leaves special tokens out. vocab_used:
     # the embedding may have more rows than there are words.
-    for (token,) in vlm.generate([prompt], torch.stack(pixels) if pixels else None, stop=set(tokenizer.stop_ids),
-                                 vocab_used=tokenizer.vocab_size, seeds=[flags.seed], **options(flags)):
+    for (token,) in vlm.generate([prompt], pixels, stop=set(tokenizer.stop_ids), vocab_used=tokenizer.vocab_size,
+                                 seeds=[flags.seed], **options(vlm, flags)):
         ids.append(token)
         text = tokenizer.decode(ids)  # all of them: a single token may be a part of a character, and no text by itself
         # U+FFFD at the end is the begun character (an emoji has 4 bytes, often in several tokens). A terminal cannot
@@ -137,7 +174,7 @@ def chat(vlm: VLM, tokenizer: Tokenizer, flags) -> None:
     print("Type a question. /image PATH shows a picture, /reset starts over, /quit ends.", file=sys.stderr)
     # pixels: all pictures of the conversation so far. waiting: those shown since the last question, which go before the
     # next one.
-    messages, pixels, waiting = [], [], [to_pixels(vlm, path) for path in flags.image]
+    messages, pixels, waiting = [], [], [to_pixels(vlm, path, flags, alone=False) for path in flags.image]
     while True:
         # Not input("> "): it would write its prompt to standard output.
         print("> ", end="", file=sys.stderr, flush=True)
@@ -147,7 +184,7 @@ def chat(vlm: VLM, tokenizer: Tokenizer, flags) -> None:
         command, _, rest = line.strip().partition(" ")
         if command == "/image":
             try:
-                waiting.append(to_pixels(vlm, rest.strip()))
+                waiting.append(to_pixels(vlm, rest.strip(), flags, alone=False))
                 print("(picture loaded; ask about it)", file=sys.stderr)
             except ValueError as error:  # a mistyped path should not cost the conversation so far
                 print(f"error: {error}", file=sys.stderr)
@@ -186,7 +223,7 @@ def folder(vlm: VLM, tokenizer: Tokenizer, flags) -> None:
             rows = []
             for name in names[at:at + flags.batch_size]:
                 try:
-                    rows.append((name, to_pixels(vlm, root / name)))
+                    rows.append((name, to_pixels(vlm, root / name, flags)))
                 except ValueError as error:
                     # One broken file among thousands must not end the run; its line says what is wrong with it.
                     failed += 1
@@ -197,7 +234,7 @@ def folder(vlm: VLM, tokenizer: Tokenizer, flags) -> None:
             # of a batch are broken there is no row, and generate cannot take none.
             said = respond(vlm, tokenizer, [[user_message(flags.question, 1)]] * len(rows),
                            [[pixels] for _, pixels in rows], seeds=[flags.seed] * len(rows),
-                           **options(flags)) if rows else []
+                           **options(vlm, flags)) if rows else []
             # ensure_ascii=False: answers in any script stay readable in the file.
             for (name, _), answer in zip(rows, said):
                 file.write(json.dumps({"image": name, "question": flags.question, "answer": answer},
@@ -212,13 +249,16 @@ def folder(vlm: VLM, tokenizer: Tokenizer, flags) -> None:
 def main() -> None:
     flags = parse_flags()
     vlm, tokenizer = load(flags)
-    if flags.images:
+    if flags.export:
+        export(flags.export, vlm, tokenizer, flags.decoder_only)
+        print(f"wrote {flags.export}", file=sys.stderr)
+    elif flags.images:
         folder(vlm, tokenizer, flags)
     elif flags.chat:
         chat(vlm, tokenizer, flags)
     else:  # several --image: all of them before the one question, in the order given
         stream(vlm, tokenizer, [user_message(flags.question, len(flags.image))],
-               [to_pixels(vlm, path) for path in flags.image], flags)
+               [to_pixels(vlm, path, flags, alone=len(flags.image) == 1) for path in flags.image], flags)
 
 
 if __name__ == "__main__":

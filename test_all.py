@@ -1043,8 +1043,7 @@ def prompts(vlm: VLM, chats: list) -> list[Rendered]:
 
 def say(vlm: VLM, asked: list, images: list = (), **options) -> list[list[int]]:
     "What each row generates, as ids."
-    pixels = torch.stack([picture(i) for i in images]) if images else None
-    rows = [list(row) for row in zip(*vlm.generate(asked, pixels, **options))]
+    rows = [list(row) for row in zip(*vlm.generate(asked, [picture(i) for i in images], **options))]
     return [[token for token in row if token is not None] for row in rows]
 
 
@@ -1121,7 +1120,7 @@ def test_resume_works_after_a_crash_between_the_renames(tmp_path, monkeypatch):
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         crash_at(patch, 2)
         model.save_checkpoint(folder, vlm, tokenizer(), {}, {"step": 2})
-    flags = argparse.Namespace(out_dir=str(tmp_path), model="tiny", init="", resume=True)
+    flags = argparse.Namespace(out_dir=str(tmp_path), model="tiny", init="", resume=True, vision="", bridge="")
     _, _, state, _ = train_base.start(flags, setup(), "base", None)
     assert state["step"] == 1
 
@@ -1130,7 +1129,7 @@ def test_resume_refuses_files_of_different_steps(tmp_path):
     folder, vlm = tmp_path / "tiny" / "base", tiny_vlm()
     model.save_checkpoint(folder, vlm, tokenizer(), {}, {"step": 1})
     (folder / "state.json").write_text('{"step": 2}')
-    flags = argparse.Namespace(out_dir=str(tmp_path), model="tiny", init="", resume=True)
+    flags = argparse.Namespace(out_dir=str(tmp_path), model="tiny", init="", resume=True, vision="", bridge="")
     assert fails(lambda: train_base.start(flags, setup(), "base", None), folder, "--resume")
 
 
@@ -1196,7 +1195,7 @@ def test_no_document_sees_another():
 
     def hidden(ids):
         with torch.no_grad():
-            x = vlm.embed(ids, batch["pixels"], batch["slots"], batch["pictures"])
+            x = vlm.embed(ids, vlm.see(batch["pixels"])[batch["pictures"]].flatten(0, 1), batch["slots"])
             return vlm.gpt.hidden(x, batch["positions"], model.document_mask(batch["documents"]))
     before = hidden(batch["ids"])
     assert batch["documents"].max() >= 2  # or there is nothing to see
@@ -1251,7 +1250,8 @@ def test_a_picture_that_two_documents_share_is_encoded_once_to_the_same_loss():
 def test_each_picture_goes_to_its_own_place():
     vlm = tiny_vlm()
     batch = batch_of(vlm, documents(vlm))
-    tokens = vlm.embed(batch["ids"], batch["pixels"], batch["slots"], batch["pictures"]).flatten(0, 1)[batch["slots"]]
+    tokens = vlm.see(batch["pixels"])[batch["pictures"]].flatten(0, 1)
+    tokens = vlm.embed(batch["ids"], tokens, batch["slots"]).flatten(0, 1)[batch["slots"]]
     # In the order of the placed documents; the picture of the last one is the first one's.
     expected = torch.cat([vlm.see(picture(i)[None])[0] for i in (1, 2, 3, 1)])
     assert torch.allclose(tokens, expected, atol=1e-5)
@@ -1316,7 +1316,7 @@ def test_generation_equals_reading_everything_anew_for_each_token():
     said = say(vlm, [asked], [1], max_new_tokens=12, repetition_penalty=1.3)[0]
     ids = list(asked.ids)
     for token in said:
-        x = vlm.embed(torch.tensor([ids]), picture(1)[None], torch.arange(4) + asked.slots[0])
+        x = vlm.embed(torch.tensor([ids]), vlm.look([picture(1)]), torch.arange(4) + asked.slots[0])
         logits = vlm.gpt.hidden(x)[:, -1] @ vlm.gpt.head_weight.t()
         seen = torch.zeros_like(logits, dtype=torch.bool).index_fill_(1, torch.tensor(ids), True)
         assert model.sample(logits, None, seen, 0.0, 0, 1.0, 1.3).item() == token
@@ -1354,11 +1354,11 @@ def test_a_row_ends_after_its_stop_token():
     asked = prompts(vlm, RAGGED[:2])
     free = say(vlm, asked, [1], max_new_tokens=12, temperature=1.0)
     stop = free[0][4]
-    columns = list(vlm.generate(asked, picture(1)[None], max_new_tokens=12, temperature=1.0, stop={stop}))
+    columns = list(vlm.generate(asked, [picture(1)], max_new_tokens=12, temperature=1.0, stop={stop}))
     for b in range(2):
         end = free[b].index(stop) + 1 if stop in free[b] else 12
         assert [c[b] for c in columns] == (free[b][:end] + [None] * 12)[:len(columns)]  # the others go on undisturbed
-    assert len(list(vlm.generate(asked[:1], picture(1)[None], max_new_tokens=1))) == 1
+    assert len(list(vlm.generate(asked[:1], [picture(1)], max_new_tokens=1))) == 1
 
 
 def test_padding_rows_of_the_vocabulary_are_never_said():
@@ -2772,7 +2772,7 @@ def test_the_first_chapter_learns_from_text(trained, tmp_path):
 def ask(trained: Path, question: str, image: Path | None = None, new: int = 12) -> str:
     "What the model under `trained` says, by the library and not by the script."
     vlm, tokenizer = sample.load_checkpoint(trained / "tiny/rl").eval(), Tokenizer.from_pretrained(trained / "tiny/rl")
-    pixels = [sample.to_pixels(vlm, image)] if image else []
+    pixels = [sample.to_pixels(vlm, image, sample.parse_flags([]))] if image else []
     return model.respond(vlm, tokenizer, [[sample.user_message(question, len(pixels))]], [pixels],
                          max_new_tokens=new)[0]
 

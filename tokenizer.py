@@ -170,7 +170,7 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> dict[bytes, int]:
 
 
 # -----------------------------------------------------------------------------
-# Reading the files of the Hugging Face hub
+# The files of the Hugging Face hub
 
 
 def _byte_alphabet() -> dict[str, int]:
@@ -234,8 +234,42 @@ def _read_hub(folder: Path) -> tuple[dict[bytes, int], dict[str, int], str | Non
     # that has none. Newer repositories keep it in its own file. In a quoted string the newline is a backslash and n.
     jinja = folder / "chat_template.jinja"
     template = jinja.read_text(encoding="utf-8") if jinja.exists() else str(config.get("chat_template", ""))
+    # Text with a quote or a brace in it escapes this search, so `save_hub` also writes it as an entry of its own.
     found = re.search(r"<\|im_start\|>system(?:\\n|\n)([^<{}']+)<\|im_end\|>", template)
-    return _ranks_from_merges(vocab, merges, special), special, found[1] if found else None
+    default_system = config.get("default_system", found[1] if found else None)
+    # LLaVA-OneVision was trained with this text before every conversation, but its template lacks it.
+    if IMAGE in special and "default_system" not in config:
+        default_system = default_system or "You are a helpful assistant."
+    return _ranks_from_merges(vocab, merges, special), special, default_system
+
+
+def _find_merges(vocab: dict[str, int]) -> list[str]:
+    """The way back from ids, which must rise: {..., "t": 83, "Ġ": 220, "Ġt": 259, "Ġth": 339} -> ["Ġ t", "Ġt h"]"""
+    merges = []
+    for token, rank in vocab.items():
+        parts = list(token)
+        while len(parts) > 2:  # glue as tiktoken does; the last two parts are those that the token is merged from
+            ranks = [vocab.get(a + b, rank) for a, b in zip(parts, parts[1:])]
+            i = ranks.index(min(ranks))
+            if ranks[i] >= rank:  # tiktoken has a short cut to such a token, but no list of merges can make it
+                raise ValueError(f"token {token!r} is not made of older ones; the hub's files cannot hold this table")
+            parts[i : i + 2] = [parts[i] + parts[i + 1]]
+        merges += [" ".join(parts)] if len(parts) == 2 else []
+    return merges
+
+
+# What `render` does, as a program in Jinja, which the hub's software runs. `save_hub` sets its two variables before it.
+# Trap: what is undefined prints as nothing. The '' + makes a part that is neither text nor image an error instead.
+CHAT_TEMPLATE = r"""
+{%- if default_system is defined and messages[0].role != 'system' %}
+    {{- '<|im_start|>system\n' + default_system + '<|im_end|>\n' }}
+{%- endif %}
+{%- for message in messages %}{{ '<|im_start|>' + message.role + '\n' }}
+    {%- if message.content is string %}{{ message.content | replace('<image>', image) }}
+    {%- else %}{% for part in message.content %}{{ image if part.type == 'image' else '' + part.text }}{% endfor %}
+    {%- endif %}{{ '<|im_end|>\n' }}
+{%- endfor %}
+{%- if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"""
 
 
 # -----------------------------------------------------------------------------
@@ -295,7 +329,7 @@ class Tokenizer:
 
     @classmethod
     def from_pretrained(cls, folder: str | Path) -> "Tokenizer":
-        """Read what `save` wrote, or the files of a Qwen2 or Qwen2.5 model as the hub ships them."""
+        """Read what `save` or `save_hub` wrote, or the files of a Qwen2 or Qwen2.5 model as the hub ships them."""
         folder = Path(folder)
         names = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
         try:
@@ -329,6 +363,42 @@ class Tokenizer:
         (folder / "tokenizer.tiktoken").write_bytes(b"".join(lines))
         settings = {"special_tokens": self.special, "default_system": self.default_system}
         (folder / "special_tokens.json").write_text(json.dumps(settings, indent=1) + "\n", encoding="utf-8")
+
+    def save_hub(self, folder: str | Path, max_length: int = 32768) -> None:
+        """
+        A Qwen2 tokenizer as the hub keeps it, for transformers and serving engines. max_length: tokens the model reads.
+        Two differences stay: those programs take "<|im_end|>" in a user's text for the real one, and glue the newline
+        of the header to one that begins an answer (see `render`).
+        """
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        spell = {byte: char for char, byte in _byte_alphabet().items()}  # latin-1: each byte is the same code point
+        vocab = {t.decode("latin-1").translate(spell): self.ranks[t] for t in sorted(self.ranks, key=self.ranks.get)}
+        merges = _find_merges(vocab)
+        flags = {"lstrip": False, "rstrip": False, "single_word": False, "normalized": False, "special": True}
+        added = {i: {"content": name, **flags} for name, i in self.special.items()}
+        # One pad per image: the hub's image processors repeat it. JSON's way to quote a text is also Jinja's.
+        shown = self.image_marks[0] + [self.image_pad] + self.image_marks[1]
+        names = {"image": IMAGE if self.image_pad is None else self.decode(shown, skip_special=False)}
+        names |= {} if self.default_system is None else {"default_system": self.default_system}
+        quoted = [f"{{%- set {name} = {json.dumps(text, ensure_ascii=False)} %}}\n" for name, text in names.items()]
+        template = "".join(quoted) + CHAT_TEMPLATE
+        config = {"tokenizer_class": "Qwen2Tokenizer", "bos_token": None, "eos_token": "<|im_end|>", "unk_token": None,
+                  "pad_token": "<|endoftext|>", "model_max_length": max_length, "clean_up_tokenization_spaces": False,
+                  "added_tokens_decoder": added, "default_system": self.default_system, "chat_template": template}
+        # The same once more in one file: transformers wants it so where the model is a LLaVA. Trap: it would renumber
+        # special tokens to close gaps between their ids, were they not in the vocabulary too.
+        letters = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": False, "use_regex": False}
+        cut = {"type": "Split", "pattern": {"Regex": PATTERN}, "behavior": "Isolated", "invert": False}
+        whole = {"version": "1.0", "added_tokens": [{"id": i, **token} for i, token in added.items()],
+                 "normalizer": {"type": "NFC"}, "pre_tokenizer": {"type": "Sequence", "pretokenizers": [cut, letters]},
+                 "model": {"type": "BPE", "vocab": vocab | self.special, "merges": merges},
+                 "post_processor": letters, "decoder": letters}
+        for name, content in {"vocab": vocab, "tokenizer_config": config, "tokenizer": whole}.items():
+            text = json.dumps(content, ensure_ascii=False, separators=(",", ":"))
+            (folder / f"{name}.json").write_text(text, encoding="utf-8")
+        (folder / "merges.txt").write_text("\n".join(["#version: 0.2", *merges, ""]), encoding="utf-8")
+        (folder / "chat_template.jinja").write_text(template, encoding="utf-8")  # where image processors look for it
 
     def encode(self, text: str) -> list[int]:
         """Regular tokens only. For pretraining, append [endoftext] to each document."""

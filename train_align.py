@@ -24,8 +24,9 @@ from train_base import (SHARED_FLAGS, Interrupt, Log, Optimizer, Setup, answers,
 
 STAGE = "align"
 # Rows here are longer than the captions: several captions, each with its picture, share a row (data.pack).
-BY_MODEL = {"tiny": {"batch_size": 16, "seq_len": 256, "steps": 100, "lr": 0.003},
-            "small": {"batch_size": 64, "seq_len": 512, "steps": 1500, "lr": 0.003}}
+BY_MODEL = {"tiny": {"batch_size": 16, "seq_len": 256, "steps": 80, "lr": 0.003},
+            "small": {"batch_size": 64, "seq_len": 512, "steps": 1500, "lr": 0.003},
+            "released": {"batch_size": 16, "seq_len": 2048, "steps": 1000, "lr": 1e-3}}  # only the new bridge learns
 
 
 def show_captions(vlm, tokenizer, records: list, setup: Setup, title: str) -> None:

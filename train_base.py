@@ -31,17 +31,21 @@ from PIL import Image, ImageDraw, ImageFont
 from tqdm import tqdm
 
 import data
-from model import (PRESETS, VLM, load_checkpoint, newest_checkpoint, read_json, recover, read_metadata,
-                   read_safetensors, respond, save_checkpoint)
+from model import (PRESETS, VLM, fit, load_checkpoint, load_pretrained, newest_checkpoint, preset, read_json,
+                   read_metadata, read_safetensors, recover, respond, run_name, save_checkpoint)
 from tokenizer import Tokenizer
-from vision import load_image, preprocess
+from vision import SIGLIP, ViT, load_image, preprocess
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Flags
 
+FROM_SCRATCH = ("tiny", "small")  # presets without released weights
+
 SHARED_FLAGS = {  # name: (default, meaning); None = a default of each model, from the stage's table
     # What learns, and from what. The first to change: --data, to your own; then --model, once you have a GPU.
-    "model": ("tiny", f"preset: {', '.join(PRESETS)}"),
+    "model": ("tiny", f"{', '.join(PRESETS)}, or a Qwen2's hub id (Org/Name) or folder"),
+    "vision": ("", f"encoder in place of the preset's, with its released weights: {', '.join(SIGLIP)}"),
+    "bridge": ("", "perceiver, pixelshuffle or mlp, in place of the preset's"),
     "init": ("", "checkpoint folder to start from; empty: the newest earlier stage under --out_dir, else from scratch"),
     "out_dir": ("out", "checkpoints go to OUT_DIR/MODEL/STAGE"),
     "data": ("world", "world, or files (see data.py), comma-separated, each with an optional :weight"),
@@ -53,7 +57,8 @@ SHARED_FLAGS = {  # name: (default, meaning); None = a default of each model, fr
     # How far each step goes, and how many there are. A poor result asks for more --steps first, then for another --lr.
     "lr": (None, "peak learning rate"),
     "steps": (None, "optimizer steps"),
-    "optimizer": ("muon", "muon (matrices; AdamW for the rest) or adamw"),
+    # Released weights were made by AdamW, with small steps in every entry; Muon's are large in rare directions.
+    "optimizer": ("auto", "muon (matrices; AdamW for the rest), adamw, or auto: muon from scratch, else adamw"),
     "warmup": (0.02, "share of the steps in which the learning rate rises from 0"),  # a share suits any --steps
     "cooldown": (0.8, "share of the steps in which it falls to 0 at the end"),
     # Where it runs. auto is right for all but experiments.
@@ -99,10 +104,13 @@ def parse_flags(doc: str, flags: dict, by_model: dict[str, dict], argv=None) -> 
         parser.add_argument(f"--{name}", default=default, metavar=kind.__name__.upper(), help=f"{meaning} [{shown}]",
                             **extra)
     out = parser.parse_args(argv)
-    if "model" in flags and out.model not in PRESETS:
-        raise ValueError(f"--model={out.model}: unknown; choose from {', '.join(PRESETS)}")
-    # None: not given. Only now is the model known, and with it the default.
-    for name, default in by_model.get(getattr(out, "model", ""), {}).items():
+    if "model" in flags and out.model not in PRESETS and "/" not in out.model:
+        raise ValueError(f"--model={out.model}: unknown; choose from {', '.join(PRESETS)}, or give a hub id, Org/Name")
+    # None: not given. Only now is the model known, and with it the default. All released models share theirs.
+    scratch = getattr(out, "model", "") in FROM_SCRATCH
+    if getattr(out, "optimizer", "") == "auto":
+        out.optimizer = "muon" if scratch else "adamw"
+    for name, default in (by_model and by_model[out.model if scratch else "released"]).items():
         if getattr(out, name) is None:
             setattr(out, name, default)
     # Ranges, which argparse does not know. A flag that a script lacks passes.
@@ -200,6 +208,27 @@ def check_resume(flags, state: dict) -> None:
                              f"give --{name}={value}, or start anew without --resume")
 
 
+def begin(flags, setup: Setup, make_tokenizer) -> tuple[VLM, Tokenizer, str]:
+    "The model before any stage of ours -> (model, tokenizer, where they are from)."
+    if flags.model not in FROM_SCRATCH:
+        # Its bridge is new, and says nothing sensible before chapter 2, unless the model is a finished LLaVA.
+        vlm, folder = load_pretrained(flags.model, flags.vision, flags.bridge, setup.device)
+        vlm.config.generation = {}  # the publisher's temperatures are for the publisher's model, not for what we make
+        return vlm, Tokenizer.from_pretrained(folder), f"the weights of {folder}"
+    # Random weights, and a tokenizer trained on the data at hand. A short text may hold fewer words than the embedding
+    # has rows: the rest is never sampled (vocab_used).
+    config = preset(flags.model, flags.vision, flags.bridge)
+    tokenizer = make_tokenizer(config.decoder.vocab_size)
+    config.image_pad = tokenizer.image_pad
+    if not flags.vision:
+        return VLM(config), tokenizer, "random weights"
+    vit = ViT.from_pretrained(data.fetch(flags.vision))
+    config.vision = vit.config
+    vlm = VLM(fit(config))
+    vlm.vit = vit
+    return vlm, tokenizer, f"random weights, the encoder from {flags.vision}"
+
+
 def start(flags, setup: Setup, stage: str, make_tokenizer) -> tuple[VLM, Tokenizer, dict, dict]:
     """
     The model a stage starts from -> (model on its device, tokenizer, resume state, optimizer tensors): the first that
@@ -210,7 +239,7 @@ def start(flags, setup: Setup, stage: str, make_tokenizer) -> tuple[VLM, Tokeniz
     state, moments = {}, {}
     if flags.resume:
         # 1. --resume: this stage's own last checkpoint, with its optimizer and its place in the data.
-        source = here = recover(Path(flags.out_dir) / flags.model / stage)
+        source = here = recover(Path(flags.out_dir) / run_name(flags.model) / stage)
         state, moments = read_json(here / "state.json"), read_safetensors(here / "optimizer.safetensors")
         # One save writes three files, stamped with its step: files copied together from two saves are found out.
         steps = {read_metadata(here / f).get("step") for f in ("model.safetensors", "optimizer.safetensors")}
@@ -223,17 +252,17 @@ def start(flags, setup: Setup, stage: str, make_tokenizer) -> tuple[VLM, Tokeniz
         source = flags.init or newest_checkpoint(flags.out_dir, flags.model, before=stage)
     if source:
         # The tokenizer comes with the weights: ids mean nothing without it.
-        vlm, tokenizer = load_checkpoint(source), Tokenizer.from_pretrained(source)
-        if vlm.config.preset != flags.model:
-            raise ValueError(f"--model={flags.model}, but {source} holds a {vlm.config.preset} model")
+        vlm, tokenizer = load_checkpoint(source, setup.device), Tokenizer.from_pretrained(source)
+        vlm.config.preset = vlm.config.preset or run_name(flags.model)  # a LLaVA folder of Hugging Face's has none
+        for name, asked, held in (("model", run_name(flags.model), vlm.config.preset),
+                                  ("vision", flags.vision, vlm.config.pretrained_vision),
+                                  ("bridge", flags.bridge, vlm.config.bridge.kind)):
+            if asked and asked != held:
+                raise ValueError(f"--{name}={asked}, but {source} holds a {held or 'home-made'} {name}")
     else:
-        # 4. Random weights, and a tokenizer trained on the data at hand. A short text may hold fewer words than the
-        #    embedding has rows: the rest is never sampled (vocab_used).
-        config = PRESETS[flags.model]
-        tokenizer = make_tokenizer(config.decoder.vocab_size)
-        config.image_pad = tokenizer.image_pad
-        vlm = VLM(config)
-    setup.say(f"{'resuming' if flags.resume else 'starting'} {stage} from {source or 'random weights'}"
+        # 4. The released weights of --model, or, for the presets that have none, random ones.
+        vlm, tokenizer, source = begin(flags, setup, make_tokenizer)
+    setup.say(f"{'resuming' if flags.resume else 'starting'} {stage} from {source}"
               + (f" at step {state['step']}" if flags.resume else ""))
     vlm.to(setup.device)
     if setup.compile:
@@ -382,7 +411,7 @@ def to_pixels(vlm: VLM):
                 else data.load_source(source, load_image)
         except ValueError as error:
             raise ValueError(f"record {record['id']}: {error}") from None  # one of a million: say which
-        return preprocess(image, config.image_size, config.bicubic)
+        return preprocess(image, config.image_size, config.bicubic, config.pad)
     return convert
 
 
@@ -450,7 +479,7 @@ class Log:
     "One JSON object per line, in log.jsonl beside the checkpoint."
 
     def __init__(self, flags, setup: Setup, stage: str):
-        self.path = Path(flags.out_dir) / flags.model / stage / "log.jsonl"
+        self.path = Path(flags.out_dir) / run_name(flags.model) / stage / "log.jsonl"
         self.master = setup.master
         # The first line says what was run, and on what: months later nothing else tells two curves apart. A resumed run
         # adds its own. A downloaded archive has no .git, and so no commit to name.
@@ -496,7 +525,7 @@ FREE = ("init", "out_dir", "micro_batch_size", "device", "dtype", "compile", "re
 def save(flags, setup: Setup, stage: str, vlm: VLM, tokenizer: Tokenizer, optimizer: Optimizer, loaders: list,
          step: int, **more) -> Path:
     "The stage's checkpoint, with all that --resume needs. `more` goes into state.json."
-    folder = Path(flags.out_dir) / flags.model / stage
+    folder = Path(flags.out_dir) / run_name(flags.model) / stage
     # Weights alone are not the run: without moments the first steps stumble, without places data are seen twice.
     places = [loader.state() for loader in loaders]  # a handful of integers each
     if setup.world > 1:
@@ -653,6 +682,8 @@ def save_samples(path: Path, vlm: VLM, tokenizer: Tokenizer, records: list, colu
 
 def finish(setup: Setup, log: Log, **results) -> None:
     "The run's last word: one JSON object on standard output."
+    if setup.device.type == "cuda":
+        results["peak_gib"] = round(torch.cuda.max_memory_allocated() / 2 ** 30, 2)
     log.write(**results)
     if setup.master:  # the only print to standard output: `python train_sft.py | tail -1` is ready for a script
         print(json.dumps(results))
@@ -662,10 +693,12 @@ def finish(setup: Setup, log: Log, **results) -> None:
 # The chapter: next-token prediction
 
 STAGE = "base"
+# The rates for released models are those under which LLaVA and others trained such models further (2310.03744).
 # A step of tiny reads 16 x 256 = 4,096 tokens. Text alone is learned faster at 0.005 (0.22 bits per byte, not 0.26), but
 # then chapter 3 learns slower: what was pressed in hard is harder to reshape.
-BY_MODEL = {"tiny": {"batch_size": 16, "seq_len": 256, "steps": 120, "lr": 0.002},
-            "small": {"batch_size": 64, "seq_len": 1024, "steps": 3000, "lr": 0.003}}
+BY_MODEL = {"tiny": {"batch_size": 16, "seq_len": 256, "steps": 100, "lr": 0.002},
+            "small": {"batch_size": 64, "seq_len": 1024, "steps": 3000, "lr": 0.003},
+            "released": {"batch_size": 16, "seq_len": 2048, "steps": 1000, "lr": 1e-5}}
 
 
 def bits_per_byte(vlm, tokenizer, documents: list, setup: Setup, seq_len: int) -> float:

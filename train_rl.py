@@ -36,7 +36,8 @@ STAGE = "rl"
 # batch_size counts questions here, not rows. A rate far below chapter 3's: its last steps found a good place, and
 # a policy that jumps away from it answers badly, is rewarded seldom, and learns nothing.
 BY_MODEL = {"tiny": {"batch_size": 64, "seq_len": 256, "steps": 200, "lr": 0.0004, "eval_size": 2000},
-            "small": {"batch_size": 64, "seq_len": 1024, "steps": 300, "lr": 0.0005, "eval_size": 1200}}
+            "small": {"batch_size": 64, "seq_len": 1024, "steps": 300, "lr": 0.0005, "eval_size": 1200},
+            "released": {"batch_size": 16, "seq_len": 2048, "steps": 300, "lr": 1e-6, "eval_size": 1000}}
 FLAGS = SHARED_FLAGS | {
     "batch_size": (None, "questions per step, over all GPUs"),
     "eval_size": (None, "held-out questions"),
@@ -64,7 +65,7 @@ def roll_out(vlm, tokenizer, records: list, flags, step: int) -> tuple[list, lis
     seeds = [random.Random(f"{flags.seed}/{step}/{record['id']}/{k}").getrandbits(40)
              for record in records for k in range(flags.samples)]
     rows = [[] for _ in range(n)]
-    for column in vlm.generate(prompts, torch.stack(pixels) if pixels else None, max_new_tokens=flags.max_new_tokens,
+    for column in vlm.generate(prompts, pixels, max_new_tokens=flags.max_new_tokens,
                                samples=flags.samples, stop=set(tokenizer.stop_ids), temperature=flags.temperature,
                                vocab_used=tokenizer.vocab_size, seeds=seeds):
         for row, token in zip(rows, column):

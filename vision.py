@@ -9,7 +9,8 @@ Eyes: from a picture to the few vectors that the language model reads.
       -> tokens     [B, M, H]      as wide as the decoder's text embeddings       Projector
 
 For SigLIP2-L/16 at 256 pixels before Qwen2.5-1.5B: S = 256, N = 256, D = 1024, M = 64, H = 1536.
-The ViT computes exactly what SigLIP does (arXiv 2303.15343, 2502.14786), so that its released weights load into it; the
+The ViT computes exactly what SigLIP does (arXiv 2303.15343, 2502.14786), so that its released weights load into it. A
+finished public model, LLaVA-OneVision (2408.03326), sees large pictures as a grid of tiles: "Any resolution" below. The
 last section reads and writes safetensors, the files in which such weights are published.
 
 Left out: SigLIP's text tower and its pooling head (we need every patch, not one vector), dropout, and NaFlex's variable
@@ -81,11 +82,16 @@ def to_rgb(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
-def preprocess(image: Image.Image, size: int, bicubic: bool = False) -> torch.Tensor:
+def preprocess(image: Image.Image, size: int, bicubic: bool = False, pad: bool = False) -> torch.Tensor:
     """
     RGB image -> uint8 [3, size, size]. Like SigLIP: one direct resize, the aspect ratio is not kept and nothing is
-    cropped away.
+    cropped away. pad: first bars make it a square, as LLaVA-OneVision does where it cuts no tiles.
     """
+    if pad and image.width != image.height:
+        side = max(image.size)
+        square = Image.new("RGB", (side, side), (127, 127, 127))  # mid-grey, which normalises to about 0
+        square.paste(image, ((side - image.width) // 2, (side - image.height) // 2))
+        image = square
     # SigLIP was released with bicubic, SigLIP 2 with bilinear resampling.
     if image.size != (size, size):
         image = image.resize((size, size), Image.Resampling.BICUBIC if bicubic else Image.Resampling.BILINEAR)
@@ -113,11 +119,24 @@ class ViTConfig:
     image_size: int = 224             # S, pixels [256]
     patch_size: int = 16              # P, pixels; N = (S // P) ** 2 [16, so N = 256]
     layer_norm_eps: float = 1e-6      # TRAP: PyTorch's own default is 1e-5
-    bicubic: bool = False             # from preprocessor_config.json
+    bicubic: bool = False             # how pictures are resized; from preprocessor_config.json
+    pad: bool = False                 # grey bars instead of squeezing; LLaVA-OneVision
 
     @property
     def num_patches(self) -> int:
         return (self.image_size // self.patch_size) ** 2
+
+
+# The released encoders that give one vector per patch at a fixed size, by their names on the hub. SigLIP 1 was released
+# with bicubic resizing, SigLIP 2 with bilinear.
+SIGLIP = {
+    "siglip2-large-patch16-256": ViTConfig(1024, 4096, 24, 16, image_size=256, patch_size=16),
+    "siglip-large-patch16-256": ViTConfig(1024, 4096, 24, 16, image_size=256, patch_size=16, bicubic=True),
+    "siglip2-base-patch16-224": ViTConfig(768, 3072, 12, 12, image_size=224, patch_size=16),
+    "siglip-base-patch16-224": ViTConfig(768, 3072, 12, 12, image_size=224, patch_size=16, bicubic=True),
+    "siglip-so400m-patch14-224": ViTConfig(1152, 4304, 27, 16, image_size=224, patch_size=14, bicubic=True),
+    "siglip-so400m-patch14-384": ViTConfig(1152, 4304, 27, 16, image_size=384, patch_size=14, bicubic=True),
+}
 
 
 def sincos_positions(side: int, D: int) -> torch.Tensor:
@@ -189,24 +208,28 @@ class ViT(nn.Module):
         return self.norm(x) if norm else x
 
     @classmethod
-    def from_pretrained(cls, folder) -> "ViT":
+    def from_pretrained(cls, folder, device="cpu", dtype=torch.float32) -> "ViT":
         "From a SigLIP or SigLIP 2 folder as the hub ships it: config.json and one or more safetensors files."
         folder = Path(folder)
         config = read_json(folder / "config.json")
-        config = config.get("vision_config", config)  # whole SigLIP, or the vision tower alone
-        fill = {f.name: config[f.name] for f in fields(ViTConfig) if f.name in config}
-        if (folder / "preprocessor_config.json").exists():  # resample: 2 is bilinear, 3 bicubic
-            fill["bicubic"] = read_json(folder / "preprocessor_config.json").get("resample", 3) == 3
         with torch.device("meta"):  # no memory and no random numbers: every tensor comes from the file
-            vit = cls(ViTConfig(**fill))
+            vit = cls(vit_config(config.get("vision_config", config), folder))  # whole SigLIP, or the tower alone
         tensors = read_safetensors(folder)
         # the hub's files have the prefix, those that transformers 5 saves do not
         prefix = "vision_model." if any(name.startswith("vision_model.") for name in tensors) else ""
         # Left out by name, not by "whatever we do not know": a tensor that we forgot would be an error below.
-        ours = {n: t for n, t in tensors.items()
-                if not n.startswith(("text_model.", "logit_")) and ".head." not in f".{n}"}
-        load_renamed(vit, ours, SIGLIP_NAMES, prefix, str(folder))
+        for name in [n for n in tensors if n.startswith(("text_model.", "logit_")) or ".head." in f".{n}"]:
+            del tensors[name]
+        load_renamed(vit, tensors, SIGLIP_NAMES, prefix, str(folder), device, dtype)
         return vit
+
+
+def vit_config(config: dict, folder: Path) -> ViTConfig:
+    "The hub's vision config, and the folder in which preprocessor_config.json may lie."
+    fill = {f.name: config[f.name] for f in fields(ViTConfig) if f.name in config}
+    if (folder / "preprocessor_config.json").exists():  # resample: 2 is bilinear, 3 bicubic
+        fill["bicubic"] = read_json(folder / "preprocessor_config.json").get("resample", 3) == 3
+    return ViTConfig(**fill)
 
 
 # Ours on the left, the hub's on the right; where several stand on the right, ours is their rows stacked.
@@ -248,12 +271,19 @@ class BridgeConfig:
     vision_size: int = 1024   # D, as wide as the ViT
     text_size: int = 1536     # H, as wide as the decoder
     num_patches: int = 256    # N, what the ViT gives for one picture
+    layer: int = -1           # which block's output is read: -1 the last one's, -2 the one's before
+    newline: bool = False     # one learned token ends each picture, or each row of its tiles: LLaVA-OneVision
 
     @property
     def num_tokens(self) -> int:
         "How many decoder positions one picture takes."
         return {"perceiver": self.num_latents, "pixelshuffle": self.num_patches // 4,
-                "mlp": self.num_patches}[self.kind]
+                "mlp": self.num_patches}[self.kind] + self.newline
+
+    @property
+    def norm(self) -> bool:
+        "Whether features are read after the ViT's last norm. LLaVA's bridge, the bare MLP, reads them before it."
+        return self.kind != "mlp"
 
 
 class PerceiverLayer(nn.Module):
@@ -342,13 +372,98 @@ class Bridge(nn.Module):
         for linear in (self.fc1, self.fc2):
             nn.init.normal_(linear.weight, std=linear.in_features ** -0.5)
             nn.init.zeros_(linear.bias)
+        H = config.text_size
+        self.newline = nn.Parameter(torch.randn(H) * H ** -0.5) if config.newline else None
 
-    def forward(self, features: torch.Tensor) -> torch.Tensor:
+    def project(self, features: torch.Tensor) -> torch.Tensor:
         if self.perceiver is not None:
             features = self.perceiver(features)                                                      # [B, M, D]
         elif self.config.kind == "pixelshuffle":
             features = pixel_shuffle(features)                                                       # [B, N/4, 4D]
         return self.fc2(F.gelu(self.fc1(features)))                                                  # [B, M, H]
+
+    def forward(self, features: torch.Tensor) -> torch.Tensor:
+        x = self.project(features)
+        if self.newline is not None:
+            x = torch.cat([x, self.newline.to(x.dtype).expand(len(x), 1, -1)], dim=1)                # M counts it
+        return x
+
+    def stitch(self, features: torch.Tensor, tiles: "Tiles") -> torch.Tensor:
+        """
+        One picture's features [1 + rows * columns, N, D] -> tokens [K, H]: those of the whole picture, then those of
+        the tiles, put together as one large grid, without the bars around it, a newline at the end of every row.
+        """
+        n = math.isqrt(self.config.num_patches)
+        whole, x = self.project(features).tensor_split([1])                       # [1, N, H], [rows * columns, N, H]
+        x = x.view(tiles.rows, tiles.columns, n, n, -1).permute(4, 0, 2, 1, 3)              # [H, rows, n, columns, n]
+        x = x.reshape(-1, tiles.rows * n, tiles.columns * n)                                 # [H, rows n, columns n]
+        (top, height), (left, width), shape = tiles.layout(n)
+        x = x[:, top:top + height, left:left + width]
+        if shape != (height, width):  # still too many: a coarser grid
+            x = F.interpolate(x[None], shape, mode="bilinear")[0]                                    # [H, h, w]
+        newline = self.newline.to(x.dtype)[:, None, None].expand(-1, shape[0], 1)                    # [H, h, 1]
+        return torch.cat([whole[0], torch.cat([x, newline], dim=2).flatten(1).t()])     # [N + h (w + 1), H]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Any resolution: a large picture as several tiles of the size that the ViT knows (LLaVA-NeXT, LLaVA-OneVision)
+
+MOST_TILES = 6     # a side: the grids are 1 x 1 to 6 x 6
+MOST_TOKENS = 9    # times N: a grid with more tokens is made coarser ("anyres_max_9")
+
+
+@dataclass
+class Tiles:
+    pixels: torch.Tensor  # uint8 [1 + rows * columns, 3, S, S]: the whole picture, squeezed, then its tiles row by row
+    rows: int
+    columns: int
+    width: int            # of the picture as it was, pixels
+    height: int
+
+    def layout(self, n: int) -> tuple[tuple[int, int], tuple[int, int], tuple[int, int]]:
+        "n x n tokens a tile -> (first row, rows) and (first column, columns) that show the picture, (h, w) in the end."
+        h, w = self.rows * n, self.columns * n
+        top = left = 0
+        # Bars lie above and below, or left and right. TRAP: half a bar is rounded down on both sides, so up to one row
+        # of bar is kept; the released weights have learned it so. round: 0.9999999 is a 1 that was computed.
+        if self.width / self.height > w / h:
+            top = (h - int(round(self.height * (w / self.width), 7))) // 2
+        else:
+            left = (w - int(round(self.width * (h / self.height), 7))) // 2
+        h, w = h - 2 * top, w - 2 * left
+        ratio = math.sqrt(h * w / (MOST_TOKENS * n * n))
+        return (top, h), (left, w), (int(h // ratio), int(w // ratio)) if ratio > 1.1 else (h, w)
+
+    def num_tokens(self, num_patches: int) -> int:
+        "The length of what Bridge.stitch gives."
+        h, w = self.layout(math.isqrt(num_patches))[2]
+        return num_patches + h * (w + 1)
+
+
+def best_grid(width: int, height: int, side: int) -> tuple[int, int]:
+    "(rows, columns) of tiles, side pixels each, that keep most of a picture's pixels; of those, the fewest."
+    def kept(grid):
+        scale = min(grid[1] * side / width, grid[0] * side / height)
+        # enlarging adds no detail, so the picture's own size is the most there is to keep
+        pixels = min(int(width * scale) * int(height * scale), width * height)
+        return pixels, pixels - grid[0] * grid[1] * side * side  # most kept, then least wasted
+    return max(((r, c) for r in range(1, MOST_TILES + 1) for c in range(1, MOST_TILES + 1)), key=kept)
+
+
+def cut_tiles(image: Image.Image, side: int, bicubic: bool = True) -> Tiles:
+    "RGB image -> its tiles. The aspect ratio is kept; black bars fill what the picture does not cover."
+    rows, columns = best_grid(*image.size, side)
+    width, height = columns * side, rows * side
+    if width / image.width < height / image.height:
+        size = width, min(math.ceil(image.height * (width / image.width)), height)
+    else:
+        size = min(math.ceil(image.width * (height / image.height)), width), height
+    canvas = Image.new("RGB", (width, height))
+    resized = image.resize(size, Image.Resampling.BICUBIC if bicubic else Image.Resampling.BILINEAR)
+    canvas.paste(resized, ((width - size[0]) // 2, (height - size[1]) // 2))
+    boxes = [(x, y, x + side, y + side) for y in range(0, height, side) for x in range(0, width, side)]
+    pixels = [preprocess(image, side, bicubic)] + [preprocess(canvas.crop(box), side) for box in boxes]
+    return Tiles(torch.stack(pixels), rows, columns, *image.size)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -366,6 +481,7 @@ DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF1
           "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
           "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2}
 MAX_HEADER = 100_000_000  # bytes; the format's own limit
+SEGMENT = 128 * 2 ** 20   # bytes of a file that are mapped at once
 
 
 def read_json(path: Path) -> dict:
@@ -471,16 +587,24 @@ def read_safetensors(path) -> dict[str, torch.Tensor]:
     if not path.exists():
         raise ValueError(f"{path}: no such file")
     entries, _, start = read_header(path)
-    # Mapped, not read: the operating system fetches a page when it is first touched, so unused tensors cost nothing.
-    # ACCESS_COPY is a private mapping: torch wants writable memory, and a stray write must not reach the disk.
+    tensors, data, first, last = {}, None, 0, 0  # data: the bytes first to last of the file
     with open(path, "rb") as file:
-        data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
-    tensors = {}
-    for name, (dtype, shape, begin, end) in entries.items():
-        count = math.prod(shape)  # frombuffer refuses an empty tensor and an offset at the very end
-        tensors[name] = torch.empty(shape, dtype=dtype) if count == 0 else \
-            torch.frombuffer(data, dtype=dtype, count=count, offset=start + begin).view(shape)
-    return tensors
+        for name, (dtype, shape, begin, end) in sorted(entries.items(), key=lambda item: item[1][2:]):
+            if begin == end:  # a side of 0; neither a mapping nor frombuffer takes nothing
+                tensors[name] = torch.empty(shape, dtype=dtype)
+                continue
+            if start + end > last:
+                # Mapped, not read: the operating system fetches a page when it is first touched, so unused tensors
+                # cost nothing. In segments: one is let go when the last of its tensors is, so that a model that is
+                # copied out of its file, tensor by tensor, never lies in memory twice. Not one mapping for each tensor:
+                # every mapping holds a file open. It must begin at a multiple of the granularity (a page, as a rule).
+                first = (start + begin) // mmap.ALLOCATIONGRANULARITY * mmap.ALLOCATIONGRANULARITY
+                last = min(max(start + end, first + SEGMENT), start + max(e[3] for e in entries.values()))
+                # ACCESS_COPY is private: torch wants writable memory, and a stray write must not reach the disk.
+                data = mmap.mmap(file.fileno(), last - first, access=mmap.ACCESS_COPY, offset=first)
+            tensors[name] = torch.frombuffer(data, dtype=dtype, count=math.prod(shape),
+                                             offset=start + begin - first).view(shape)
+    return {name: tensors[name] for name in entries}
 
 
 def write_safetensors(tensors: dict[str, torch.Tensor], path, metadata: dict[str, str] | None = None) -> None:
@@ -522,19 +646,24 @@ def renamed(module: nn.Module, table: dict[str, list[str]], prefix: str) -> dict
     return out
 
 
-def load_renamed(module: nn.Module, tensors: dict, table: dict, prefix: str, where: str, dtype=torch.float32) -> None:
+def load_renamed(module: nn.Module, tensors: dict, table: dict, prefix: str, where: str, device="cpu",
+                 dtype=torch.float32) -> None:
     """
-    Fill a module (on the meta device, or real) from a hub file's tensors. Missing, unexpected and wrongly shaped
-    tensors are errors: a model that is silently part random still talks, only badly, and nobody finds out why.
+    Fill a module (on the meta device, or real) from a hub file's tensors, which are taken out of the dict one by one.
+    Missing, unexpected and wrongly shaped tensors are errors: a model that is silently part random still talks, only
+    badly, and nobody finds out why.
     """
-    parameters, used = dict(module.named_parameters()), set()
+    parameters = dict(module.named_parameters())
     for ours, theirs in renamed(module, table, prefix).items():
         missing = [name for name in theirs if name not in tensors]
         if missing:
             raise ValueError(f"{where}: tensor {missing[0]} is missing; is this the right model?")
-        # A copy in any case: training writes to parameters, and nothing may write to a mapped file's tensors.
-        value = torch.cat([tensors[n].to(dtype) for n in theirs]) if len(theirs) > 1 \
-            else tensors[theirs[0]].to(dtype, copy=True)
+        mapped = [tensors.pop(name) for name in theirs]
+        # First to the device, then to the type: the file's 16 bits are half as much to carry as 32.
+        parts = [part.to(device).to(dtype) for part in mapped]
+        value = torch.cat(parts) if len(parts) > 1 else parts[0]
+        if value is mapped[0]:  # training writes to parameters, and nothing may write to a mapped file's tensors
+            value = value.clone()
         # Size and rows, not the whole shape: SigLIP's patch weight is [D, 3, P, P] and becomes [D, 3*P*P] below.
         if value.numel() != parameters[ours].numel() or len(value) != len(parameters[ours]):
             raise ValueError(f"{where}: {theirs[0]} has shape {list(value.shape)}, "
@@ -542,8 +671,6 @@ def load_renamed(module: nn.Module, tensors: dict, table: dict, prefix: str, whe
         owner, _, last = ours.rpartition(".")
         # A new parameter, as one on the meta device cannot be filled. TRAP: make optimizers only after loading.
         setattr(module.get_submodule(owner), last, nn.Parameter(value.reshape(parameters[ours].shape)))
-        used.update(theirs)
     # Layers or biases that we would not compute make it another model.
-    extra = sorted(set(tensors) - used)
-    if extra:
-        raise ValueError(f"{where}: {len(extra)} tensors are not part of this model, first {extra[0]}")
+    if tensors:
+        raise ValueError(f"{where}: {len(tensors)} tensors are not part of this model, first {min(tensors)}")
