@@ -1316,7 +1316,7 @@ MAX_HEADER = 100_000_000     # bytes; the safetensors format's own limit
 
 
 class Dropped(Exception):
-    "(reason, seconds to wait if the server named them): another attempt may help."
+    "(reason, seconds to wait if the server named them, else 0): another attempt may help. Else it is a ValueError."
 
 
 @dataclass(frozen=True)
@@ -1331,7 +1331,7 @@ class Piece:
     total: int         # bytes on the server
     size: int          # bytes on our disk: the header, then a run of the server's
     begin: int = 0     # where that run begins in the server's file
-    head: bytes = b""
+    head: bytes = b""  # our own header, which comes first on our disk
 
 
 def note(text: str) -> None:
@@ -1352,14 +1352,15 @@ def find_repository(name: str) -> Repository:
     for short, repository in REPOSITORIES.items():
         if name in (short, repository.hub):
             return repository
-    match = re.fullmatch(r"(\w[\w.-]*/\w[\w.-]*)(?:@(\S+))?", name)
+    match = re.fullmatch(r"(\w[\w.-]*/\w[\w.-]*)(?:@(\S+))?", name)  # a name must not begin with a dot: ../../x
     need(match, f"{name!r}: no such repository; known are {', '.join(REPOSITORIES)}, and any other as Org/Name or "
                 "Org/Name@revision")
     return Repository(match[1], match[2] or "main", {}, f"see {endpoint()}/{match[1]}")
 
 
 def our_folder(repository: Repository) -> Path:
-    revision = repository.revision  # a branch may be called refs/pr/1
+    # The revision is part of the name: two of them never share a folder. A branch may be called refs/pr/1.
+    revision = repository.revision
     short = revision[:12] if re.fullmatch("[0-9a-f]{40}", revision) else revision.replace("/", "--")
     return setting("GHOSTVIS_CACHE", "~/.cache/ghostvis") / f"{repository.hub.replace('/', '--')}@{short}"
 
@@ -1378,7 +1379,8 @@ def read_shards(folder: Path) -> list[str]:
         where = json.loads((folder / INDEX).read_text(encoding="utf-8"))
     where = where.get("weight_map") if isinstance(where, dict) else None
     # Plain names only: a stranger's index must not make us write to ../../.bashrc.
-    need(isinstance(where, dict) and all(re.fullmatch(r"\w[\w.-]*", str(file)) for file in where.values()),
+    need(isinstance(where, dict) and where
+         and all(isinstance(file, str) and re.fullmatch(r"\w[\w.-]*", file) for file in where.values()),
          f"{folder / INDEX}: lacks the weight_map from tensors to plain file names; use another repository")
     return sorted(set(where.values()))
 
@@ -1435,34 +1437,40 @@ def retry(what: str, attempt, say, size=lambda: 0):
             return attempt()
         except (requests.ConnectionError, requests.Timeout, requests.exceptions.ChunkedEncodingError) as error:
             # "HTTPSConnectionPool(...): Max retries exceeded ...: [Errno 111] Connection refused'))": the end says it
-            reason, seconds = str(error).rsplit(": ", 1)[-1].strip("')\".")[:90], 0
+            reason, seconds = str(error).rsplit(": ", 1)[-1].split("', ")[0].strip("')\".")[:90], 0
         except Dropped as error:
             reason, seconds = error.args
+        # "More than ever", not "more than before": a server that always starts over would keep us for ever.
         failures, most = (0, size()) if size() > most else (failures + 1, most)
         need(failures < ATTEMPTS, f"{what}: {reason}, {failures} times in a row; check the connection to {endpoint()} "
                                   "and run again: it will go on from here")
         seconds = seconds or BACKOFF * 2 ** failures
-        say(f"{what}: {reason}; next attempt in {seconds:.0f} s")
+        say(f"{what}: {reason}; next attempt in {seconds:g} s")
         time.sleep(seconds)
 
 
 def look_up(session, repository: Repository, revision: str, name: str, say, optional=False) -> Piece | None:
     "What the server says of a file, held against the table before a byte is fetched. None: not there."
     what = f"{repository.hub}, {name}"
-    url = f"{endpoint()}/{repository.hub}/resolve/{quote(revision, safe='')}/{quote(name)}"
-    reply, hub = retry(what, lambda: request(session, "HEAD", url, what, {}, [404] if optional else []), say)
+
+    def url(revision: str) -> str:
+        return f"{endpoint()}/{repository.hub}/resolve/{quote(revision, safe='')}/{quote(name)}"
+
+    reply, hub = retry(what, lambda: request(session, "HEAD", url(revision), what, {}, [404] if optional else []), say)
     if reply.status_code == 404:
         return None
     # a redirect's own Content-Length is that of the redirect
     length = hub.get("X-Linked-Size") or ("" if reply.is_redirect else hub.get("Content-Length", ""))
     etag, (size, sha256) = hub["ETag"], repository.files.get(name, ANY)
+    # A login page of a hotel is a fine 200 as well, and would be kept as config.json.
     need("X-Repo-Commit" in hub and etag and length.isdecimal(), f"{what}: a proxy's page answers here, not a Hugging "
          f"Face hub; log in to this network, or check HF_ENDPOINT ({endpoint()})")
-    total = int(length)
+    total = int(length)  # the etag of a small file is of another kind: that one is hashed when it is here
     need(size in (None, total) and (sha256 in (None, etag) or len(etag) != 64), f"{what}: {endpoint()} has {total:,} "
          f"bytes with hash {etag}, expected are {size or total:,} with {sha256 or etag}; the file was replaced, or the "
          "mirror is wrong: check HF_ENDPOINT")
-    return Piece(name, what, url, hub["X-Repo-Commit"], etag, sha256 or etag, total, total)
+    commit = hub["X-Repo-Commit"]
+    return Piece(name, what, url(commit), commit, etag, sha256 or etag, total, total)
 
 
 def pour(session, piece: Piece, file, progress=lambda size: None) -> None:
@@ -1479,13 +1487,13 @@ def pour(session, piece: Piece, file, progress=lambda size: None) -> None:
         where = re.match(r"bytes (\d+)-", reply.headers.get("Content-Range", ""))
         # 200: the whole file, whatever we asked for. 416: no such range, so ours is of another file.
         came = int(where[1]) if where else 0 if reply.status_code == 200 else math.inf
-        if came != start:
+        if came != start:  # what we have cannot be continued with this: from the beginning
             file.truncate(len(piece.head))
             file.seek(0, os.SEEK_END)
             start = piece.begin
         if came > start:
             raise Dropped("the server sent another part than was asked for", 0)
-        skip = start - came
+        skip = start - came  # of the whole file, what lies before our part
         for chunk in reply.iter_content(CHUNK):
             chunk, skip = chunk[skip:], max(0, skip - len(chunk))
             file.write(chunk[:piece.size - file.tell()])
@@ -1504,7 +1512,7 @@ def cut_out(session, piece: Piece, prefix: str, say) -> Piece:
         retry(piece.what, lambda: pour(session, part, file), say, file.tell)
         return file.getvalue()
 
-    length = int.from_bytes(read(0, 8), "little")
+    length = int.from_bytes(read(0, 8), "little")  # any 8 bytes make a number: checked before that much is asked for
     bad = f"{piece.what}: not a valid safetensors file; choose another revision"
     need(length <= min(MAX_HEADER, piece.total - 8), bad)
     raw = read(8, 8 + length)
@@ -1512,7 +1520,7 @@ def cut_out(session, piece: Piece, prefix: str, say) -> Piece:
         header = json.loads(raw)
         wanted = {name: info for name, info in header.items() if name.startswith(prefix)}
         begins, ends = zip(*(info["data_offsets"] for info in wanted.values())) if wanted else ([0], [0])
-        begin, end, held = min(begins), max(ends), sum(ends) - sum(begins)
+        begin, end, held = min(begins), max(ends), sum(ends) - sum(begins)  # held: bytes of the wanted tensors alone
         entries = {name: info | {"data_offsets": [a - begin, b - begin]}
                    for (name, info), a, b in zip(wanted.items(), begins, ends)}
         # The ETag goes along: a part that was begun with another version of the file has another header.
@@ -1539,12 +1547,12 @@ def plan(session, repository: Repository, folder: Path, say) -> list[Piece]:
         return [cut_out(session, piece, repository.prefix, say) if piece.name == SINGLE and repository.prefix
                 else piece for piece in pieces]
     pieces = [ask(revision, "config.json")]
-    record.write_text(revision := pieces[0].commit)
+    record.write_text(revision := pieces[0].commit)  # from here on all is asked of this commit
     pieces += [ask(revision, name, optional=True) for name in (*CONFIGS, "tokenizer.json") if name != "config.json"]
     if not pieces[-1]:  # older repositories have the tokenizer in two files
         pieces += [ask(revision, name, optional=True) for name in ("vocab.json", "merges.txt")]
     weights = [ask(revision, SINGLE, optional=True)]
-    if not weights[0]:
+    if not weights[0]:  # then in shards, and only the index knows how many
         download(session, ask(revision, INDEX), folder, say)
         weights = [ask(revision, name) for name in read_shards(folder)]
     return [piece for piece in pieces + weights if piece and not (folder / piece.name).exists()]
@@ -1553,7 +1561,8 @@ def plan(session, repository: Repository, folder: Path, say) -> list[Piece]:
 def announce(repository: Repository, pieces: list[Piece], folder: Path, say) -> None:
     "Bytes and licence, before any of it is fetched; and no start on a disk that will be full before the end."
     free, left = shutil.disk_usage(folder).free, 0
-    say(f"{repository.hub}, revision {repository.revision[:12]}, licence: {repository.licence}")
+    commit = pieces[0].commit if pieces else repository.revision
+    say(f"{repository.hub}, revision {commit[:12]}, licence: {repository.licence}")
     for piece in pieces:
         part = folder / f"{piece.name}.part"
         here = part.stat().st_size if part.exists() else 0
@@ -1585,7 +1594,7 @@ def download(session, piece: Piece, folder: Path, say) -> None:
             if file.read(len(piece.head)) != piece.head or file.seek(0, os.SEEK_END) > piece.size:
                 file.truncate(0)  # begun with another version
                 file.write(piece.head)
-            file.seek(0, os.SEEK_END)
+            file.seek(0, os.SEEK_END)  # what another process left is gone on with
             with tqdm(total=piece.size, initial=file.tell(), desc=piece.name, unit="B", unit_scale=True,
                       disable=None) as bar:  # None: only on a terminal, not in a log file
                 if file.tell() < piece.size:
@@ -1598,6 +1607,7 @@ def download(session, piece: Piece, folder: Path, say) -> None:
             raise
         raise ValueError(f"{target}: the disk is full; make room and run again: it will go on from here") from None
     # A part cannot be checked by the hash of the whole. That the server's ETag was the table's sha256 has to do.
+    # Other forms of ETag than these two say nothing about the content.
     if not piece.head and re.fullmatch("[0-9a-f]{40}|[0-9a-f]{64}", piece.digest):
         check_hash(part, piece.digest)
     os.replace(part, target)  # all at once: nobody ever sees half a file under this name

@@ -49,7 +49,7 @@ class GPTConfig:
     rms_norm_eps: float = 1e-6        # added under the root: an all-zero vector stays finite
     rope_theta: float = 1_000_000.0   # the slowest rotary pair turns once in about 5 million tokens
     tie_word_embeddings: bool = True  # the head is the embedding matrix, transposed
-    max_position_embeddings: int = 32768  # tokens, as in training; a note to the reader, nothing here enforces it
+    max_position_embeddings: int = 32768  # tokens of the longest text that it has learned to read
 
     @property
     def head_dim(self) -> int:        # d
@@ -111,14 +111,10 @@ def fit(config: VLMConfig) -> VLMConfig:
     return config
 
 
-def preset(name: str, vision: str = "", bridge: str = "") -> VLMConfig:
-    "A fresh configuration; `vision` and `bridge` put another encoder or kind of bridge in the preset's place."
+def preset(name: str, bridge: str = "") -> VLMConfig:
+    "A fresh configuration, with another kind of bridge if one is named."
     config = copy.deepcopy(PRESETS[name])
-    config.preset = name
-    if vision:
-        config.vision, config.pretrained_vision = replace(SIGLIP[vision]), vision
-    if bridge:
-        config.bridge.kind = bridge
+    config.preset, config.bridge.kind = name, bridge or config.bridge.kind
     return fit(config)
 
 
@@ -304,14 +300,22 @@ class GPT(nn.Module):
 
 def gpt_config(hf: dict, folder: Path) -> GPTConfig:
     "Qwen2's config.json; one that asks for what this decoder does not do is refused."
-    hf = hf | (hf.get("rope_parameters") or {})  # transformers 5 moved rope_theta in there
+    # TRAP: within a LLaVA's config.json, what equals a default is left out, and Qwen2Config's are not GPTConfig's.
+    hf = {"hidden_size": 4096, "intermediate_size": 22016, "num_hidden_layers": 32, "num_attention_heads": 32,
+          "num_key_value_heads": 32, "rope_theta": 10000.0, "tie_word_embeddings": False, **hf}
+    hf |= hf.get("rope_parameters") or {}  # transformers 5 moved rope_theta in there
     rope = {**hf, **(hf.get("rope_scaling") or {})}
     # What we would compute differently is refused: such a model would load, and answer a little worse.
     if hf.get("model_type", "qwen2") != "qwen2":
         raise ValueError(f"{folder}/config.json: a {hf['model_type']} model; only Qwen2 and Qwen2.5 are supported")
     if hf.get("use_sliding_window") or rope.get("rope_type", rope.get("type", "default")) != "default":
         raise ValueError(f"{folder}/config.json: sliding windows and scaled RoPE are not supported")
-    return GPTConfig(**{f.name: hf[f.name] for f in fields(GPTConfig) if f.name in hf})
+    config = GPTConfig(**{f.name: hf[f.name] for f in fields(GPTConfig) if f.name in hf})
+    heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
+    if min(heads, kv_heads) < 1 or config.hidden_size % heads or heads % kv_heads:
+        raise ValueError(f"{folder}/config.json: hidden_size {config.hidden_size}, {heads} heads and {kv_heads} key and "
+                         "value heads do not divide; is the file whole?")
+    return config
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -452,7 +456,10 @@ class VLM(nn.Module):
         # 1. One rectangle of ids. Padded on the left, so that all rows' last prompt tokens, and then all new ones,
         #    stand in one column.
         device, B = self.gpt.embed.weight.device, len(prompts)
-        T = max(len(p.ids) for p in prompts)
+        T, most = max(len(p.ids) for p in prompts), self.config.decoder.max_position_embeddings
+        if T > most:  # it would answer all the same, and more and more strangely
+            raise ValueError(f"a conversation of {T:,} tokens; this model has learned to read {most:,}: shorten it, or "
+                             "show fewer or smaller pictures")
         pad = torch.tensor([T - len(p.ids) for p in prompts], device=device)                         # [B]
         ids = torch.tensor([[0] * (T - len(p.ids)) + list(p.ids) for p in prompts], device=device)   # [B, T]
 

@@ -70,7 +70,8 @@ def parse_flags(argv=None) -> argparse.Namespace:
     add("--seed", type=int, default=0, help="of sampling [%(default)s]")
     add("--batch_size", type=int, default=16, help="pictures at once, with --images [%(default)s]")
     add("--device", default="auto", help="auto, cpu, cuda or mps [%(default)s]")
-    add("--export", default="", help="write the model into this new folder in Hugging Face's form, and ask nothing")
+    add("--export", default="",
+        help="write the model into this new folder, in Hugging Face's form and bfloat16; no question is asked")
     add("--decoder_only", action="store_true", help="with --export: the language model alone, as a Qwen2")
     # Exit codes: 2 for a flag that does not exist or does not parse (argparse's custom), 1 for any other bad input.
     parser.error = lambda message: parser.exit(
@@ -248,6 +249,9 @@ def folder(vlm: VLM, tokenizer: Tokenizer, flags) -> None:
 
 def main() -> None:
     flags = parse_flags()
+    for path in flags.image:  # before the model: a slip in a path should not wait for gigabytes
+        if not Path(path).is_file():
+            raise ValueError(f"{path}: no such image file")
     vlm, tokenizer = load(flags)
     if flags.export:
         export(flags.export, vlm, tokenizer, flags.decoder_only)

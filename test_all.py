@@ -11,7 +11,10 @@ import argparse
 import base64
 import contextlib
 import csv
+import errno
 import gzip
+import hashlib
+import http.server
 import importlib
 import importlib.util
 import io
@@ -28,6 +31,7 @@ import struct
 import subprocess
 import sys
 import tarfile
+import threading
 import time
 import unicodedata
 import zipfile
@@ -57,7 +61,9 @@ from tokenizer import Rendered, SPECIAL_TOKENS, Tokenizer, train_bpe
 from vision import Bridge, BridgeConfig, ViT, ViTConfig
 
 SHARED = Path(__file__).parent.parent / "shared"  # optional: real pictures and texts
-
+# Whatever lies in this machine's caches, and whatever its network, the tests find none of it; only the fixture `hub`,
+# a server on this machine, is ever asked.
+os.environ |= {"HF_HUB_OFFLINE": "1", "GHOSTVIS_CACHE": "/nonexistent/ghostvis", "HF_HOME": "/nonexistent/huggingface"}
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -460,6 +466,158 @@ def change_config(folder: Path, change) -> None:
     config = json.loads((folder / "config.json").read_text())
     change(config)
     (folder / "config.json").write_text(json.dumps(config))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# tokenizer.py: in the hub's form
+
+TRICKY_SYSTEM = "It's \"brief\", {{ x }} {% if y %} {# z #} <b>:\n\t\\n é 我 😶 %} }}\r\n"
+# Each string is a place where two tokenizers once disagreed: NFC, endings, digits, white space, signs, rare characters.
+HARD_TEXTS = [
+    "", " ", "  \n\n  \t x", "\r\n\r\n\n", "a \u00a0\u3000b\u2028c\x85d\x1ce", "I'm I'LL we\u017fve 'S 'ſ don''t",
+    "e\u0301 Cu\u031b\u0309a \u1112\u1161\u11ab \u0340 \u212b \ufb01 \u2126 \u0338x", "1234567890 ٣½① 3.14e-10",
+    "😶‍🌫️👩‍👩‍👧🏽 🇩🇪 ☺️", "我想在apple工作，你好。 日本語テキスト 한국어 ภาษาไทย हिन्दी", "\U0001f9ff\U00020bb7\ufeff\ufffd\x00\x7f\u200b",
+    "def f(x):\n    return {'a': x**2}  # done\n\n\n", "# # #version ## http://a.b/c?d=e&f=%20 ...!!?!\n//",
+    " " * 300 + "." * 300, "the cat sat on the mat, it's the cat that sat! été", "<b>|im_end|</b> < image > <|im_en",
+]  # fmt: skip
+IMAGE_CHATS = [
+    chat(("user", "<image>What is this?"), ("assistant", "A cat.")),
+    chat(("system", "s<image>"), ("user", "<image><image>\nthe <image> mat<image>"), ("assistant", "x<image>"),
+         ("user", "y")),
+    chat(("user", [{"type": "text", "text": "the "}, {"type": "image"}, {"type": "text", "text": "\u0338 cat\n"}]),
+         ("assistant", [{"type": "text", "text": "sat"}]), ("user", "<image>")),
+    chat(("user", [{"type": "image"}, {"type": "image", "url": "a.png"}]), ("assistant", []), ("user", "")),
+]  # fmt: skip
+
+
+@lru_cache
+def hub_tables() -> dict[str, Tokenizer]:
+    ranks, top = small().ranks, len(small().ranks)
+    odd = {"<|endoftext|>": top + 7, "<|im_end|>": top + 90, "<|im_start|>": top + 3, "<|image_pad|>": top + 50}
+    llava = {name: top + i for i, name in enumerate([*SPECIAL_TOKENS[:3], "<image>", "<video>"])}  # no marks
+    tables = {"own": small(), "own_system": Tokenizer(ranks, small().special, default_system=TRICKY_SYSTEM),
+              "bytes_only": Tokenizer.train(["x"], 300), "gaps": Tokenizer(ranks, odd, default_system=""),
+              "llava_ov": Tokenizer(ranks, llava)}  # fmt: skip
+    if (QWEN / "vocab.json").exists():
+        tables["qwen"] = Tokenizer(qwen().ranks, qwen().special, default_system=QWEN_SYSTEM)
+    return tables
+
+
+HUB_TABLES = ["own", "own_system", "bytes_only", "gaps", "llava_ov", pytest.param("qwen", marks=needs_qwen)]
+
+
+def hub_folder(name: str, tmp_path_factory) -> Path:
+    "Written once for all tests."
+    folder = tmp_path_factory.getbasetemp() / "hub" / name
+    if not folder.exists():
+        hub_tables()[name].save_hub(folder, max_length=1234)
+    return folder
+
+
+@lru_cache
+def auto_tokenizer(folder: Path, model_type: str = ""):
+    "What transformers makes of the folder beside the config.json of such a model."
+    import transformers
+    config = folder / "config.json"
+    config.unlink(missing_ok=True)
+    if model_type:
+        config.write_text(json.dumps({"model_type": model_type}))
+    return transformers.AutoTokenizer.from_pretrained(folder)
+
+
+@pytest.mark.parametrize("name", HUB_TABLES)
+@pytest.mark.parametrize("left_out", ["tokenizer.json", "vocab.json"])  # either form is enough
+def test_what_save_hub_wrote_reads_back_alike(name, left_out, tmp_path, tmp_path_factory):
+    t = hub_tables()[name]
+    for file in hub_folder(name, tmp_path_factory).iterdir():
+        if file.name != left_out:
+            (tmp_path / file.name).symlink_to(file)
+    loaded = Tokenizer.from_pretrained(tmp_path)
+    assert (loaded.ranks, loaded.special, loaded.default_system) == (t.ranks, t.special, t.default_system)
+    assert (loaded.image_pad, loaded.vocab_size) == (t.image_pad, t.vocab_size)
+
+
+@needs_qwen
+def test_save_hub_writes_qwens_own_vocabulary_and_merges(tmp_path_factory):
+    folder = hub_folder("qwen", tmp_path_factory)
+    assert (folder / "vocab.json").read_bytes() == (QWEN / "vocab.json").read_bytes()
+    ours, theirs = ((f / "merges.txt").read_text(encoding="utf-8").split("\n") for f in (folder, QWEN))
+    assert ours[0].startswith("#version") and ours[1:] == [line for line in theirs if not line.startswith("#version")]
+
+
+@needs("transformers")
+@pytest.mark.parametrize("model_type", ["", "qwen2", "llava", "llava_onevision"])
+@pytest.mark.parametrize("name", HUB_TABLES)
+def test_transformers_gives_our_ids_from_what_save_hub_wrote(name, model_type, tmp_path_factory):
+    t, theirs = hub_tables()[name], auto_tokenizer(hub_folder(name, tmp_path_factory), model_type)
+    assert {i: str(token) for i, token in theirs.added_tokens_decoder.items()} == {i: n for n, i in t.special.items()}
+    assert (theirs.eos_token_id, theirs.pad_token_id, theirs.bos_token_id) == (t.im_end, t.endoftext, None)
+    assert theirs.model_max_length == 1234 and len(theirs) == len(t.ranks) + len(t.special)
+    for text in HARD_TEXTS:
+        ids = theirs(text)["input_ids"]
+        assert ids == t.encode(text)
+        assert theirs.decode(ids) == t.decode(ids) == unicodedata.normalize("NFC", text)
+    assert theirs("".join(t.special))["input_ids"] == list(t.special.values())
+    assert theirs.decode(list(t.special.values()), skip_special_tokens=True) == ""
+    # The strings of special tokens as ordinary text, where one asks for that.
+    text = "".join(SPECIAL_TOKENS) + "<image>"
+    assert theirs(text, split_special_tokens=True)["input_ids"] == t.encode(text)
+
+
+@needs("transformers")
+@settings(max_examples=100, deadline=None)
+@given(st.text(st.characters(exclude_categories=["Cs", "Cn"]) | st.sampled_from("thecaso'. \n12é\u0301"), max_size=60))
+def test_transformers_gives_our_ids_for_any_text(tmp_path_factory, text):
+    theirs = auto_tokenizer(hub_folder("own", tmp_path_factory), "llava")
+    assert theirs(text)["input_ids"] == small().encode(text)
+
+
+@needs("transformers")
+@pytest.mark.parametrize("name", HUB_TABLES)
+@pytest.mark.parametrize("messages", [*(chat(*turns) for turns in CHATS), *IMAGE_CHATS])
+def test_chat_template_of_save_hub_gives_what_render_renders(name, messages, tmp_path_factory):
+    t, theirs = hub_tables()[name], auto_tokenizer(hub_folder(name, tmp_path_factory), "llava")
+    for n in range(1, len(messages) + 1):
+        for prompt in {False, messages[n - 1]["role"] != "assistant"}:
+            text = theirs.apply_chat_template(messages[:n], tokenize=False, add_generation_prompt=prompt)
+            ours = t.render(messages[:n], image_tokens=1, add_generation_prompt=prompt)
+            assert theirs(text)["input_ids"] == ours.ids  # one pad per image
+            pad = t.decode([t.image_pad], skip_special=False)
+            many = t.render(messages[:n], image_tokens=3, add_generation_prompt=prompt)
+            assert theirs(text.replace(pad, 3 * pad))["input_ids"] == many.ids  # as processors do it
+
+
+@needs("transformers")
+@settings(max_examples=100, deadline=None)
+@given(st.lists(st.lists(st.sampled_from(["<image>", "a", " ", "\n", "\r", "{{", "%}", "'", '"', "\\", "<", "é", "我"]))
+                .map("".join), min_size=1, max_size=4), st.booleans())
+def test_chat_template_of_save_hub_renders_any_text_as_it_is(tmp_path_factory, contents, system):
+    name = "own_system" if system else "own"
+    t, theirs = hub_tables()[name], auto_tokenizer(hub_folder(name, tmp_path_factory))
+    messages = chat(*zip(["user", "assistant"] * 2, contents))
+    text = theirs.apply_chat_template(messages, tokenize=False)
+    assert text == t.decode(t.render(messages, image_tokens=1).ids, skip_special=False)
+
+
+@needs("transformers")
+def test_chat_template_of_save_hub_refuses_parts_that_render_refuses(tmp_path, tmp_path_factory):
+    theirs = auto_tokenizer(hub_folder("own", tmp_path_factory))
+    for part in ({"type": "video"}, {"type": "text", "text": None}, {"type": "text"}, "x"):
+        with pytest.raises(Exception, match="no attribute 'text'|NoneType"):
+            theirs.apply_chat_template(chat(("user", [part])), tokenize=False)
+    # A model without images: there "<image>" is text like any other.
+    Tokenizer(small().ranks, {n: i for n, i in small().special.items() if "image" not in n}).save_hub(tmp_path)
+    text = auto_tokenizer(tmp_path).apply_chat_template(chat(("user", "an <image> tag")), tokenize=False)
+    assert text == "<|im_start|>user\nan <image> tag<|im_end|>\n"
+
+
+def test_save_hub_refuses_a_table_that_no_merges_give(tmp_path):
+    for tokens in ([b"abc"], [b"abc", b"ab"], [b"bc", b"abcd", b"ab"]):
+        ranks = train_bpe([], 256) | {token: 256 + i for i, token in enumerate(tokens)}
+        t = Tokenizer(ranks, {name: 300 + i for i, name in enumerate(SPECIAL_TOKENS)})
+        with pytest.raises(ValueError, match="token 'abcd?' is not made of older ones"):
+            t.save_hub(tmp_path)
+    assert tok._find_merges(tok._byte_alphabet() | {"bc": 256, "abc": 257, "abcd": 300}) == ["b c", "a bc", "abc d"]
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -1159,6 +1317,258 @@ def test_a_broken_checkpoint_is_one_line_that_names_the_file(tmp_path):
         assert fails(lambda: model.load_checkpoint(folder), config)
     config.unlink()
     assert fails(lambda: model.load_checkpoint(folder), config)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Released weights: LLaVA-OneVision, and the sizes of the published files
+
+def save_onevision(folder: Path, tied: bool = True, layer: int = -1, old_names: bool = False):
+    "A small random LLaVA-OneVision, as transformers saves it or under the hub's older names -> transformers' own."
+    from transformers import (LlavaOnevisionConfig, LlavaOnevisionForConditionalGeneration, Qwen2Config,
+                              SiglipVisionConfig)
+    side = 28
+    config = LlavaOnevisionConfig(
+        vision_config=SiglipVisionConfig(hidden_size=32, intermediate_size=48, num_hidden_layers=3,
+                                         num_attention_heads=4, image_size=side, patch_size=7, vision_use_head=False),
+        text_config=Qwen2Config(vocab_size=400, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
+                                num_attention_heads=4, num_key_value_heads=2, tie_word_embeddings=tied,
+                                rope_parameters={"rope_theta": 1e6, "rope_type": "default"}),
+        image_token_index=300, vision_feature_layer=layer, vision_feature_select_strategy="full",
+        image_grid_pinpoints=[[side * a, side * b] for a in range(1, 7) for b in range(1, 7)],
+        tie_word_embeddings=tied)
+    reference = shake(LlavaOnevisionForConditionalGeneration(config), by=0.2)
+    reference.save_pretrained(folder)
+    if old_names:
+        path = folder / "model.safetensors"
+        tensors = {n.replace("vision_tower.", "vision_tower.vision_model."): t.clone()
+                   for n, t in vision.read_safetensors(path).items()}
+        vision.write_safetensors(tensors, path, {"format": "pt"})
+    return reference
+
+
+def hf_pixels(images: list, side: int = 28) -> dict:
+    "What transformers' processor makes of one picture (tiles) or of several (squares with bars)."
+    from transformers.models.llava_onevision.image_processing_pil_llava_onevision import LlavaOnevisionImageProcessorPil
+    pinpoints = [[side * a, side * b] for a in range(1, 7) for b in range(1, 7)]
+    processor = LlavaOnevisionImageProcessorPil(size={"height": side, "width": side}, image_grid_pinpoints=pinpoints,
+                                                image_mean=[0.5] * 3, image_std=[0.5] * 3)
+    return dict(processor([images], return_tensors="pt"))
+
+
+def noise_image(width: int, height: int, seed: int = 0) -> Image.Image:
+    return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8))
+
+
+ONEVISION_SIZES = [[(28, 28)], [(20, 45)], [(150, 60)], [(61, 171)], [(100, 3)], [(200, 190)], [(30, 40), (50, 20)],
+                   [(28, 28), (9, 60), (33, 33)]]
+
+
+@needs("transformers")
+@pytest.mark.parametrize("sizes", ONEVISION_SIZES, ids=str)
+def test_onevision_equals_transformers(tmp_path, sizes):
+    reference = save_onevision(tmp_path, old_names=len(sizes) > 1)
+    vlm = model.load_checkpoint(tmp_path).eval()
+    images = [noise_image(*size, seed) for seed, size in enumerate(sizes)]
+    theirs = hf_pixels(images)
+    ours = [vision.cut_tiles(images[0], 28)] if len(images) == 1 else \
+        [vision.preprocess(image, 28, bicubic=True, pad=True) for image in images]
+    pixels = ours[0].pixels if len(images) == 1 else torch.stack(ours)
+    assert torch.equal(vision.normalize(pixels, torch.float32), theirs["pixel_values"].flatten(0, 1)[:len(pixels)]) \
+        or far(vision.normalize(pixels, torch.float32), theirs["pixel_values"].flatten(0, 1)[:len(pixels)]) < 1e-6
+    ids, slots = [3, 17], []
+    for image in ours:
+        slots.append(len(ids))
+        ids += [300] * vlm.num_tokens(image) + [5, 6]
+    with torch.no_grad():
+        expected = reference(input_ids=torch.tensor([ids]), **theirs).logits
+        places = [slot + i for slot, image in zip(slots, ours) for i in range(vlm.num_tokens(image))]
+        x = vlm.embed(torch.tensor([ids]), vlm.look(ours), torch.tensor(places))
+        assert far(vlm.gpt.hidden(x) @ vlm.gpt.head_weight.t(), expected) < 1e-4
+        said = reference.generate(torch.tensor([ids]), attention_mask=torch.ones(1, len(ids), dtype=torch.long),
+                                  max_new_tokens=64, do_sample=False, eos_token_id=None, pad_token_id=0, **theirs)
+    asked = Rendered(ids, [0] * len(ids), slots)
+    assert [t for (t,) in vlm.generate([asked], ours, max_new_tokens=64)] == said[0, len(ids):].tolist()
+
+
+@needs("transformers")
+@pytest.mark.parametrize("tied, layer", [(False, -1), (True, -2), (False, 2)])
+def test_onevision_reads_the_layer_and_head_that_its_config_names(tmp_path, tied, layer):
+    reference, image = save_onevision(tmp_path, tied, layer), noise_image(50, 20)
+    vlm = model.load_checkpoint(tmp_path).eval()
+    ours = vision.cut_tiles(image, 28)
+    with torch.no_grad():
+        ids = [300] * vlm.num_tokens(ours) + [3]
+        expected = reference(input_ids=torch.tensor([ids]), **hf_pixels([image])).logits[:, -1]
+        assert far(vlm.gpt.hidden(vlm.embed(torch.tensor([ids]), vlm.look([ours]), torch.arange(len(ids) - 1)))[:, -1]
+                   @ vlm.gpt.head_weight.t(), expected) < 1e-4
+
+
+def test_tiles_take_as_many_tokens_as_the_reference_counts():
+    # At 384 pixels a side: figures of transformers' own processor.
+    for (height, width), tokens in {(384, 384): 1485, (480, 640): 2929, (899, 1024): 6551, (1080, 1920): 7269}.items():
+        rows, columns = vision.best_grid(width, height, 384)
+        assert vision.Tiles(None, rows, columns, width, height).num_tokens(729) == tokens
+
+
+@given(st.integers(1, 3000), st.integers(1, 3000))
+@settings(max_examples=60, deadline=None)
+def test_tiles_cover_a_picture_of_any_shape(width, height):
+    rows, columns = vision.best_grid(width, height, 14)
+    tiles = vision.Tiles(torch.zeros(1 + rows * columns, 3, 14, 14, dtype=torch.uint8), rows, columns, width, height)
+    bridge = Bridge(BridgeConfig("mlp", vision_size=8, text_size=8, num_patches=4, newline=True))
+    with torch.no_grad():
+        assert len(bridge.stitch(torch.randn(len(tiles.pixels), 4, 8), tiles)) == tiles.num_tokens(4)
+
+
+def published_size(tensors: dict[str, torch.Tensor]) -> int:
+    "Bytes of the safetensors file that holds these, as Hugging Face writes it: names in order, one dtype."
+    header, offset = {"__metadata__": {"format": "pt"}}, 0
+    names = {dtype: name for name, dtype in vision.DTYPES.items()}
+    for name in sorted(tensors):
+        tensor = tensors[name]
+        end = offset + tensor.numel() * tensor.element_size()
+        header[name] = {"dtype": names[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [offset, end]}
+        offset = end
+    length = len(json.dumps(header, separators=(",", ":")))
+    return 8 + length + -length % 8 + offset
+
+
+def in_dtype(tensors: dict, dtype: torch.dtype) -> dict:
+    return {name: tensor.to(dtype) for name, tensor in tensors.items()}
+
+
+@pytest.mark.parametrize("name, size", [
+    ("qwen2.5-0.5b", 988_097_824), ("qwen2.5-0.5b-instruct", 988_097_824), ("qwen2.5-1.5b", 3_087_467_144),
+    ("qwen2.5-1.5b-instruct", 3_087_467_144)])
+def test_qwen_presets_ask_for_the_published_file_to_the_byte(name, size):
+    with torch.device("meta"):
+        gpt = GPT(model.PRESETS[name].decoder)
+    assert published_size(in_dtype(model.hub_tensors(gpt, model.QWEN_NAMES), torch.bfloat16)) == size
+    assert size in [f[0] for f in data.REPOSITORIES[name].files.values()]
+
+
+def test_the_qwen_3b_preset_asks_for_the_published_bytes():
+    # Two shards: 6,171,877,376 bytes of tensors, as the index says, and two headers.
+    with torch.device("meta"):
+        tensors = model.hub_tensors(GPT(model.PRESETS["qwen2.5-3b"].decoder), model.QWEN_NAMES)
+    assert len(tensors) == 434 and sum(2 * t.numel() for t in tensors.values()) == 6_171_877_376
+    shards = [f[0] for name, f in data.REPOSITORIES["qwen2.5-3b"].files.items() if name.endswith(".safetensors")]
+    assert shards == [3_968_658_944, 2_203_268_048] and 0 < sum(shards) - 6_171_877_376 < 100_000
+
+
+def siglip_tensors(config: ViTConfig, words: int, length: int) -> dict[str, torch.Tensor]:
+    "All tensors of a SigLIP file, on no device: the vision tower as we ask for it, its head, and the text tower."
+    D, I = config.hidden_size, config.intermediate_size
+    shapes = {"logit_scale": [1], "logit_bias": [1],
+              "text_model.embeddings.token_embedding.weight": [words, D],
+              "text_model.embeddings.position_embedding.weight": [length, D], "text_model.head.weight": [D, D],
+              "vision_model.head.probe": [1, 1, D], "vision_model.head.attention.in_proj_weight": [3 * D, D],
+              "vision_model.head.attention.in_proj_bias": [3 * D],
+              "vision_model.head.attention.out_proj.weight": [D, D], "vision_model.head.mlp.fc1.weight": [I, D],
+              "vision_model.head.mlp.fc1.bias": [I], "vision_model.head.mlp.fc2.weight": [D, I]}
+    shapes |= {name: [D] for name in (
+        "text_model.final_layer_norm.weight", "text_model.final_layer_norm.bias", "text_model.head.bias",
+        "vision_model.head.attention.out_proj.bias", "vision_model.head.layernorm.weight",
+        "vision_model.head.layernorm.bias", "vision_model.head.mlp.fc2.bias")}
+    with torch.device("meta"):
+        tensors = model.hub_tensors(ViT(config), vision.SIGLIP_NAMES, "vision_model.")
+        tensors |= {"text_model." + name.removeprefix("vision_model."): tensor for name, tensor in tensors.items()
+                    if ".layers." in name}  # the text tower's blocks have the same form
+        return tensors | {name: torch.empty(shape) for name, shape in shapes.items()}
+
+
+@pytest.mark.parametrize("name, words, length, size", [
+    ("siglip2-large-patch16-256", 256_000, 64, 3_526_204_360), ("siglip-large-patch16-256", 32_000, 64, 2_608_699_800),
+    ("siglip2-base-patch16-224", 256_000, 64, 1_500_800_904), ("siglip-base-patch16-224", 32_000, 64, 812_672_320),
+    ("siglip-so400m-patch14-224", 32_000, 16, 3_509_549_856), ("siglip-so400m-patch14-384", 32_000, 64, 3_511_950_624)])
+def test_siglip_presets_ask_for_the_published_file_to_the_byte(name, words, length, size):
+    tensors = siglip_tensors(vision.SIGLIP[name], words, length)
+    assert published_size(tensors) == size
+    assert data.REPOSITORIES[name].files["model.safetensors"][0] in (size, None)
+
+
+def test_the_onevision_preset_asks_for_the_published_file_to_the_byte():
+    with torch.device("meta"):
+        tensors = in_dtype(model.hub_tensors(VLM(model.preset("llava-ov-0.5b")), model.LLAVA_NAMES), torch.float16)
+    assert len(tensors) == 716 and published_size(tensors) == 1_787_445_680
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Released weights: export
+
+def exported(tmp_path, kind: str, decoder_only: bool = False, tied: bool = True) -> tuple[VLM, Path]:
+    vlm = tiny_vlm(kind, tied)
+    vlm.config.image_pad = tokenizer().image_pad
+    model.export(tmp_path / "hf", vlm, tokenizer(), decoder_only, torch.float32)
+    return vlm, tmp_path / "hf"
+
+
+@needs("transformers")
+@pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
+@pytest.mark.parametrize("images", [0, 1, 2])
+def test_an_exported_llava_gives_transformers_the_same_logits(tmp_path, tied, images):
+    from transformers import AutoProcessor, LlavaForConditionalGeneration
+    vlm, folder = exported(tmp_path, "mlp", tied=tied)
+    reference, info = LlavaForConditionalGeneration.from_pretrained(folder, output_loading_info=True,
+                                                                    dtype=torch.float32)
+    assert not info["missing_keys"] and not info["unexpected_keys"]
+    # The whole way as an engine goes it: its own processor makes ids and pixels from the same conversation.
+    photos = [noise_image(40 + 9 * i, 31, i) for i in range(images)]
+    messages = [{"role": "user", "content": [{"type": "image"}] * images + [{"type": "text", "text": "what is this?"}]}]
+    processor = AutoProcessor.from_pretrained(folder)
+    text = processor.apply_chat_template(messages, add_generation_prompt=True)
+    theirs = processor(images=photos or None, text=text, return_tensors="pt")
+    ours = [vision.preprocess(photo, 24, vlm.config.vision.bicubic) for photo in photos]
+    asked = tokenizer().render(messages, [vlm.num_tokens(p) for p in ours], add_generation_prompt=True)
+    assert theirs["input_ids"][0].tolist() == asked.ids
+    with torch.no_grad():
+        expected = reference.eval()(**theirs).logits
+        places = torch.tensor([s + i for s in asked.slots for i in range(16)], dtype=torch.long)
+        x = vlm.embed(torch.tensor([asked.ids]), vlm.look(ours) if ours else None, places)
+        assert far(vlm.gpt.hidden(x) @ vlm.gpt.head_weight.t(), expected) < (1e-4 if not images else 0.02)
+        if images:  # their pixels into our model: then all of it is equal, not only up to how a picture is resized
+            x = vlm.embed(torch.tensor([asked.ids]), vlm.see(theirs["pixel_values"]).flatten(0, 1), places)
+            assert far(vlm.gpt.hidden(x) @ vlm.gpt.head_weight.t(), expected) < 1e-4
+
+
+@needs("transformers")
+@pytest.mark.parametrize("kind", ["perceiver", "mlp", "pixelshuffle"])
+def test_any_exported_decoder_is_a_qwen2_to_transformers(tmp_path, kind):
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+    vlm, folder = exported(tmp_path, kind, decoder_only=True)
+    reference = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    ids = AutoTokenizer.from_pretrained(folder).apply_chat_template(
+        [{"role": "user", "content": "one two"}], add_generation_prompt=True, return_tensors="pt", return_dict=True)
+    asked = tokenizer().render([{"role": "user", "content": "one two"}], add_generation_prompt=True)
+    assert ids["input_ids"][0].tolist() == asked.ids
+    with torch.no_grad():
+        assert far(vlm.gpt(torch.tensor([asked.ids])), reference(**ids).logits) < 1e-4
+    again = GPT.from_pretrained(folder)  # and comes back as it was
+    assert all(torch.equal(a, b) for a, b in zip(again.parameters(), vlm.gpt.parameters()))
+
+
+@needs("transformers")
+def test_onevision_goes_out_as_it_came_in(tmp_path):
+    from transformers import LlavaOnevisionForConditionalGeneration
+    save_onevision(tmp_path / "in")
+    vlm = model.load_checkpoint(tmp_path / "in").eval()
+    special = {"<|endoftext|>": 297, "<|im_start|>": 298, "<|im_end|>": 299, "<image>": 300}
+    table = Tokenizer({bytes([b]): b for b in range(256)}, special)
+    model.export(tmp_path / "out", vlm, table, dtype=torch.float32)
+    reference, info = LlavaOnevisionForConditionalGeneration.from_pretrained(
+        tmp_path / "out", output_loading_info=True, dtype=torch.float32)
+    assert not info["missing_keys"] and not info["unexpected_keys"]
+    first, again = dict(vlm.named_parameters()), dict(model.load_checkpoint(tmp_path / "out").named_parameters())
+    assert all(torch.equal(first[name], again[name]) for name in first)
+    assert reference.config.image_token_index == 300 and reference.config.vision_feature_layer == -1
+
+
+def test_what_hugging_face_has_no_model_for_is_not_exported(tmp_path):
+    assert fails(lambda: exported(tmp_path, "perceiver"), "perceiver", "--decoder_only")
+    assert not (tmp_path / "hf").exists()
+    (tmp_path / "hf").mkdir()
+    (tmp_path / "hf" / "mine").write_text("x")
+    assert fails(lambda: exported(tmp_path, "mlp"), tmp_path / "hf") and os.listdir(tmp_path / "hf") == ["mine"]
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -2280,6 +2690,721 @@ def test_the_interval_is_wilsons():
 
 
 # ----------------------------------------------------------------------------------------------------------------------
+# data.py: downloads
+
+COMMIT = "c0ffee" * 6 + "abcd"
+BLOCK = 4096  # bytes that the server sends at once
+
+
+def blob(content: bytes) -> str:
+    "Git's name for a file, the hub's ETag of small ones."
+    return hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
+
+
+class Hub:
+    """
+    Two servers, as the real hub is: one knows the files and sends small ones (307, relative), the other holds the large
+    ones (302, a signed address that is good once). `faults`: what goes wrong with the next requests for large files.
+    """
+
+    def __init__(self):
+        self.files, self.large = {}, ("safetensors",)   # files: {"Org/Name": {name: bytes}}
+        self.log, self.faults, self.answers = [], [], {}  # answers: {file name: (status, headers)} instead of the file
+        self.hold, self.released = None, threading.Event()  # hold: a byte at which large files stop until released
+        self.sent, self.signature, self.etags = 0, 0, {}
+        self.servers = [http.server.ThreadingHTTPServer(("127.0.0.1", 0), self.handler(role)) for role in
+                        (self.hub, self.storage)]
+        for server in self.servers:
+            server.daemon_threads = True
+            threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
+        self.url, self.storage_url = (f"http://127.0.0.1:{server.server_port}" for server in self.servers)
+
+    def close(self):
+        self.released.set()
+        for server in self.servers:
+            server.shutdown()
+            server.server_close()
+
+    def handler(hub, answer):
+        class Handler(http.server.BaseHTTPRequestHandler):
+            protocol_version = "HTTP/1.1"
+
+            def do_GET(self):
+                hub.log.append((self.command, self.path, dict(self.headers)))
+                with contextlib.suppress(OSError):  # the client may be gone
+                    answer(self)
+
+            do_HEAD = do_GET
+
+            def reply(self, status, headers=(), body=b"", length=None):
+                self.send_response(status)
+                for key, value in {"Content-Length": len(body) if length is None else length, **dict(headers)}.items():
+                    if value is not None:
+                        self.send_header(key, str(value))
+                self.end_headers()
+                if self.command == "GET":
+                    self.wfile.write(body)
+
+            def log_message(self, *parts):
+                pass
+        return Handler
+
+    def hub(self, http):
+        path = http.path.split("?")[0]
+        if path.startswith("/api/resolve-cache/"):
+            repo, name = "/".join(path.split("/")[3:5]), path.split("/")[-1]
+            content = self.files[repo][name]
+            return http.reply(200, {"ETag": f'W/"{blob(content)}"', "X-Repo-Commit": COMMIT}, content)
+        org, name, _, revision, file = path[1:].split("/", 4)
+        repo, files = f"{org}/{name}", self.files.get(f"{org}/{name}")
+        if file in self.answers:
+            return http.reply(*self.answers[file])
+        if files is None:
+            return http.reply(404, {"X-Error-Code": "RepoNotFound"})
+        if revision not in ("main", COMMIT):
+            return http.reply(404, {"X-Error-Code": "RevisionNotFound"})
+        if file not in files:
+            return http.reply(404, {"X-Error-Code": "EntryNotFound"})
+        if not file.endswith(self.large):
+            return http.reply(307, {"Location": f"/api/resolve-cache/{repo}/{COMMIT}/{file}", "X-Repo-Commit": COMMIT})
+        self.signature += 1
+        etag = self.etags.get(file) or hashlib.sha256(files[file]).hexdigest()
+        http.reply(302, {"Location": f"{self.storage_url}/{repo}/{file}?signature={self.signature}", "X-Linked-Etag":
+                         f'"{etag}"', "X-Linked-Size": len(files[file]), "X-Repo-Commit": COMMIT})
+
+    def storage(self, http):
+        path, signature = http.path.split("?signature=")
+        assert http.command == "GET" and int(signature) == self.signature  # an older address is no longer good
+        repo, file = path[1:].rsplit("/", 1)
+        content, wanted = self.files[repo][file], http.headers.get("Range", "")
+        fault, *number = (self.faults.pop(0) if self.faults else "").split() or [""]
+        start, stop = (int(n) for n in wanted.removeprefix("bytes=").split("-")) if wanted else (0, len(content) - 1)
+        if fault == "status":
+            return http.reply(int(number[0]), {number[1]: " ".join(number[2:])} if number[1:] else ())
+        if fault == "unranged":
+            start, stop, wanted = 0, len(content) - 1, ""
+        headers = {"ETag": '"the storage has an ETag of its own"'}
+        if wanted:
+            headers["Content-Range"] = f"bytes {start + (7 if fault == 'shifted' else 0)}-{stop}/{len(content)}"
+        body = content[start:stop + 1]
+        if fault == "flipped":
+            body = bytes([body[0] ^ 1]) + body[1:]
+        http.send_response(206 if wanted else 200)
+        for key, value in headers.items():
+            http.send_header(key, value)
+        http.close_connection = True
+        http.send_header(*("Connection", "close") if fault == "short" else ("Content-Length", len(body)))
+        http.end_headers()
+        last = int(number[0]) if number else len(body)
+        for i in range(0, last, BLOCK):
+            block = body[i:min(i + BLOCK, last)]
+            if self.hold is not None and start + i + len(block) > self.hold:
+                http.wfile.write(block[:max(0, self.hold - start - i)])
+                self.released.wait(20)
+                return
+            http.wfile.write(block)
+            self.sent += len(block)
+        if fault == "stall":
+            self.released.wait(20)
+
+    def requests(self, method: str, part: str) -> list:
+        return [(path, headers) for verb, path, headers in list(self.log) if verb == method and part in path]
+
+    def ranges(self) -> list:
+        "The Range of every request to the storage, in order."
+        return [headers.get("Range") for path, headers in self.requests("GET", "signature=")]
+
+
+@pytest.fixture()
+def hub(tmp_path, monkeypatch):
+    server = Hub()
+    server.folder = tmp_path / "cache"
+    for variable in ("HF_TOKEN", "HF_TOKEN_PATH", "HF_HUB_CACHE", "HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE"):
+        monkeypatch.delenv(variable, raising=False)
+    for variable, value in {"HF_ENDPOINT": server.url, "GHOSTVIS_CACHE": server.folder, "NO_PROXY": "*",
+                            "HF_HOME": tmp_path / "hf", "NETRC": tmp_path / "netrc"}.items():
+        monkeypatch.setenv(variable, str(value))
+    monkeypatch.setattr(data, "BACKOFF", 0.002)
+    monkeypatch.setattr(data, "CHUNK", 1000)
+    monkeypatch.setattr(data, "TIMEOUT", (2, 0.3))
+    monkeypatch.setattr(data, "REPOSITORIES", {})
+    yield server
+    server.close()
+
+
+def noise(size: int, seed: int = 0) -> bytes:
+    return random.Random(seed).randbytes(size)
+
+
+def serve(hub, name="Org/Name", size=60_000, **files) -> bytes:
+    "A repository with the usual small files -> its weights."
+    weights = noise(size)
+    hub.files[name] = {"config.json": b'{"a": 1}', "tokenizer.json": noise(3000, 1), "model.safetensors": weights}
+    hub.files[name].update(files)
+    return weights
+
+
+def siglip(hub, seed=0, between=False) -> bytes:
+    "A file with a text and a vision part, as SigLIP's are. between: with a tensor in the middle of the vision part."
+    shapes = {"logit_bias": [1], "text_model.a": [4000], "vision_model.a": [50, 100], "vision_model.b": [3]}
+    shapes |= {"vision_modelX": [9]} if between else {"zzz": [700]}
+    order = ["logit_bias", "text_model.a", "vision_model.a", *(["vision_modelX"] if between else []), "vision_model.b",
+             *([] if between else ["zzz"])]
+    header, offset, content = {"__metadata__": {"format": "pt"}}, 0, b""
+    for i, name in enumerate(order):
+        raw = noise(4 * int(torch.tensor(shapes[name]).prod()), seed + i)
+        header[name] = {"dtype": "F32", "shape": shapes[name], "data_offsets": [offset, offset + len(raw)]}
+        offset, content = offset + len(raw), content + raw
+    raw = json.dumps(header).encode()
+    file = struct.pack("<Q", len(raw)) + raw + content
+    hub.files["google/siglip"] = {"config.json": b"{}", "preprocessor_config.json": b"{}", "model.safetensors": file}
+    return file
+
+
+def table(hub, monkeypatch, repo="Org/Name", short="short", **more):
+    "The repository as an entry of the table, with the true size and hash of its weights."
+    weights = hub.files[repo]["model.safetensors"]
+    pair = len(weights), hashlib.sha256(weights).hexdigest()
+    small = {name: data.ANY for name in hub.files[repo] if name != "model.safetensors"}
+    entry = data.pin(repo, COMMIT, small, more.pop("pair", pair), **more)
+    monkeypatch.setitem(data.REPOSITORIES, short, entry)
+    return entry
+
+
+def quiet(text: str) -> None:
+    pass
+
+
+def no_weights(hub) -> bool:
+    "Nothing lies under the name of the weights."
+    return not list(hub.folder.rglob("model.safetensors"))
+
+
+def refuses(hub, *parts, name="Org/Name"):
+    message = fails(lambda: data.fetch(name, quiet), *parts)
+    assert no_weights(hub)
+    return message
+
+
+def forked(job) -> int:
+    "Runs it in a process of its own, without the seconds that importing torch takes -> the process."
+    child = os.fork()
+    if child:
+        return child
+    code = 1
+    try:
+        # TRAP: tqdm's own lock is shared with forked processes, and one that is killed never gives it back.
+        data.tqdm.set_lock(threading.RLock())
+        job()
+        code = 0
+    finally:
+        os._exit(code)
+
+
+def finished(child: int) -> bool:
+    return os.waitpid(child, 0)[1] == 0
+
+
+def wait_until(condition, seconds=5.0):
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "waited in vain"
+        time.sleep(0.002)
+
+
+def test_any_repository_is_fetched_whole_and_only_once(hub):
+    weights = serve(hub)
+    folder = data.fetch("Org/Name", quiet)
+    assert {path.name: path.read_bytes() for path in folder.iterdir() if path.name not in (".lock", "commit")} \
+        == hub.files["Org/Name"]
+    assert folder.parent == hub.folder and (folder / "model.safetensors").read_bytes() == weights
+    asked = len(hub.log)
+    assert data.fetch("Org/Name", quiet) == folder and len(hub.log) == asked  # no request at all
+    assert data.fetch(f"Org/Name@{COMMIT}", quiet).name == f"Org--Name@{COMMIT[:12]}"
+    # Small files are asked for as they are: zipped they would have another ETag and no length.
+    assert {headers["Accept-Encoding"] for _, _, headers in hub.log} == {"identity"}
+
+
+def test_an_older_repository_has_its_tokenizer_in_two_files(hub):
+    serve(hub, **{"vocab.json": b"{}", "merges.txt": b"a b"})
+    assert not (data.fetch("Org/Name", quiet) / "vocab.json").exists()
+    del hub.files["Org/Name"]["tokenizer.json"]
+    hub.files["Org/Old"] = hub.files["Org/Name"]
+    assert (data.fetch("Org/Old", quiet) / "merges.txt").read_bytes() == b"a b"
+    hub.files["Org/Eyes"] = {name: hub.files["Org/Old"][name] for name in ("config.json", "model.safetensors")}
+    assert not list(data.fetch("Org/Eyes", quiet).glob("*.txt"))  # none at all is no error
+
+
+def test_shards_are_found_by_their_index(hub):
+    serve(hub)
+    files = hub.files["Org/Name"]
+    del files["model.safetensors"]
+    shards = {f"model-0000{i}-of-00002.safetensors": noise(9000, i) for i in (1, 2)}
+    files.update(shards, **{"model.safetensors.index.json": json.dumps(
+        {"weight_map": dict(zip("abc", [*shards, *shards]))}).encode()})
+    folder = data.fetch("Org/Name", quiet)
+    assert {name: (folder / name).read_bytes() for name in shards} == shards
+    asked = len(hub.log)
+    assert data.fetch("Org/Name", quiet) == folder and len(hub.log) == asked
+    (folder / "model-00002-of-00002.safetensors").unlink()
+    data.fetch("Org/Name", quiet)
+    assert [path.split("?")[0][-33:] for path, _ in hub.requests("GET", "signature=")][2:] \
+        == ["/model-00002-of-00002.safetensors"]
+
+
+def test_an_index_cannot_make_us_write_outside_the_folder(hub):
+    serve(hub)
+    del hub.files["Org/Name"]["model.safetensors"]
+    for number, index in enumerate([b'{"weight_map": {"a": "../evil.safetensors"}}', b'{"weight_map": {}}', b"[]",
+                                    b'{"weight_map": {"a": 5}}']):
+        hub.files[f"Org/Name{number}"] = hub.files["Org/Name"] | {"model.safetensors.index.json": index}
+        refuses(hub, "model.safetensors.index.json", "weight_map", name=f"Org/Name{number}")
+
+
+def test_a_branch_is_one_commit_even_if_it_moves_on(hub):
+    """The first answer's commit is asked for from then on, in a later process too."""
+    serve(hub)
+    hub.faults = ["status 403"]
+    refuses(hub)
+    data.fetch("Org/Name", quiet)
+    revisions = [path.split("/")[4] for _, path, _ in hub.log if "/resolve/" in path]
+    assert revisions[0] == "main" and set(revisions[1:]) == {COMMIT}
+
+
+def test_the_token_goes_to_the_hub_and_nowhere_else(hub, tmp_path, monkeypatch):
+    """Not to the storage, which differs from the hub in its port alone; and ~/.netrc does not replace it."""
+    serve(hub)
+    (tmp_path / "netrc").write_text("default login me password secret")
+    (tmp_path / "netrc").chmod(0o600)
+    monkeypatch.setenv("HF_TOKEN", "hf_mine\n")
+    data.fetch("Org/Name", quiet)
+    for _, path, headers in hub.log:
+        assert headers.get("Authorization") == (None if "signature=" in path else "Bearer hf_mine"), path
+    assert hub.requests("GET", "signature=")
+
+
+def test_the_token_is_found_in_its_file(hub, tmp_path, monkeypatch):
+    serve(hub)
+    (tmp_path / "hf").mkdir()
+    (tmp_path / "hf" / "token").write_text("hf_file\n")
+    data.fetch("Org/Name", quiet)
+    assert hub.log[0][2]["Authorization"] == "Bearer hf_file"
+    (tmp_path / "elsewhere").write_text("hf_other")
+    monkeypatch.setenv("HF_TOKEN_PATH", str(tmp_path / "elsewhere"))
+    data.fetch(f"Org/Name@{COMMIT}", quiet)
+    assert hub.log[-1][2].get("Authorization") is None and "hf_other" in str(hub.log[-2][2])
+
+
+CURABLE = {
+    "cut": ["cut 20000", "cut 10000"],
+    "cut_more_often_than_attempts": ["cut 5000"] * 9,
+    "unranged": ["cut 20000", "unranged"],
+    "shifted": ["cut 20000", "shifted"],
+    "no_such_range": ["cut 20000", "status 416"],
+    "short": ["short 20000"],
+    "stall": ["stall 20000"],
+    "status_503": ["status 503", "cut 20000", "status 500"],
+}
+
+
+@pytest.mark.parametrize("name", CURABLE)
+def test_a_download_recovers_from(hub, name):
+    weights, hub.faults = serve(hub), CURABLE[name]
+    assert (data.fetch("Org/Name", quiet) / "model.safetensors").read_bytes() == weights
+    assert not hub.faults and not list(hub.folder.rglob("*.part"))
+    # Resumed where it makes sense, from the start where it does not.
+    first, *later = hub.ranges()
+    assert first is None and len(later) >= 1
+    if name in ("cut", "cut_more_often_than_attempts", "short", "stall"):
+        assert all(later) and hub.sent < 1.3 * len(weights)
+    if name in ("shifted", "no_such_range"):
+        assert later[0] and later[1] is None
+
+
+def test_a_download_goes_on_in_a_new_process(hub):
+    weights, hub.faults = serve(hub), ["cut 20000"] + ["status 404"]
+    refuses(hub, "model.safetensors", "404")
+    part, = hub.folder.rglob("*.part")
+    assert part.read_bytes() == weights[:20_000]
+    assert finished(forked(lambda: data.fetch("Org/Name", quiet)))
+    assert part.with_suffix("").read_bytes() == weights
+    assert hub.ranges() == [None, *["bytes=20000-59999"] * 2] and hub.sent == 60_000
+
+
+@pytest.mark.parametrize("header, seconds", [("Retry-After 7", 8), ("ratelimit \"api\";r=0;t=55", 56),
+                                             ("Retry-After Wed", 0.004)])
+def test_the_servers_wish_to_wait_is_heard(hub, monkeypatch, header, seconds):
+    slept = []
+    monkeypatch.setattr(data.time, "sleep", slept.append)
+    weights, hub.faults = serve(hub), [f"status 429 {header}"]
+    assert (data.fetch("Org/Name", quiet) / "model.safetensors").read_bytes() == weights and slept == [seconds]
+
+
+def test_five_failures_in_a_row_are_one_line_and_the_next_run_goes_on(hub, monkeypatch):
+    slept, said = [], []
+    monkeypatch.setattr(data.time, "sleep", slept.append)
+    weights, hub.faults = serve(hub), ["cut 20000"] + ["status 503"] * 5
+    message = fails(lambda: data.fetch("Org/Name", said.append), "Org/Name, model.safetensors", "503", "run again")
+    assert no_weights(hub) and "5 times" in message
+    assert slept == [data.BACKOFF * 2 ** n for n in range(5)]  # 0: after progress; then 1 to 4, each twice as long
+    assert sum("next attempt" in line for line in said) == 5
+    assert (data.fetch("Org/Name", quiet) / "model.safetensors").read_bytes() == weights and hub.sent < 65_000
+
+
+def test_without_a_network_it_is_one_line(hub, monkeypatch):
+    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
+    refuses(hub, "Org/Name, config.json", "Connection refused", "http://127.0.0.1:9", "run again")
+    monkeypatch.setenv("HF_ENDPOINT", "huggingface.co")
+    refuses(hub, "HF_ENDPOINT=huggingface.co", "https://")
+
+
+REFUSED = {  # the answer about config.json, and what the line says
+    "401": ((401, {"X-Error-Code": "RepoNotFound"}), ["config.json", "gated", "HF_TOKEN"]),
+    "403": ((403, {"X-Error-Code": "GatedRepo"}), ["config.json", "accept the licence", "HF_TOKEN"]),
+    "404_repository": ((404, {"X-Error-Code": "RepoNotFound"}), ["no such repository", "name"]),
+    "404_revision": ((404, {"X-Error-Code": "RevisionNotFound"}), ["no such revision", "@"]),
+    "404_config": ((404, {"X-Error-Code": "EntryNotFound"}), ["config.json", "no such file"]),
+    "418": ((418, {}), ["config.json", "418", "HF_ENDPOINT"]),
+    "proxy_page": ((200, {"Content-Type": "text/html"}, b"<html>log in"), ["proxy", "HF_ENDPOINT"]),
+    "proxy_redirect": ((302, {"Location": "http://127.0.0.2/login"}), ["proxy", "HF_ENDPOINT"]),
+    "circle": ((302, {"Location": "/Org/Name/resolve/main/config.json"}), ["HF_ENDPOINT"]),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_cannot_be_cured_is_one_line(hub, name):
+    serve(hub)
+    hub.answers["config.json"], parts = REFUSED[name]
+    refuses(hub, "Org/Name", *parts)
+    assert not hub.requests("GET", "signature=")
+
+
+def test_missing_weights_are_one_line(hub):
+    serve(hub)
+    del hub.files["Org/Name"]["model.safetensors"]
+    refuses(hub, "Org/Name, model.safetensors.index.json", "404", "safetensors")
+
+
+def test_a_file_that_is_not_the_tables_is_refused_before_a_byte_is_fetched(hub, monkeypatch):
+    weights = serve(hub)
+    right = hashlib.sha256(weights).hexdigest()
+    for pair in (len(weights) + 1, right), (len(weights), "0" * 64):
+        table(hub, monkeypatch, pair=pair)
+        refuses(hub, "Org/Name, model.safetensors", right, f"{pair[0]:,}", "HF_ENDPOINT", name="short")
+    assert not hub.requests("GET", "")
+    table(hub, monkeypatch)
+    assert data.fetch("short", quiet) == data.fetch("Org/Name", quiet)  # the hub's id means the table's entry too
+
+
+@pytest.mark.parametrize("pinned", [True, False])
+def test_a_damaged_file_never_gets_its_name(hub, monkeypatch, pinned):
+    weights, hub.faults = serve(hub), ["flipped"]
+    if pinned:
+        table(hub, monkeypatch)
+    refuses(hub, "model.safetensors", hashlib.sha256(weights).hexdigest(), "damaged", "run again")
+    assert not list(hub.folder.rglob("*.part"))  # deleted: nobody knows which byte is wrong
+    assert (data.fetch("Org/Name", quiet) / "model.safetensors").read_bytes() == weights
+
+
+def test_a_small_file_is_checked_by_gits_hash(hub, monkeypatch):
+    serve(hub)
+    monkeypatch.setattr(sys.modules[__name__], "blob", lambda content: "ab" * 20)
+    message = fails(lambda: data.fetch("Org/Name", quiet), "config.json", "ab" * 20, "damaged")
+    assert "deleted" in message and not list(hub.folder.rglob("config.json*"))
+
+
+def test_a_full_disk_is_one_line_and_the_rest_comes_later(hub, monkeypatch):
+    weights, keep = serve(hub), data.pour
+
+    def pour(session, piece, file, *rest):
+        if piece.name == "model.safetensors":
+            file.write(weights[:20_000])
+            raise OSError(errno.ENOSPC, "No space left on device")
+        keep(session, piece, file, *rest)
+    monkeypatch.setattr(data, "pour", pour)
+    refuses(hub, "model.safetensors", "disk is full", "make room", "run again")
+    monkeypatch.setattr(data, "pour", keep)
+    assert (data.fetch("Org/Name", quiet) / "model.safetensors").read_bytes() == weights
+    assert hub.ranges() == [f"bytes=20000-{len(weights) - 1}"]
+
+
+def test_too_little_room_is_an_error_before_the_first_byte(hub, monkeypatch):
+    weights, usage = serve(hub), data.shutil.disk_usage
+    monkeypatch.setattr(data.shutil, "disk_usage", lambda path: usage(path)._replace(free=63_007))
+    refuses(hub, hub.folder, "63,008 bytes", "63,007", "GHOSTVIS_CACHE")
+    assert not hub.requests("GET", "")
+    monkeypatch.setattr(data.shutil, "disk_usage", lambda path: usage(path)._replace(free=63_008))
+    assert (data.fetch("Org/Name", quiet) / "model.safetensors").read_bytes() == weights
+
+
+def test_what_will_be_fetched_is_said_before(hub, monkeypatch):
+    serve(hub)
+    table(hub, monkeypatch, licence="Qwen Research licence: non-commercial use only")
+    said = []
+    monkeypatch.setattr(data, "download", lambda session, piece, folder, say: said.append(f"> {piece.name}"))
+    data.fetch("short", said.append)
+    first = said.index("> config.json")
+    assert all(line.startswith(">") for line in said[first:])
+    text = "\n".join(said[:first])
+    for part in "Org/Name", COMMIT[:12], "non-commercial", "model.safetensors", "0.1 MB  to come", hub.folder, "free":
+        assert str(part) in text, text
+
+
+def test_offline_nothing_is_asked(hub, monkeypatch):
+    weights = serve(hub)
+    table(hub, monkeypatch)
+    for variable, value in ("HF_HUB_OFFLINE", "1"), ("TRANSFORMERS_OFFLINE", "yes"), ("HF_HUB_OFFLINE", "True"):
+        with monkeypatch.context() as patch:
+            patch.setenv(variable, value)
+            refuses(hub, "lacks config.json, tokenizer.json, model.safetensors", variable, "--download=short",
+                    name="short")
+    assert not hub.log
+    monkeypatch.setenv("HF_HUB_OFFLINE", "0")
+    folder = data.fetch("short", quiet)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "on")
+    hub.log.clear()
+    assert data.fetch("short", quiet) == folder and not hub.log
+    (folder / "model.safetensors").write_bytes(weights[:-1])  # someone cut it: its size gives it away
+    fails(lambda: data.fetch("short", quiet), "lacks model.safetensors,")
+
+
+@pytest.mark.parametrize("where", ["HF_HOME", "HF_HUB_CACHE"])
+def test_the_cache_of_huggingface_hub_is_used_where_it_lies(hub, tmp_path, monkeypatch, where):
+    weights = serve(hub)
+    table(hub, monkeypatch)
+    cache = tmp_path / "hf" / "hub"
+    if where == "HF_HUB_CACHE":
+        cache = tmp_path / "other"
+        monkeypatch.setenv("HF_HUB_CACHE", str(cache))
+    snapshot = cache / "models--Org--Name" / "snapshots" / COMMIT
+    snapshot.mkdir(parents=True)
+    for name, content in hub.files["Org/Name"].items():
+        (snapshot / name).write_bytes(content)
+    (cache / "models--Org--Name" / "refs").mkdir()
+    (cache / "models--Org--Name" / "refs" / "main").write_text(COMMIT)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    assert data.fetch("short", quiet) == snapshot
+    data.REPOSITORIES.clear()
+    assert data.fetch("Org/Name", quiet) == snapshot  # by refs/main
+    assert not hub.log and not hub.folder.exists()
+    # one file of a wrong size, and ours is fetched instead
+    monkeypatch.delenv("HF_HUB_OFFLINE")
+    table(hub, monkeypatch)
+    (snapshot / "model.safetensors").write_bytes(weights[:-1])
+    assert data.fetch("short", quiet).parent == hub.folder
+
+
+def test_two_processes_at_once_fetch_it_once(hub, tmp_path, monkeypatch):
+    weights, hub.hold = serve(hub), 30_000
+    monkeypatch.setattr(data, "TIMEOUT", (2, 20))
+
+    def job(number):
+        with open(tmp_path / f"said{number}", "w", buffering=1) as said:
+            data.fetch("Org/Name", lambda text: said.write(text + "\n"))
+    children = [forked(lambda: job(0))]
+    wait_until(lambda: any(path.stat().st_size > 10_000 for path in hub.folder.rglob("model*.part")))
+    asked = len(hub.log)
+    children.append(forked(lambda: job(1)))
+    wait_until(lambda: (tmp_path / "said1").exists() and "waiting" in (tmp_path / "said1").read_text())
+    hub.hold = None
+    hub.released.set()
+    assert all(finished(child) for child in children)
+    assert (data.fetch("Org/Name", quiet) / "model.safetensors").read_bytes() == weights
+    # The first one's attempt after the break is all that came: the second has not even asked what there is.
+    assert [path.split("?")[0] for _, path, _ in hub.log[asked:]] == [
+        f"/Org/Name/resolve/{COMMIT}/model.safetensors", "/Org/Name/model.safetensors"]
+
+
+@pytest.mark.parametrize("kind", ["whole", "cut_out"])
+def test_a_kill_at_any_place_leaves_what_the_next_process_goes_on_with(hub, monkeypatch, kind):
+    """SIGKILL, ten times in one download."""
+    monkeypatch.setattr(data, "TIMEOUT", (2, 20))
+    if kind == "whole":
+        name, file = "Org/Name", serve(hub, size=300_000)
+        begin, end = 0, len(file)
+    else:
+        name, file = "google/siglip", siglip(hub)
+        table(hub, monkeypatch, name, prefix="vision_model.")
+        begin = file.index(noise(20_000, 2))
+        end = begin + 20_012
+    places = [begin + (end - begin) * i // 10 for i in range(10)]
+    for place in places:
+        hub.hold = place
+        before = len(hub.ranges())
+        child = forked(lambda: data.fetch(name, quiet))
+        # As far as the server goes; what Python holds back may be 8 KiB and a chunk.
+        wait_until(lambda: len(hub.ranges()) > before and sum(
+            path.stat().st_size for path in hub.folder.rglob("model*.part")) + 10_000 >= place - begin)
+        os.kill(child, signal.SIGKILL)
+        assert not finished(child) and no_weights(hub)
+    hub.hold = None
+    folder = data.fetch(name, quiet)
+    if kind == "whole":
+        assert (folder / "model.safetensors").read_bytes() == file
+    else:
+        assert (folder / "model.safetensors").read_bytes().endswith(file[begin:end])
+        assert set(vision.read_safetensors(folder)) == {"vision_model.a", "vision_model.b"}
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# data.py: the vision tower out of a SigLIP file
+
+def test_of_siglip_only_the_vision_tower_is_fetched(hub, monkeypatch, tmp_path):
+    file = siglip(hub)
+    table(hub, monkeypatch, "google/siglip", prefix="vision_model.")
+    folder = data.fetch("short", quiet)
+    (tmp_path / "whole.safetensors").write_bytes(file)
+    whole, ours = vision.read_safetensors(tmp_path / "whole.safetensors"), vision.read_safetensors(folder)
+    assert set(ours) == {name for name in whole if name.startswith("vision_model.")} and len(ours) == 2
+    assert all(torch.equal(tensor.view(torch.int32), whole[name].view(torch.int32)) for name, tensor in ours.items())
+    entries, metadata, start = vision.read_header(folder / "model.safetensors")
+    assert start % 8 == 0 and metadata == {"format": "pt", "etag": hashlib.sha256(file).hexdigest()}
+    assert hub.sent < 21_000 < len(file) and all(hub.ranges())
+    asked = len(hub.log)
+    assert data.fetch("short", quiet) == folder and len(hub.log) == asked
+
+
+def test_where_the_vision_tower_is_not_one_piece_the_whole_file_is_fetched(hub, monkeypatch):
+    file = siglip(hub, between=True)
+    table(hub, monkeypatch, "google/siglip", prefix="vision_model.")
+    assert (data.fetch("short", quiet) / "model.safetensors").read_bytes() == file
+    file = siglip(hub)
+    table(hub, monkeypatch, "google/siglip", "other", prefix="audio_model.")
+    data.REPOSITORIES["other"] = replace(data.REPOSITORIES["other"], revision="main")
+    assert (data.fetch("other", quiet) / "model.safetensors").read_bytes() == file
+
+
+@pytest.mark.parametrize("faults", [
+    ["cut 4", "cut 100", "cut 9000"], ["unranged"] * 3, ["", "", "cut 9000", "unranged"],
+    ["", "", "cut 9000", "shifted"], ["", "", "cut 9000", "status 416"]])
+def test_the_vision_tower_recovers_too(hub, monkeypatch, faults):
+    file = siglip(hub)
+    table(hub, monkeypatch, "google/siglip", prefix="vision_model.")
+    monkeypatch.setattr(data, "CHUNK", 16)
+    hub.faults = list(faults)
+    folder = data.fetch("short", quiet)
+    at = file.index(noise(20_000, 2))
+    assert not hub.faults and (folder / "model.safetensors").read_bytes()[-20_012:] == file[at:at + 20_012]
+    vision.read_header(folder / "model.safetensors")
+
+
+@pytest.mark.parametrize("changed", [False, True])
+def test_two_versions_of_a_vision_tower_are_never_mixed(hub, monkeypatch, changed):
+    """Resumed in a new process, unless the file has changed meanwhile: then it is fetched anew."""
+    file = siglip(hub)
+    table(hub, monkeypatch, "google/siglip", pair=data.ANY, prefix="vision_model.")
+    hub.faults = ["", "", "cut 9000", "status 404"]
+    refuses(hub, "model.safetensors", "404", name="short")
+    sent = hub.sent
+    if changed:
+        file = siglip(hub, seed=50)
+    assert finished(forked(lambda: data.fetch("short", quiet)))
+    ours = vision.read_safetensors(hub.folder / f"google--siglip@{COMMIT[:12]}")
+    at = file.index(noise(20_000, 52 if changed else 2))
+    assert bytes(ours["vision_model.a"].view(torch.uint8).numpy()) == file[at:at + 20_000]
+    assert (hub.sent - sent > 20_000) == changed
+
+
+def test_a_vision_tower_that_changes_between_two_attempts_is_one_line(hub, monkeypatch):
+    siglip(hub)
+    table(hub, monkeypatch, "google/siglip", pair=data.ANY, prefix="vision_model.")
+    hub.faults = ["", "", "cut 9000"]
+    keep = data.time.sleep
+    monkeypatch.setattr(data.time, "sleep", lambda seconds: (siglip(hub, seed=50), keep(0)))
+    refuses(hub, "google/siglip, model.safetensors", "replaced", "run again", name="short")
+
+
+@pytest.mark.parametrize("length, header", [
+    (2 ** 40, b""), (100_000_001, b""), (4, b"[1, "), (4, b"[12]"), (28, b'{"vision_model.a": {"a": 1}}'),
+    (41, b'{"vision_model.a": {"data_offsets": [1]}}')])
+def test_a_broken_header_is_one_line(hub, monkeypatch, length, header):
+    siglip(hub)
+    hub.files["google/siglip"]["model.safetensors"] = struct.pack("<Q", length) + header + noise(30_000)
+    table(hub, monkeypatch, "google/siglip", prefix="vision_model.")
+    refuses(hub, "google/siglip, model.safetensors", "not a valid safetensors file", name="short")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# data.py: the table and the command line
+
+def command(*flags):
+    "python data.py FLAGS, in this process -> (exit code or its line, standard output, standard error)."
+    out, err, kept = io.StringIO(), io.StringIO(), sys.argv
+    sys.argv = ["data.py", *flags]
+    try:
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+            runpy.run_path(str(HERE / "data.py"), run_name="__main__")
+        return 0, out.getvalue(), err.getvalue()
+    except SystemExit as end:
+        return end.code, out.getvalue(), err.getvalue()
+    finally:
+        sys.argv = kept
+
+
+def test_the_table_is_complete():
+    names = [f"qwen2.5-{size}{kind}" for size in ("0.5b", "1.5b", "3b") for kind in ("", "-instruct")]
+    names += ["siglip2-large-patch16-256", "siglip-large-patch16-256", "siglip2-base-patch16-224",
+              "siglip-base-patch16-224", "siglip-so400m-patch14-224", "siglip-so400m-patch14-384", "llava-ov-0.5b"]
+    assert sorted(data.REPOSITORIES) == sorted(names)
+    for name, entry in data.REPOSITORIES.items():
+        assert len(entry.revision) == 40 and next(iter(entry.files)) == "config.json" and "@" not in entry.hub
+        assert list(entry.files)[-1].endswith(".safetensors")  # last: who has the weights has all
+        for size, digest in entry.files.values():
+            assert (size is None or size > 1e6) and (digest is None or len(digest) == 64 and int(digest, 16))
+        assert (entry.prefix == "vision_model.") == name.startswith("siglip")
+        assert ("non-commercial" in entry.licence) == ("3b" in name)
+    assert list(data.REPOSITORIES["qwen2.5-3b"].files)[-3:] == [
+        "model.safetensors.index.json", "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"]
+
+
+def test_an_unknown_name_shows_the_known_ones():
+    for name in "qwen", "Org/Name/more", "../evil", "Org/../x@main":
+        fails(lambda: data.fetch(name), repr(name), "qwen2.5-0.5b", "llava-ov-0.5b", "Org/Name@revision")
+    code, out, err = command("--download=Org/Name,qwen")
+    assert code.startswith("error: 'qwen': no such repository") and "\n" not in code and not out and not err
+    assert command("--downlod=x")[0] == 2
+
+
+def test_download_list_names_all():
+    code, out, err = command("--download=list")
+    assert code == 0 and [line.split()[0] for line in out.splitlines()] == list(data.REPOSITORIES)
+    assert out.count("non-commercial") == 2
+
+
+def test_download_prints_the_folder_of_each(hub):
+    serve(hub)
+    serve(hub, "Org/Other")
+    code, out, err = command("--download=Org/Name, Org/Other,Org/Name")
+    assert code == 0 and out.splitlines() == [f"{name} {hub.folder / name.replace('/', '--')}@main" for name in
+                                              ("Org/Name", "Org/Other")]
+    assert "model.safetensors: complete" in err and "%|" not in err  # no progress bar where nobody looks
+
+
+def test_qwen_comes_with_a_vision_tower_and_3b_with_its_licence(hub):
+    """Its real entry of the table: the server here has none of it, and that is said after the licence."""
+    hub.files["Qwen/Qwen2.5-3B"] = {}
+    code, out, err = command("--download=qwen2.5-3b", "--vision=nothing")
+    assert "'nothing'" in code and not hub.log
+    serve(hub)
+    code, out, err = command("--download=Org/Name", "--vision=nothing")  # only a Qwen needs eyes
+    assert code == 0
+    said, folder = [], hub.folder / "x"
+    folder.mkdir(parents=True)
+    entry = runpy.run_path(str(HERE / "data.py"))["REPOSITORIES"]["qwen2.5-3b"]
+    data.announce(entry, [], folder, said.append)
+    assert "Qwen Research licence: non-commercial use only" in said[0] and "Qwen/Qwen2.5-3B" in said[0]
+
+
+def test_download_works_in_a_process_of_its_own(hub):
+    weights = serve(hub)
+    done = subprocess.run([sys.executable, str(HERE / "data.py"), "--download=Org/Name"], capture_output=True,
+                          text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    name, folder = done.stdout.split()
+    assert (Path(folder) / "model.safetensors").read_bytes() == weights
+
+
+# ----------------------------------------------------------------------------------------------------------------------
 # The scripts: how they are called here
 
 SCRIPTS = ["train_base", "train_align", "train_sft", "train_rl", "sample", "bench"]
@@ -2903,3 +4028,93 @@ def test_the_model_of_the_world_is_scored_right_when_it_is_right(trained, monkey
     result = train_base.evaluate_with_baselines(None, None, {"scenes": records}, setup)["scenes"]
     assert result["accuracy"] == 1 and result["blind_accuracy"] == sum(answer == "yes" for answer in right) / 20
     assert set(result["by_kind"]) == set(data.QUESTIONS)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# From a hub to an answer: whole runs against a server that this file starts
+
+def serve_models(hub, tmp_path) -> Tokenizer:
+    "A small Qwen in shards and a small SigLIP with its text tower, saved by transformers, as two repositories."
+    from transformers import Qwen2Config, Qwen2ForCausalLM, SiglipConfig, SiglipModel
+    words = Tokenizer.train(["user\n", "assistant\n", "What colour is the cat? red blue a b c"] * 3, 400)
+    words.default_system = "You are a helpful assistant."
+    qwen = Qwen2ForCausalLM(Qwen2Config(vocab_size=512, hidden_size=64, intermediate_size=96, num_hidden_layers=2,
+                                        num_attention_heads=4, num_key_value_heads=2, tie_word_embeddings=True,
+                                        rope_parameters={"rope_theta": 1e6, "rope_type": "default"}))
+    qwen.to(torch.bfloat16).save_pretrained(tmp_path / "qwen", max_shard_size="100KB")
+    words.save_hub(tmp_path / "qwen")
+    part = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2)
+    siglip = SiglipModel(SiglipConfig(text_config=part | {"vocab_size": 50}, vision_config=part | {
+        "image_size": 32, "patch_size": 8}))
+    siglip.save_pretrained(tmp_path / "siglip")
+    path = tmp_path / "siglip" / "model.safetensors"
+    vision.write_safetensors({n: t.clone() for n, t in vision.read_safetensors(path).items()}, path, {"format": "pt"})
+    (tmp_path / "siglip" / "preprocessor_config.json").write_text('{"resample": 2}')
+    for name in ("qwen", "siglip"):
+        hub.files[f"Org/{name}"] = {p.name: p.read_bytes() for p in (tmp_path / name).iterdir()}
+    return words
+
+
+SMALL = ["--steps=2", "--eval_size=6", "--batch_size=2", "--seq_len=128", "--device=cpu"]
+
+
+@needs("transformers")
+def test_a_hub_model_trains_and_answers_by_its_name_alone(hub, tmp_path, monkeypatch):
+    serve_models(hub, tmp_path)
+    out, cat = tmp_path / "out", HERE / "cat.jpg"
+    model_, eyes = "--model=Org/qwen", "--vision=Org/siglip"
+    for script in ("train_align", "train_sft", "train_rl", "train_base"):
+        ran = run(script, *SMALL, model_, eyes, f"--out_dir={out}")
+        assert ran.code == 0, ran.err
+        assert ("starting" in ran.err) and ran.result["step"] == 2
+    assert "the weights of" in run("train_align", *SMALL, model_, eyes, f"--out_dir={tmp_path / 'other'}").err
+    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")  # all is here now: nobody asks the hub again
+    ran = run("sample", model_, f"--image={cat}", f"--out_dir={out}", "--device=cpu", "--max_new_tokens=5")
+    assert ran.code == 0 and "rl" in ran.err
+    # The frozen parts are the hub's to the last bit, also after three stages.
+    vlm = model.load_checkpoint(out / "qwen" / "rl")
+    source = ViT.from_pretrained(tmp_path / "siglip")
+    assert all(torch.equal(a, b) for a, b in zip(vlm.vit.parameters(), source.parameters()))
+    assert vlm.config.pretrained_vision and not vlm.config.generation
+    for flag, *parts in (("--vision=siglip-base-patch16-224", "--vision=", "qwen"),
+                         ("--bridge=mlp", "--bridge=mlp", "perceiver")):
+        one_line(run("train_sft", *SMALL, model_, flag, f"--out_dir={out}"), *parts)
+
+
+@needs("transformers")
+def test_a_decoder_without_eyes_talks_and_says_so_when_shown_a_picture(hub, tmp_path):
+    serve_models(hub, tmp_path)
+    hub.files["Org/qwen"]["generation_config.json"] = json.dumps(
+        {"do_sample": True, "temperature": 0.7, "top_p": 0.8, "top_k": 20, "repetition_penalty": 1.1}).encode()
+    flags = ["--model=Org/qwen", f"--out_dir={tmp_path / 'out'}", "--device=cpu", "--max_new_tokens=6"]
+    ran = run("sample", *flags, "--question=What colour?")
+    assert ran.code == 0 and ran.out.endswith("\n") and not hub.requests("GET", "siglip")
+    one_line(run("sample", *flags, f"--image={HERE / 'cat.jpg'}"), "qwen", "train_align.py")
+    vlm, folder = model.load_pretrained("Org/qwen", blind=True)
+    assert vlm.config.generation == {"temperature": 0.7, "top_p": 0.8, "top_k": 20, "repetition_penalty": 1.1}
+    asked = sample.parse_flags([])
+    assert sample.options(vlm, asked) == {"max_new_tokens": 256, **vlm.config.generation}
+    assert sample.options(vlm, sample.parse_flags(["--temperature=0", "--top_k=3"]))["top_k"] == 3
+    assert Tokenizer.from_pretrained(folder).default_system == "You are a helpful assistant."
+    greedy = {"do_sample": False, "temperature": 0.7, "repetition_penalty": 1.05}
+    (folder / "generation_config.json").write_text(json.dumps(greedy))
+    assert model.generation_config(folder) == {"repetition_penalty": 1.05}
+    (folder / "generation_config.json").unlink()
+    assert model.generation_config(folder) == {}
+
+
+@needs("transformers")
+def test_without_a_checkpoint_the_public_model_answers_or_two_commands_are_named(hub, tmp_path, monkeypatch):
+    flags = [f"--image={HERE / 'cat.jpg'}", f"--out_dir={tmp_path / 'out'}", "--device=cpu", "--max_new_tokens=4"]
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setitem(data.REPOSITORIES, "llava-ov-0.5b", data.Repository("llava-hf/ov", "main", {}))
+    one_line(run("sample", *flags), "train_align.py", "train_sft.py", "HF_HUB_OFFLINE")
+    monkeypatch.delenv("HF_HUB_OFFLINE")
+    save_onevision(tmp_path / "ov")
+    special = {"<|endoftext|>": 297, "<|im_start|>": 298, "<|im_end|>": 299, "<image>": 300}
+    Tokenizer({bytes([b]): b for b in range(256)}, special).save_hub(tmp_path / "ov")
+    hub.files["llava-hf/ov"] = {p.name: p.read_bytes() for p in (tmp_path / "ov").iterdir()}
+    monkeypatch.setitem(data.REPOSITORIES, "llava-ov-0.5b", data.Repository("llava-hf/ov", "main", {}))
+    for anyres in ("True", "False"):
+        ran = run("sample", *flags, f"--anyres={anyres}")
+        assert ran.code == 0 and ran.out, ran.err

@@ -217,13 +217,13 @@ def begin(flags, setup: Setup, make_tokenizer) -> tuple[VLM, Tokenizer, str]:
         return vlm, Tokenizer.from_pretrained(folder), f"the weights of {folder}"
     # Random weights, and a tokenizer trained on the data at hand. A short text may hold fewer words than the embedding
     # has rows: the rest is never sampled (vocab_used).
-    config = preset(flags.model, flags.vision, flags.bridge)
+    config = preset(flags.model, flags.bridge)
     tokenizer = make_tokenizer(config.decoder.vocab_size)
     config.image_pad = tokenizer.image_pad
     if not flags.vision:
         return VLM(config), tokenizer, "random weights"
     vit = ViT.from_pretrained(data.fetch(flags.vision))
-    config.vision = vit.config
+    config.vision, config.pretrained_vision = vit.config, flags.vision
     vlm = VLM(fit(config))
     vlm.vit = vit
     return vlm, tokenizer, f"random weights, the encoder from {flags.vision}"
@@ -254,14 +254,14 @@ def start(flags, setup: Setup, stage: str, make_tokenizer) -> tuple[VLM, Tokeniz
         # The tokenizer comes with the weights: ids mean nothing without it.
         vlm, tokenizer = load_checkpoint(source, setup.device), Tokenizer.from_pretrained(source)
         vlm.config.preset = vlm.config.preset or run_name(flags.model)  # a LLaVA folder of Hugging Face's has none
-        for name, asked, held in (("model", run_name(flags.model), vlm.config.preset),
-                                  ("vision", flags.vision, vlm.config.pretrained_vision),
-                                  ("bridge", flags.bridge, vlm.config.bridge.kind)):
-            if asked and asked != held:
-                raise ValueError(f"--{name}={asked}, but {source} holds a {held or 'home-made'} {name}")
     else:
         # 4. The released weights of --model, or, for the presets that have none, random ones.
         vlm, tokenizer, source = begin(flags, setup, make_tokenizer)
+    for name, asked, held in (("model", run_name(flags.model), vlm.config.preset),
+                              ("vision", flags.vision, vlm.config.pretrained_vision),
+                              ("bridge", flags.bridge, vlm.config.bridge.kind)):
+        if asked and asked != held:
+            raise ValueError(f"--{name}={asked}, but {source} holds a {held or 'home-made'} {name}")
     setup.say(f"{'resuming' if flags.resume else 'starting'} {stage} from {source}"
               + (f" at step {state['step']}" if flags.resume else ""))
     vlm.to(setup.device)
