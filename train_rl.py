@@ -35,7 +35,7 @@ from train_base import (SHARED_FLAGS, Interrupt, Log, Optimizer, Setup, evaluate
 STAGE = "rl"
 # batch_size counts questions here, not rows. A rate far below chapter 3's: its last steps found a good place, and
 # a policy that jumps away from it answers badly, is rewarded seldom, and learns nothing.
-BY_MODEL = {"tiny": {"batch_size": 64, "seq_len": 256, "steps": 200, "lr": 0.0004, "eval_size": 2000},
+BY_MODEL = {"tiny": {"batch_size": 64, "seq_len": 256, "steps": 200, "lr": 0.0003, "eval_size": 2000},
             "small": {"batch_size": 64, "seq_len": 1024, "steps": 300, "lr": 0.0005, "eval_size": 1200},
             "released": {"batch_size": 16, "seq_len": 2048, "steps": 300, "lr": 1e-6, "eval_size": 1000}}
 FLAGS = SHARED_FLAGS | {
@@ -45,7 +45,7 @@ FLAGS = SHARED_FLAGS | {
     "max_new_tokens": (12, "longest answer, in tokens"),
     "temperature": (1.0, "of sampling; anything but 1 samples from another policy than the one that learns"),
     # A question that is always answered right teaches nothing: ask what chapter 3 has left unlearned.
-    "kinds": ("number,place", "kinds of the world's questions to train on, comma-separated; empty: all"),
+    "kinds": ("number,relation", "kinds of the world's questions to train on, comma-separated; empty: all"),
 }
 
 
