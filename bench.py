@@ -5,22 +5,30 @@ How good, and how fast: measured on the real code, never on a copy of it.
     python bench.py --what=eval --init=out/tiny/rl --data=test.json   # on your own questions
     python bench.py --what=eval --init=out/tiny/rl --data=MMStar.tsv  # on a benchmark in VLMEvalKit's format
     python bench.py --what=speed                                      # this machine: the training step and decoding
+    python bench.py --what=memory --model=qwen2.5-1.5b --batch_size=32  # what each stage will need; no GPU is asked
 
 The last line of standard output is one JSON object; tables go to standard error.
 """
 import json
+import sys
 import time
 
 import torch
 
 import data
-from model import PRESETS, VLM, newest_checkpoint
+from model import PRESETS, VLM, Block, newest_checkpoint, preset, rope_table
 from tokenizer import Tokenizer
-from train_base import (Optimizer, Setup, evaluate_with_baselines, freeze, make_tokenizer, parse_flags, run, start,
-                        start_data, supervised, train_step)
+from train_base import (FROM_SCRATCH, Optimizer, Setup, evaluate_with_baselines, freeze, make_tokenizer, parse_flags,
+                        run, start, start_data, supervised, train_step)
+from vision import Bridge, ViTBlock
 
+STAGES = {"base": ("text", ["decoder"]), "align": ("captions", ["bridge", "vit"]),
+          "sft": ("chat", ["bridge", "decoder", "vit"])}  # its data, and the parts that learn; chapter 4 is as sft
+BY_MODEL = {"tiny": {"batch_size": 32, "seq_len": 128}, "small": {"batch_size": 64, "seq_len": 1024},
+            "released": {"batch_size": 32, "seq_len": 2048}}
+CARDS = (8, 12, 16, 24, 40, 80, 141)  # GiB
 FLAGS = {
-    "what": ("eval", "eval or speed"),
+    "what": ("eval", "eval, speed or memory"),
     "model": ("tiny", f"{', '.join(PRESETS)}, or a hub id (Org/Name) or folder"),
     "vision": ("", "speed: encoder in place of the preset's"),
     "bridge": ("", "speed: perceiver, pixelshuffle or mlp, in place of the preset's"),
@@ -29,8 +37,9 @@ FLAGS = {
     "data": ("world", "world, or a file of records: .json, .jsonl, .tsv"),
     # With half of 2,000 questions right, the 95 % interval reaches 2 points to each side; of 100 questions, 10 points.
     "eval_size": (2000, "questions at most"),
-    "batch_size": (32, "speed: rows per training step, and prompts decoded at once"),
-    "seq_len": (128, "speed: tokens per row"),
+    "batch_size": (None, "speed, memory: rows per training step; speed: prompts decoded at once"),
+    "micro_batch_size": (0, "speed, memory: rows per forward pass; 0: batch_size"),
+    "seq_len": (None, "speed, memory: tokens per row"),
     "steps": (10, "speed: steps that are timed, after three that are not"),
     "device": ("auto", "auto, cpu, cuda or mps"),
     "dtype": ("auto", "auto, float32 or bfloat16"),
@@ -125,9 +134,7 @@ def bench_speed(flags) -> dict:
     # where the rest of the time went: small products, attention, the optimizer, or waiting.
     setup.say(f"{'stage':<10}{'ms/step':>9}{'tokens/s':>10}{'images/s':>10}{'of ceiling':>12}{'loader ms':>11}")
     flags.val, flags.micro_batch_size = "", 0  # start_data reads both; 0: the whole step in one forward pass
-    # The parts that each stage trains. Chapter 4 is not here: it writes answers (see decode) and then steps like sft.
-    for stage, task, trained in (("base", "text", ["decoder"]), ("align", "captions", ["bridge", "vit"]),
-                                 ("sft", "chat", ["bridge", "decoder", "vit"])):
+    for stage, (task, trained) in STAGES.items():
         params = freeze(vlm, trained)
         # A step's work does not depend on the rate. A real rate, again and again on one batch, could drive the weights,
         # which the next stage goes on with, to NaN.
@@ -173,11 +180,98 @@ def bench_decode(flags, setup, vlm: VLM, tokenizer: Tokenizer) -> dict:
     return rows
 
 
+def kept(module, compiled: bool, *inputs) -> int:
+    "Bytes that autograd keeps of one call for the way back, the weights' copies in bfloat16 among them."
+    own, pieces, alive = {p.untyped_storage().data_ptr() for p in module.parameters()}, {}, []
+
+    def pack(tensor):
+        alive.append(tensor)  # else its memory might be given to another, and both would count as one
+        if tensor.untyped_storage().data_ptr() not in own:  # a view's memory counts once, and whole
+            pieces[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    torch._dynamo.reset()
+    # torch.compile computes some things twice rather than keep them. This backend makes the same choice, without a GPU.
+    call = torch.compile(module, backend="aot_eager_decomp_partition") if compiled else module
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor), torch.autocast("cpu", torch.bfloat16):
+        call(*inputs)
+    return sum(pieces.values())
+
+
+def line(measure, a: int, b: int) -> tuple[float, float]:
+    "measure(n) = each * n + fixed -> (each, fixed)."
+    each = (measure(b) - measure(a)) / (b - a)
+    return each, measure(a) - each * a
+
+
+def predict(flags, config, stage: str):
+    """
+    A function: rows per forward pass -> GiB that a stage needs at its peak, by part. bfloat16 with float32 weights,
+    compiled. Small inputs go through one real layer of each kind, on the CPU; the rest is arithmetic.
+    """
+    decoder, vision = config.decoder, config.vision
+    trained = [part for part in STAGES[stage][1] if part != "vit" or not config.pretrained_vision]
+    with torch.device("meta"):
+        vlm = VLM(config)
+    count = {part: sum(p.numel() for p in module.parameters()) for part, module in vlm.groups().items()}
+    learn, learns = sum(count[part] for part in trained), "decoder" in trained
+
+    def layer(T: int) -> int:
+        x = torch.randn(1, T, decoder.hidden_size, requires_grad=True)
+        rope = rope_table(torch.arange(T)[None], decoder)
+        return kept(Block(decoder, 0).requires_grad_(learns), True, x, rope, None, None)
+
+    def seeing(module, compiled: bool):
+        return line(lambda n: kept(module, compiled, torch.randn(
+            n, vision.num_patches, vision.hidden_size, requires_grad=True)), 1, 2)
+
+    per_token, fixed = line(layer, 64, 128)
+    per_picture, bridge = (0, 0) if stage == "base" else seeing(Bridge(config.bridge), False)
+    if "vit" in trained:
+        each, once = seeing(ViTBlock(vision), True)
+        per_picture, bridge = per_picture + each * vision.num_hidden_layers, bridge + once * vision.num_hidden_layers
+
+    def parts(micro: int) -> dict[str, float]:
+        tokens, V, H = micro * flags.seq_len, decoder.vocab_size, decoder.hidden_size
+        pictures = tokens / (config.bridge.num_tokens + 40)  # 40 words beside each, about
+        activations = decoder.num_hidden_layers * (
+            fixed + per_token * tokens + 2 * tokens * flags.seq_len)  # the mask, as numbers, is kept by every layer
+        activations += bridge + per_picture * pictures
+        # token_loss: a chunk's logits in float32 and one more of that size; the head in bfloat16, and its gradient.
+        loss = 8 * V * min(4096, tokens if stage == "base" else tokens / 2) + V * H * (2 + 6 * learns)
+        # AdamW keeps two moments for each weight; Muon, from scratch, one.
+        out = {"weights": 4 * sum(count.values()), "optimizer": (4 if flags.model in FROM_SCRATCH else 8) * learn,
+               "gradients": 4 * learn, "activations": activations, "loss": loss}
+        # Of several passes the last meets the gradients of those before. Of one, they are made while activations go.
+        out["peak"] = sum(out.values()) - (0 if micro < flags.batch_size else min(4 * learn, activations + loss))
+        return {name: value / 2 ** 30 for name, value in out.items()}
+    return parts
+
+
+def bench_memory(flags) -> dict:
+    "Each stage's peak on a GPU, and the largest --micro_batch_size that fits into cards of several sizes."
+    if flags.model not in PRESETS:
+        raise ValueError(f"--what=memory needs a preset ({', '.join(PRESETS)}), not --model={flags.model}")
+    micro, rows = flags.micro_batch_size or flags.batch_size, {}
+    print(f"{flags.model}, rows of {flags.seq_len} tokens, {flags.batch_size} a step, {micro} a pass; GiB",
+          file=sys.stderr)
+    for stage in STAGES:
+        parts = predict(flags, preset(flags.model, flags.bridge), stage)
+        print(f"{stage:<6}" + ", ".join(f"{name} {value:.1f}" for name, value in parts(micro).items()), file=sys.stderr)
+        sizes = [n for n in range(1, flags.batch_size + 1) if flags.batch_size % n == 0]
+        # 1 GiB is CUDA's own. 0: not even one row
+        fits = {card: max((n for n in sizes if parts(n)["peak"] + 1 < card), default=0) for card in CARDS}
+        print("      --micro_batch_size that fits: " + ", ".join(
+            f"{card} GiB: {n or 'none'}" for card, n in fits.items()), file=sys.stderr)
+        rows[stage] = parts(micro) | {"micro_batch_size": fits}
+    return {"what": "memory", "model": flags.model, "batch_size": flags.batch_size, "seq_len": flags.seq_len, **rows}
+
+
 def main() -> None:
-    flags = parse_flags(__doc__, FLAGS, {})
-    jobs = {"eval": bench_eval, "speed": bench_speed}
+    flags = parse_flags(__doc__, FLAGS, BY_MODEL)
+    jobs = {"eval": bench_eval, "speed": bench_speed, "memory": bench_memory}
     if flags.what not in jobs:
-        raise ValueError(f"--what={flags.what}: choose {' or '.join(jobs)}")
+        raise ValueError(f"--what={flags.what}: choose {', '.join(jobs)}")
     print(json.dumps(jobs[flags.what](flags)))
 
 

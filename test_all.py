@@ -4118,3 +4118,26 @@ def test_without_a_checkpoint_the_public_model_answers_or_two_commands_are_named
     for anyres in ("True", "False"):
         ran = run("sample", *flags, f"--anyres={anyres}")
         assert ran.code == 0 and ran.out, ran.err
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# bench.py: memory
+
+def test_predicted_memory_is_within_a_tenth_of_what_an_h200_measured():
+    import bench
+    # Peaks of qwen2.5-1.5b on one H200 (torch 2.11, compiled, bfloat16), 2,048 tokens a row, 4 rows a pass.
+    for stage, batch_size, measured in (("base", 16, 53.85), ("align", 16, 30.27), ("sft", 32, 49.86)):
+        flags = argparse.Namespace(model="qwen2.5-1.5b", batch_size=batch_size, seq_len=2048)
+        parts = bench.predict(flags, model.preset(flags.model), stage)
+        assert parts(4)["peak"] == pytest.approx(measured, rel=0.1)
+        assert parts(1)["peak"] < parts(2)["peak"] < parts(8)["peak"]
+
+
+def test_memory_is_told_for_each_stage_and_card():
+    ran = run("bench", "--what=memory", "--model=tiny", "--batch_size=4", "--seq_len=64")
+    assert ran.code == 0 and {"base", "align", "sft"} <= ran.result.keys()
+    for stage in ("base", "align", "sft"):
+        told = ran.result[stage]
+        assert told["micro_batch_size"]["8"] == 4  # a tiny model fits everywhere
+        assert told["peak"] <= sum(told[part] for part in ("weights", "optimizer", "gradients", "activations", "loss"))
+    one_line(run("bench", "--what=memory", "--model=Org/Name"), "--what=memory", "Org/Name")
