@@ -9,6 +9,7 @@ How good, and how fast: measured on the real code, never on a copy of it.
 
 The last line of standard output is one JSON object; tables go to standard error.
 """
+import argparse
 import json
 import sys
 import time
@@ -16,7 +17,7 @@ import time
 import torch
 
 import data
-from model import PRESETS, VLM, Block, newest_checkpoint, preset, rope_table
+from model import PRESETS, VLM, Block, add_lora, newest_checkpoint, preset, rope_table
 from tokenizer import Tokenizer
 from train_base import (FROM_SCRATCH, Optimizer, Setup, evaluate_with_baselines, freeze, make_tokenizer, parse_flags,
                         run, start, start_data, supervised, train_step)
@@ -40,6 +41,8 @@ FLAGS = {
     "batch_size": (None, "speed, memory: rows per training step; speed: prompts decoded at once"),
     "micro_batch_size": (0, "speed, memory: rows per forward pass; 0: batch_size"),
     "seq_len": (None, "speed, memory: tokens per row"),
+    "lora_rank": (0, "speed, memory: as in training"),
+    "activation_checkpointing": (False, "speed, memory: as in training"),
     "steps": (10, "speed: steps that are timed, after three that are not"),
     "device": ("auto", "auto, cpu, cuda or mps"),
     "dtype": ("auto", "auto, float32 or bfloat16"),
@@ -204,22 +207,28 @@ def line(measure, a: int, b: int) -> tuple[float, float]:
     return each, measure(a) - each * a
 
 
-def predict(flags, config, stage: str):
+def predict(flags, stage: str, lora: int):
     """
-    A function: rows per forward pass -> GiB that a stage needs at its peak, by part. bfloat16 with float32 weights,
+    A function: rows per forward pass, with activation checkpointing or not -> GiB that a stage needs at its peak, by part. bfloat16 with float32 weights,
     compiled. Small inputs go through one real layer of each kind, on the CPU; the rest is arithmetic.
     """
-    decoder, vision = config.decoder, config.vision
-    trained = [part for part in STAGES[stage][1] if part != "vit" or not config.pretrained_vision]
+    config = preset(flags.model, flags.bridge)
+    config.lora_rank, decoder, vision = lora, config.decoder, config.vision
     with torch.device("meta"):
         vlm = VLM(config)
-    count = {part: sum(p.numel() for p in module.parameters()) for part, module in vlm.groups().items()}
-    learn, learns = sum(count[part] for part in trained), "decoder" in trained
+    learn = sum(p.numel() for p in freeze(vlm, STAGES[stage][1]).values())
+    total, halved = (sum(p.numel() for p in module.parameters()) for module in (vlm, vlm.gpt))
+    layers, V, H = decoder.num_hidden_layers, decoder.vocab_size, decoder.hidden_size
 
     def layer(T: int) -> int:
-        x = torch.randn(1, T, decoder.hidden_size, requires_grad=True)
-        rope = rope_table(torch.arange(T)[None], decoder)
-        return kept(Block(decoder, 0).requires_grad_(learns), True, x, rope, None, None)
+        block, rope = Block(decoder, 0), rope_table(torch.arange(T)[None], decoder)
+        if lora:
+            add_lora(block, lora)
+            block.to(torch.bfloat16)  # all of it here: the thin ones do not count
+        for mine, real in zip(block.parameters(), vlm.gpt.blocks[0].parameters()):
+            mine.requires_grad_(real.requires_grad)
+        x = torch.randn(1, T, H, requires_grad=True, dtype=torch.bfloat16 if lora else torch.float32)
+        return kept(block, True, x, rope, None, None)
 
     def seeing(module, compiled: bool):
         return line(lambda n: kept(module, compiled, torch.randn(
@@ -227,44 +236,53 @@ def predict(flags, config, stage: str):
 
     per_token, fixed = line(layer, 64, 128)
     per_picture, bridge = (0, 0) if stage == "base" else seeing(Bridge(config.bridge), False)
-    if "vit" in trained:
+    if vlm.vit.patch.weight.requires_grad:
         each, once = seeing(ViTBlock(vision), True)
         per_picture, bridge = per_picture + each * vision.num_hidden_layers, bridge + once * vision.num_hidden_layers
 
-    def parts(micro: int) -> dict[str, float]:
-        tokens, V, H = micro * flags.seq_len, decoder.vocab_size, decoder.hidden_size
+    def parts(micro: int, thrift: bool) -> dict[str, float]:
+        tokens = micro * flags.seq_len
         pictures = tokens / (config.bridge.num_tokens + 40)  # 40 words beside each, about
-        activations = decoder.num_hidden_layers * (
-            fixed + per_token * tokens + 2 * tokens * flags.seq_len)  # the mask, as numbers, is kept by every layer
-        activations += bridge + per_picture * pictures
+        one = per_token * tokens + 2 * tokens * flags.seq_len  # the mask, as numbers, is kept by every layer
+        # With checkpointing every layer keeps its input alone, and one layer at a time the rest.
+        decoding = layers * fixed + (one + layers * tokens * H * (2 if lora else 4) if thrift else layers * one)
         # token_loss: a chunk's logits in float32 and one more of that size; the head in bfloat16, and its gradient.
-        loss = 8 * V * min(4096, tokens if stage == "base" else tokens / 2) + V * H * (2 + 6 * learns)
-        # AdamW keeps two moments for each weight; Muon, from scratch, one.
-        out = {"weights": 4 * sum(count.values()), "optimizer": (4 if flags.model in FROM_SCRATCH else 8) * learn,
-               "gradients": 4 * learn, "activations": activations, "loss": loss}
+        loss = 8 * V * min(4096, tokens if stage == "base" else tokens / 2) \
+            + V * H * (2 + 6 * vlm.gpt.embed.weight.requires_grad)
+        # AdamW keeps two moments for each weight; Muon, from scratch, one. LoRA's frozen decoder has 2 bytes a weight.
+        out = {"weights": 4 * total - (2 * halved if lora else 0), "gradients": 4 * learn,
+               "optimizer": (4 if flags.model in FROM_SCRATCH else 8) * learn,
+               "activations": decoding + bridge + per_picture * pictures, "loss": loss}
         # Of several passes the last meets the gradients of those before. Of one, they are made while activations go.
-        out["peak"] = sum(out.values()) - (0 if micro < flags.batch_size else min(4 * learn, activations + loss))
+        out["peak"] = sum(out.values()) - (0 if micro < flags.batch_size else min(4 * learn, out["activations"] + loss))
         return {name: value / 2 ** 30 for name, value in out.items()}
     return parts
 
 
 def bench_memory(flags) -> dict:
-    "Each stage's peak on a GPU, and the largest --micro_batch_size that fits into cards of several sizes."
+    "Each stage's peak on a GPU, and what to set for cards of several sizes."
     if flags.model not in PRESETS:
         raise ValueError(f"--what=memory needs a preset ({', '.join(PRESETS)}), not --model={flags.model}")
     micro, rows = flags.micro_batch_size or flags.batch_size, {}
-    print(f"{flags.model}, rows of {flags.seq_len} tokens, {flags.batch_size} a step, {micro} a pass; GiB",
-          file=sys.stderr)
+    say(f"{flags.model}, rows of {flags.seq_len} tokens, {flags.batch_size} a step, {micro} a pass; GiB")
+    sizes = [n for n in range(flags.batch_size, 0, -1) if flags.batch_size % n == 0]
     for stage in STAGES:
-        parts = predict(flags, preset(flags.model, flags.bridge), stage)
-        print(f"{stage:<6}" + ", ".join(f"{name} {value:.1f}" for name, value in parts(micro).items()), file=sys.stderr)
-        sizes = [n for n in range(1, flags.batch_size + 1) if flags.batch_size % n == 0]
-        # 1 GiB is CUDA's own. 0: not even one row
-        fits = {card: max((n for n in sizes if parts(n)["peak"] + 1 < card), default=0) for card in CARDS}
-        print("      --micro_batch_size that fits: " + ", ".join(
-            f"{card} GiB: {n or 'none'}" for card, n in fits.items()), file=sys.stderr)
-        rows[stage] = parts(micro) | {"micro_batch_size": fits}
+        ranks = [0] if stage == "align" else [0, flags.lora_rank or 16]  # in align the decoder is frozen
+        parts = {rank: predict(flags, stage, rank) for rank in ranks}
+        rows[stage] = parts[flags.lora_rank if stage != "align" else 0](micro, flags.activation_checkpointing)
+        say(f"{stage:<6}" + ", ".join(f"{name} {value:.1f}" for name, value in rows[stage].items()))
+        for card in CARDS:  # 1 GiB is CUDA's own
+            # from the fastest way to the thriftiest
+            fitting = (f"--lora_rank={rank} " * bool(rank) + "--activation_checkpointing " * thrift
+                       + f"--micro_batch_size={n}" for rank in ranks for thrift in (False, True) for n in sizes
+                       if parts[rank](n, thrift)["peak"] + 1 < card)
+            rows[stage][f"{card} GiB"] = next(fitting, "does not fit")
+            say(f"{card:>10} GiB: {rows[stage][f'{card} GiB']}")
     return {"what": "memory", "model": flags.model, "batch_size": flags.batch_size, "seq_len": flags.seq_len, **rows}
+
+
+def say(text: str) -> None:
+    print(text, file=sys.stderr)
 
 
 def main() -> None:

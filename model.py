@@ -28,6 +28,7 @@ from typing import Iterator
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
 
 import data
 from vision import (MOST_TILES, MOST_TOKENS, SIGLIP, SIGLIP_NAMES, Bridge, BridgeConfig, Tiles, ViT, ViTConfig,
@@ -65,6 +66,7 @@ class VLMConfig:
     image_pad: int = -1               # the id whose embedding the picture's tokens replace; set from the tokenizer
     preset: str = "tiny"              # also the folder under --out_dir in which its checkpoints lie
     generation: dict = field(default_factory=dict)  # the publisher's temperature, top_k, ...; ours: empty, greedy
+    lora_rank: int = 0                # above 0: the decoder's matrices are frozen, and thin ones beside them learn
 
     @classmethod
     def from_dict(cls, d: dict) -> "VLMConfig":
@@ -235,6 +237,32 @@ class Block(nn.Module):
         return x + self.mlp(self.norm2(x))                        # each token thinks for itself
 
 
+class LoRALinear(nn.Linear):
+    """
+    LoRA (arXiv 2106.09685): the matrix W [out, in] stays as it is, and b a is added to it, with a [rank, in] and
+    b [out, rank]. At rank 16 that is 1 % of the weights to learn, and no moments are needed for the other 99 %.
+    """
+
+    def __init__(self, linear: nn.Linear, rank: int):
+        nn.Module.__init__(self)  # not Linear's own: its weights would be drawn only to be replaced
+        self.in_features, self.out_features = linear.in_features, linear.out_features
+        self.weight, self.bias = linear.weight, linear.bias
+        device = linear.weight.device
+        self.lora_a = nn.Parameter(torch.randn(rank, self.in_features, device=device) * self.in_features ** -0.5)
+        self.lora_b = nn.Parameter(torch.zeros(self.out_features, rank, device=device))  # at first nothing is added
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(x) + F.linear(F.linear(x, self.lora_a), self.lora_b)
+
+    def merged(self) -> torch.Tensor:
+        return self.weight + (self.lora_b @ self.lora_a).to(self.weight.dtype)                       # [out, in]
+
+
+def add_lora(block: Block, rank: int) -> None:
+    for part, name in ((block.attention, "qkv"), (block.attention, "out"), (block.mlp, "gate_up"), (block.mlp, "down")):
+        setattr(part, name, LoRALinear(getattr(part, name), rank))
+
+
 # Ours on the left, Hugging Face's on the right; where several stand on the right, ours is their rows stacked.
 QWEN_NAMES = {
     "embed.weight": ["model.embed_tokens.weight"],
@@ -257,6 +285,7 @@ class GPT(nn.Module):
         nn.init.normal_(self.embed.weight, std=3 * config.hidden_size ** -0.5)  # as loud as what the blocks add to it
         self.blocks = nn.ModuleList(Block(config, i) for i in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.activation_checkpointing = False  # True: see hidden
         init_linears(self.blocks, outputs=("out", "down"), depth=config.num_hidden_layers)
         if not config.tie_word_embeddings:
             self.head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
@@ -275,7 +304,12 @@ class GPT(nn.Module):
             positions = torch.arange(x.shape[1], device=x.device)[None]                              # [1, T]
         rope = rope_table(positions, self.config)
         for block in self.blocks:
-            x = block(x, rope, mask, cache)
+            if self.activation_checkpointing and torch.is_grad_enabled():
+                # Only a block's input is kept, and the rest is computed again on the way back: a third more work, and
+                # memory for one block's activations instead of all blocks'.
+                x = checkpoint(block, x, rope, mask, cache, use_reentrant=False, preserve_rng_state=False)
+            else:
+                x = block(x, rope, mask, cache)
         if cache is not None:
             cache.length += x.shape[1]
         return self.norm(x)
@@ -390,6 +424,13 @@ class VLM(nn.Module):
         self.vit = ViT(config.vision) if config.vision else None  # a bare language model sees nothing
         self.bridge = Bridge(config.bridge) if config.vision else None
         self.gpt = GPT(config.decoder)
+        if config.lora_rank:
+            self.add_lora(config.lora_rank)
+
+    def add_lora(self, rank: int) -> None:
+        self.config.lora_rank = rank
+        for block in self.gpt.blocks:
+            add_lora(block, rank)
 
     def features(self, pixels: torch.Tensor) -> torch.Tensor:
         "pixels uint8 [n, 3, S, S] -> what the bridge reads, [n, N, D]."
@@ -759,7 +800,11 @@ def hub_tensors(module: nn.Module, table: dict, prefix: str = "") -> dict[str, t
     "The way back from load_renamed: the module's weights under the hub's names and in its shapes."
     tensors, parameters = {}, dict(module.named_parameters())
     for ours, theirs in renamed(module, table, prefix).items():
-        value = parameters[ours].detach()
+        if ".lora_" in ours:  # goes out as a part of its matrix
+            continue
+        value, owner = parameters[ours].detach(), module.get_submodule(ours.rpartition(".")[0])
+        if isinstance(owner, LoRALinear) and ours.endswith("weight"):
+            value = owner.merged().detach()
         if ours.endswith("patch.weight"):  # flat here, a convolution's [D, 3, P, P] there
             P = math.isqrt(value.shape[1] // 3)
             value = value.view(len(value), 3, P, P)

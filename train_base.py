@@ -50,10 +50,14 @@ SHARED_FLAGS = {  # name: (default, meaning); None = a default of each model, fr
     "out_dir": ("out", "checkpoints go to OUT_DIR/MODEL/STAGE"),
     "data": ("world", "world, or files (see data.py), comma-separated, each with an optional :weight"),
     "val": ("", "file of held-out records; empty: a part of --data is set aside, by picture"),
-    # One step. Out of memory? Halve --micro_batch_size: the step stays as large, it only takes more passes.
+    # One step. Out of memory? Halve --micro_batch_size: the step stays as large, it only takes more passes. Then the two
+    # below the rows: bench.py --what=memory tells what they save.
     "batch_size": (None, "packed rows per optimizer step, over all GPUs"),
     "micro_batch_size": (0, "rows per forward pass; 0: batch_size / number of GPUs. Lower it when memory runs out"),
     "seq_len": (None, "tokens per packed row"),
+    "activation_checkpointing": (False, "keep less for the way back and compute it twice: a third slower"),
+    "lora_rank": (0, "above 0: of the decoder only thin matrices of this rank learn, beside the frozen ones; give an "
+                     "--lr about ten times as large"),
     # How far each step goes, and how many there are. A poor result asks for more --steps first, then for another --lr.
     "lr": (None, "peak learning rate"),
     "steps": (None, "optimizer steps"),
@@ -117,7 +121,7 @@ def parse_flags(doc: str, flags: dict, by_model: dict[str, dict], argv=None) -> 
     for name in ("batch_size", "seq_len", "steps", "lr", "eval_size", "samples", "max_new_tokens"):
         if getattr(out, name, 1) <= 0:
             raise ValueError(f"--{name}={getattr(out, name)}: must be above 0")
-    for name in ("micro_batch_size", "temperature", "warmup", "cooldown"):
+    for name in ("micro_batch_size", "lora_rank", "temperature", "warmup", "cooldown"):
         if getattr(out, name, 0) < 0:
             raise ValueError(f"--{name}={getattr(out, name)}: must not be below 0")
     if getattr(out, "compile", "auto") not in ("auto", "True", "False"):
@@ -259,9 +263,17 @@ def start(flags, setup: Setup, stage: str, make_tokenizer) -> tuple[VLM, Tokeniz
         vlm, tokenizer, source = begin(flags, setup, make_tokenizer)
     for name, asked, held in (("model", run_name(flags.model), vlm.config.preset),
                               ("vision", flags.vision, vlm.config.pretrained_vision),
-                              ("bridge", flags.bridge, vlm.config.bridge.kind)):
+                              ("bridge", flags.bridge, vlm.config.bridge.kind),
+                              ("lora_rank", flags.lora_rank, vlm.config.lora_rank or flags.lora_rank)):
         if asked and asked != held:
             raise ValueError(f"--{name}={asked}, but {source} holds a {held or 'home-made'} {name}")
+    if flags.lora_rank and not vlm.config.lora_rank:
+        vlm.add_lora(flags.lora_rank)
+    if vlm.config.lora_rank and setup.dtype == torch.bfloat16:
+        # What stays frozen needs no more digits than its products are made in: half the bytes.
+        for name, p in vlm.gpt.named_parameters():
+            p.data = p.data if ".lora_" in name else p.data.to(setup.dtype)
+    vlm.gpt.activation_checkpointing = flags.activation_checkpointing
     setup.say(f"{'resuming' if flags.resume else 'starting'} {stage} from {source}"
               + (f" at step {state['step']}" if flags.resume else ""))
     vlm.to(setup.device)
@@ -280,6 +292,9 @@ def freeze(vlm: VLM, trained: list[str]) -> dict[str, torch.nn.Parameter]:
     # A frozen parameter costs its own bytes. One that learns costs 3 to 4 times that: gradient, optimizer's memory.
     for name, group in vlm.groups().items():
         group.requires_grad_(name in trained)
+    if vlm.config.lora_rank and "decoder" in trained:  # of the decoder these alone
+        for name, p in vlm.gpt.named_parameters():
+            p.requires_grad_(".lora_" in name)
     return {name: p for name, p in vlm.named_parameters() if p.requires_grad}
 
 
@@ -519,7 +534,8 @@ class Interrupt:
 
 # These may change on --resume: they say where and how, not what is computed (dtype and device up to rounding).
 # micro_batch_size too, as long as a step keeps its number of micro-batches: start_data checks that.
-FREE = ("init", "out_dir", "micro_batch_size", "device", "dtype", "compile", "resume", "eval_every", "save_every")
+FREE = ("init", "out_dir", "micro_batch_size", "activation_checkpointing", "device", "dtype", "compile", "resume",
+        "eval_every", "save_every")
 
 
 def save(flags, setup: Setup, stage: str, vlm: VLM, tokenizer: Tokenizer, optimizer: Optimizer, loaders: list,
