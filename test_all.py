@@ -1030,6 +1030,26 @@ def test_no_header_crashes_the_safetensors_reader(tmp_path_factory, header):
     read_or_refuse(tmp_path_factory.getbasetemp() / "fuzz.safetensors", framed(header, bytes(8)))
 
 
+def test_loaded_weights_are_copies_and_the_mapped_file_is_let_go(tmp_path):
+    # Else a file that is replaced while the model runs would pull its weights away, and training would write to it.
+    linear = torch.nn.Linear(3, 2)
+    vision.write_safetensors(dict(linear.named_parameters()), tmp_path / "a.safetensors")
+    tensors = vision.read_safetensors(tmp_path / "a.safetensors")
+    mapped = {tensor.data_ptr() for tensor in tensors.values()}
+    vision.load_renamed(linear, tensors, {"weight": ["weight"], "bias": ["bias"]}, "", "here")
+    assert not tensors and not mapped & {p.data_ptr() for p in linear.parameters()}
+
+
+def test_tensors_of_a_file_with_many_segments_are_all_there(tmp_path, monkeypatch):
+    tensors = {f"t{i}": torch.randn(i, 700) for i in range(30)}
+    vision.write_safetensors(tensors, tmp_path / "a.safetensors")
+    for segment in (1, 5000, 10 ** 9):  # bytes: each tensor its own, some together, all in one
+        monkeypatch.setattr(vision, "SEGMENT", segment)
+        again = vision.read_safetensors(tmp_path / "a.safetensors")
+        assert list(again) == list(vision.read_header(tmp_path / "a.safetensors")[0])
+        assert all(torch.equal(again[name], tensors[name]) for name in tensors)
+
+
 def test_shards_that_do_not_match_their_index_are_one_line(tmp_path):
     index = tmp_path / "model.safetensors.index.json"
     assert fails(lambda: vision.read_safetensors(tmp_path), index)
