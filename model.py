@@ -695,11 +695,15 @@ def load_llava(folder, device="cpu", dtype=torch.float32) -> VLM:
     "From a Hugging Face folder of LLaVA-OneVision, or of a LLaVA with SigLIP and Qwen2."
     folder = Path(folder)
     hf = read_json(folder / "config.json")
-    # What we would compute differently is refused. (None: left out, as it equals Hugging Face's default.)
-    for key, ours in (("projector_hidden_act", ("gelu", None)), ("vision_feature_select_strategy", ("full", )),
-                      ("vision_aspect_ratio", ("anyres_max_9", None))):
-        if hf.get(key) not in ours:
-            raise ValueError(f"{folder}/config.json: {key} {hf.get(key)!r} is not supported, only {ours[0]!r}")
+    newline = hf["model_type"] == "llava_onevision"
+    # What is left out equals Hugging Face's default, which is not the same for both types.
+    hf = {"vision_feature_select_strategy": "full" if newline else "default", "vision_feature_layer": -1 if newline else
+          -2, "image_token_index": 151646 if newline else 32000, **hf}
+    # What we would compute differently is refused.
+    for key, ours in (("projector_hidden_act", "gelu"), ("vision_feature_select_strategy", "full"),
+                      ("vision_aspect_ratio", "anyres_max_9")):
+        if hf.get(key, ours) != ours:
+            raise ValueError(f"{folder}/config.json: {key} {hf[key]!r} is not supported, only {ours!r}")
     tensors = {}
     for name, tensor in read_safetensors(folder).items():
         # The hub's files begin with the part's name, and what transformers 5 writes with "model." and no inner name.
@@ -713,16 +717,15 @@ def load_llava(folder, device="cpu", dtype=torch.float32) -> VLM:
             tensors[f"{part}.{rest}".removesuffix(".")] = tensor
     decoder = gpt_config(hf["text_config"], folder)
     decoder.tie_word_embeddings = "language_model.lm_head.weight" not in tensors
-    vision, newline = vit_config(hf["vision_config"], folder), hf["model_type"] == "llava_onevision"
+    vision, layer = vit_config(hf["vision_config"], folder), hf["vision_feature_layer"]
     vision.pad = newline
-    layer = hf.get("vision_feature_layer", -1 if newline else -2)
     if type(layer) is not int:
         raise ValueError(f"{folder}/config.json: vision_feature_layer {layer} is not supported, only a single number")
     # Hugging Face counts the embeddings as layer 0, so layer 26 of 26 is our -1, as their -1 is.
     config = fit(VLMConfig(
         vision, BridgeConfig(kind="mlp", layer=layer if layer < 0 else layer - vision.num_hidden_layers - 1,
                              newline=newline), decoder, pretrained_vision=hf["model_type"], preset="",
-        image_pad=hf.get("image_token_index", hf.get("image_token_id", -1)), generation=generation_config(folder)))
+        image_pad=hf["image_token_index"], generation=generation_config(folder)))
     with torch.device("meta"):
         vlm = VLM(config)
     load_renamed(vlm, tensors, LLAVA_NAMES, "", str(folder), device, dtype)

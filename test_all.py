@@ -1425,6 +1425,24 @@ def test_onevision_reads_the_layer_and_head_that_its_config_names(tmp_path, tied
                    @ vlm.gpt.head_weight.t(), expected) < 1e-4
 
 
+@needs("transformers")
+def test_a_llava_that_computes_otherwise_is_refused(tmp_path):
+    save_onevision(tmp_path)
+    good = (tmp_path / "config.json").read_text()
+    for key, value in (("projector_hidden_act", "relu"), ("vision_feature_select_strategy", "default"),
+                       ("vision_feature_layer", [-1, -2]), ("vision_aspect_ratio", "anyres_max_4")):
+        change_config(tmp_path, lambda config: config.update({key: value}))
+        assert fails(lambda: model.load_checkpoint(tmp_path), tmp_path, key)
+        (tmp_path / "config.json").write_text(good)
+
+    def sparse(config):  # as the hub has it: what equals a default is left out
+        for key in ("vision_feature_select_strategy", "vision_feature_layer", "projector_hidden_act"):
+            config.pop(key, None)
+    whole = model.load_checkpoint(tmp_path)
+    change_config(tmp_path, sparse)
+    assert asdict(model.load_checkpoint(tmp_path).config) == asdict(whole.config)
+
+
 def test_tiles_take_as_many_tokens_as_the_reference_counts():
     # At 384 pixels a side: figures of transformers' own processor.
     for (height, width), tokens in {(384, 384): 1485, (480, 640): 2929, (899, 1024): 6551, (1080, 1920): 7269}.items():
