@@ -3866,8 +3866,11 @@ def test_evaluations_and_checkpoints_on_the_way(trained, tmp_path, monkeypatch):
 
 def test_the_first_chapter_reads_with_a_short_window(trained, tmp_path):
     # In a window of 24 tokens many dialogues have nothing left to learn; they are skipped, not stumbled over.
-    ran = run("train_base", *QUICK, f"--out_dir={tmp_path}", f"--init={trained[0] / 'tiny/base'}", "--seq_len=24")
+    flags = [*QUICK, f"--out_dir={tmp_path}", f"--init={trained[0] / 'tiny/base'}"]
+    ran = run("train_base", *flags, "--seq_len=24")
     assert ran.code == 0 and ran.result["bits_per_byte"] > 0
+    # What does not fit is cut, and it says how often: cut ends train without any error.
+    assert "--seq_len=24 and are cut" in ran.err and "are cut" not in run("train_base", *flags).err
 
 
 # ----------------------------------------------------------------------------------------------------------------------

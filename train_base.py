@@ -466,6 +466,12 @@ def start_data(flags, setup: Setup, vlm: VLM, tokenizer: Tokenizer, task: str, s
     dataset, held = data.load_data(flags.data, task, flags.seed, flags.eval_size, flags.val, tokenizer.encode,
                                    tokenizer.endoftext, flags.seq_len)
     render = to_document(tokenizer, vlm, flags.seq_len, learn_all=task == "text")
+    # Cut conversations train without any error, and the model never learns how they end: say how many there are.
+    whole = to_document(tokenizer, vlm, seq_len=10 ** 9, learn_all=True)
+    first = [whole(record, i) for i in range(100) if "messages" in (record := dataset[i])]
+    cut = sum(len(document.ids) - 1 > flags.seq_len for document in first if document)
+    if cut:
+        setup.say(f"{cut} of {len(first)} conversations are longer than --seq_len={flags.seq_len} and are cut at their end")
     saved = state.get("data") or [None] * lanes  # each lane's place in the data; None: from the start
     if len(saved) != lanes:
         raise ValueError(f"--resume: the run was started with {len(saved)} micro-batches a step, "
