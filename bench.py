@@ -39,7 +39,7 @@ FLAGS = {
     # With half of 2,000 questions right, the 95 % interval reaches 2 points to each side; of 100 questions, 10 points.
     "eval_size": (2000, "questions at most"),
     "batch_size": (None, "speed, memory: rows per training step; speed: prompts decoded at once"),
-    "micro_batch_size": (0, "speed, memory: rows per forward pass; 0: batch_size"),
+    "micro_batch_size": (0, "memory: rows per forward pass; 0: batch_size"),
     "seq_len": (None, "speed, memory: tokens per row"),
     "lora_rank": (0, "speed, memory: as in training"),
     "activation_checkpointing": (False, "speed, memory: as in training"),
@@ -209,8 +209,9 @@ def line(measure, a: int, b: int) -> tuple[float, float]:
 
 def predict(flags, stage: str, lora: int):
     """
-    A function: rows per forward pass, with activation checkpointing or not -> GiB that a stage needs at its peak, by part. bfloat16 with float32 weights,
-    compiled. Small inputs go through one real layer of each kind, on the CPU; the rest is arithmetic.
+    A function: rows per forward pass, with activation checkpointing or not -> GiB that a stage needs at its peak, by
+    part. bfloat16 with float32 weights, compiled. Small inputs go through one real layer of each kind, on the CPU; the
+    rest is arithmetic.
     """
     config = preset(flags.model, flags.bridge)
     config.lora_rank, decoder, vision = lora, config.decoder, config.vision

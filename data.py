@@ -1255,6 +1255,7 @@ LLAVA = CONFIGS | {
     "merges.txt": (1_671_853, "8831e4f1a044471340f7c0a83d7bd71306a5b867e95fd870f74d0c5308a904d5")}
 SIGLIP = dict.fromkeys(["config.json", "preprocessor_config.json"], ANY)
 RESEARCH = "Qwen Research licence: non-commercial use only"
+DEFAULT_VISION = "siglip2-large-patch16-256"  # the encoder that a Qwen gets unless another is named
 TOWER = "vision_model."  # the rest of a SigLIP file, more than half of it, is a text encoder, which we never use
 
 
@@ -1403,14 +1404,14 @@ def authorization() -> dict:
     return {"Authorization": f"Bearer {token}"} if token else {}
 
 
-def request(session, method: str, url: str, what: str, headers: dict, accept=()) -> tuple:
+def request(web, method: str, url: str, what: str, headers: dict, accept=()) -> tuple:
     "-> (the reply, the headers that the hub itself sent on the way to it). Statuses of 400 and more are errors."
     # Redirects by hand. For large files the hub sends us on to a storage host, with a signature in the address that
     # holds for minutes only, so that each attempt starts at the hub. Our token is none of that host's business.
     host, hub = urlsplit(url)[:2], requests.structures.CaseInsensitiveDict()  # host: scheme, and name with port
     for _ in range(10):
         home = urlsplit(url)[:2] == host
-        reply = session.request(method, url, headers=headers | (authorization() if home else {}), timeout=TIMEOUT,
+        reply = web.request(method, url, headers=headers | (authorization() if home else {}), timeout=TIMEOUT,
                                 stream=method == "GET", allow_redirects=False)
         hub.update(reply.headers if home else {})
         url = urljoin(url, reply.headers.get("Location", ""))
@@ -1449,14 +1450,14 @@ def retry(what: str, attempt, say, size=lambda: 0):
         time.sleep(seconds)
 
 
-def look_up(session, repository: Repository, revision: str, name: str, say, optional=False) -> Piece | None:
+def look_up(web, repository: Repository, revision: str, name: str, say, optional=False) -> Piece | None:
     "What the server says of a file, held against the table before a byte is fetched. None: not there."
     what = f"{repository.hub}, {name}"
 
     def url(revision: str) -> str:
         return f"{endpoint()}/{repository.hub}/resolve/{quote(revision, safe='')}/{quote(name)}"
 
-    reply, hub = retry(what, lambda: request(session, "HEAD", url(revision), what, {}, [404] if optional else []), say)
+    reply, hub = retry(what, lambda: request(web, "HEAD", url(revision), what, {}, [404] if optional else []), say)
     if reply.status_code == 404:
         return None
     # a redirect's own Content-Length is that of the redirect
@@ -1473,12 +1474,12 @@ def look_up(session, repository: Repository, revision: str, name: str, say, opti
     return Piece(name, what, url(commit), commit, etag, sha256 or etag, total, total)
 
 
-def pour(session, piece: Piece, file, progress=lambda size: None) -> None:
+def pour(web, piece: Piece, file, progress=lambda size: None) -> None:
     "One connection: appends what it brings to the file, which may be in memory."
     start = piece.begin + file.tell() - len(piece.head)   # the next byte, counted in the server's file
     stop = piece.begin + piece.size - len(piece.head)
     cut, resumed = stop - piece.begin < piece.total, start > piece.begin
-    reply, hub = request(session, "GET", piece.url, piece.what,
+    reply, hub = request(web, "GET", piece.url, piece.what,
                          {"Range": f"bytes={start}-{stop - 1}"} if cut or resumed else {}, [416] if resumed else [])
     with reply:
         # Two versions of a file must not be mixed where no hash of the whole can tell. TRAP: If-Range would ask the
@@ -1503,13 +1504,13 @@ def pour(session, piece: Piece, file, progress=lambda size: None) -> None:
     raise Dropped("the connection closed early", 0)
 
 
-def cut_out(session, piece: Piece, prefix: str, say) -> Piece:
+def cut_out(web, piece: Piece, prefix: str, say) -> Piece:
     "Of a safetensors file only the tensors with a prefix, if they lie side by side: a smaller file of the same kind."
     # 8 bytes with the header's length, {name: {"dtype", "shape", "data_offsets": [begin, end]}} counted from the
     # header's end, the data. The hub's SigLIP files are sorted by name: text_model before vision_model.
     def read(start: int, stop: int) -> bytes:
         part, file = replace(piece, begin=start, size=stop - start), io.BytesIO()
-        retry(piece.what, lambda: pour(session, part, file), say, file.tell)
+        retry(piece.what, lambda: pour(web, part, file), say, file.tell)
         return file.getvalue()
 
     length = int.from_bytes(read(0, 8), "little")  # any 8 bytes make a number: checked before that much is asked for
@@ -1534,17 +1535,17 @@ def cut_out(session, piece: Piece, prefix: str, say) -> Piece:
     return replace(piece, begin=8 + length + begin, size=len(head) + held, head=head)
 
 
-def plan(session, repository: Repository, folder: Path, say) -> list[Piece]:
+def plan(web, repository: Repository, folder: Path, say) -> list[Piece]:
     "What is still to be fetched, the weights last. Nothing is yet, but headers and the index of shards."
     record, revision = folder / "commit", repository.revision
     with contextlib.suppress(OSError):
         # A branch moves on, and files that are fetched on two days would be of two commits. So the first day's commit
         # is kept; delete the folder for a newer one.
         revision = record.read_text() or revision
-    ask = functools.partial(look_up, session, repository, say=say)
+    ask = functools.partial(look_up, web, repository, say=say)
     if repository.files:
         pieces = [ask(revision, name) for name in lacking(repository, folder)]
-        return [cut_out(session, piece, repository.prefix, say) if piece.name == SINGLE and repository.prefix
+        return [cut_out(web, piece, repository.prefix, say) if piece.name == SINGLE and repository.prefix
                 else piece for piece in pieces]
     pieces = [ask(revision, "config.json")]
     record.write_text(revision := pieces[0].commit)  # from here on all is asked of this commit
@@ -1553,7 +1554,7 @@ def plan(session, repository: Repository, folder: Path, say) -> list[Piece]:
         pieces += [ask(revision, name, optional=True) for name in ("vocab.json", "merges.txt")]
     weights = [ask(revision, SINGLE, optional=True)]
     if not weights[0]:  # then in shards, and only the index knows how many
-        download(session, ask(revision, INDEX), folder, say)
+        download(web, ask(revision, INDEX), folder, say)
         weights = [ask(revision, name) for name in read_shards(folder)]
     return [piece for piece in pieces + weights if piece and not (folder / piece.name).exists()]
 
@@ -1586,7 +1587,7 @@ def check_hash(path: Path, expected: str) -> None:
                          "run again to fetch it anew")
 
 
-def download(session, piece: Piece, folder: Path, say) -> None:
+def download(web, piece: Piece, folder: Path, say) -> None:
     target, part = folder / piece.name, folder / f"{piece.name}.part"
     try:
         with open(part, "a+b") as file:
@@ -1598,7 +1599,7 @@ def download(session, piece: Piece, folder: Path, say) -> None:
             with tqdm(total=piece.size, initial=file.tell(), desc=piece.name, unit="B", unit_scale=True,
                       disable=None) as bar:  # None: only on a terminal, not in a log file
                 if file.tell() < piece.size:
-                    retry(piece.what, lambda: pour(session, piece, file, lambda size: bar.update(size - bar.n)), say,
+                    retry(piece.what, lambda: pour(web, piece, file, lambda size: bar.update(size - bar.n)), say,
                           file.tell)
             file.flush()
             os.fsync(file.fileno())  # on the disk before the name: else a power cut could leave a name without bytes
@@ -1639,15 +1640,15 @@ def fetch(name: str, say=note) -> Path:
     need(not offline, f"{folder}: lacks {', '.join(lacking(repository, folder))}, and {''.join(offline[:1])} is set; "
                       f"run python data.py --download={name} once without it")
     folder.mkdir(parents=True, exist_ok=True)
-    with locked(folder, say), requests.Session() as session:
-        session.headers["Accept-Encoding"] = "identity"  # else small files come zipped, with no length, another ETag
+    with locked(folder, say), requests.Session() as web:
+        web.headers["Accept-Encoding"] = "identity"  # else small files come zipped, with no length, another ETag
         # TRAP: without an auth of ours, requests looks into ~/.netrc and puts what it finds in our token's place.
-        session.auth = lambda request: request
+        web.auth = lambda request: request
         if lacking(repository, folder):  # who had to wait for the lock finds all there
-            pieces = plan(session, repository, folder, say)
+            pieces = plan(web, repository, folder, say)
             announce(repository, pieces, folder, say)
             for piece in pieces:
-                download(session, piece, folder, say)
+                download(web, piece, folder, say)
     return folder
 
 
@@ -1680,8 +1681,8 @@ def main() -> None:
     parser.add_argument("--data", default="world", help="world, or a file of records to check [world]")
     parser.add_argument("--out", default="world.png", help="where the world's contact sheet goes [world.png]")
     parser.add_argument("--download", default="", help="what to fetch: names joined by commas; list shows them [off]")
-    parser.add_argument("--vision", default="siglip2-large-patch16-256",
-                        help="fetched along with any qwen2.5-*, \"\" is none [siglip2-large-patch16-256]")
+    parser.add_argument("--vision", default=DEFAULT_VISION,
+                        help="fetched along with any qwen2.5-*, \"\" is none [%(default)s]")
     flags = parser.parse_args()
     if flags.download:
         return download_all(flags.download, flags.vision)

@@ -63,7 +63,6 @@ class VLMConfig:
     bridge: BridgeConfig = field(default_factory=BridgeConfig)
     decoder: GPTConfig = field(default_factory=GPTConfig)
     pretrained_vision: str = ""       # the released encoder's name; then the ViT stays frozen in every stage
-    image_pad: int = -1               # the id whose embedding the picture's tokens replace; set from the tokenizer
     preset: str = "tiny"              # also the folder under --out_dir in which its checkpoints lie
     generation: dict = field(default_factory=dict)  # the publisher's temperature, top_k, ...; ours: empty, greedy
     lora_rank: int = 0                # above 0: the decoder's matrices are frozen, and thin ones beside them learn
@@ -96,9 +95,8 @@ QWEN = {
 }
 for _name, _decoder in list(QWEN.items()):  # the instruct models have the same shapes
     QWEN[_name + "-instruct"] = replace(_decoder, max_position_embeddings=32768)
-DEFAULT_VISION = "siglip2-large-patch16-256"
-PRESETS |= {_name: VLMConfig(SIGLIP[DEFAULT_VISION], BridgeConfig(), _decoder, pretrained_vision=DEFAULT_VISION)
-            for _name, _decoder in QWEN.items()}
+PRESETS |= {_name: VLMConfig(SIGLIP[data.DEFAULT_VISION], BridgeConfig(), _decoder,
+                             pretrained_vision=data.DEFAULT_VISION) for _name, _decoder in QWEN.items()}
 # A finished public model: SigLIP so400m without its last layer, an MLP, Qwen2-0.5B with a few more rows of padding.
 PRESETS["llava-ov-0.5b"] = VLMConfig(
     replace(SIGLIP["siglip-so400m-patch14-384"], num_hidden_layers=26, pad=True),
@@ -111,6 +109,12 @@ def fit(config: VLMConfig) -> VLMConfig:
     config.bridge.vision_size, config.bridge.text_size = config.vision.hidden_size, config.decoder.hidden_size
     config.bridge.num_patches = config.vision.num_patches
     return config
+
+
+def check_name(model: str) -> None:
+    "Before anything is loaded: a preset, or what may be a hub id or a path."
+    if model not in PRESETS and "/" not in model:
+        raise ValueError(f"--model={model}: unknown; choose from {', '.join(PRESETS)}, or give a hub id, Org/Name")
 
 
 def preset(name: str, bridge: str = "") -> VLMConfig:
@@ -347,8 +351,8 @@ def gpt_config(hf: dict, folder: Path) -> GPTConfig:
     config = GPTConfig(**{f.name: hf[f.name] for f in fields(GPTConfig) if f.name in hf})
     heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
     if min(heads, kv_heads) < 1 or config.hidden_size % heads or heads % kv_heads:
-        raise ValueError(f"{folder}/config.json: hidden_size {config.hidden_size}, {heads} heads and {kv_heads} key and "
-                         "value heads do not divide; is the file whole?")
+        raise ValueError(f"{folder}/config.json: hidden_size {config.hidden_size}, {heads} heads and {kv_heads} key "
+                         "and value heads do not divide; is the file whole?")
     return config
 
 
@@ -683,8 +687,8 @@ def load_checkpoint(folder, device="cpu", dtype=torch.float32) -> VLM:
 
 LLAVA = ("llava_onevision", "llava")  # model types: with and without a newline token and tiles
 LLAVA_NAMES = {
-    **{f"vit.{ours}": [f"vision_tower.vision_model.{name}" for name in theirs] for ours, theirs in SIGLIP_NAMES.items()},
-    **{f"gpt.{ours}": [f"language_model.{name}" for name in theirs] for ours, theirs in QWEN_NAMES.items()},
+    **{f"vit.{ours}": [f"vision_tower.vision_model.{n}" for n in theirs] for ours, theirs in SIGLIP_NAMES.items()},
+    **{f"gpt.{ours}": [f"language_model.{n}" for n in theirs] for ours, theirs in QWEN_NAMES.items()},
     "bridge.fc1.*": ["multi_modal_projector.linear_1.*"],
     "bridge.fc2.*": ["multi_modal_projector.linear_2.*"],
     "bridge.newline": ["image_newline"],
@@ -697,8 +701,8 @@ def load_llava(folder, device="cpu", dtype=torch.float32) -> VLM:
     hf = read_json(folder / "config.json")
     newline = hf["model_type"] == "llava_onevision"
     # What is left out equals Hugging Face's default, which is not the same for both types.
-    hf = {"vision_feature_select_strategy": "full" if newline else "default", "vision_feature_layer": -1 if newline else
-          -2, "image_token_index": 151646 if newline else 32000, **hf}
+    hf = {"vision_feature_select_strategy": "full" if newline else "default",
+          "vision_feature_layer": -1 if newline else -2, **hf}
     # What we would compute differently is refused.
     for key, ours in (("projector_hidden_act", "gelu"), ("vision_feature_select_strategy", "full"),
                       ("vision_aspect_ratio", "anyres_max_9")):
@@ -725,7 +729,7 @@ def load_llava(folder, device="cpu", dtype=torch.float32) -> VLM:
     config = fit(VLMConfig(
         vision, BridgeConfig(kind="mlp", layer=layer if layer < 0 else layer - vision.num_hidden_layers - 1,
                              newline=newline), decoder, pretrained_vision=hf["model_type"], preset="",
-        image_pad=hf["image_token_index"], generation=generation_config(folder)))
+        generation=generation_config(folder)))
     with torch.device("meta"):
         vlm = VLM(config)
     load_renamed(vlm, tensors, LLAVA_NAMES, "", str(folder), device, dtype)
@@ -736,7 +740,7 @@ def generation_config(folder) -> dict:
     "How the publisher samples: options of `generate`."
     path = Path(folder) / "generation_config.json"
     hf = read_json(path) if path.exists() else {}
-    # TRAP: without do_sample the other entries are leftovers and the checkpoint is greedy, but the penalty still counts.
+    # TRAP: without do_sample the other entries are leftovers, for the checkpoint is greedy; the penalty still counts.
     keys = ("temperature", "top_k", "top_p", "repetition_penalty") if hf.get("do_sample") else ("repetition_penalty", )
     return {key: hf[key] for key in keys if hf.get(key) is not None}
 
@@ -754,7 +758,7 @@ def load_pretrained(name: str, vision: str = "", bridge: str = "", device="cpu",
         vlm = load_llava(folder, device, dtype)
     else:
         gpt = GPT.from_pretrained(folder, device, dtype)
-        vision = vision or DEFAULT_VISION
+        vision = vision or data.DEFAULT_VISION
         vit = None if blind else ViT.from_pretrained(find(vision), device, dtype)
         config = VLMConfig(vit and vit.config, BridgeConfig(kind=bridge or "perceiver"), gpt.config,
                            pretrained_vision=vision, generation=generation_config(folder))
@@ -791,7 +795,7 @@ def export(folder, vlm: VLM, tokenizer, decoder_only: bool = False, dtype=torch.
         "eos_token_id": list(tokenizer.stop_ids), "pad_token_id": tokenizer.endoftext,
         "do_sample": config.generation.get("temperature", 0) > 0, **config.generation}}
     if not decoder_only:
-        files |= llava_files(config, text)
+        files |= llava_files(config, text, tokenizer.image_pad)
     for name, content in files.items():
         (folder / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
     tensors = hub_tensors(vlm.gpt, QWEN_NAMES) if decoder_only else hub_tensors(vlm, LLAVA_NAMES)
@@ -818,7 +822,7 @@ def hub_tensors(module: nn.Module, table: dict, prefix: str = "") -> dict[str, t
     return tensors
 
 
-def llava_files(config: VLMConfig, text: dict) -> dict[str, dict]:
+def llava_files(config: VLMConfig, text: dict, image_pad: int) -> dict[str, dict]:
     "The JSON files of a LLaVA or LLaVA-OneVision folder, by name."
     vision, tiled, mean = config.vision, config.bridge.newline, [0.5, 0.5, 0.5]
     side, name = vision.image_size, "LlavaOnevision" if config.bridge.newline else "Llava"
@@ -827,7 +831,7 @@ def llava_files(config: VLMConfig, text: dict) -> dict[str, dict]:
     return {
         "config.json": {
             "model_type": LLAVA[0 if tiled else 1], "architectures": [f"{name}ForConditionalGeneration"],
-            "image_token_index": config.image_pad, "projector_hidden_act": "gelu", "multimodal_projector_bias": True,
+            "image_token_index": image_pad, "projector_hidden_act": "gelu", "multimodal_projector_bias": True,
             "vision_feature_layer": config.bridge.layer, "vision_feature_select_strategy": "full",
             "image_seq_length": vision.num_patches, "tie_word_embeddings": text["tie_word_embeddings"],
             "torch_dtype": text["torch_dtype"], "text_config": text, **layout,
@@ -841,6 +845,7 @@ def llava_files(config: VLMConfig, text: dict) -> dict[str, dict]:
             "do_normalize": True, "image_mean": mean, "image_std": mean, "do_convert_rgb": True, **layout},
         "processor_config.json": {
             "processor_class": f"{name}Processor", "vision_feature_select_strategy": "full",
-            **({"num_image_tokens": vision.num_patches, "image_token": "<image>", "video_token": "<video>"} if tiled else
-               {"patch_size": vision.patch_size, "image_token": "<|image_pad|>", "num_additional_image_tokens": 0})},
+            **({"num_image_tokens": vision.num_patches, "image_token": "<image>", "video_token": "<video>"} if tiled
+               else {"patch_size": vision.patch_size, "image_token": "<|image_pad|>",
+                     "num_additional_image_tokens": 0})},
     }

@@ -24,7 +24,7 @@ import torch
 
 # No train_base.py: asking must not load the training code. Hence this file's own flags and choice of device.
 import data
-from model import PRESETS, VLM, export, load_checkpoint, load_pretrained, newest_checkpoint, respond
+from model import PRESETS, VLM, check_name, export, load_checkpoint, load_pretrained, newest_checkpoint, respond
 from tokenizer import Tokenizer
 from vision import cut_tiles, load_image, preprocess
 
@@ -77,8 +77,8 @@ def parse_flags(argv=None) -> argparse.Namespace:
     parser.error = lambda message: parser.exit(
         2, f"error: {message}{did_you_mean(message, vars(parser.parse_args([])))} (--help lists all flags)\n")
     flags = parser.parse_args(argv)
-    if flags.model and flags.model not in PRESETS and "/" not in flags.model:
-        raise ValueError(f"--model={flags.model}: unknown; choose from {', '.join(PRESETS)}, or give a hub id, Org/Name")
+    if flags.model:
+        check_name(flags.model)
     # argparse knows types, not ranges. Checked before the model is loaded: a slip should not cost that wait.
     top_p, penalty = (1 if x is None else x for x in (flags.top_p, flags.repetition_penalty))
     if not 0 < top_p <= 1 or min(flags.temperature or 0, flags.top_k or 0) < 0 or penalty <= 0 \

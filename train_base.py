@@ -31,8 +31,8 @@ from PIL import Image, ImageDraw, ImageFont
 from tqdm import tqdm
 
 import data
-from model import (PRESETS, VLM, fit, load_checkpoint, load_pretrained, newest_checkpoint, preset, read_json,
-                   read_metadata, read_safetensors, recover, respond, run_name, save_checkpoint)
+from model import (PRESETS, VLM, check_name, fit, load_checkpoint, load_pretrained, newest_checkpoint, preset,
+                   read_json, read_metadata, read_safetensors, recover, respond, run_name, save_checkpoint)
 from tokenizer import Tokenizer
 from vision import SIGLIP, ViT, load_image, preprocess
 
@@ -50,8 +50,8 @@ SHARED_FLAGS = {  # name: (default, meaning); None = a default of each model, fr
     "out_dir": ("out", "checkpoints go to OUT_DIR/MODEL/STAGE"),
     "data": ("world", "world, or files (see data.py), comma-separated, each with an optional :weight"),
     "val": ("", "file of held-out records; empty: a part of --data is set aside, by picture"),
-    # One step. Out of memory? Halve --micro_batch_size: the step stays as large, it only takes more passes. Then the two
-    # below the rows: bench.py --what=memory tells what they save.
+    # One step. Out of memory? Halve --micro_batch_size: the step stays as large, it only takes more passes. Then the
+    # last two of this group: bench.py --what=memory tells what they save.
     "batch_size": (None, "packed rows per optimizer step, over all GPUs"),
     "micro_batch_size": (0, "rows per forward pass; 0: batch_size / number of GPUs. Lower it when memory runs out"),
     "seq_len": (None, "tokens per packed row"),
@@ -108,8 +108,8 @@ def parse_flags(doc: str, flags: dict, by_model: dict[str, dict], argv=None) -> 
         parser.add_argument(f"--{name}", default=default, metavar=kind.__name__.upper(), help=f"{meaning} [{shown}]",
                             **extra)
     out = parser.parse_args(argv)
-    if "model" in flags and out.model not in PRESETS and "/" not in out.model:
-        raise ValueError(f"--model={out.model}: unknown; choose from {', '.join(PRESETS)}, or give a hub id, Org/Name")
+    if "model" in flags:
+        check_name(out.model)
     # None: not given. Only now is the model known, and with it the default. All released models share theirs.
     scratch = getattr(out, "model", "") in FROM_SCRATCH
     if getattr(out, "optimizer", "") == "auto":
@@ -223,7 +223,6 @@ def begin(flags, setup: Setup, make_tokenizer) -> tuple[VLM, Tokenizer, str]:
     # has rows: the rest is never sampled (vocab_used).
     config = preset(flags.model, flags.bridge)
     tokenizer = make_tokenizer(config.decoder.vocab_size)
-    config.image_pad = tokenizer.image_pad
     if not flags.vision:
         return VLM(config), tokenizer, "random weights"
     vit = ViT.from_pretrained(data.fetch(flags.vision))
@@ -471,7 +470,8 @@ def start_data(flags, setup: Setup, vlm: VLM, tokenizer: Tokenizer, task: str, s
     first = [whole(record, i) for i in range(100) if "messages" in (record := dataset[i])]
     cut = sum(len(document.ids) - 1 > flags.seq_len for document in first if document)
     if cut:
-        setup.say(f"{cut} of {len(first)} conversations are longer than --seq_len={flags.seq_len} and are cut at their end")
+        setup.say(f"{cut} of {len(first)} conversations are longer than --seq_len={flags.seq_len} and are cut at "
+                  "their end")
     saved = state.get("data") or [None] * lanes  # each lane's place in the data; None: from the start
     if len(saved) != lanes:
         raise ValueError(f"--resume: the run was started with {len(saved)} micro-batches a step, "
@@ -716,8 +716,8 @@ def finish(setup: Setup, log: Log, **results) -> None:
 
 STAGE = "base"
 # The rates for released models are those under which LLaVA and others trained such models further (2310.03744).
-# A step of tiny reads 16 x 256 = 4,096 tokens. Text alone is learned faster at 0.005 (0.22 bits per byte, not 0.26), but
-# then chapter 3 learns slower: what was pressed in hard is harder to reshape.
+# A step of tiny reads 16 x 256 = 4,096 tokens. Text alone is learned faster at 0.005 (0.22 bits per byte after 140
+# steps, not 0.28), but then chapter 3 learns slower: what was pressed in hard is harder to reshape.
 BY_MODEL = {"tiny": {"batch_size": 16, "seq_len": 256, "steps": 100, "lr": 0.002},
             "small": {"batch_size": 64, "seq_len": 1024, "steps": 3000, "lr": 0.003},
             "released": {"batch_size": 16, "seq_len": 2048, "steps": 1000, "lr": 1e-5}}
