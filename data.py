@@ -44,6 +44,7 @@ import tarfile
 import time
 import zipfile
 import zlib
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
@@ -1031,8 +1032,30 @@ def pack(documents: list[Document], rows: int, seq_len: int,
             slots.append(np.arange(image_tokens) + row * seq_len + at + slot)
         placed.append(doc)
     batch = {"ids": ids, "targets": targets, "positions": positions, "documents": numbers, "weights": weights,
-             "slots": np.concatenate(slots) if slots else np.zeros(0, dtype=np.int64)}  # [pictures * image_tokens]
+             "slots": np.concatenate(slots) if slots else np.zeros(0, dtype=np.int64),  # [pictures * image_tokens]
+             "learned": np.flatnonzero(targets >= 0),  # places in targets.flatten(): the others never reach the head
+             "boundaries": boundaries(numbers) if max(count) > 1 else None}
     return batch, placed, waiting
+
+
+def boundaries(numbers: np.ndarray) -> np.ndarray:
+    """
+    Document ids [rows, seq_len] -> int32 [D + 1]: in the flat array document i lies from [i] up to [i + 1].
+    """
+    change = np.ones(numbers.shape, dtype=bool)  # a row's first place always begins one
+    change[:, 1:] = numbers[:, 1:] != numbers[:, :-1]
+    starts = np.flatnonzero(change)
+    # Filled up to a power of two with empty documents: a length that differs each time would be compiled each time.
+    size = 1 << (len(starts) - 1).bit_length()
+    return np.append(starts, np.full(size - len(starts) + 1, numbers.size)).astype(np.int32)
+
+
+@lru_cache
+def threads(process: int) -> tuple[ThreadPoolExecutor, ThreadPoolExecutor]:
+    """-> (the one thread that prepares batches, those that draw their pictures), started when they are needed."""
+    # Two pools: in one, the batch would wait for pictures, and they for the thread in which it waits. Above 16 threads
+    # Python's lock is the limit. New ones in each process, as in open_zip: a forked one has the pools but no threads.
+    return ThreadPoolExecutor(1), ThreadPoolExecutor(min(16, os.cpu_count()))
 
 
 def to_batch(arrays: dict, placed: list[Document], to_pixels) -> dict:
@@ -1045,9 +1068,13 @@ def to_batch(arrays: dict, placed: list[Document], to_pixels) -> dict:
     # The last chance: from here on, a picture at another's place trains without any error.
     assert len(pictures) == sum(len(doc.slots) for doc in placed), \
         f"pictures and places disagree near {placed[0].record['id']}"
-    batch = {name: torch.from_numpy(array) for name, array in arrays.items()}
-    batch["pixels"] = torch.stack([to_pixels(source, record) for source, (_, record) in index.items()]) \
-        if index else None                                        # uint8 [n, 3, S, S]: a quarter of float32 to move
+    batch = {name: None if array is None else torch.from_numpy(array) for name, array in arrays.items()}
+    # Pillow lets go of Python's lock while it decodes and resizes: several threads, and still in order. The world's own
+    # drawings are Python throughout, and threads would only get into each other's way.
+    drawn = all(isinstance(source, Scene) for source in index)
+    run = map if drawn else threads(os.getpid())[1].map
+    pixels = list(run(to_pixels, index, [record for _, record in index.values()]))  # uint8 [3, S, S] each
+    batch["pixels"] = torch.stack(pixels) if pixels else None     # uint8 [n, 3, S, S]: a quarter of float32 to move
     batch["pictures"] = torch.tensor(pictures, dtype=torch.long)  # [m]: which of the n each run of placeholders shows
     return batch
 
@@ -1055,30 +1082,45 @@ def to_batch(arrays: dict, placed: list[Document], to_pixels) -> dict:
 class Loader:
     """
     An endless iterator of packed batches over a data set. `to_document(record, index)` renders one (None: leave it
-    out), `to_pixels(source, record)` draws one picture.
+    out), `to_pixels(source, record)` draws one picture. ahead: while a step computes, a thread prepares the next batch.
+    pin: into memory from which a GPU can fetch it by itself.
     """
 
-    def __init__(self, dataset, to_document, to_pixels, rows, seq_len, image_tokens, lane=0, lanes=1, state=None):
+    def __init__(self, dataset, to_document, to_pixels, rows, seq_len, image_tokens, lane=0, lanes=1, state=None,
+                 ahead=True, pin=False):
         self.dataset, self.to_document, self.to_pixels = dataset, to_document, to_pixels
-        self.rows, self.seq_len, self.image_tokens = rows, seq_len, image_tokens
+        self.rows, self.seq_len, self.image_tokens, self.ahead, self.pin = rows, seq_len, image_tokens, ahead, pin
         # Lane 1 of 4 takes records 1, 5, 9, ... A lane for each micro-batch of a step, not for each GPU: the data of a
         # step are the same however many GPUs share it.
         self.next, self.lanes = (state["next"] if state else lane), lanes
         self.waiting = [to_document(dataset[i], i) for i in state["waiting"]] if state else []
+        self.coming = {}  # {process: the next batch, under way}; a forked process finds none of its own, and starts one
 
     def state(self) -> dict:  # {"next": 1201, "waiting": [1181, 1197]}: indices are enough, record i can be made again
+        # After the batches handed out. The one under way is not among them: a resumed run makes it again.
         return {"next": self.next, "waiting": [d.index for d in self.waiting]}
 
     def __iter__(self):
         return self
 
     def __next__(self) -> dict:
+        # An error of the thread is raised here, by result(), and again at every later call: nothing has moved on.
+        process = os.getpid()
+        done = self.coming[process].result() if process in self.coming else self.prepare()
+        batch, self.next, self.waiting = done
+        if self.ahead:
+            self.coming = {process: threads(process)[0].submit(self.prepare)}
+        return batch
+
+    def prepare(self) -> tuple[dict, int, list[Document]]:
+        """-> (the next batch, `next` and `waiting` after it). TRAP: in a thread, so it must not change self."""
         documents, tokens, misfits = list(self.waiting), sum(len(d.ids) for d in self.waiting), 0
+        at = self.next
         # 2 % more than the rows hold: each document's last id takes no place, and with a few to spare the gaps at the
         # rows' ends are filled. Many more would only wait longer.
         while tokens < self.rows * self.seq_len * 1.02:
-            document = self.to_document(self.dataset[self.next], self.next)
-            self.next += self.lanes
+            document = self.to_document(self.dataset[at], at)
+            at += self.lanes
             if document is None:
                 misfits += 1
                 if misfits > 1000:  # a few long records are normal; if nothing fits, this would look for ever
@@ -1091,8 +1133,11 @@ class Loader:
         # short, since short ones still fit into the gaps that long ones leave.
         first = len(self.waiting)
         documents = documents[:first] + sorted(documents[first:], key=lambda d: -len(d.ids))
-        batch, placed, self.waiting = pack(documents, self.rows, self.seq_len, self.image_tokens)
-        return to_batch(batch, placed, self.to_pixels)
+        arrays, placed, waiting = pack(documents, self.rows, self.seq_len, self.image_tokens)
+        batch = to_batch(arrays, placed, self.to_pixels)
+        if self.pin:  # page-locked, it is sent while Python goes on; from other memory a copy to the GPU would wait
+            batch = {name: value if value is None else value.pin_memory() for name, value in batch.items()}
+        return batch, at, waiting
 
 
 # ----------------------------------------------------------------------------------------------------------------------

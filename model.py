@@ -17,6 +17,7 @@ Left out: sliding windows (no released Qwen2.5 uses them), dropout (none of the 
 texts.
 """
 import copy
+import inspect
 import json
 import math
 import os
@@ -28,12 +29,16 @@ from typing import Iterator
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from torch.nn.attention.varlen import varlen_attn
 from torch.utils.checkpoint import checkpoint
 
 import data
 from vision import (MOST_TILES, MOST_TOKENS, SIGLIP, SIGLIP_NAMES, Bridge, BridgeConfig, Tiles, ViT, ViTConfig,
                     init_linears, load_renamed, read_json, read_metadata, read_safetensors, renamed, vit_config,
                     write_safetensors)
+
+# PyTorch 2.11's FlashAttention takes fewer key than query heads unasked, later ones want to be told.
+GQA = {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Configurations
@@ -136,18 +141,17 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        # The weight may be a float32 master copy while x is bfloat16: rms_norm wants one type.
-        return F.rms_norm(x, (x.shape[-1],), self.weight.to(x.dtype), self.eps)
+        return F.rms_norm(x, (x.shape[-1],), self.weight, self.eps)  # float32 inside, whatever x is
 
 
 def rope_table(positions: torch.Tensor, config: GPTConfig) -> tuple[torch.Tensor, torch.Tensor]:
-    "positions [B, T] -> cos, sin [B, 1, T, d / 2]; the 1 stands for the heads, which all turn alike."
+    "positions [B, T] -> cos, sin [B, T, 1, d / 2]; the 1 stands for the heads, which all turn alike."
     d = config.head_dim
     # Radians per token: 1 for the first pair of channels, about a millionth for the last. Fast pairs tell neighbours
     # apart, slow ones tell chapters apart, as a clock has a hand for seconds and one for hours.
     frequencies = config.rope_theta ** (-torch.arange(0, d, 2, device=positions.device, dtype=torch.float32) / d)
     # float32 throughout: bfloat16 cannot tell position 1000 from 1001
-    angles = positions[:, None, :, None].float() * frequencies                                       # [B, 1, T, d/2]
+    angles = positions[:, :, None, None].float() * frequencies                                       # [B, T, 1, d/2]
     return angles.cos(), angles.sin()
 
 
@@ -158,59 +162,65 @@ def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tenso
     """
     # TRAP: channel i of the first half and channel i of the second are one pair. Llama's first code paired 2i with
     # 2i + 1, and weights trained for one pairing are noise in the other.
-    a, b = x.float().chunk(2, dim=-1)                                                          # [B, heads, T, d/2] each
-    return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1).to(x.dtype)                     # [B, heads, T, d]
+    a, b = x.float().chunk(2, dim=-1)                                                          # [B, T, heads, d/2] each
+    return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1).to(x.dtype)                     # [B, T, heads, d]
 
 
-class KVCache:
-    """
-    Keys and values of what was read so far, allocated once for the longest sequence: nothing grows or moves while
-    decoding.
-    """
+class BiasLinear(nn.Linear):
+    "Product and bias as two operations: torch.compile fuses either with its neighbours, and cannot look into one call."
 
-    def __init__(self, config: GPTConfig, batch: int, length: int, device, dtype):
-        # Qwen2.5-1.5B in bfloat16: 2 x 28 layers x 2 heads x 128 channels x 2 bytes = 28 KiB for each token of a row
-        shape = (config.num_hidden_layers, batch, config.num_key_value_heads, length, config.head_dim)
-        # zeros, not empty: a stray NaN would pass through a zero weight
-        self.k = torch.zeros(shape, device=device, dtype=dtype)                            # [L, B, kv heads, length, d]
-        self.v = torch.zeros(shape, device=device, dtype=dtype)
-        self.length = 0  # positions filled; the same for all rows, as prompts are padded on the left
-
-    def update(self, layer: int, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        "Append k, v [B, kv heads, T, d] of one layer; returns all its keys and values up to now."
-        # TRAP: `length` does not move here, for all layers write to the same columns. GPT.hidden moves it afterwards.
-        end = self.length + k.shape[2]
-        self.k[layer, :, :, self.length:end] = k
-        self.v[layer, :, :, self.length:end] = v
-        return self.k[layer, :, :, :end], self.v[layer, :, :, :end]
-
-    def repeat(self, n: int) -> None:
-        "Row i becomes rows i*n to i*n+n-1: several answers to one prompt, read only once."
-        self.k, self.v = self.k.repeat_interleave(n, dim=1), self.v.repeat_interleave(n, dim=1)
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return F.linear(x, self.weight) + self.bias
 
 
 class Attention(nn.Module):
-    def __init__(self, config: GPTConfig, layer: int):
+    def __init__(self, config: GPTConfig):
         super().__init__()
-        self.config, self.layer = config, layer
+        self.config = config
         H, d = config.hidden_size, config.head_dim
         # rows of query, key and value; 1536, 256 and 256 in Qwen2.5-1.5B
         self.sizes = [config.num_attention_heads * d, config.num_key_value_heads * d, config.num_key_value_heads * d]
-        self.qkv = nn.Linear(H, sum(self.sizes))       # Qwen has a bias here and nowhere else
+        self.qkv = BiasLinear(H, sum(self.sizes))      # Qwen has a bias here and nowhere else
         self.out = nn.Linear(H, H, bias=False)
 
-    def forward(self, x, rope, mask, cache) -> torch.Tensor:
+    def forward(self, x, rope, documents=None, cache=None) -> torch.Tensor:
+        """
+        x [B, T, H] -> [B, T, H], causal. documents: None, one a row; or what `document_mask` gives.
+        cache: None; or this layer's keys and values [2, B, kv heads, S, d] and the columns [B] at which one more token
+        a row is appended, None while the prompts are read, which fill the first T columns.
+        """
         B, T, H = x.shape
-        q, k, v = (part.view(B, T, -1, self.config.head_dim).transpose(1, 2)              # [B, heads or kv heads, T, d]
-                   for part in self.qkv(x).split(self.sizes, dim=-1))
+        q, k, v = (part.view(B, T, -1, self.config.head_dim) for part in self.qkv(x).split(self.sizes, dim=-1))
         # Values are not turned: where a word stands decides who finds it, not what it says.
-        q, k = rotate(q, *rope), rotate(k, *rope)
-        if cache is not None:  # keys are kept turned: their positions never change
-            k, v = cache.update(self.layer, k, v)                                               # [B, kv heads, keys, d]
+        q, k = rotate(q, *rope), rotate(k, *rope)                                            # [B, T, heads, d]
+        if isinstance(documents, tuple):
+            # FlashAttention over the documents themselves, laid end to end: what lies outside them is never computed.
+            (ends, longest), (q, k, v) = documents, (t.flatten(0, 1) for t in (q, k, v))     # [B * T, heads, d]
+            y = varlen_attn(q, k, v, ends, ends, longest, longest, window_size=(-1, 0), **GQA)  # (-1, 0): causal
+            return self.out(y.view(B, T, H))
+        q, k, v = (t.transpose(1, 2) for t in (q, k, v))                                     # [B, heads, T, d]
+        if cache is not None:
+            kept, columns = cache  # keys are kept turned: their positions never change
+            if columns is not None:
+                return self.out(self.look_back(q, torch.stack([k, v]), kept, columns).view(B, T, H))
+            kept[0, :, :, :T], kept[1, :, :, :T] = k, v
         # enable_gqa: query heads 0 to 5 read kv head 0, and so on, without copying it six times.
-        # TRAP: is_causal lines up query 0 with key 0. Once the cache holds something that is wrong: give a mask then.
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=True)
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=documents, is_causal=documents is None, enable_gqa=True)
         return self.out(y.transpose(1, 2).reshape(B, T, H))                                          # [B, T, H]
+
+    def look_back(self, q, new, kept, columns) -> torch.Tensor:
+        "One token a row: q [B, heads, 1, d], its key and value [2, B, kv heads, 1, d] -> [B, kv heads, group, d]."
+        kept[:, torch.arange(len(q), device=q.device), :, columns] = new[:, :, :, 0].transpose(0, 1)
+        # The query heads that share a kv head take the place of the tokens: they read the same keys, in one product.
+        q = q.view(len(q), new.shape[2], -1, q.shape[-1])                                            # [B, kv, group, d]
+        seen = torch.arange(kept.shape[3], device=q.device) <= columns[:, None]                      # [B, S]
+        if torch.compiler.is_compiling() and len(q) == 1:
+            # A single row leaves most of a GPU idle in SDPA's kernels, which go through the keys one after the other.
+            # Written out, the compiler spreads keys and channels over all of it, and never builds the 5 axes.
+            scores = (q.float()[:, :, :, None] * kept[0][:, :, None]).sum(-1) * q.shape[-1] ** -0.5  # [1, kv, group, S]
+            shares = scores.masked_fill(~seen, -torch.inf).softmax(-1)
+            return (shares[..., None] * kept[1][:, :, None]).sum(-2).to(q.dtype)
+        return F.scaled_dot_product_attention(q, kept[0], kept[1], attn_mask=seen[:, None, None])
 
 
 class MLP(nn.Module):
@@ -228,17 +238,17 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    def __init__(self, config: GPTConfig, layer: int):
+    def __init__(self, config: GPTConfig):
         super().__init__()
         self.norm1 = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.attention = Attention(config, layer)
+        self.attention = Attention(config)
         self.norm2 = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp = MLP(config)
 
-    def forward(self, x, rope, mask, cache) -> torch.Tensor:
+    def forward(self, x, rope, documents=None, cache=None) -> torch.Tensor:
         # Norms stand on the branches, not on x itself: the gradient has a straight way from the loss to layer 0.
-        x = x + self.attention(self.norm1(x), rope, mask, cache)  # tokens exchange what they know
-        return x + self.mlp(self.norm2(x))                        # each token thinks for itself
+        x = x + self.attention(self.norm1(x), rope, documents, cache)  # tokens exchange what they know
+        return x + self.mlp(self.norm2(x))                             # each token thinks for itself
 
 
 class LoRALinear(nn.Linear):
@@ -251,15 +261,15 @@ class LoRALinear(nn.Linear):
         nn.Module.__init__(self)  # not Linear's own: its weights would be drawn only to be replaced
         self.in_features, self.out_features = linear.in_features, linear.out_features
         self.weight, self.bias = linear.weight, linear.bias
-        device = linear.weight.device
-        self.lora_a = nn.Parameter(torch.randn(rank, self.in_features, device=device) * self.in_features ** -0.5)
-        self.lora_b = nn.Parameter(torch.zeros(self.out_features, rank, device=device))  # at first nothing is added
+        like = {"device": linear.weight.device, "dtype": linear.weight.dtype}
+        self.lora_a = nn.Parameter(torch.randn(rank, self.in_features, **like) * self.in_features ** -0.5)
+        self.lora_b = nn.Parameter(torch.zeros(self.out_features, rank, **like))  # at first nothing is added
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return super().forward(x) + F.linear(F.linear(x, self.lora_a), self.lora_b)
 
     def merged(self) -> torch.Tensor:
-        return self.weight + (self.lora_b @ self.lora_a).to(self.weight.dtype)                       # [out, in]
+        return self.weight + self.lora_b @ self.lora_a                                               # [out, in]
 
 
 def add_lora(block: Block, rank: int) -> None:
@@ -287,9 +297,10 @@ class GPT(nn.Module):
         self.config = config
         self.embed = nn.Embedding(config.vocab_size, config.hidden_size)
         nn.init.normal_(self.embed.weight, std=3 * config.hidden_size ** -0.5)  # as loud as what the blocks add to it
-        self.blocks = nn.ModuleList(Block(config, i) for i in range(config.num_hidden_layers))
+        self.blocks = nn.ModuleList(Block(config) for _ in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.activation_checkpointing = False  # True: see hidden
+        self.step = {}                         # Block.forward, compiled for decoding one row (True) or several (False)
         init_linears(self.blocks, outputs=("out", "down"), depth=config.num_hidden_layers)
         if not config.tie_word_embeddings:
             self.head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
@@ -299,29 +310,35 @@ class GPT(nn.Module):
         # looked up each time: a tied head that was stored would still be the old matrix after weights are loaded
         return self.embed.weight if self.config.tie_word_embeddings else self.head.weight            # [V, H]
 
-    def hidden(self, x: torch.Tensor, positions=None, mask=None, cache: KVCache | None = None) -> torch.Tensor:
+    def hidden(self, x: torch.Tensor, positions=None, documents=None, cache: "KVCache | None" = None) -> torch.Tensor:
         """
-        Embeddings x [B, T, H] -> [B, T, H] after the last norm. positions [B, T] count from 0 in each document, mask
-        [B, 1, T, keys] is True where a query may look; without them: one document a row, causal.
+        Embeddings x [B, T, H] -> [B, T, H] after the last norm. positions [B, T] count from 0 in each document;
+        documents: see `document_mask`; without them: one document a row, causal. With a cache: see KVCache.
         """
         if positions is None:
             positions = torch.arange(x.shape[1], device=x.device)[None]                              # [1, T]
         rope = rope_table(positions, self.config)
-        for block in self.blocks:
-            if self.activation_checkpointing and torch.is_grad_enabled():
+        for i, block in enumerate(self.blocks):
+            if cache is not None:
+                # A prompt goes through the block as written: its length is new each time, and would be compiled anew.
+                call = self.step.get(len(x) == 1, Block.forward) if cache.decoding else Block.forward
+                x = call(block, x, rope, None, cache.layer(i))
+            elif self.activation_checkpointing and torch.is_grad_enabled():
                 # Only a block's input is kept, and the rest is computed again on the way back: a third more work, and
                 # memory for one block's activations instead of all blocks'.
-                x = checkpoint(block, x, rope, mask, cache, use_reentrant=False, preserve_rng_state=False)
+                x = checkpoint(block, x, rope, documents, use_reentrant=False, preserve_rng_state=False)
             else:
-                x = block(x, rope, mask, cache)
-        if cache is not None:
-            cache.length += x.shape[1]
+                x = block(x, rope, documents)
         return self.norm(x)
+
+    def logits(self, h: torch.Tensor) -> torch.Tensor:
+        "h [..., H] after the last norm -> [..., V]."
+        return F.linear(h, self.head_weight)
 
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
         "ids [B, T] -> logits [B, T, V]."
         # Training uses hidden() and token_loss instead: it never needs all logits at once.
-        return F.linear(self.hidden(self.embed(ids)), self.head_weight.to(self.embed.weight.dtype))
+        return self.logits(self.hidden(self.embed(ids)))
 
     @classmethod
     def from_pretrained(cls, folder, device="cpu", dtype=torch.float32) -> "GPT":
@@ -359,6 +376,18 @@ def gpt_config(hf: dict, folder: Path) -> GPTConfig:
 # ----------------------------------------------------------------------------------------------------------------------
 # The loss
 
+def cross_entropy(logits, targets, weights) -> tuple[torch.Tensor, torch.Tensor]:
+    "logits [n, V], targets [n], weights [n] -> (sum of weight * -log p(target), its gradient [n, V] by the logits)."
+    dtype, targets, weights = logits.dtype, targets[:, None], weights[:, None]
+    logits = logits.float()
+    logsum = logits.logsumexp(dim=-1, keepdim=True)                                                  # [n, 1]
+    # -log softmax at the target = logsumexp - the target's logit: no probability underflows to log 0
+    surprise = logsum - logits.gather(1, targets)
+    delta = (logits.sub_(logsum).exp_() * weights).to(dtype)  # d loss / d logits = softmax - 1 at the target
+    # TRAP: the 1 is taken off before rounding: in bfloat16 a probability of 0.999 is 1, and its error 0.
+    return (surprise * weights).sum(), delta.scatter_(1, targets, (torch.expm1(-surprise) * weights).to(dtype))
+
+
 class TokenLoss(torch.autograd.Function):
     """
     Head and cross-entropy in one, a chunk of tokens at a time, the gradients already made on the way forward. The
@@ -368,46 +397,45 @@ class TokenLoss(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, x, head, targets, weights, chunk, train):
-        # n supervised tokens: x [n, H], targets [n], weights [n]; head [V, H]
-        total = x.new_zeros((), dtype=torch.float32)  # bfloat16 has 2 to 3 digits, too few for a sum
-        w = head.to(x.dtype)
+    def forward(ctx, x, head, targets, weights, chunk, train, cross_entropy):
+        # n supervised tokens: x [n, H], targets [n], weights [n]; head [V, H]. Sums in float32: bfloat16 has 2 to 3
+        # digits.
+        total = x.new_zeros((), dtype=torch.float32)
         grad_x = torch.zeros_like(x) if train else None
-        grad_head = torch.zeros_like(head) if train and head.requires_grad else None
+        grad_head = torch.zeros_like(head, dtype=torch.float32) if train and head.requires_grad else None
         for i in range(0, len(x), chunk):
-            xi, ti, wi = x[i:i + chunk], targets[i:i + chunk], weights[i:i + chunk]
-            logits = (xi @ w.t()).float()                                                            # [chunk, V]
-            logsum = logits.logsumexp(dim=-1, keepdim=True)                                          # [chunk, 1]
-            # -log softmax at the target = logsumexp - the target's logit: no probability underflows to log 0
-            total += ((logsum[:, 0] - logits.gather(1, ti[:, None])[:, 0]) * wi).sum()
-            if train:  # d loss / d logits = softmax - 1 at the target
-                delta = logits.sub_(logsum).exp_()  # in the logits' own memory, the largest block there is
-                delta[torch.arange(len(ti), device=x.device), ti] -= 1
-                delta = delta.mul_(wi[:, None]).to(x.dtype)
-                grad_x[i:i + chunk] = delta @ w                                                      # [chunk, H]
+            xi = x[i:i + chunk]
+            loss, delta = cross_entropy(xi @ head.t(), targets[i:i + chunk], weights[i:i + chunk])   # [chunk, V]
+            total += loss
+            if train:
+                grad_x[i:i + chunk] = delta @ head                                                   # [chunk, H]
                 if grad_head is not None:
                     grad_head += delta.t() @ xi                                                      # [V, H]
-        ctx.save_for_backward(grad_x, grad_head)
+        ctx.save_for_backward(grad_x, None if grad_head is None else grad_head.to(head.dtype))
         return total
 
     @staticmethod
     def backward(ctx, grad):
         # The loss is one number: its gradient only scales what forward has made. One result per input of it.
         grad_x, grad_head = ctx.saved_tensors
-        return grad_x * grad, None if grad_head is None else grad_head * grad, None, None, None, None
+        return grad_x * grad, None if grad_head is None else grad_head * grad, None, None, None, None, None
 
 
-def token_loss(x, head, targets, weights=None, chunk: int = 4096) -> torch.Tensor:
+def token_loss(x, head, targets, weights=None, learned=None, chunk: int = 4096,
+               cross_entropy=cross_entropy) -> torch.Tensor:
     """
     x [B, T, H], head [V, H], targets [B, T] with -100 where nothing is to be learned -> the SUM over supervised tokens
-    of weight * -log p(target). `weights` [B, T] are the advantages in reinforcement learning, else ones.
+    of weight * -log p(target). `weights` [B, T] are the advantages in reinforcement learning, else ones; `learned`
+    [n]: the supervised places in targets.flatten(), if they are known.
     """
     # TRAP: the caller divides, by the tokens of the whole step over all micro-batches and ranks. A mean of means would
     # weigh a token in a short micro-batch more.
-    rows = (targets.flatten() >= 0).nonzero()[:, 0]  # most positions are picture or question: they never reach the head
+    if learned is None:  # to ask a GPU for their number would mean to wait for it
+        learned = (targets.flatten() >= 0).nonzero()[:, 0]
+    # Most positions are picture or question: they never reach the head.
     weights = torch.ones_like(targets, dtype=torch.float32) if weights is None else weights
-    return TokenLoss.apply(x.flatten(0, 1)[rows], head, targets.flatten()[rows], weights.flatten()[rows], chunk,
-                           torch.is_grad_enabled())
+    return TokenLoss.apply(x.flatten(0, 1).index_select(0, learned), head, targets.flatten()[learned],
+                           weights.flatten()[learned], chunk, torch.is_grad_enabled(), cross_entropy)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -428,6 +456,8 @@ class VLM(nn.Module):
         self.vit = ViT(config.vision) if config.vision else None  # a bare language model sees nothing
         self.bridge = Bridge(config.bridge) if config.vision else None
         self.gpt = GPT(config.decoder)
+        self.cross_entropy = cross_entropy
+        self.caches = {}  # idle ones: see KVCache
         if config.lora_rank:
             self.add_lora(config.lora_rank)
 
@@ -478,14 +508,66 @@ class VLM(nn.Module):
             # pictures [m]: which of the n pixels each place shows. One that several documents talk about is seen once.
             tokens = self.see(batch["pixels"])[batch["pictures"]].flatten(0, 1)                      # [m * M, H]
         x = self.embed(batch["ids"], tokens, batch["slots"])
-        h = self.gpt.hidden(x, batch["positions"], document_mask(batch["documents"]))                # [B, T, H]
-        return token_loss(h, self.gpt.head_weight, batch["targets"], batch["weights"])
+        if batch["boundaries"] is None:  # one document in each row, as in long texts: plainly causal
+            documents = None
+        elif x.is_cuda and x.dtype == torch.bfloat16:  # what FlashAttention wants; elsewhere a mask says the same
+            documents = batch["boundaries"], x.shape[1]
+        else:
+            documents = document_mask(batch["documents"])
+        h = self.gpt.hidden(x, batch["positions"], documents)                                        # [B, T, H]
+        return token_loss(h, self.gpt.head_weight, batch["targets"], batch["weights"], batch["learned"],
+                          cross_entropy=self.cross_entropy)
+
+    def compile_parts(self) -> None:
+        "torch.compile where the time goes: small steps become one kernel, and what they pass on never leaves the chip."
+        # Block by block: equal blocks share one compilation. The model as one piece would take many times longer.
+        # TRAP: torch.compile(block) would put "_orig_mod." before all parameter names; block.compile() keeps them.
+        for block in self.vit.blocks if self.vit else ():
+            block.compile()  # the number of pictures differs: after two of them PyTorch compiles for any
+        for block in self.gpt.blocks:
+            block.compile(dynamic=False)  # fixed shapes make faster kernels
+        # Decoding has shapes of its own. The kernels of a step are so short that the next should be launched before
+        # one ends (pdl); and a single row's products are faster as sums that are tuned than as matrix products.
+        torch._dynamo.config.recompile_limit = 64  # beyond it all would silently run uncompiled
+        self.gpt.step = {one: torch.compile(Block.forward, dynamic=False, options={
+            "triton.enable_pdl": True, "coordinate_descent_tuning": one}) for one in (False, True)}
+        self.cross_entropy = torch.compile(cross_entropy)
 
     def groups(self) -> dict[str, nn.Module]:
         return {"vit": self.vit, "bridge": self.bridge, "decoder": self.gpt}  # what a stage trains or freezes
 
     # ------------------------------------------------------------------------------------------------------------------
     # Generation
+
+    def take_cache(self, batch: int, length: int) -> "KVCache":
+        "One for `batch` rows of `length` columns or more, from the idle ones if there is such a one."
+        weight = self.gpt.embed.weight
+        if not weight.is_cuda:
+            return KVCache(self.config.decoder, batch, length, weight.device, weight.dtype)
+        # Few different lengths, so that few graphs are recorded. TRAP: graphs remember where the weights lay.
+        key = (batch, max(256, 1 << (length - 1).bit_length()), weight.data_ptr(), weight.dtype)
+        cache = self.caches.pop(key, None) or KVCache(self.config.decoder, *key[:2], weight.device, weight.dtype)
+        cache.key = key
+        return cache
+
+    def read(self, cache: "KVCache", ids, lengths, slots, seen=None) -> torch.Tensor:
+        """
+        All prompts in one pass: ids [B, T] of which lengths [B] count, seen: pixels uint8 [n, 3, S, S] or the pictures'
+        tokens [K, H] -> the logits of each row's next token [B, V].
+        """
+        if seen is not None and seen.dtype == torch.uint8:
+            seen = self.see(seen).flatten(0, 1)
+        cache.decoding = False
+        h = self.gpt.hidden(self.embed(ids, seen, slots), cache=cache)                               # [B, T, H]
+        cache.next.copy_(lengths)
+        return self.gpt.logits(h[torch.arange(len(ids), device=ids.device), lengths - 1])
+
+    def step(self, cache: "KVCache", token) -> torch.Tensor:
+        "token [B] -> the logits of what follows it [B, V]."
+        cache.decoding = True
+        h = self.gpt.hidden(self.gpt.embed(token[:, None]), cache.next[:, None], cache=cache)[:, 0]  # [B, H]
+        cache.next += 1
+        return self.gpt.logits(h)
 
     @torch.no_grad()
     def generate(self, prompts: list, images: list = (), *, max_new_tokens: int = 128, stop: set[int] = frozenset(),
@@ -498,43 +580,41 @@ class VLM(nn.Module):
         still yielded). With samples = n every prompt is read once and answered n times: rows i*n to i*n+n-1.
         temperature 0 takes the likeliest token.
         """
-        # 1. One rectangle of ids. Padded on the left, so that all rows' last prompt tokens, and then all new ones,
-        #    stand in one column.
+        # 1. One rectangle of ids. Padded on the right: what comes later in a row is seen by nothing before it, so that
+        #    no mask is needed. On a GPU few different widths, so that few graphs are recorded.
         device, B = self.gpt.embed.weight.device, len(prompts)
-        T, most = max(len(p.ids) for p in prompts), self.config.decoder.max_position_embeddings
-        if T > most:  # it would answer all the same, and more and more strangely
-            raise ValueError(f"a conversation of {T:,} tokens; this model has learned to read {most:,}: shorten it, or "
-                             "show fewer or smaller pictures")
-        pad = torch.tensor([T - len(p.ids) for p in prompts], device=device)                         # [B]
-        ids = torch.tensor([[0] * (T - len(p.ids)) + list(p.ids) for p in prompts], device=device)   # [B, T]
+        most, longest = self.config.decoder.max_position_embeddings, max(len(p.ids) for p in prompts)
+        if longest > most:  # it would answer all the same, and more and more strangely
+            raise ValueError(f"a conversation of {longest:,} tokens; this model has learned to read {most:,}: shorten "
+                             "it, or show fewer or smaller pictures")
+        T = -(-longest // 64) * 64 if device.type == "cuda" else longest
+        ids = torch.tensor([list(p.ids) + [0] * (T - len(p.ids)) for p in prompts], device=device)   # [B, T]
+        lengths = torch.tensor([len(p.ids) for p in prompts], device=device)                         # [B]
 
-        # 2. Where the pictures go: from its slot, its run's first place moved right by the padding, one place a token.
-        starts = [b * T + T - len(p.ids) + s for b, p in enumerate(prompts) for s in p.slots]
+        # 2. Where the pictures go: from its slot, its run's first place in ids.flatten(), one place a token.
+        starts = [b * T + s for b, p in enumerate(prompts) for s in p.slots]
         if len(starts) != len(images):
             raise ValueError(f"{len(starts)} places for images in the prompts, but {len(images)} images")
         places = [start + i for start, image in zip(starts, images) for i in range(self.num_tokens(image))]
-        slots = torch.tensor(places, device=device, dtype=torch.long)                                # [K]
+        inputs = [ids, lengths, torch.tensor(places, device=device, dtype=torch.long)]
+        if images:  # tiled pictures first become tokens; plain ones, all alike, are read with the prompt
+            inputs.append(self.look(images) if any(isinstance(image, Tiles) for image in images)
+                          else torch.stack(images).to(device))
 
         # 3. Read all prompts in one pass, and keep their keys and values.
-        cache = KVCache(self.config.decoder, B, T + max_new_tokens, device, self.gpt.embed.weight.dtype)
-        columns = torch.arange(T + max_new_tokens, device=device)
-        mask = None  # one prompt, or several of equal length: plainly causal, for which there are faster kernels
-        if pad.any():
-            mask = (columns[:T, None] >= columns[None, :T]) & (columns[None, :T] >= pad[:, None, None])  # [B, T, T]
-            # a padding position sees itself: a softmax over nothing is NaN
-            mask = (mask | torch.eye(T, dtype=torch.bool, device=device))[:, None]                   # [B, 1, T, T]
-        positions = (columns[:T] - pad[:, None]).clamp(min=0)  # [B, T]: a row's first real token stands at 0
-        x = self.embed(ids, self.look(images) if len(images) else None, slots)
-        h = self.gpt.hidden(x, positions, mask, cache)[:, -1]                                        # [B, H]
+        cache = self.take_cache(B, max(T, longest + max_new_tokens))
+        logits = cache.replay(self.read, *inputs) if B * T <= 2048 else self.read(cache, *inputs)    # [B, V]
         if samples > 1:  # only now: the costly part, reading the pictures, was done once for all samples
-            cache.repeat(samples)
-            h, pad, ids = (t.repeat_interleave(samples, dim=0) for t in (h, pad, ids))
-            B *= samples
+            once, B = cache, B * samples
+            cache = self.take_cache(B, max(T, longest + max_new_tokens))
+            cache.copy(once, T, samples)
+            self.give_back(once)
+            logits, ids, lengths = (t.repeat_interleave(samples, dim=0) for t in (logits, ids, lengths))
 
         # 4. What the sampler needs: the words each row has seen, and its random numbers.
         seen = torch.zeros(B, self.config.decoder.vocab_size, dtype=torch.bool, device=device)       # [B, V]
         if repetition_penalty != 1.0:
-            seen.scatter_(1, ids, columns[None, :T] >= pad[:, None])
+            seen.scatter_(1, ids, torch.arange(T, device=device) < lengths[:, None])
             # TRAP: id 0 is a word and also the padding: the scatter may have written either last.
             seen[:, 0] = torch.tensor([0 in p.ids for p in prompts for _ in range(samples)], device=device)
         # From each row's own seed: what it says does not depend on its neighbours. Drawn on the CPU, so that every
@@ -544,21 +624,84 @@ class VLM(nn.Module):
                              for s in seeds]).to(device)                                           # [B, max_new_tokens]
 
         # 5. One token per row and step, until every row has ended.
-        ended = [False] * B
-        for step in range(max_new_tokens):
-            logits = F.linear(h, self.gpt.head_weight.to(h.dtype)).float()                           # [B, V]
-            if vocab_used:
-                logits[:, vocab_used:] = -torch.inf  # padding rows of the embedding are not words
-            token = sample(logits, noise[:, step], seen, temperature, top_k, top_p, repetition_penalty)  # [B]
-            row = token.tolist()  # the one line of this loop where the CPU waits for the device
-            yield [None if ended[b] else row[b] for b in range(B)]
-            ended = [ended[b] or row[b] in stop for b in range(B)]  # such rows go on, unheard, until all have ended
-            if all(ended) or step == max_new_tokens - 1:
-                return
-            if repetition_penalty != 1.0:
-                seen.scatter_(1, token[:, None], True)
-            mask = (columns[None, :T + step + 1] >= pad[:, None])[:, None, None]                     # [B, 1, 1, keys]
-            h = self.gpt.hidden(self.gpt.embed(token[:, None]), (T + step - pad)[:, None], mask, cache)[:, 0]  # [B, H]
+        ended, ahead = [False] * B, device.type == "cuda"
+        try:
+            for step in range(max_new_tokens):
+                logits = logits.float()
+                if vocab_used:
+                    logits[:, vocab_used:] = -torch.inf  # padding rows of the embedding are not words
+                token = sample(logits, noise[:, step], seen, temperature, top_k, top_p, repetition_penalty)  # [B]
+                if repetition_penalty != 1.0:
+                    seen.scatter_(1, token[:, None], True)
+                more, cache.end = step < max_new_tokens - 1, cache.width if ahead else longest + step + 1
+                row = token.to("cpu", non_blocking=True)
+                if ahead:  # The GPU gets its next step before we wait for this one's tokens, and is never idle.
+                    read = torch.cuda.Event()
+                    read.record()
+                    logits = cache.replay(self.step, token) if more else None
+                    read.synchronize()
+                row = row.tolist()
+                yield [None if ended[b] else row[b] for b in range(B)]
+                ended = [ended[b] or row[b] in stop for b in range(B)]  # such rows go on, unheard, until all have ended
+                if all(ended) or not more:
+                    return
+                if not ahead:
+                    logits = self.step(cache, token)
+        finally:
+            self.give_back(cache)
+
+    def give_back(self, cache: "KVCache") -> None:
+        if cache.key:
+            self.caches[cache.key] = cache
+
+
+class KVCache:
+    """
+    Keys and values of what was read so far, allocated once for the longest answer: nothing grows or moves while
+    decoding. All rows begin in column 0.
+    """
+
+    def __init__(self, config: GPTConfig, batch: int, width: int, device, dtype):
+        # Qwen2.5-1.5B in bfloat16: 2 x 28 layers x 2 heads x 128 channels x 2 bytes = 28 KiB for each token of a row
+        # zeros, not empty: a stray NaN would pass through a zero weight
+        self.kv = torch.zeros(config.num_hidden_layers, 2, batch, config.num_key_value_heads, width, config.head_dim,
+                              device=device, dtype=dtype)
+        self.next = torch.zeros(batch, device=device, dtype=torch.long)  # [B]: the column of each row's next token
+        self.width = self.end = width  # columns from `end` on are empty in all rows
+        self.decoding = False          # else a prompt is being read, from column 0 on
+        self.graphs, self.key = {}, None
+
+    def layer(self, i: int) -> tuple:
+        return self.kv[i, :, :, :, :self.end], self.next if self.decoding else None
+
+    def copy(self, other: "KVCache", T: int, n: int) -> None:
+        "Row i becomes rows i*n to i*n+n-1: several answers to one prompt of at most T tokens, read only once."
+        self.kv[:, :, :, :, :T] = other.kv[:, :, :, :, :T].repeat_interleave(n, dim=2)
+        self.next.copy_(other.next.repeat_interleave(n))
+
+    def replay(self, function, *inputs) -> torch.Tensor:
+        """
+        function(self, *inputs); on a GPU its kernels are recorded once (a CUDA graph) and then launched as one. A step
+        of one token is a thousand short kernels, and Python cannot launch them as fast as they run.
+        """
+        if not self.kv.is_cuda:
+            return function(self, *inputs)
+        key = (function.__name__, *(tuple(t.shape) for t in inputs))
+        if key not in self.graphs:  # The first time it runs as it is: what has to be compiled is compiled now.
+            self.graphs[key] = None
+            return function(self, *inputs)
+        if self.graphs[key] is None:  # The second time it is recorded. A prompt's form that comes only once never is.
+            held, graph = [t.clone() for t in inputs], torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                result = function(self, *held)
+            self.graphs[key] = graph, held, result
+        # TRAP: the recorded kernels read and write always the same memory: inputs go there, and the result is
+        # overwritten by the next call.
+        graph, held, result = self.graphs[key]
+        for mine, given in zip(held, inputs):
+            mine.copy_(given)
+        graph.replay()
+        return result
 
 
 def sample(logits, noise, seen, temperature: float, top_k: int, top_p: float,
@@ -569,18 +712,19 @@ def sample(logits, noise, seen, temperature: float, top_k: int, top_p: float,
             seen, torch.where(logits > 0, logits / repetition_penalty, logits * repetition_penalty), logits)
     if temperature == 0:
         return logits.argmax(dim=-1)
-    # Below 1 the likely tokens gain, above 1 the unlikely. order [B, V] leads back from ranks to ids.
-    probs, order = (logits / temperature).softmax(dim=-1).sort(dim=-1, descending=True)              # [B, V]
-    if top_k:  # the k likeliest
-        probs[:, top_k:] = 0
-        probs /= probs.sum(dim=-1, keepdim=True)  # top-p counts shares of what top-k has left
-    # top-p, the fewest that hold p of the mass: drop those before which p is already full. The first always stays.
-    probs[probs.cumsum(dim=-1) - probs > top_p] = 0
-    # Inverse transform: the first token at which the running sum passes the noise.
+    probs, order = (logits / temperature).softmax(dim=-1), None  # below 1 the likely tokens gain, above 1 the unlikely
+    if top_k or top_p < 1:
+        probs, order = probs.sort(dim=-1, descending=True)  # order [B, V] leads back from ranks to ids
+        if top_k:  # the k likeliest
+            probs[:, top_k:] = 0
+            probs /= probs.sum(dim=-1, keepdim=True)  # top-p counts shares of what top-k has left
+        # top-p, the fewest that hold p of the mass: drop those before which p is already full. The first always stays.
+        probs[probs.cumsum(dim=-1) - probs > top_p] = 0
+    # Inverse transform: the first token at which the running sum passes the noise; argmax gives the first of equals.
     total = probs.cumsum(dim=-1)                                                                     # [B, V]
-    index = (total <= noise[:, None] * total[:, -1:]).sum(dim=-1, keepdim=True)                      # [B, 1]
-    # minimum: rounding may carry the index past the last token that is still allowed
-    return order.gather(1, index.minimum((probs > 0).sum(dim=-1, keepdim=True) - 1))[:, 0]
+    # probs > 0: rounding in a long sum must not choose a token that is not allowed
+    index = ((total > noise[:, None] * total[:, -1:]) & (probs > 0)).int().argmax(dim=-1, keepdim=True)  # [B, 1]
+    return (index if order is None else order.gather(1, index))[:, 0]
 
 
 def respond(vlm: VLM, tokenizer, conversations: list, images: list, **options) -> list[str]:
@@ -616,10 +760,11 @@ def recover(folder) -> Path:
     return folder
 
 
-def save_checkpoint(folder, vlm: VLM, tokenizer, optimizer: dict | None = None, state: dict | None = None) -> None:
+def save_checkpoint(folder, vlm: VLM, tokenizer, optimizer: dict | None = None, state: dict | None = None,
+                    masters: dict | None = None) -> None:
     """
     All or nothing: the new folder is written beside the old one and then takes its place, so that a crash at any moment
-    leaves a whole checkpoint.
+    leaves a whole checkpoint. masters: weights in more digits than the model's own, by name.
     """
     # First recover, then clean up: after an interrupted save the only whole checkpoint may be the one named .old.
     folder = recover(folder)
@@ -630,7 +775,8 @@ def save_checkpoint(folder, vlm: VLM, tokenizer, optimizer: dict | None = None, 
     (new / "config.json").write_text(json.dumps({"model_type": "ghostvis", **asdict(vlm.config)}, indent=2) + "\n")
     tokenizer.save(new)  # with the weights: under another tokenizer's ids they would speak gibberish
     stamp = {"step": str((state or {}).get("step", 0))}  # proves that weights, moments and state belong to one moment
-    write_safetensors(dict(vlm.named_parameters()), new / "model.safetensors", {"format": "pt", **stamp})
+    write_safetensors(dict(vlm.named_parameters()) | (masters or {}), new / "model.safetensors",
+                      {"format": "pt", **stamp})
     if optimizer is not None:
         write_safetensors(optimizer, new / "optimizer.safetensors", stamp)
         (new / "state.json").write_text(json.dumps(state, indent=2) + "\n")

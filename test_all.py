@@ -1718,13 +1718,13 @@ def test_token_loss_equals_cross_entropy(chunk):
     for w in (None, weights):
         each = F.cross_entropy((x @ head.t()).flatten(0, 1), targets.flatten(), reduction="none", ignore_index=-100)
         expected = (each.view(3, 9) * (1 if w is None else w)).sum()
-        ours = model.token_loss(x, head, targets, w, chunk)
+        ours = model.token_loss(x, head, targets, w, chunk=chunk)
         assert ours.item() == pytest.approx(expected.item(), rel=1e-5)
         # Scaled, as every stage divides by the step's tokens.
         grads = torch.autograd.grad(expected / 3, (x, head))
         for a, b in zip(torch.autograd.grad(ours / 3, (x, head)), grads):
             assert far(a, b) < 1e-5
-        frozen_head = model.token_loss(x, head.detach(), targets, w, chunk)
+        frozen_head = model.token_loss(x, head.detach(), targets, w, chunk=chunk)
         assert far(torch.autograd.grad(frozen_head / 3, x)[0], grads[0]) < 1e-5
 
 
@@ -1739,7 +1739,7 @@ def test_chunks_of_the_loss_do_not_change_it():
     vlm = tiny_vlm(tied=False)
     batch = batch_of(vlm, documents(vlm))
     x = torch.randn(*batch["ids"].shape, 32)
-    losses = [model.token_loss(x, vlm.gpt.head_weight, batch["targets"], batch["weights"], chunk).item()
+    losses = [model.token_loss(x, vlm.gpt.head_weight, batch["targets"], batch["weights"], chunk=chunk).item()
               for chunk in (3, 4096)]
     assert losses[0] == pytest.approx(losses[1], rel=1e-6)
 
@@ -1749,15 +1749,34 @@ def test_chunks_of_the_loss_do_not_change_it():
 
 def test_cached_decoding_equals_uncached():
     gpt = tiny_vlm().gpt
-    ids = torch.randint(0, 300, (2, 24))
+    ids = torch.randint(0, 300, (3, 24))
+    lengths = torch.tensor([10, 3, 7])  # each row goes on where its prompt ends; what lies behind that is not seen
     with torch.no_grad():
         whole = gpt.hidden(gpt.embed(ids))
-        cache = model.KVCache(gpt.config, 2, 24, "cpu", torch.float32)
-        mask = torch.ones(24, 24, dtype=torch.bool).tril()
-        parts = []
-        for a, b in [(0, 10), (10, 11), (11, 12), (12, 20), (20, 24)]:  # a prompt, single tokens, several at once
-            parts.append(gpt.hidden(gpt.embed(ids[:, a:b]), torch.arange(a, b)[None], mask[None, None, a:b, :b], cache))
-    assert far(torch.cat(parts, dim=1), whole) < 1e-5
+        cache = model.KVCache(gpt.config, 3, 24, "cpu", torch.float32)
+        first = gpt.hidden(gpt.embed(ids[:, :10]), cache=cache)
+        assert all(far(first[b, :n], whole[b, :n]) < 1e-5 for b, n in enumerate(lengths))
+        cache.decoding = True
+        for i in range(14):
+            cache.next.copy_(lengths + i)
+            cache.end = 10 + i + 1
+            one = gpt.hidden(gpt.embed(ids[torch.arange(3), lengths + i][:, None]), cache.next[:, None], cache=cache)
+            assert far(one[:, 0], whole[torch.arange(3), lengths + i]) < 1e-5
+
+
+def test_one_row_decodes_alike_when_compiled():
+    # A single row has attention of its own then, written out for the compiler.
+    gpt = tiny_vlm().gpt
+    caches = [model.KVCache(gpt.config, 1, 16, "cpu", torch.float32) for _ in range(2)]
+    x, block = torch.randn(1, 1, 32), gpt.blocks[0]
+    rope = model.rope_table(torch.tensor([[5]]), gpt.config)
+    with torch.no_grad():
+        for cache in caches:
+            cache.kv.copy_(torch.randn(cache.kv.shape, generator=torch.Generator().manual_seed(0)))
+            cache.decoding, cache.next[:] = True, 5
+        plain = block(x, rope, None, caches[0].layer(0))
+        written_out = torch.compile(model.Block.forward, backend="eager")(block, x, rope, None, caches[1].layer(0))
+    assert far(written_out, plain) < 1e-5 and torch.equal(caches[0].kv, caches[1].kv)
 
 
 def test_generation_equals_reading_everything_anew_for_each_token():
@@ -1869,7 +1888,9 @@ def test_micro_batches_give_the_gradient_of_one_large_batch():
     shift = list(itertools.accumulate((0 if b["pixels"] is None else len(b["pixels"]) for b in batches), initial=0))
     plain = ("ids", "targets", "positions", "documents", "weights")
     large = {name: torch.cat([b[name] for b in batches]) for name in plain}
-    large["slots"] = torch.cat([b["slots"] + i * SEQ_LEN for i, b in enumerate(batches)])
+    for name in ("slots", "learned"):
+        large[name] = torch.cat([b[name] + i * SEQ_LEN for i, b in enumerate(batches)])
+    large["boundaries"] = torch.zeros(0)  # for a GPU; here the mask is used
     large["pixels"] = torch.cat([b["pixels"] for b in batches if b["pixels"] is not None])
     large["pictures"] = torch.cat([b["pictures"] + n for b, n in zip(batches, shift)])
     keep = SimpleNamespace(step=lambda scale: None)  # leaves the gradients where they are
@@ -2574,7 +2595,8 @@ def test_packing_puts_each_document_into_the_first_row_with_room():
     assert placed == [one, two, three] and waiting == [long]
     expected = {"ids": [[1, 2, 8, 0], [4, 5, 6, 0]], "targets": [[-100, 3, 9, -100], [5, 6, 7, -100]],
                 "positions": [[0, 1, 0, 0], [0, 1, 2, 0]], "documents": [[1, 1, 2, 0], [1, 1, 1, 0]],
-                "weights": [[1, 1, 1, 0], [0.5, 0.5, 0.5, 0]], "slots": [5, 6]}
+                "weights": [[1, 1, 1, 0], [0.5, 0.5, 0.5, 0]], "slots": [5, 6], "learned": [1, 2, 4, 5, 6],
+                "boundaries": [0, 2, 3, 4, 7, 8, 8, 8, 8]}  # the last three documents are empty
     assert {name: array.tolist() for name, array in batch.items()} == expected
 
 

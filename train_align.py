@@ -56,6 +56,7 @@ def main() -> None:
     # New: the decoder is frozen. Gradients flow through it to the picture's tokens, but it keeps none of its own.
     params = freeze(vlm, ["bridge", "vit"])
     optimizer = Optimizer(params, flags.optimizer, flags.lr, moments)
+    vlm.to(setup.dtype)
     step = state.get("step", 0)  # above 0 with --resume
     loaders, held = start_data(flags, setup, vlm, tokenizer, "captions", state)
     records = next(iter(held.values()))  # the first held-out set: the world's new scenes, or a share of your file

@@ -184,11 +184,6 @@ class Setup:
         # weights are never sent. What ranks must not share, their data, does not come from this generator.
         torch.manual_seed(flags.seed)
 
-    def autocast(self):
-        # The weights stay float32, only products are made in bfloat16: in its 2 to 3 digits small moves of a weight
-        # would be rounded away, and towards the end of a run all moves are small.
-        return torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
-
     def say(self, text: str = "") -> None:
         if self.master:
             tqdm.write(text, file=sys.stderr)  # print would cut the bar in two; standard output is for the result
@@ -268,19 +263,12 @@ def start(flags, setup: Setup, stage: str, make_tokenizer) -> tuple[VLM, Tokeniz
             raise ValueError(f"--{name}={asked}, but {source} holds a {held or 'home-made'} {name}")
     if flags.lora_rank and not vlm.config.lora_rank:
         vlm.add_lora(flags.lora_rank)
-    if vlm.config.lora_rank and setup.dtype == torch.bfloat16:
-        # What stays frozen needs no more digits than its products are made in: half the bytes.
-        for name, p in vlm.gpt.named_parameters():
-            p.data = p.data if ".lora_" in name else p.data.to(setup.dtype)
     vlm.gpt.activation_checkpointing = flags.activation_checkpointing
     setup.say(f"{'resuming' if flags.resume else 'starting'} {stage} from {source}"
               + (f" at step {state['step']}" if flags.resume else ""))
     vlm.to(setup.device)
     if setup.compile:
-        # Block by block: equal blocks share one compilation. The model as one piece would take many times longer.
-        # TRAP: torch.compile(block) would put "_orig_mod." before all parameter names; block.compile() keeps them.
-        for block in [*vlm.vit.blocks, *vlm.gpt.blocks]:
-            block.compile()
+        vlm.compile_parts()
     return vlm, tokenizer, state, moments
 
 
@@ -330,7 +318,10 @@ def stacked(name: str, p: torch.Tensor) -> list[int]:
 
 
 class Optimizer:
-    "Muon (momentum, then orthogonalize) for matrices, AdamW for embeddings, norms and biases."
+    """
+    Muon (momentum, then orthogonalize) for matrices, AdamW for embeddings, norms and biases. It moves float32 masters,
+    and the model's weights are these, rounded to the type in which the model computes.
+    """
 
     # momentum 0.8: on the tiny model, chapter 3 alone reaches 71 % with it, 66 % with 0.9, 57 % with the usual 0.95
     def __init__(self, params: dict, kind: str, lr: float, moments: dict | None = None, weight_decay: float = 0.0,
@@ -339,18 +330,21 @@ class Optimizer:
             raise ValueError(f"--optimizer={kind}: choose muon or adamw")
         self.lr, self.momentum, self.weight_decay = lr, momentum, weight_decay
         self.params = params
+        # In bfloat16's 2 to 3 digits small moves of a weight would be rounded away, and towards the end of a run all
+        # moves are small. The weights as they are now; if the model stays in float32, the same memory as its own.
+        self.masters = {n: p.data for n, p in params.items()}
         # Muon is for matrices that map one space to another. Embeddings, positions and latents look like some, but are
         # tables: each row is a vector of its own, and nothing is gained by making one orthogonal to another.
         matrices = [n for n, p in params.items()
                     if kind == "muon" and p.ndim == 2
                     and not n.endswith(("embed.weight", "head.weight", "position", "latents"))]
         # [rows, cols] each: the gradients' running mean. AdamW keeps two tensors for each parameter, Muon this one.
-        self.buffers = {n: torch.zeros_like(params[n]) for n in matrices}
+        self.buffers = {n: torch.zeros_like(self.masters[n]) for n in matrices}
         self.rest = [n for n in params if n not in self.buffers]
         assert len(self.buffers) + len(self.rest) == len(params)  # none forgotten, none twice
         # 0.95 instead of the usual 0.999: a mean over some 20 steps, not 1000; tiny's whole runs are not that long.
         # fused: one kernel for all tensors. Else their many small launches would cost more than the arithmetic.
-        self.adamw = torch.optim.AdamW([params[n] for n in self.rest], lr=lr, betas=(0.9, 0.95),
+        self.adamw = torch.optim.AdamW([self.masters[n] for n in self.rest], lr=lr, betas=(0.9, 0.95),
                                        weight_decay=weight_decay, fused=True) if self.rest else None
         if moments:
             self.load(moments)
@@ -358,14 +352,17 @@ class Optimizer:
     @torch.no_grad()
     def step(self, lr_scale: float) -> None:
         lr = self.lr * lr_scale  # the schedule in one place: lr_scale() knows steps, the optimizer only a factor
+        for n, p in self.params.items():  # None: no row of this step used it, as the bridge in a batch without pictures
+            self.masters[n].grad = None if p.grad is None else p.grad.to(self.masters[n].dtype)
+            p.grad = None  # not zeros: frees the memory
         if self.adamw:
             self.adamw.param_groups[0]["lr"] = lr
             self.adamw.step()
         # Matrices of one shape are orthogonalized together: few large products instead of many small ones.
         shapes = {}
         for n, b in self.buffers.items():
-            p = self.params[n]
-            if p.grad is None:  # no row of this step used it, as the bridge in a batch without pictures
+            p = self.masters[n]
+            if p.grad is None:
                 continue
             b.lerp_(p.grad, 1 - self.momentum)
             g = p.grad.lerp(b, self.momentum)  # Nesterov: look one step ahead along the momentum
@@ -380,14 +377,16 @@ class Optimizer:
             for (part, _), update in zip(pairs, updates):
                 # `part` is a view: this writes into the weight. Decay acts on the weight itself, as in AdamW.
                 part.mul_(1 - lr * self.weight_decay).add_(update, alpha=-lr * 0.2 * max(shape) ** 0.5)
-        for p in self.params.values():
-            p.grad = None  # not zeros: frees the memory, and tells "unused" from "used, with no effect"
+        for n, p in self.params.items():
+            self.masters[n].grad = None
+            if p.data_ptr() != self.masters[n].data_ptr():
+                p.copy_(self.masters[n])
 
     def state(self) -> dict[str, torch.Tensor]:
         # By name, not by number as in torch's own state_dict: no parameter can be given another's moments.
         out = {f"muon.{n}": b for n, b in self.buffers.items()}
         for n in self.rest:
-            out |= {f"adamw.{n}.{key}": value for key, value in self.adamw.state.get(self.params[n], {}).items()}
+            out |= {f"adamw.{n}.{key}": value for key, value in self.adamw.state.get(self.masters[n], {}).items()}
         return out
 
     def load(self, state: dict[str, torch.Tensor]) -> None:
@@ -398,7 +397,7 @@ class Optimizer:
             moments = {k: state[f"adamw.{n}.{k}"].to(self.params[n].device, copy=True)
                        for k in ("step", "exp_avg", "exp_avg_sq") if f"adamw.{n}.{k}" in state}
             if moments:
-                self.adamw.state[self.params[n]] = moments
+                self.adamw.state[self.masters[n]] = moments
 
 
 def lr_scale(step: int, flags) -> float:
@@ -477,7 +476,7 @@ def start_data(flags, setup: Setup, vlm: VLM, tokenizer: Tokenizer, task: str, s
         raise ValueError(f"--resume: the run was started with {len(saved)} micro-batches a step, "
                          f"now there are {lanes}; give --micro_batch_size={flags.batch_size // len(saved)}")
     loaders = [data.Loader(dataset, render, to_pixels(vlm), micro, flags.seq_len, vlm.config.bridge.num_tokens,
-                           lane, lanes, saved[lane])
+                           lane, lanes, saved[lane], pin=setup.device.type == "cuda")
                for lane in range(setup.rank, lanes, setup.world)]  # 4 lanes, 2 ranks: 0 and 2, 1 and 3
     convert = to_pixels(vlm)
     for record in (record for records in held.values() for record in records):
@@ -559,7 +558,7 @@ def save(flags, setup: Setup, stage: str, vlm: VLM, tokenizer: Tokenizer, optimi
     if setup.master:
         kept = {name: value for name, value in vars(flags).items() if name not in FREE}
         save_checkpoint(folder, vlm, tokenizer, optimizer.state(),
-                        {"step": step, "data": places, "flags": kept, **more})
+                        {"step": step, "data": places, "flags": kept, **more}, optimizer.masters)
     return folder
 
 
@@ -574,18 +573,18 @@ def train_step(vlm: VLM, batches: list[dict], tokens: float, params: dict, optim
     # split. TRAP: a mean of means would count a token in a micro-batch with few of them more.
     total = 0.0
     for batch in batches:
-        with setup.autocast():
-            loss = vlm(to_device(batch, setup)) / tokens  # backward needs no autocast: it repeats forward's types
+        loss = vlm(to_device(batch, setup)) / tokens
         if loss.requires_grad:  # in alignment a micro-batch without pictures teaches nothing
             loss.backward()
-        total += loss.item()
+        total += loss.detach()  # still on the GPU: to read it now would mean to wait for it
     if setup.world > 1:
         # By hand, once a step. DistributedDataParallel would divide by the ranks; our sum is divided already.
         for p in params.values():  # a parameter that no row of this rank used takes part all the same
             p.grad = torch.zeros_like(p) if p.grad is None else p.grad
             dist.all_reduce(p.grad)  # TRAP: on all ranks in the same order, or gradients of two parameters are added
+    total = setup.sum(float(total))  # the one place where the CPU waits; while the optimizer works it goes on
     optimizer.step(scale)
-    return setup.sum(total)
+    return total
 
 
 def supervised(batches: list[dict], setup: Setup) -> float:
@@ -672,8 +671,7 @@ def held_out_loss(vlm: VLM, documents: list, setup: Setup, seq_len: int, image: 
             batch["pixels"] = torch.full_like(batch["pixels"], 128)
         if image == "shuffled":
             batch["pictures"] = batch["pictures"].roll(1)  # [m]: which picture each place shows
-        with setup.autocast():
-            total += vlm(to_device(batch, setup)).item()
+        total += vlm(to_device(batch, setup)).item()
         tokens += int((batch["targets"] >= 0).sum())
     return setup.sum(total), int(setup.sum(tokens))
 
@@ -759,7 +757,8 @@ def main() -> None:
     setup = Setup(flags)
     vlm, tokenizer, state, moments = start(flags, setup, STAGE, make_tokenizer(flags))
     params = freeze(vlm, ["decoder"])  # ViT and bridge wait for chapter 2
-    optimizer = Optimizer(params, flags.optimizer, flags.lr, moments)
+    optimizer = Optimizer(params, flags.optimizer, flags.lr, moments)  # keeps the float32 weights
+    vlm.to(setup.dtype)  # what computes: bfloat16 on a GPU
     step = state.get("step", 0)  # above 0 with --resume
     loaders, held = start_data(flags, setup, vlm, tokenizer, "text", state)
     # Held-out text: the model never learns from it, so that it cannot have learned it by heart.

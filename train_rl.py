@@ -160,6 +160,7 @@ def main() -> None:
     # The same parts as in chapter 3.
     params = freeze(vlm, ["bridge", "decoder", "vit"])
     optimizer = Optimizer(params, flags.optimizer, flags.lr, moments)
+    vlm.to(setup.dtype)
     step = state.get("step", 0)  # above 0 with --resume
     # New: one question at a time, with an answer that code can check. No packed loader: the rows are made by the model.
     kinds = [kind for kind in flags.kinds.split(",") if kind]

@@ -41,6 +41,7 @@ def main() -> None:
     params = freeze(vlm, ["bridge", "decoder", "vit"])
     # Fresh moments, even when the weights come from chapter 2: they speak of another loss.
     optimizer = Optimizer(params, flags.optimizer, flags.lr, moments)
+    vlm.to(setup.dtype)
     step = state.get("step", 0)  # above 0 with --resume
     loaders, held = start_data(flags, setup, vlm, tokenizer, "chat", state)
     first = next(iter(held.values()))  # the world has two: new scenes, and pairs of colour and kind never trained on
