@@ -5,18 +5,27 @@ How good, and how fast: measured on the real code, never on a copy of it.
     python bench.py --what=eval --init=out/tiny/rl --data=test.json   # on your own questions
     python bench.py --what=eval --init=out/tiny/rl --data=MMStar.tsv  # on a benchmark in VLMEvalKit's format
     python bench.py --what=speed                                      # this machine: the training step and decoding
+    python bench.py --what=speed --model=qwen2.5-1.5b --micro_batch_size=8  # the same of a large model, random weights
+    python bench.py --what=ladder --model=qwen2.5-1.5b --micro_batch_size=4 # what each idea for speed is worth
+    python bench.py --what=profile --model=small                      # which kernels a step spends its time in
     python bench.py --what=memory --model=qwen2.5-1.5b --batch_size=32  # what each stage will need; no GPU is asked
 
 The last line of standard output is one JSON object; tables go to standard error.
 """
 import argparse
 import json
+import math
+import random
 import sys
 import time
 
+import numpy as np
 import torch
+import torch.nn.functional as F
+from PIL import Image, ImageDraw, ImageFont
 
 import data
+import model
 from model import PRESETS, VLM, Block, add_lora, newest_checkpoint, preset, rope_table
 from tokenizer import Tokenizer
 from train_base import (FROM_SCRATCH, Optimizer, Setup, evaluate_with_baselines, freeze, make_tokenizer, parse_flags,
@@ -29,7 +38,7 @@ BY_MODEL = {"tiny": {"batch_size": 32, "seq_len": 128}, "small": {"batch_size": 
             "released": {"batch_size": 32, "seq_len": 2048}}
 CARDS = (8, 12, 16, 24, 40, 80, 141)  # GiB
 FLAGS = {
-    "what": ("eval", "eval, speed or memory"),
+    "what": ("eval", "eval, speed, ladder, profile or memory"),
     "model": ("tiny", f"{', '.join(PRESETS)}, or a hub id (Org/Name) or folder"),
     "vision": ("", "speed: encoder in place of the preset's"),
     "bridge": ("", "speed: perceiver, pixelshuffle or mlp, in place of the preset's"),
@@ -39,7 +48,7 @@ FLAGS = {
     # With half of 2,000 questions right, the 95 % interval reaches 2 points to each side; of 100 questions, 10 points.
     "eval_size": (2000, "questions at most"),
     "batch_size": (None, "speed, memory: rows per training step; speed: prompts decoded at once"),
-    "micro_batch_size": (0, "memory: rows per forward pass; 0: batch_size"),
+    "micro_batch_size": (0, "rows per forward pass; 0: batch_size"),
     "seq_len": (None, "speed, memory: tokens per row"),
     "lora_rank": (0, "speed, memory: as in training"),
     "activation_checkpointing": (False, "speed, memory: as in training"),
@@ -99,92 +108,264 @@ def clock(work, steps: int, device) -> float:
 
 
 def matmul_ceiling(setup) -> float:
-    "FLOP/s of one large matrix product here and now: what no training step can exceed."
+    "FLOP/s of large matrix products here and now, one after another: what no training step can exceed."
     # So large that computing outweighs launching the kernel and reading memory: 1.1 TFLOP on a GPU, 2.1 GFLOP on a CPU.
-    n = 8192 if setup.device.type == "cuda" else 1024
+    n, times = (8192, 300) if setup.device.type == "cuda" else (1024, 1)
     # In the type that the step computes in: a float32 step held against bfloat16's ceiling would look worse than it is.
     a, b = (torch.randn(n, n, device=setup.device, dtype=setup.dtype) for _ in range(2))
-    # Each of the n^2 results is a sum of n products: n multiplications and n additions, 2 n FLOP.
-    return 2 * n ** 3 / clock(lambda: a @ b, 10, setup.device)
+    # Each of the n^2 results is a sum of n products: n multiplications and n additions, 2 n FLOP. On a GPU for half a
+    # second at a stretch: a single product runs faster than the card's power allows for long.
+    return 2 * n ** 3 * times / clock(lambda: [a @ b for _ in range(times)], 3, setup.device)
 
 
-def step_flops(vlm: VLM, trained: list[str], tokens: int, images: int) -> float:
-    "FLOP of one step, only those of matrix products with weights."
+def step_flops(vlm: VLM, trained: list[str], tokens: int, learned: int, images: int) -> dict[str, float]:
+    "FLOP of one step in each part, only those of matrix products with weights. learned: supervised tokens."
     # Attention's scores, norms and the optimizer take time but are not counted. So the share of the ceiling errs on the
     # low side, and 100 % is out of reach.
-    out = 0.0
+    out = {}
     for name, group in vlm.groups().items():
-        # Positions and latents are added, an embedding is looked up: no product. Trap: a tied embedding is also the
-        # head, whose product then goes uncounted.
+        # Positions and latents are added, an embedding is looked up: no product.
         weights = sum(p.numel() for n, p in group.named_parameters()
-                      if p.ndim == 2 and not n.endswith(("embed.weight", "position", "latents")))
+                      if p.ndim == 2 and not n.endswith(("embed.weight", "head.weight", "position", "latents")))
         # The Perceiver's keys and values are really made at N + M positions, patches and latents; M are counted.
         positions = {"vit": images * vlm.config.vision.num_patches, "bridge": images * vlm.config.bridge.num_tokens,
                      "decoder": tokens}[name]
+        products = weights * positions + (vlm.gpt.head_weight.numel() * learned if name == "decoder" else 0)
         # Per weight and position: 2 FLOP forward, 2 for the gradient of the input, 2 for that of the weight. A frozen
         # decoder has no weight gradient, but passes the input's on to the bridge: 4. A frozen ViT only runs forward: 2.
-        out += weights * positions * (6 if name in trained else 4 if name == "decoder" else 2)
+        learns = name in trained and not (name == "vit" and vlm.config.pretrained_vision)
+        out[name] = products * (6 if learns else 4 if name == "decoder" else 2)
     return out
+
+
+def llava_like(vlm: VLM, stage: str, seq_len: int):
+    """
+    A function (record, index) -> Document of random words, as long as LLaVA's conversations are: a picture and words
+    whose number has the median 200, half of them learned. Stage base: plain text, a row each.
+    """
+    def make(record, index) -> data.Document:
+        rng, M = random.Random(index), vlm.config.bridge.num_tokens
+        words = seq_len + 1 if stage == "base" else round(min(max(200 * math.exp(rng.gauss(0, 0.7)), 32), seq_len - M))
+        ids = [rng.randrange(vlm.config.decoder.vocab_size) for _ in range(words)]
+        if stage == "base":
+            return data.Document(index, ids, [1] * words, [], record)
+        return data.Document(index, [0] * M + ids, [0] * (M + words // 2) + [1] * (words - words // 2), [0],
+                             {"id": str(index), "images": [index]})
+    return make
+
+
+def noise(vlm: VLM):
+    # How long a picture takes does not depend on what it shows.
+    size = vlm.config.vision.image_size
+    return lambda source, record: torch.randint(0, 256, (3, size, size), dtype=torch.uint8)
+
+
+def random_model(flags, setup) -> VLM:
+    "A preset of random weights, made on the device: a step takes as long with them, and nothing is fetched."
+    config = preset(flags.model, flags.bridge)
+    config.lora_rank = flags.lora_rank
+    with setup.device:
+        vlm = VLM(config)
+    vlm.gpt.activation_checkpointing = flags.activation_checkpointing
+    return vlm
+
+
+class Step:
+    "One stage's real training step, again and again on the same rows."
+
+    def __init__(self, flags, setup, vlm: VLM, tokenizer, stage: str):
+        task, self.trained = STAGES[stage]
+        vlm.float().train()  # what the optimizer's masters are made of
+        torch.compiler.reset()  # TRAP: code compiled for a frozen decoder would be used again, and give it no gradients
+        self.vlm, self.setup, self.params = vlm, setup, freeze(vlm, self.trained)
+        # A step's work does not depend on the rate. A real rate, again and again on one batch, could drive the weights,
+        # which the next stage goes on with, to NaN.
+        self.optimizer = Optimizer(self.params, "muon" if flags.model in FROM_SCRATCH else "adamw", 1e-9)
+        vlm.to(setup.dtype)
+        if tokenizer is None:
+            micro = flags.micro_batch_size or flags.batch_size
+            lanes, make = flags.batch_size // micro, llava_like(vlm, stage, flags.seq_len)
+            endless = [{"images": []}] * 10 ** 6
+            self.loaders = [data.Loader(endless, make, noise(vlm), micro, flags.seq_len, vlm.config.bridge.num_tokens,
+                                        lane, lanes, ahead=False, pin=setup.device.type == "cuda")
+                            for lane in range(lanes)]
+        else:
+            flags.eval_size = 1  # start_data also makes held-out records; nobody asks them here
+            self.loaders, _ = start_data(flags, setup, vlm, tokenizer, task, {})
+            for loader in self.loaders:
+                loader.ahead = False  # it is timed apart
+        self.batches = [next(loader) for loader in self.loaders]
+        # Padding (document 0) is work without use and counts as no token. A picture shared by several rows counts once.
+        self.tokens = sum(int((b["documents"] > 0).sum()) for b in self.batches)
+        self.images = sum(0 if b["pixels"] is None else len(b["pixels"]) for b in self.batches)
+        self.learned = supervised(self.batches, setup)
+
+    def __call__(self) -> float:
+        return train_step(self.vlm, self.batches, self.learned, self.params, self.optimizer, self.setup, 1.0)
 
 
 def bench_speed(flags) -> dict:
     setup = Setup(flags)
-    vlm, tokenizer = load(flags, setup)
-    ceiling, rows = matmul_ceiling(setup), {}
-    setup.say(f"{setup.device.type}, {setup.dtype}, {torch.get_num_threads()} threads, torch {torch.__version__}; "
-              f"matrix products reach {ceiling / 1e9:,.0f} GFLOP/s")
+    if flags.model in FROM_SCRATCH or flags.init:
+        vlm, tokenizer = load(flags, setup)
+    else:
+        vlm, tokenizer = random_model(flags, setup), None
+        if setup.compile:
+            vlm.compile_parts()
+    ceiling, rows, gpu = matmul_ceiling(setup), {}, setup.device.type == "cuda"
+    setup.say(f"{torch.cuda.get_device_name() if gpu else 'cpu'}, {setup.dtype}, {torch.get_num_threads()} threads, "
+              f"torch {torch.__version__}; matrix products reach {ceiling / 1e9:,.0f} GFLOP/s")
     # "of ceiling" compares machines, each held against its own limit, and shows how much room is left. It cannot tell
     # where the rest of the time went: small products, attention, the optimizer, or waiting.
-    setup.say(f"{'stage':<10}{'ms/step':>9}{'tokens/s':>10}{'images/s':>10}{'of ceiling':>12}{'loader ms':>11}")
-    flags.val, flags.micro_batch_size = "", 0  # start_data reads both; 0: the whole step in one forward pass
-    for stage, (task, trained) in STAGES.items():
-        params = freeze(vlm, trained)
-        # A step's work does not depend on the rate. A real rate, again and again on one batch, could drive the weights,
-        # which the next stage goes on with, to NaN.
-        optimizer = Optimizer(params, "muon", 1e-9)
-        flags.eval_size = 1  # start_data also makes held-out records; nobody asks them here
-        loaders, _ = start_data(flags, setup, vlm, tokenizer, task, {})
-        # Timed apart from the step. Training does one after the other, so its time per step is the sum of both columns.
-        loading = clock(lambda: next(loaders[0]), flags.steps, torch.device("cpu"))
-        batch = next(loaders[0])
-        # Padding (document 0) is work without use and counts as no token. A picture shared by several rows counts once.
-        tokens, images = int((batch["documents"] > 0).sum()), 0 if batch["pixels"] is None else len(batch["pixels"])
-        seconds = clock(lambda: train_step(vlm, [batch], supervised([batch], setup), params, optimizer, setup, 1.0),
-                        flags.steps, setup.device)
-        share = step_flops(vlm, trained, tokens, images) / seconds / ceiling
-        rows[stage] = {"ms": seconds * 1e3, "tokens_per_s": tokens / seconds, "images_per_s": images / seconds,
-                       "of_ceiling": share, "loader_ms": loading * 1e3}
-        setup.say(f"{stage:<10}{seconds * 1e3:>9.1f}{tokens / seconds:>10,.0f}{images / seconds:>10,.0f}"
-                  f"{share:>12.0%}{loading * 1e3:>11.1f}")
-    rows |= bench_decode(flags, setup, vlm.eval(), tokenizer)
+    setup.say(f"{'stage':<10}{'ms/step':>9}{'tokens/s':>10}{'images/s':>10}{'of ceiling':>12}{'vit':>6}{'bridge':>8}"
+              f"{'decoder':>9}{'loader ms':>11}{'first s':>9}{'GiB':>7}")
+    flags.val = ""  # start_data reads it
+    for stage in STAGES:
+        if gpu:
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats()
+        step = Step(flags, setup, vlm, tokenizer, stage)
+        started = time.perf_counter()
+        step()  # compiles
+        first = time.perf_counter() - started
+        # Timed apart from the step; in training a thread does it meanwhile.
+        loading = clock(lambda: [next(loader) for loader in step.loaders], 3, torch.device("cpu"))
+        seconds = clock(step, flags.steps, setup.device)
+        shares = {part: flop / seconds / ceiling for part, flop in step_flops(
+            vlm, step.trained, step.tokens, step.learned, step.images).items()}
+        rows[stage] = {"ms": seconds * 1e3, "tokens_per_s": step.tokens / seconds,
+                       "images_per_s": step.images / seconds, "of_ceiling": sum(shares.values()), "by_part": shares,
+                       "loader_ms": loading * 1e3, "first_step_s": first,
+                       "peak_gib": torch.cuda.max_memory_allocated() / 2 ** 30 if gpu else None}
+        setup.say(f"{stage:<10}{seconds * 1e3:>9.1f}{step.tokens / seconds:>10,.0f}{step.images / seconds:>10,.0f}"
+                  f"{sum(shares.values()):>12.0%}" + "".join(f"{shares[p]:>{w}.1%}" for p, w in
+                                                             (("vit", 6), ("bridge", 8), ("decoder", 9)))
+                  + f"{loading * 1e3:>11.1f}{first:>9.1f}{rows[stage]['peak_gib'] or 0:>7.1f}")
+        del step
+    rows |= bench_decode(flags, setup, vlm.eval())
     return {"what": "speed", "device": setup.device.type, "dtype": str(setup.dtype), "matmul_gflops": ceiling / 1e9,
             **rows}
 
 
-def bench_decode(flags, setup, vlm: VLM, tokenizer: Tokenizer) -> dict:
-    "After a picture and a question: time to the first token, and tokens per second after it."
-    record, new, rows = data.World("exam", "scenes")[0], 32, {}
-    # One prompt for all rows: no padding. Real batches of unlike lengths are a little slower.
-    prompt = tokenizer.render(record["messages"][:-1], image_tokens=vlm.config.bridge.num_tokens,
-                              add_generation_prompt=True)
-    size = vlm.config.vision.image_size
-    for batch in (1, flags.batch_size):
-        # Noise will do: how long a picture takes does not depend on what it shows.
-        pixels = torch.randint(0, 256, (batch, 3, size, size), dtype=torch.uint8)
+def bench_decode(flags, setup, vlm: VLM) -> dict:
+    "After a picture and 40 words: time to the first token, and tokens per second after it."
+    rows, M, new = {}, vlm.config.bridge.num_tokens, 128
+    # One prompt for all rows. Random words: how long they take does not depend on what they say.
+    prompt = data.Document(0, [1] * (M + 40), [], [0], {})
+    picture = noise(vlm)(None, None)
+    for batch in sorted({1, flags.batch_size}):
         # list() runs the generator to its end: without it nothing would be computed. No stop tokens: all answers are
-        # equally long. As in sample.py there is no autocast: decoding runs in float32, whatever --dtype says.
-        first, all_ = (clock(lambda: list(vlm.generate([prompt] * batch, pixels, max_new_tokens=n)),
-                             flags.steps, setup.device)
+        # equally long.
+        first, all_ = (clock(lambda: list(vlm.generate([prompt] * batch, [picture] * batch, max_new_tokens=n)),
+                             min(flags.steps, 5), setup.device)
                        for n in (1, new + 1))
-        # The first token waits for ViT, bridge and prompt. The difference of the two times is pure decoding.
-        rows[f"decode_{batch}"] = {"first_token_ms": first * 1e3, "tokens_per_s": batch * new / (all_ - first)}
-        setup.say(f"decode, {batch} at once: first token after {first * 1e3:.1f} ms, then "
-                  f"{batch * new / (all_ - first):,.0f} tokens/s")
+        # The first token waits for ViT, bridge and prompt. The difference of the two times is pure decoding. Every step
+        # must read all the decoder's weights once: its share of what memory could carry.
+        speed = batch * new / (all_ - first)
+        moved = sum(p.nbytes for p in vlm.gpt.parameters()) * new / (all_ - first)
+        rows[f"decode_{batch}"] = {"first_token_ms": first * 1e3, "tokens_per_s": speed, "weights_gb_per_s": moved / 1e9}
+        setup.say(f"decode, {batch} at once: first token after {first * 1e3:.1f} ms, then {speed:,.0f} tokens/s, "
+                  f"weights at {moved / 1e9:,.0f} GB/s")
     return rows
 
 
+def bench_profile(flags) -> dict:
+    "A trace of one step of chapter 3, to be opened at ui.perfetto.dev, and the kernels that take longest."
+    setup = Setup(flags)
+    vlm = random_model(flags, setup)
+    if setup.compile:
+        vlm.compile_parts()
+    step = Step(flags, setup, vlm, None, "sft")
+    for _ in range(3):
+        step()
+    with torch.profiler.profile() as recorded:
+        step()
+    recorded.export_chrome_trace("trace.json")
+    gpu = setup.device.type == "cuda"
+    sort = "self_device_time_total" if gpu else "self_cpu_time_total"
+    events = [e for e in recorded.key_averages() if (e.device_type.name == "CUDA") == gpu]
+    events.sort(key=lambda e: -getattr(e, sort))
+    for event in events[:20]:
+        setup.say(f"{getattr(event, sort) / 1e3:>9.2f} ms {event.count:>6} x  {event.key[:90]}")
+    return {"what": "profile", "trace": "trace.json", "ms": {e.key: getattr(e, sort) / 1e3 for e in events[:20]}}
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The ladder: chapter 3's step from the plainest code to the one we use, one idea at a time
+
+def plain_loss(x, head, targets, weights=None, learned=None, chunk=0, cross_entropy=None) -> torch.Tensor:
+    "What token_loss computes, as everybody writes it first: all logits at once, also where nothing is learned."
+    return F.cross_entropy(F.linear(x, head).flatten(0, 1).float(), targets.flatten(), reduction="sum")
+
+
+def pad(batch: dict, M: int) -> list[dict]:
+    "A packed batch -> the same documents, each in a row of its own, in passes of 4, padded to the pass's longest."
+    documents, at, out = [], 0, []
+    numbers = (batch["documents"] + torch.arange(len(batch["ids"]))[:, None] * 10 ** 6).flatten()
+    for number in numbers.unique().tolist():
+        places = (numbers == number).nonzero()[:, 0]
+        if number % 10 ** 6:  # 0 is padding
+            ids, targets = batch["ids"].flatten()[places].tolist(), batch["targets"].flatten()[places].tolist()
+            documents.append(data.Document(0, ids + [max(targets[-1], 0)], [0] + [int(t >= 0) for t in targets], [0],
+                                           {"id": "", "images": [at]}))
+            at += 1
+    for i in range(0, len(documents), 4):
+        width = max(len(d.ids) for d in documents[i:i + 4]) - 1
+        # Placed by hand: `pack` would lay short ones end to end.
+        rows = [data.pack([d], 1, width, M)[0] for d in documents[i:i + 4]]
+        out.append({name: torch.from_numpy(np.concatenate([r[name] for r in rows]))
+                    for name in ("ids", "targets", "positions", "documents", "weights")})
+        out[-1] |= {"slots": torch.cat([torch.arange(M) + j * width for j in range(len(rows))]), "boundaries": None,
+                    "learned": None, "pixels": batch["pixels"][i:i + 4], "pictures": torch.arange(len(rows))}
+    return out
+
+
+def bench_ladder(flags) -> dict:
+    "Real tokens per second of chapter 3's step on each rung. A rung keeps what those below it have."
+    flags.compile, rows = "False", []
+    rungs = ["one conversation a row, float32", "bfloat16 over float32 masters", "packed rows",
+             "only supervised tokens meet the head, in chunks", "torch.compile"]
+    fused = model.token_loss
+    for i, rung in enumerate(rungs):
+        flags.dtype = "float32" if i == 0 else "auto"
+        model.token_loss = plain_loss if i < 3 else fused
+        setup = Setup(flags)
+        vlm = random_model(flags, setup)
+        if i == 4 and setup.device.type == "cuda":
+            vlm.compile_parts()
+        try:
+            step = Step(flags, setup, vlm, None, "sft")
+            if i < 2:
+                step.batches = [part for batch in step.batches for part in pad(batch, vlm.config.bridge.num_tokens)]
+            seconds = clock(step, 3, setup.device)
+            rows.append({"rung": rung, "tokens_per_s": step.tokens / seconds})
+            setup.say(f"{rung:<50}{step.tokens / seconds:>10,.0f} tokens/s"
+                      + (f"{rows[-1]['tokens_per_s'] / rows[-2]['tokens_per_s']:>8.2f} x" if i else ""))
+        finally:
+            model.token_loss = fused
+        del vlm, step
+        if setup.device.type == "cuda":
+            torch.cuda.empty_cache()
+    chart([(r["rung"], r["tokens_per_s"]) for r in rows], "ladder.png")
+    return {"what": "ladder", "model": flags.model, "rungs": rows, "chart": "ladder.png"}
+
+
+def chart(bars: list[tuple[str, float]], path: str) -> None:
+    "Labelled horizontal bars."
+    font, high, wide = ImageFont.load_default(18), 44, 1100
+    sheet = Image.new("RGB", (wide, high * len(bars) + 10), "white")
+    pen, most = ImageDraw.Draw(sheet), max(value for _, value in bars)
+    for i, (name, value) in enumerate(bars):
+        y, length = i * high + 8, round(540 * value / most)
+        pen.text((10, y + 6), name, fill="black", font=font)
+        pen.rectangle((450, y, 450 + length, y + high - 14), fill="steelblue")
+        pen.text((460 + length, y + 6), f"{value:,.0f}", fill="black", font=font)
+    sheet.save(path)
+
+
 def kept(module, compiled: bool, *inputs) -> int:
-    "Bytes that autograd keeps of one call for the way back, the weights' copies in bfloat16 among them."
+    "Bytes that autograd keeps of one call in bfloat16 for the way back."
+    module.to(torch.bfloat16)
     own, pieces, alive = {p.untyped_storage().data_ptr() for p in module.parameters()}, {}, []
 
     def pack(tensor):
@@ -196,7 +377,7 @@ def kept(module, compiled: bool, *inputs) -> int:
     torch._dynamo.reset()
     # torch.compile computes some things twice rather than keep them. This backend makes the same choice, without a GPU.
     call = torch.compile(module, backend="aot_eager_decomp_partition") if compiled else module
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor), torch.autocast("cpu", torch.bfloat16):
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         call(*inputs)
     return sum(pieces.values())
 
@@ -210,7 +391,7 @@ def line(measure, a: int, b: int) -> tuple[float, float]:
 def predict(flags, stage: str, lora: int):
     """
     A function: rows per forward pass, with activation checkpointing or not -> GiB that a stage needs at its peak, by
-    part. bfloat16 with float32 weights, compiled. Small inputs go through one real layer of each kind, on the CPU; the
+    part. bfloat16 over float32 masters, compiled. Small inputs go through one real layer of each kind, on the CPU; the
     rest is arithmetic.
     """
     config = preset(flags.model, flags.bridge)
@@ -218,22 +399,20 @@ def predict(flags, stage: str, lora: int):
     with torch.device("meta"):
         vlm = VLM(config)
     learn = sum(p.numel() for p in freeze(vlm, STAGES[stage][1]).values())
-    total, halved = (sum(p.numel() for p in module.parameters()) for module in (vlm, vlm.gpt))
+    total = sum(p.numel() for p in vlm.parameters())
     layers, V, H = decoder.num_hidden_layers, decoder.vocab_size, decoder.hidden_size
 
     def layer(T: int) -> int:
-        block, rope = Block(decoder, 0), rope_table(torch.arange(T)[None], decoder)
+        block, rope = Block(decoder), rope_table(torch.arange(T)[None], decoder)
         if lora:
             add_lora(block, lora)
-            block.to(torch.bfloat16)  # all of it here: the thin ones do not count
         for mine, real in zip(block.parameters(), vlm.gpt.blocks[0].parameters()):
             mine.requires_grad_(real.requires_grad)
-        x = torch.randn(1, T, H, requires_grad=True, dtype=torch.bfloat16 if lora else torch.float32)
-        return kept(block, True, x, rope, None, None)
+        return kept(block, True, torch.randn(1, T, H, requires_grad=True, dtype=torch.bfloat16), rope)
 
     def seeing(module, compiled: bool):
         return line(lambda n: kept(module, compiled, torch.randn(
-            n, vision.num_patches, vision.hidden_size, requires_grad=True)), 1, 2)
+            n, vision.num_patches, vision.hidden_size, requires_grad=True, dtype=torch.bfloat16)), 1, 2)
 
     per_token, fixed = line(layer, 64, 128)
     per_picture, bridge = (0, 0) if stage == "base" else seeing(Bridge(config.bridge), False)
@@ -243,19 +422,21 @@ def predict(flags, stage: str, lora: int):
 
     def parts(micro: int, thrift: bool) -> dict[str, float]:
         tokens = micro * flags.seq_len
-        pictures = tokens / (config.bridge.num_tokens + 40)  # 40 words beside each, about
-        one = per_token * tokens + 2 * tokens * flags.seq_len  # the mask, as numbers, is kept by every layer
+        pictures = tokens / (config.bridge.num_tokens + 256)  # LLaVA's conversations
+        one = per_token * tokens
         # With checkpointing every layer keeps its input alone, and one layer at a time the rest.
-        decoding = layers * fixed + (one + layers * tokens * H * (2 if lora else 4) if thrift else layers * one)
-        # token_loss: a chunk's logits in float32 and one more of that size; the head in bfloat16, and its gradient.
-        loss = 8 * V * min(4096, tokens if stage == "base" else tokens / 2) \
-            + V * H * (2 + 6 * vlm.gpt.embed.weight.requires_grad)
-        # AdamW keeps two moments for each weight; Muon, from scratch, one. LoRA's frozen decoder has 2 bytes a weight.
-        out = {"weights": 4 * total - (2 * halved if lora else 0), "gradients": 4 * learn,
+        # On the way back one layer's gradients come and go beside it, mostly those of gate and up.
+        decoding = layers * fixed + (one + layers * tokens * H * 2 if thrift else layers * one) \
+            + 8 * tokens * decoder.intermediate_size
+        # token_loss: a chunk's logits and their gradient; the head's gradient in float32, and once more in bfloat16.
+        loss = 4 * V * min(4096, tokens if stage == "base" else tokens / 2) \
+            + 6 * V * H * vlm.gpt.embed.weight.requires_grad
+        # Everything in bfloat16; masters and moments, two by AdamW, one by Muon, in float32.
+        out = {"weights": 2 * total, "gradients": 2 * learn, "masters": 4 * learn,
                "optimizer": (4 if flags.model in FROM_SCRATCH else 8) * learn,
                "activations": decoding + bridge + per_picture * pictures, "loss": loss}
         # Of several passes the last meets the gradients of those before. Of one, they are made while activations go.
-        out["peak"] = sum(out.values()) - (0 if micro < flags.batch_size else min(4 * learn, out["activations"] + loss))
+        out["peak"] = sum(out.values()) - (0 if micro < flags.batch_size else min(2 * learn, out["activations"] + loss))
         return {name: value / 2 ** 30 for name, value in out.items()}
     return parts
 
@@ -288,7 +469,8 @@ def say(text: str) -> None:
 
 def main() -> None:
     flags = parse_flags(__doc__, FLAGS, BY_MODEL)
-    jobs = {"eval": bench_eval, "speed": bench_speed, "memory": bench_memory}
+    jobs = {"eval": bench_eval, "speed": bench_speed, "ladder": bench_ladder, "profile": bench_profile,
+            "memory": bench_memory}
     if flags.what not in jobs:
         raise ValueError(f"--what={flags.what}: choose {', '.join(jobs)}")
     print(json.dumps(jobs[flags.what](flags)))

@@ -202,7 +202,7 @@ class Attention(nn.Module):
         if cache is not None:
             kept, columns = cache  # keys are kept turned: their positions never change
             if columns is not None:
-                return self.out(self.look_back(q, torch.stack([k, v]), kept, columns).view(B, T, H))
+                return self.out(self.look_back(q, torch.stack([k, v]), kept, columns).reshape(B, T, H))
             kept[0, :, :, :T], kept[1, :, :, :T] = k, v
         # enable_gqa: query heads 0 to 5 read kv head 0, and so on, without copying it six times.
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=documents, is_causal=documents is None, enable_gqa=True)
@@ -692,7 +692,7 @@ class KVCache:
             return function(self, *inputs)
         if self.graphs[key] is None:  # The second time it is recorded. A prompt's form that comes only once never is.
             held, graph = [t.clone() for t in inputs], torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph):
+            with torch.cuda.graph(graph, capture_error_mode="thread_local"):  # a thread may be fetching data meanwhile
                 result = function(self, *held)
             self.graphs[key] = graph, held, result
         # TRAP: the recorded kernels read and write always the same memory: inputs go there, and the result is
