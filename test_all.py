@@ -2605,6 +2605,17 @@ def plain_records(n: int) -> list[dict]:
     return [{"id": str(i), "images": []} for i in range(n)]
 
 
+def test_batches_prepared_ahead_are_the_same_and_state_is_of_what_was_handed_out():
+    def loader(ahead, state=None):
+        return data.Loader(plain_records(10 ** 4), lambda record, i: document(range(3 + i % 5), index=i), None, 2, 16, 4,
+                           state=state, ahead=ahead)
+    plain, ahead = loader(False), loader(True)
+    for _ in range(5):
+        assert all(torch.equal(a, b) for a, b in zip(next(plain)["ids"], next(ahead)["ids"]))
+        assert plain.state() == ahead.state()
+    assert torch.equal(next(loader(True, ahead.state()))["ids"], next(plain)["ids"])
+
+
 def test_shuffled_visits_every_record_once_per_pass_in_another_order():
     records = plain_records(50)
     shuffled = data.Shuffled(records, seed=1)
