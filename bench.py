@@ -263,7 +263,8 @@ def bench_decode(flags, setup, vlm: VLM) -> dict:
         # must read all the decoder's weights once: its share of what memory could carry.
         speed = batch * new / (all_ - first)
         moved = sum(p.nbytes for p in vlm.gpt.parameters()) * new / (all_ - first)
-        rows[f"decode_{batch}"] = {"first_token_ms": first * 1e3, "tokens_per_s": speed, "weights_gb_per_s": moved / 1e9}
+        rows[f"decode_{batch}"] = {"first_token_ms": first * 1e3, "tokens_per_s": speed,
+                                   "weights_gb_per_s": moved / 1e9}
         setup.say(f"decode, {batch} at once: first token after {first * 1e3:.1f} ms, then {speed:,.0f} tokens/s, "
                   f"weights at {moved / 1e9:,.0f} GB/s")
     return rows

@@ -2607,8 +2607,8 @@ def plain_records(n: int) -> list[dict]:
 
 def test_batches_prepared_ahead_are_the_same_and_state_is_of_what_was_handed_out():
     def loader(ahead, state=None):
-        return data.Loader(plain_records(10 ** 4), lambda record, i: document(range(3 + i % 5), index=i), None, 2, 16, 4,
-                           state=state, ahead=ahead)
+        return data.Loader(plain_records(10 ** 4), lambda record, i: document(range(3 + i % 5), index=i), None, 2, 16,
+                           4, state=state, ahead=ahead)
     plain, ahead = loader(False), loader(True)
     for _ in range(5):
         assert all(torch.equal(a, b) for a, b in zip(next(plain)["ids"], next(ahead)["ids"]))
@@ -4225,8 +4225,8 @@ def test_memory_is_told_for_each_stage_and_card(monkeypatch):
     for stage in ("base", "align", "sft"):
         told = ran.result[stage]
         assert told["8 GiB"] == "--micro_batch_size=4"  # a tiny model fits everywhere
-        assert told["peak"] <= sum(told[part] for part in ("weights", "masters", "optimizer", "gradients", "activations",
-                                                     "loss"))
+        parts = ("weights", "masters", "optimizer", "gradients", "activations", "loss")
+        assert told["peak"] <= sum(told[part] for part in parts)
     one_line(run("bench", "--what=memory", "--model=Org/Name"), "--what=memory", "Org/Name")
 
 
