@@ -28,8 +28,9 @@ import data
 import model
 from model import PRESETS, VLM, Block, add_lora, newest_checkpoint, preset, rope_table
 from tokenizer import Tokenizer
-from train_base import (FROM_SCRATCH, Optimizer, Setup, evaluate_with_baselines, freeze, make_tokenizer, parse_flags,
-                        run, start, start_data, supervised, train_step)
+import train_rl
+from train_base import (FROM_SCRATCH, Optimizer, Setup, evaluate_with_baselines, freeze, make_tokenizer, most_rows,
+                        parse_flags, run, start, start_data, supervised, train_step)
 from vision import Bridge, ViTBlock
 
 STAGES = {"base": ("text", ["decoder"]), "align": ("captions", ["bridge", "vit"]),
@@ -48,10 +49,11 @@ FLAGS = {
     # With half of 2,000 questions right, the 95 % interval reaches 2 points to each side; of 100 questions, 10 points.
     "eval_size": (2000, "questions at most"),
     "batch_size": (None, "speed, memory: rows per training step; speed: prompts decoded at once"),
-    "micro_batch_size": (0, "rows per forward pass; 0: batch_size"),
+    "micro_batch_size": (0, "rows per forward pass; 0: on a GPU as many as fit, else and for memory: batch_size"),
     "seq_len": (None, "speed, memory: tokens per row"),
     "lora_rank": (0, "speed, memory: as in training"),
     "activation_checkpointing": (False, "speed, memory: as in training"),
+    "float8": (False, "speed, profile: as in training"),
     "steps": (10, "speed: steps that are timed, after three that are not"),
     "device": ("auto", "auto, cpu, cuda or mps"),
     "dtype": ("auto", "auto, float32 or bfloat16"),
@@ -167,6 +169,7 @@ def random_model(flags, setup) -> VLM:
     with setup.device:
         vlm = VLM(config)
     vlm.gpt.activation_checkpointing = flags.activation_checkpointing
+    vlm.gpt.set_float8(flags.float8)
     return vlm
 
 
@@ -183,12 +186,13 @@ class Step:
         self.optimizer = Optimizer(self.params, "muon" if flags.model in FROM_SCRATCH else "adamw", 1e-9)
         vlm.to(setup.dtype)
         if tokenizer is None:
-            micro = flags.micro_batch_size or flags.batch_size
-            lanes, make = flags.batch_size // micro, llava_like(vlm, stage, flags.seq_len)
-            endless = [{"images": []}] * 10 ** 6
-            self.loaders = [data.Loader(endless, make, noise(vlm), micro, flags.seq_len, vlm.config.bridge.num_tokens,
-                                        lane, lanes, ahead=False, pin=setup.device.type == "cuda")
-                            for lane in range(lanes)]
+            make, endless, share = llava_like(vlm, stage, flags.seq_len), [{"images": []}] * 10 ** 6, flags.batch_size
+
+            def loader(rows: int, lane: int = 0, lanes: int = 1) -> data.Loader:
+                return data.Loader(endless, make, noise(vlm), rows, flags.seq_len, vlm.config.bridge.num_tokens, lane,
+                                   lanes, ahead=False, pin=setup.device.type == "cuda")
+            micro = flags.micro_batch_size or most_rows(vlm, setup, share, lambda rows: next(loader(rows)))
+            self.loaders = [loader(micro, lane, share // micro) for lane in range(share // micro)]
         else:
             flags.eval_size = 1  # start_data also makes held-out records; nobody asks them here
             self.loaders, _ = start_data(flags, setup, vlm, tokenizer, task, {})
@@ -201,7 +205,7 @@ class Step:
         self.learned = supervised(self.batches, setup)
 
     def __call__(self) -> float:
-        return train_step(self.vlm, self.batches, self.learned, self.params, self.optimizer, self.setup, 1.0)
+        return train_step(self.vlm, self.batches, self.learned, self.optimizer, self.setup, 1.0)
 
 
 def bench_speed(flags) -> dict:
@@ -242,9 +246,31 @@ def bench_speed(flags) -> dict:
                                                              (("vit", 6), ("bridge", 8), ("decoder", 9)))
                   + f"{loading * 1e3:>11.1f}{first:>9.1f}{rows[stage]['peak_gib'] or 0:>7.1f}")
         del step
+    rows["rl"] = bench_rl(flags, setup, vlm, tokenizer or Tokenizer.train(["user\nassistant\n"], 300))
     rows |= bench_decode(flags, setup, vlm.eval())
     return {"what": "speed", "device": setup.device.type, "dtype": str(setup.dtype), "matmul_gflops": ceiling / 1e9,
             **rows}
+
+
+def bench_rl(flags, setup, vlm: VLM, tokenizer: Tokenizer) -> dict:
+    "Chapter 4's step, 16 questions x 16 answers: how long it asks, and how long it learns from the answers."
+    ours = argparse.Namespace(**{name: default for name, (default, _) in train_rl.FLAGS.items()} | vars(flags))
+    records, step = [data.World("exam")[i] for i in range(16)], Step(flags, setup, vlm, None, "sft")
+
+    def ask() -> tuple[list, list]:
+        return train_rl.roll_out(vlm, tokenizer, records, ours, 0)
+
+    def learn() -> None:
+        # Random weights are never right, and then there would be nothing to learn: every other answer is praised.
+        documents, step.learned, _ = train_rl.to_documents(records, prompts, groups, tokenizer,
+                                                           lambda record, ids, tokenizer: ids[0] % 2)
+        step.batches = train_rl.pack_all(documents, flags.micro_batch_size or 4, flags.seq_len, vlm)
+        step()
+    prompts, groups = ask()
+    asking, learning = (clock(work, min(flags.steps, 5), setup.device) for work in (ask, learn))
+    setup.say(f"rl: 16 x 16 answers of {ours.max_new_tokens} tokens in {asking * 1e3:.0f} ms, the update in "
+              f"{learning * 1e3:.0f} ms: rollouts take {asking / (asking + learning):.0%} of the step")
+    return {"rollout_ms": asking * 1e3, "update_ms": learning * 1e3, "rollout_share": asking / (asking + learning)}
 
 
 def bench_decode(flags, setup, vlm: VLM) -> dict:

@@ -1860,8 +1860,8 @@ def test_respond_gives_the_text_without_special_tokens():
 # ----------------------------------------------------------------------------------------------------------------------
 # Packing and training invariants: steps
 
-def step(vlm: VLM, batches: list[dict], params: dict, optimizer) -> float:
-    return train_base.train_step(vlm, batches, train_base.supervised(batches, setup()), params, optimizer, setup(), 1.0)
+def step(vlm: VLM, batches: list[dict], optimizer) -> float:
+    return train_base.train_step(vlm, batches, train_base.supervised(batches, setup()), optimizer, setup(), 1.0)
 
 
 STAGES = {"base": ["decoder"], "align": ["bridge", "vit"], "align_pretrained": ["bridge"],
@@ -1875,7 +1875,7 @@ def test_frozen_parts_stay_and_trained_parts_learn(stage, kind):
     params = train_base.freeze(vlm, STAGES[stage])
     assert {name.split(".")[0].replace("gpt", "decoder") for name in params} == set(STAGES[stage])
     before = {name: p.detach().clone() for name, p in vlm.named_parameters()}
-    step(vlm, [batch_of(vlm, documents(vlm))], params, train_base.Optimizer(params, kind, 1e-3))
+    step(vlm, [batch_of(vlm, documents(vlm))], train_base.Optimizer(params, kind, 1e-3))
     for name, p in vlm.named_parameters():
         assert torch.equal(p, before[name]) == (name not in params), name
         assert p.grad is None  # a frozen one has none at all, a trained one's is used up
@@ -1898,7 +1898,7 @@ def test_micro_batches_give_the_gradient_of_one_large_batch():
     params, gradients, losses = train_base.freeze(vlm, ["vit", "bridge", "decoder"]), [], []
     for parts in (batches, [large]):
         vlm.zero_grad()
-        losses.append(step(vlm, parts, params, keep))
+        losses.append(step(vlm, parts, keep))
         gradients.append(torch.cat([p.grad.flatten() for p in params.values()]))
     assert losses[0] == pytest.approx(losses[1], rel=1e-6)
     assert far(*gradients) < 1e-6
@@ -1908,7 +1908,7 @@ def test_loss_falls_on_a_batch_seen_again_and_again():
     vlm = tiny_vlm()
     params, batch = train_base.freeze(vlm, ["vit", "bridge", "decoder"]), batch_of(vlm, documents(vlm))
     optimizer = train_base.Optimizer(params, "muon", 5e-3)
-    losses = [step(vlm, [batch], params, optimizer) for _ in range(30)]
+    losses = [step(vlm, [batch], optimizer) for _ in range(30)]
     assert losses[-1] < 0.2 * losses[0]
 
 
@@ -1970,16 +1970,73 @@ def test_an_optimizer_that_was_saved_goes_on_bit_for_bit(tmp_path, kind):
     params, batch = train_base.freeze(one, ["bridge", "decoder"]), batch_of(one, documents(one))
     optimizer = train_base.Optimizer(params, kind, 3e-3, weight_decay=0.1)
     for _ in range(2):
-        step(one, [batch], params, optimizer)
-    vision.write_safetensors(optimizer.state(), tmp_path / "o.safetensors")
+        step(one, [batch], optimizer)
+    vision.write_safetensors(optimizer.state()[0], tmp_path / "o.safetensors")
     two = tiny_vlm(seed=9)
     two.load_state_dict(one.state_dict())
     params_two = train_base.freeze(two, ["bridge", "decoder"])
     again = train_base.Optimizer(params_two, kind, 3e-3, weight_decay=0.1)
     again.load(vision.read_safetensors(tmp_path / "o.safetensors"))
     for _ in range(3):
-        assert step(one, [batch], params, optimizer) == step(two, [batch], params_two, again)
+        assert step(one, [batch], optimizer) == step(two, [batch], again)
     assert all(torch.equal(p, params_two[name]) for name, p in params.items())
+
+
+@pytest.mark.parametrize("kind", ["muon", "adamw"])
+def test_each_rank_keeps_masters_and_moments_of_its_share_alone(kind, monkeypatch):
+    vlm, world, owned = tiny_vlm(), 3, []
+    params = train_base.freeze(vlm, ["bridge", "decoder", "vit"])
+    monkeypatch.setattr(train_base.dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(train_base.dist, "get_world_size", lambda: world)
+    for rank in range(world):
+        monkeypatch.setattr(train_base.dist, "get_rank", lambda: rank)
+        optimizer = train_base.Optimizer(params, kind, 1e-3)
+        assert optimizer.masters.keys() == optimizer.moments.keys()
+        in_adamw = {id(p) for group in (optimizer.adamw.param_groups if optimizer.adamw else ()) for p in group["params"]}
+        assert in_adamw <= {id(p) for p in optimizer.masters.values()}
+        owned.append(set(optimizer.masters))
+    assert set.union(*owned) == set(params) and sum(map(len, owned)) == len(params)  # none twice, none forgotten
+    sizes = [sum(params[name].numel() for name in names) for names in owned]
+    assert max(sizes) - min(sizes) <= max(p.numel() for p in params.values())
+
+
+def test_a_parameter_that_no_row_used_stays_where_it_is():
+    vlm = tiny_vlm()
+    params = train_base.freeze(vlm, ["bridge", "decoder"])
+    optimizer, batch = train_base.Optimizer(params, "muon", 1e-3), batch_of(vlm, documents(vlm))
+    step(vlm, [batch], optimizer)  # now the bridge's moments would move it on, were they asked
+    before = {name: p.detach().clone() for name, p in params.items()}
+    step(vlm, [batch_of(vlm, [doc for doc in documents(vlm) if not doc.slots])], optimizer)
+    for name, p in params.items():
+        assert torch.equal(p, before[name]) == name.startswith("bridge."), name
+
+
+def test_a_pass_takes_as_many_rows_as_fit_into_a_gpus_memory(monkeypatch, capsys):
+    fits, tried = 6, []
+
+    def forward(rows):
+        tried.append(rows)
+        if rows > fits:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return torch.zeros((), requires_grad=True).sum()
+    on_a_gpu = setup()
+    on_a_gpu.device = torch.device("cuda")
+    monkeypatch.setattr(train_base, "to_device", lambda batch, setup: batch)
+    for name, value in (("reset_peak_memory_stats", None), ("empty_cache", None), ("mem_get_info", (1, 100)),
+                        ("max_memory_allocated", 50)):
+        monkeypatch.setattr(torch.cuda, name, lambda value=value: value)
+    model_of = lambda: type("VLM", (), {"__call__": lambda self, rows: forward(rows), "parameters": lambda self: []})()
+    assert train_base.most_rows(model_of(), on_a_gpu, 24, lambda rows: rows) == 6
+    assert tried == [24, 12, 8, 6, 6]  # only divisors; twice where gradients add up over several passes
+    assert "--micro_batch_size=6" in capsys.readouterr().err
+    fits = 0
+    with pytest.raises(ValueError, match="not even one row.*--activation_checkpointing"):
+        train_base.most_rows(model_of(), on_a_gpu, 4, lambda rows: rows)
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: 95)  # it went well, but only just
+    fits = 24
+    with pytest.raises(ValueError):
+        train_base.most_rows(model_of(), on_a_gpu, 4, lambda rows: rows)
+    assert train_base.most_rows(None, setup(), 24, None) == 24  # nothing is tried on a CPU
 
 
 def test_learning_rate_rises_stays_and_falls_to_zero():
@@ -3681,6 +3738,11 @@ def test_two_processes_give_the_weights_of_one_with_two_micro_batches(trained, t
             for name in ("one", "two")]
     one_loss, two_loss = ([row["loss"] for row in run_ if "lr" in row] for run_ in rows)
     assert one_loss == pytest.approx(two_loss, rel=1e-5)
+    # Each process had but a share of the moments, and the checkpoint has all.
+    ours, theirs = (model.read_safetensors(tmp_path / name / "tiny/sft/optimizer.safetensors") for name in ("one", "two"))
+    assert ours.keys() == theirs.keys()
+    for name in ours:
+        assert torch.allclose(ours[name], theirs[name], rtol=1e-3, atol=1e-5), name
     states = [model.read_json(tmp_path / name / "tiny/sft/state.json") for name in ("one", "two")]
     assert states[0] == states[1]  # the places in the data too: a run may be resumed on another number of processes
     assert two.out.count("\n") == 1 and two.result.keys() == one.result.keys()
@@ -3787,6 +3849,7 @@ WRONG = {
     "resume_is_no_word": (TRAINING, lambda f, t: ("--resume=perhaps", "perhaps")),
     "batch_does_not_divide": (TRAINING[:3],
                               lambda f, t: (["--batch_size=5", "--micro_batch_size=2"], "--micro_batch_size=2")),
+    "float8": (TRAINING + ["bench"], lambda f, t: ("--float8", "--float8")),  # not on a CPU
     "micro_batch_below_0": (TRAINING, lambda f, t: ("--micro_batch_size=-1", "--micro_batch_size=-1")),
     "eval_size_0": (TRAINING + ["bench"], lambda f, t: ("--eval_size=0", "--eval_size=0")),
     "nothing_to_resume": (TRAINING, lambda f, t: (["--resume", f"--out_dir={f / 'new'}"], f / "new")),
@@ -4231,6 +4294,39 @@ def test_memory_is_told_for_each_stage_and_card(monkeypatch):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
+# model.py: products in 8 bits
+
+@pytest.mark.parametrize("size", [1e-6, 1.0, 1e4])  # bfloat16 has them all; 8 bits only beside a scale
+def test_products_in_float8_are_near_the_exact_ones_whatever_the_size(size):
+    torch.manual_seed(0)
+    x, w, grad = (torch.randn(*shape, dtype=torch.bfloat16) * size for shape in ((48, 64), (32, 64), (48, 32)))
+    x.requires_grad_(), w.requires_grad_()
+    y = model.Float8Product.apply(x, w)
+    y.backward(grad)
+    # A fraction of 3 bits is off by up to 1/16, of 2 bits by up to 1/8; sums of many are off by less.
+    for ours, exact, most in ((y, x.float() @ w.float().t(), 0.05), (x.grad, grad.float() @ w.float(), 0.08),
+                              (w.grad, grad.float().t() @ x.float(), 0.08)):
+        assert ours.dtype == torch.bfloat16 and far(ours.detach().float(), exact.detach()) < most
+    zeros = model.Float8Product.apply(torch.zeros(16, 64, dtype=torch.bfloat16), w)
+    assert (zeros == 0).all()  # not 0 / 0
+
+
+def test_float8_is_for_the_decoders_training_alone():
+    vlm = tiny_vlm().to(torch.bfloat16)
+    x, linear = torch.randn(2, 8, 32, dtype=torch.bfloat16), vlm.gpt.blocks[0].attention.qkv
+    exact = linear(x)
+    vlm.gpt.set_float8(True)
+    coarse = linear(x)
+    assert coarse.shape == exact.shape and 0 < far(coarse.float(), exact.float()) < 0.1
+    with torch.no_grad():  # evaluation and answers are in full precision
+        assert torch.equal(linear(x), exact)
+    changed = [name for name, module in vlm.named_modules() if getattr(module, "float8", False)]
+    assert len(changed) == 4 * len(vlm.gpt.blocks) and all(name.startswith("gpt.blocks.") for name in changed)
+    vlm.gpt.set_float8(False)
+    assert torch.equal(linear(x), exact)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
 # model.py: LoRA and activation checkpointing
 
 def test_lora_adds_nothing_at_first_and_then_learns_alone():
@@ -4246,7 +4342,7 @@ def test_lora_adds_nothing_at_first_and_then_learns_alone():
     kept = {name: p.detach().clone() for name, p in vlm.named_parameters()}
     optimizer = train_base.Optimizer(params, "adamw", 0.01)
     for _ in range(2):  # a moves from the second step on: at first b, all zeros, hides it
-        train_base.train_step(vlm, [batch], train_base.supervised([batch], setup()), params, optimizer, setup(), 1.0)
+        train_base.train_step(vlm, [batch], train_base.supervised([batch], setup()), optimizer, setup(), 1.0)
     for name, p in vlm.named_parameters():
         assert torch.equal(p, kept[name]) == (name not in params), name
     assert vlm(batch).item() < before
@@ -4318,6 +4414,30 @@ def test_on_a_gpu_the_loss_and_its_gradients_are_those_of_the_cpu(compiled):
     assert losses[1] == pytest.approx(losses[0], rel=1e-3) and losses[2] == pytest.approx(losses[0], rel=2e-2)
     assert far(gradients[1], gradients[0]) < 0.01
     assert F.cosine_similarity(gradients[2], gradients[0], dim=0) > 0.99
+
+
+@on_gpu
+@pytest.mark.skipif(torch.cuda.is_available() and torch.cuda.get_device_capability() < (8, 9), reason="needs float8")
+@pytest.mark.parametrize("frozen", [False, True])
+def test_on_a_gpu_training_in_float8_is_near_training_in_bfloat16(frozen):
+    vlm = VLM(model.preset("tiny")).cuda().to(torch.bfloat16)
+    vlm.compile_parts()
+    for part in vlm.groups().values():
+        part.requires_grad_(part is not vlm.gpt or not frozen)
+    docs = [data.Document(i, torch.randint(0, 1000, (40,)).tolist(), [0] * 10 + [1] * 30, [1], {"id": "", "images": [i]})
+            for i in range(12)]
+    batch = data.to_batch(*data.pack(docs, 4, 128, vlm.config.bridge.num_tokens)[:2], lambda source, record:
+                          torch.randint(0, 256, (3, 72, 72), dtype=torch.uint8))
+    batch, losses, gradients = {n: v if v is None else v.cuda() for n, v in batch.items()}, [], []
+    for float8 in (False, True):
+        vlm.gpt.set_float8(float8)
+        losses.append(vlm(batch))
+        losses[-1].backward()
+        assert all((p.grad is None) == (frozen and p in set(vlm.gpt.parameters())) for p in vlm.parameters())
+        gradients.append(torch.cat([p.grad.flatten().float() for p in vlm.parameters() if p.grad is not None]))
+        vlm.zero_grad()
+    assert losses[1].item() == pytest.approx(losses[0].item(), rel=0.02) and losses[1] != losses[0]
+    assert F.cosine_similarity(*gradients, dim=0) > 0.95
 
 
 @on_gpu

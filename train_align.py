@@ -75,7 +75,7 @@ def main() -> None:
     started, bar = time.time(), tqdm(total=flags.steps, initial=step, disable=not setup.master, desc=STAGE, unit="step")
     while step < flags.steps and not interrupt.heard(setup):
         batches = [next(loader) for loader in loaders]
-        loss = train_step(vlm, batches, supervised(batches, setup), params, optimizer, setup, lr_scale(step, flags))
+        loss = train_step(vlm, batches, supervised(batches, setup), optimizer, setup, lr_scale(step, flags))
         step += 1
         # Captions differ in length, so that a step's number of pictures does too.
         images = setup.sum(sum(len(batch["pixels"]) for batch in batches if batch["pixels"] is not None))

@@ -50,14 +50,14 @@ SHARED_FLAGS = {  # name: (default, meaning); None = a default of each model, fr
     "out_dir": ("out", "checkpoints go to OUT_DIR/MODEL/STAGE"),
     "data": ("world", "world, or files (see data.py), comma-separated, each with an optional :weight"),
     "val": ("", "file of held-out records; empty: a part of --data is set aside, by picture"),
-    # One step. Out of memory? Halve --micro_batch_size: the step stays as large, it only takes more passes. Then the
-    # last two of this group: bench.py --what=memory tells what they save.
+    # One step. Not one row fits? Then the last two of this group: bench.py --what=memory tells what they save.
     "batch_size": (None, "packed rows per optimizer step, over all GPUs"),
-    "micro_batch_size": (0, "rows per forward pass; 0: batch_size / number of GPUs. Lower it when memory runs out"),
+    "micro_batch_size": (0, "rows per forward pass; 0: on a GPU as many as fit (tried out at the start), else all"),
     "seq_len": (None, "tokens per packed row"),
     "activation_checkpointing": (False, "keep less for the way back and compute it twice: a third slower"),
     "lora_rank": (0, "above 0: of the decoder only thin matrices of this rank learn, beside the frozen ones; give an "
                      "--lr about ten times as large"),
+    "float8": (False, "the decoder's products in 8 bits while training: a sixth faster, on Hopper GPUs and later"),
     # How far each step goes, and how many there are. A poor result asks for more --steps first, then for another --lr.
     "lr": (None, "peak learning rate"),
     "steps": (None, "optimizer steps"),
@@ -178,6 +178,12 @@ class Setup:
         if dtype not in ("float32", "bfloat16"):
             raise ValueError(f"--dtype={flags.dtype}: choose auto, float32 or bfloat16")
         self.dtype = getattr(torch, dtype)
+        if getattr(flags, "float8", False):
+            if name != "cuda" or torch.cuda.get_device_capability() < (8, 9) or dtype != "bfloat16":
+                raise ValueError("--float8: needs a GPU that multiplies 8-bit numbers (Nvidia's Ada, Hopper and "
+                                 "later), and --dtype=bfloat16")
+            if flags.seq_len % 16:
+                raise ValueError(f"--float8: needs a multiple of 16 as --seq_len, not {flags.seq_len}")
         self.compile = {"auto": name == "cuda", "True": True, "False": False}[str(flags.compile)]
         self.master = self.rank == 0  # the one that prints, logs and saves
         # The same seed everywhere: all ranks draw the same first weights and then make the same updates, so that
@@ -264,6 +270,7 @@ def start(flags, setup: Setup, stage: str, make_tokenizer) -> tuple[VLM, Tokeniz
     if flags.lora_rank and not vlm.config.lora_rank:
         vlm.add_lora(flags.lora_rank)
     vlm.gpt.activation_checkpointing = flags.activation_checkpointing
+    vlm.gpt.set_float8(flags.float8)
     setup.say(f"{'resuming' if flags.resume else 'starting'} {stage} from {source}"
               + (f" at step {state['step']}" if flags.resume else ""))
     vlm.to(setup.device)
@@ -320,7 +327,8 @@ def stacked(name: str, p: torch.Tensor) -> list[int]:
 class Optimizer:
     """
     Muon (momentum, then orthogonalize) for matrices, AdamW for embeddings, norms and biases. It moves float32 masters,
-    and the model's weights are these, rounded to the type in which the model computes.
+    and the model's weights are these, rounded to the type in which the model computes. Several processes share the
+    work: each parameter belongs to one of them, which alone keeps its master and moments (ZeRO, arXiv 1910.02054).
     """
 
     # momentum 0.8: on the tiny model, chapter 3 alone reaches 71 % with it, 66 % with 0.9, 57 % with the usual 0.95
@@ -329,43 +337,53 @@ class Optimizer:
         if kind not in ("muon", "adamw"):
             raise ValueError(f"--optimizer={kind}: choose muon or adamw")
         self.lr, self.momentum, self.weight_decay = lr, momentum, weight_decay
-        self.params = params
+        self.params, self.owner = params, {}
+        rank, self.world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+        share = [0] * self.world  # numbers that each rank owns; the largest parameters are given away first
+        for n in sorted(params, key=lambda n: -params[n].numel()):
+            self.owner[n] = share.index(min(share))
+            share[self.owner[n]] += params[n].numel()
         # In bfloat16's 2 to 3 digits small moves of a weight would be rounded away, and towards the end of a run all
         # moves are small. The weights as they are now; if the model stays in float32, the same memory as its own.
-        self.masters = {n: p.data for n, p in params.items()}
+        self.masters = {n: p.data for n, p in params.items() if self.owner[n] == rank}
         # Muon is for matrices that map one space to another. Embeddings, positions and latents look like some, but are
         # tables: each row is a vector of its own, and nothing is gained by making one orthogonal to another.
-        matrices = [n for n, p in params.items()
+        matrices = {n for n, p in params.items()
                     if kind == "muon" and p.ndim == 2
-                    and not n.endswith(("embed.weight", "head.weight", "position", "latents"))]
-        # [rows, cols] each: the gradients' running mean. AdamW keeps two tensors for each parameter, Muon this one.
-        self.buffers = {n: torch.zeros_like(self.masters[n]) for n in matrices}
-        self.rest = [n for n in params if n not in self.buffers]
-        assert len(self.buffers) + len(self.rest) == len(params)  # none forgotten, none twice
+                    and not n.endswith(("embed.weight", "head.weight", "position", "latents"))}
+        # What is kept of each parameter: by Muon the gradients' running mean, by AdamW that of their squares, too.
+        self.kept = {n: ("muon",) if n in matrices else ("step", "exp_avg", "exp_avg_sq") for n in params}
+        self.moments = {n: {key: torch.zeros((), device=p.device) if key == "step" else torch.zeros_like(p)
+                            for key in self.kept[n]} for n, p in self.masters.items()}
         # 0.95 instead of the usual 0.999: a mean over some 20 steps, not 1000; tiny's whole runs are not that long.
         # fused: one kernel for all tensors. Else their many small launches would cost more than the arithmetic.
-        self.adamw = torch.optim.AdamW([self.masters[n] for n in self.rest], lr=lr, betas=(0.9, 0.95),
-                                       weight_decay=weight_decay, fused=True) if self.rest else None
+        rest = [n for n in self.masters if n not in matrices]
+        self.adamw = torch.optim.AdamW([self.masters[n] for n in rest], lr=lr, betas=(0.9, 0.95),
+                                       weight_decay=weight_decay, fused=True) if rest else None
+        for n in rest:
+            self.adamw.state[self.masters[n]] = self.moments[n]
         if moments:
             self.load(moments)
 
     @torch.no_grad()
     def step(self, lr_scale: float) -> None:
         lr = self.lr * lr_scale  # the schedule in one place: lr_scale() knows steps, the optimizer only a factor
-        for n, p in self.params.items():  # None: no row of this step used it, as the bridge in a batch without pictures
-            self.masters[n].grad = None if p.grad is None else p.grad.to(self.masters[n].dtype)
+        self.reduce()
+        for n, p in self.masters.items():
+            grad = self.params[n].grad
+            p.grad = None if grad is None else grad.to(p.dtype)
+        for p in self.params.values():
             p.grad = None  # not zeros: frees the memory
         if self.adamw:
             self.adamw.param_groups[0]["lr"] = lr
             self.adamw.step()
         # Matrices of one shape are orthogonalized together: few large products instead of many small ones.
         shapes = {}
-        for n, b in self.buffers.items():
-            p = self.masters[n]
-            if p.grad is None:
+        for n, p in self.masters.items():
+            if "muon" not in self.kept[n] or p.grad is None:
                 continue
-            b.lerp_(p.grad, 1 - self.momentum)
-            g = p.grad.lerp(b, self.momentum)  # Nesterov: look one step ahead along the momentum
+            mean = self.moments[n]["muon"].lerp_(p.grad, 1 - self.momentum)
+            g = p.grad.lerp(mean, self.momentum)  # Nesterov: look one step ahead along the momentum
             # Query, key and value each for itself: in one piece the value's large gradient would leave the others,
             # which decide where to look, almost none of the update.
             for part, gradient in zip(p.split(stacked(n, p)), g.split(stacked(n, p))):
@@ -377,27 +395,55 @@ class Optimizer:
             for (part, _), update in zip(pairs, updates):
                 # `part` is a view: this writes into the weight. Decay acts on the weight itself, as in AdamW.
                 part.mul_(1 - lr * self.weight_decay).add_(update, alpha=-lr * 0.2 * max(shape) ** 0.5)
-        for n, p in self.params.items():
-            self.masters[n].grad = None
-            if p.data_ptr() != self.masters[n].data_ptr():
-                p.copy_(self.masters[n])
+        for n, p in self.masters.items():
+            p.grad = None
+            if self.params[n].data_ptr() != p.data_ptr():
+                self.params[n].copy_(p)
+        if self.world > 1:  # all at once, then wait: they follow each other without gaps
+            for sent in [dist.broadcast(p.data, self.owner[n], async_op=True) for n, p in self.params.items()]:
+                sent.wait()
 
-    def state(self) -> dict[str, torch.Tensor]:
+    def reduce(self) -> None:
+        "Each rank's gradients, summed, to the owner of each parameter."
+        # By hand, once a step. DistributedDataParallel would divide by the ranks; our sum is divided already.
+        if self.world == 1:
+            return
+        # A parameter without a gradient was used by no row, as the bridge in a batch without pictures. It stays where
+        # it is if that holds for all ranks; else all must take part.
+        used = torch.tensor([p.grad is not None for p in self.params.values()], dtype=torch.int32,
+                            device=next(iter(self.params.values())).device)
+        dist.all_reduce(used)
+        sent = []
+        for (n, p), by_some in zip(self.params.items(), used.tolist()):  # TRAP: in the same order on all ranks
+            if by_some:
+                p.grad = torch.zeros_like(p) if p.grad is None else p.grad
+                sent.append(dist.reduce(p.grad, self.owner[n], async_op=True))
+        for gradient in sent:
+            gradient.wait()
+
+    def collect(self, n: str, tensor: torch.Tensor | None, like: torch.Tensor) -> torch.Tensor:
+        "A tensor that the owner of parameter n has, others give None -> it, in every rank's host memory."
+        if self.world == 1:
+            return tensor
+        tensor = torch.empty_like(like, dtype=torch.float32) if tensor is None else tensor
+        dist.broadcast(tensor, self.owner[n])
+        return tensor.cpu()
+
+    def state(self) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+        "-> (moments, masters) of all parameters. TRAP: all ranks must call it, as each has only its own."
         # By name, not by number as in torch's own state_dict: no parameter can be given another's moments.
-        out = {f"muon.{n}": b for n, b in self.buffers.items()}
-        for n in self.rest:
-            out |= {f"adamw.{n}.{key}": value for key, value in self.adamw.state.get(self.masters[n], {}).items()}
-        return out
+        moments, masters = {}, {}
+        for n, p in self.params.items():
+            masters[n] = self.collect(n, self.masters.get(n), p)
+            for key in self.kept[n]:
+                like = p.new_zeros(()) if key == "step" else p
+                moments[f"{n}.{key}"] = self.collect(n, self.moments.get(n, {}).get(key), like)
+        return moments, masters
 
     def load(self, state: dict[str, torch.Tensor]) -> None:
-        for n, b in self.buffers.items():
-            b.copy_(state[f"muon.{n}"])
-        for n in self.rest:
-            # A copy: the tensors read are views of the file on disk. A parameter that was never used has none.
-            moments = {k: state[f"adamw.{n}.{k}"].to(self.params[n].device, copy=True)
-                       for k in ("step", "exp_avg", "exp_avg_sq") if f"adamw.{n}.{k}" in state}
-            if moments:
-                self.adamw.state[self.masters[n]] = moments
+        for n, moments in self.moments.items():
+            for key, tensor in moments.items():
+                tensor.copy_(state[f"{n}.{key}"])
 
 
 def lr_scale(step: int, flags) -> float:
@@ -452,18 +498,56 @@ def to_document(tokenizer: Tokenizer, vlm: VLM, seq_len: int, learn_all: bool = 
     return convert
 
 
+def most_rows(vlm: VLM, setup: Setup, share: int, make_batch) -> int:
+    """
+    The most rows per forward pass, of the numbers that divide a rank's `share` of a step, for which its GPU has the
+    memory. make_batch(rows): such a batch. Elsewhere than on a GPU: all.
+    """
+    if setup.device.type != "cuda":
+        return share
+    torch.cuda.reset_peak_memory_stats()
+    for rows in (n for n in range(share, 0, -1) if share % n == 0):
+        try:  # Not computed but tried: what a pass keeps depends on the compiler, the kernels and the model.
+            batch = to_device(make_batch(rows), setup)
+            for _ in range(min(2, share // rows)):  # of several passes the second meets the gradients of the first
+                loss = vlm(batch)
+                if loss.requires_grad:  # not in alignment without a picture
+                    loss.backward()
+            # 7 % to spare: other batches hold more pictures, and between pieces of memory there are gaps
+            fits = torch.cuda.max_memory_allocated() < 0.93 * torch.cuda.mem_get_info()[1]
+        except torch.OutOfMemoryError:
+            fits = False
+        for p in vlm.parameters():
+            p.grad = None
+        torch.cuda.empty_cache()  # what a large attempt has left in pieces
+        torch.cuda.reset_peak_memory_stats()
+        if setup.sum(fits) == setup.world:  # all ranks take the same
+            setup.say(f"--micro_batch_size={rows}: the most rows of {share} that fit into this GPU's memory at once")
+            return rows
+    raise ValueError("not even one row fits into this GPU's memory: give --activation_checkpointing, --lora_rank=16, "
+                     "or a shorter --seq_len (bench.py --what=memory tells what each saves)")
+
+
 def start_data(flags, setup: Setup, vlm: VLM, tokenizer: Tokenizer, task: str, state: dict):
     "-> (loaders of this rank, {name: held-out records})."
-    # A step is cut into lanes, one for each micro-batch: batch_size 32, micro_batch_size 8 -> 4 lanes. A lane reads its
-    # own share of the records, whoever holds it, so that 1 GPU x 4 lanes and 4 GPUs x 1 lane learn from the same rows.
-    micro = flags.micro_batch_size or flags.batch_size // setup.world
-    lanes = flags.batch_size // max(micro, 1)  # micro is 0 if there are more processes than rows: an error below
-    if micro < 1 or lanes * micro != flags.batch_size or lanes % setup.world:
-        raise ValueError(f"--batch_size={flags.batch_size} is not a multiple of "
-                         f"--micro_batch_size={micro} x {setup.world} processes")
     dataset, held = data.load_data(flags.data, task, flags.seed, flags.eval_size, flags.val, tokenizer.encode,
                                    tokenizer.endoftext, flags.seq_len)
     render = to_document(tokenizer, vlm, flags.seq_len, learn_all=task == "text")
+
+    def loader(rows: int, lane: int = 0, lanes: int = 1, place=None, ahead: bool = True) -> data.Loader:
+        return data.Loader(dataset, render, to_pixels(vlm), rows, flags.seq_len, vlm.config.bridge.num_tokens, lane,
+                           lanes, place, ahead, pin=setup.device.type == "cuda")
+    # A step is cut into lanes, one for each micro-batch: batch_size 32, micro_batch_size 8 -> 4 lanes. A lane reads its
+    # own share of the records, whoever holds it, so that 1 GPU x 4 lanes and 4 GPUs x 1 lane learn from the same rows.
+    saved, micro = state.get("data") or [], flags.micro_batch_size  # saved: each lane's place in the data
+    if not micro and saved:
+        micro = flags.batch_size // len(saved)
+    elif not micro and flags.batch_size % setup.world == 0:
+        micro = most_rows(vlm, setup, flags.batch_size // setup.world, lambda rows: next(loader(rows, ahead=False)))
+    lanes = flags.batch_size // max(micro, 1)
+    if micro < 1 or lanes * micro != flags.batch_size or lanes % setup.world:
+        raise ValueError(f"--batch_size={flags.batch_size} is not a multiple of "
+                         f"--micro_batch_size={micro or 1} x {setup.world} processes")
     # Cut conversations train without any error, and the model never learns how they end: say how many there are.
     whole = to_document(tokenizer, vlm, seq_len=10 ** 9, learn_all=True)
     first = [whole(record, i) for i in range(100) if "messages" in (record := dataset[i])]
@@ -471,12 +555,10 @@ def start_data(flags, setup: Setup, vlm: VLM, tokenizer: Tokenizer, task: str, s
     if cut:
         setup.say(f"{cut} of {len(first)} conversations are longer than --seq_len={flags.seq_len} and are cut at "
                   "their end")
-    saved = state.get("data") or [None] * lanes  # each lane's place in the data; None: from the start
-    if len(saved) != lanes:
+    if saved and len(saved) != lanes:
         raise ValueError(f"--resume: the run was started with {len(saved)} micro-batches a step, "
                          f"now there are {lanes}; give --micro_batch_size={flags.batch_size // len(saved)}")
-    loaders = [data.Loader(dataset, render, to_pixels(vlm), micro, flags.seq_len, vlm.config.bridge.num_tokens,
-                           lane, lanes, saved[lane], pin=setup.device.type == "cuda")
+    loaders = [loader(micro, lane, lanes, saved[lane] if saved else None)
                for lane in range(setup.rank, lanes, setup.world)]  # 4 lanes, 2 ranks: 0 and 2, 1 and 3
     convert = to_pixels(vlm)
     for record in (record for records in held.values() for record in records):
@@ -555,33 +637,28 @@ def save(flags, setup: Setup, stage: str, vlm: VLM, tokenizer: Tokenizer, optimi
         gathered = [None] * setup.world
         dist.all_gather_object(gathered, places)
         places = [gathered[lane % setup.world][lane // setup.world] for lane in range(sum(map(len, gathered)))]
+    moments, masters = optimizer.state()
     if setup.master:
         kept = {name: value for name, value in vars(flags).items() if name not in FREE}
-        save_checkpoint(folder, vlm, tokenizer, optimizer.state(),
-                        {"step": step, "data": places, "flags": kept, **more}, optimizer.masters)
+        save_checkpoint(folder, vlm, tokenizer, moments, {"step": step, "data": places, "flags": kept, **more}, masters)
     return folder
 
 
-def train_step(vlm: VLM, batches: list[dict], tokens: float, params: dict, optimizer: Optimizer, setup: Setup,
+def train_step(vlm: VLM, batches: list[dict], tokens: float, optimizer: Optimizer, setup: Setup,
                scale: float) -> float:
     """
     One optimizer step over this rank's micro-batches -> the loss of the whole step, in nats per token. `tokens`:
     supervised ones, of all micro-batches and ranks.
     """
     # The loss is a sum, divided by the tokens of the WHOLE step. Gradients add up, in p.grad over the micro-batches and
-    # in all_reduce over the ranks, so that the result is the gradient of the mean over all tokens, however they are
-    # split. TRAP: a mean of means would count a token in a micro-batch with few of them more.
+    # in Optimizer.reduce over the ranks, so that the result is the gradient of the mean over all tokens, however they
+    # are split. TRAP: a mean of means would count a token in a micro-batch with few of them more.
     total = 0.0
     for batch in batches:
         loss = vlm(to_device(batch, setup)) / tokens
         if loss.requires_grad:  # in alignment a micro-batch without pictures teaches nothing
             loss.backward()
         total += loss.detach()  # still on the GPU: to read it now would mean to wait for it
-    if setup.world > 1:
-        # By hand, once a step. DistributedDataParallel would divide by the ranks; our sum is divided already.
-        for p in params.values():  # a parameter that no row of this rank used takes part all the same
-            p.grad = torch.zeros_like(p) if p.grad is None else p.grad
-            dist.all_reduce(p.grad)  # TRAP: on all ranks in the same order, or gradients of two parameters are added
     total = setup.sum(float(total))  # the one place where the CPU waits; while the optimizer works it goes on
     optimizer.step(scale)
     return total
@@ -778,7 +855,7 @@ def main() -> None:
         # One micro-batch for each lane of this rank: ids [rows, seq_len], and as targets the same ids, one place on.
         batches = [next(loader) for loader in loaders]
         # Every position is asked for the next token, all at once: a step holds as many lessons as tokens.
-        loss = train_step(vlm, batches, supervised(batches, setup), params, optimizer, setup, lr_scale(step, flags))
+        loss = train_step(vlm, batches, supervised(batches, setup), optimizer, setup, lr_scale(step, flags))
         step += 1
         # --------------------------------------------------------------------------------------------------------------
         bar.update()

@@ -30,7 +30,8 @@ from tqdm import tqdm
 
 import data
 from train_base import (SHARED_FLAGS, Interrupt, Log, Optimizer, Setup, evaluate, finish, freeze,
-                        lr_scale, make_tokenizer, parse_flags, run, save, save_samples, start, to_pixels, train_step)
+                        lr_scale, make_tokenizer, most_rows, parse_flags, run, save, save_samples, start, to_pixels,
+                        train_step)
 
 STAGE = "rl"
 # batch_size counts questions here, not rows. A rate far below chapter 3's: its last steps found a good place, and
@@ -84,7 +85,7 @@ def reward(record: dict, ids: list[int], tokenizer) -> float:
     return data.score(record.get("metric", "exact"), tokenizer.decode(ids).strip(), answer, record.get("choices"))
 
 
-def to_documents(records, prompts, groups, tokenizer) -> tuple[list, int, dict]:
+def to_documents(records, prompts, groups, tokenizer, reward=reward) -> tuple[list, int, dict]:
     """
     Rollouts -> (documents whose weight is their advantage, tokens sampled in the groups that teach, statistics).
     Equal answers to a question are one document with the sum of their advantages: the same gradient, several times
@@ -125,6 +126,18 @@ def pack_all(documents: list, rows: int, seq_len: int, vlm) -> list[dict]:
         batches.append(data.to_batch(arrays, placed, to_pixels(vlm)))
         documents = waiting
     return batches
+
+
+def full_batch(rows: int, dataset, flags, vlm, tokenizer) -> dict:
+    "The most that a pass may hold: questions, each with its picture and the longest answer, up to the last row's end."
+    documents, M = [], vlm.config.bridge.num_tokens
+    while sum(len(doc.ids) for doc in documents) < rows * flags.seq_len:
+        record = dataset[len(documents)]
+        prompt = tokenizer.render(record["messages"][:-1], image_tokens=M, add_generation_prompt=True)
+        documents.append(data.Document(0, prompt.ids + [0] * flags.max_new_tokens,
+                                       [0] * len(prompt.ids) + [1] * flags.max_new_tokens, prompt.slots, record))
+    arrays, placed, _ = data.pack(documents, rows, flags.seq_len, M)
+    return data.to_batch(arrays, placed, to_pixels(vlm))
 
 
 def gain(before: list[float], after: list[float]) -> dict:
@@ -172,6 +185,7 @@ def main() -> None:
         setup.say(f"before: {name} {result['accuracy']:.1%} "
                   f"(95 % interval {result['ci95'][0]:.1%} to {result['ci95'][1]:.1%})")
 
+    rows = flags.micro_batch_size or most_rows(vlm, setup, 16, lambda n: full_batch(n, dataset, flags, vlm, tokenizer))
     started, bar = time.time(), tqdm(total=flags.steps, initial=step, disable=not setup.master, desc=STAGE, unit="step")
     while step < flags.steps and not interrupt.heard(setup):
         # ---- one step: ask, check, learn -----------------------------------------------------------------------------
@@ -180,11 +194,11 @@ def main() -> None:
         records = [dataset[i] for i in mine]
         prompts, groups = roll_out(vlm, tokenizer, records, flags, step)
         documents, tokens, stats = to_documents(records, prompts, groups, tokenizer)
-        batches = pack_all(documents, flags.micro_batch_size or 16, flags.seq_len, vlm)
+        batches = pack_all(documents, rows, flags.seq_len, vlm)
         # One update for each rollout: the model that is updated is the one that answered, so no ratio is needed.
         # token-level: a long answer's tokens count as much as a short one's (DAPO, arXiv 2503.14476)
         tokens = setup.sum(tokens)
-        train_step(vlm, batches, max(tokens, 1), params, optimizer, setup, lr_scale(step, flags))
+        train_step(vlm, batches, max(tokens, 1), optimizer, setup, lr_scale(step, flags))
         step += 1
         # ------------------------------------------------------------------------------------------------------------
         # "teaching": groups with right and wrong answers. Near 0 the questions are too easy or too hard to learn from.

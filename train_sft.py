@@ -55,7 +55,7 @@ def main() -> None:
     while step < flags.steps and not interrupt.heard(setup):
         batches = [next(loader) for loader in loaders]
         # A row holds several conversations, each blind to the others; -100 keeps all but the answers out of the loss.
-        loss = train_step(vlm, batches, supervised(batches, setup), params, optimizer, setup, lr_scale(step, flags))
+        loss = train_step(vlm, batches, supervised(batches, setup), optimizer, setup, lr_scale(step, flags))
         step += 1
         images = setup.sum(sum(len(batch["pixels"]) for batch in batches if batch["pixels"] is not None))
         bar.update()

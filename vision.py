@@ -169,8 +169,8 @@ class ViTBlock(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         B, N, D = x.shape
-        q, k, v = self.qkv(self.norm1(x)).view(B, N, 3, self.num_heads, -1).permute(
-            2, 0, 3, 1, 4)                                                              # 3 x [B, heads, N, D/heads]
+        q, k, v = (part.view(B, N, self.num_heads, -1).transpose(1, 2)
+                   for part in self.qkv(self.norm1(x)).chunk(3, dim=-1))                  # 3 x [B, heads, N, D/heads]
         y = F.scaled_dot_product_attention(q, k, v)  # no mask: a picture has no past and no future
         x = x + self.out(y.transpose(1, 2).reshape(B, N, D))                                         # [B, N, D]
         # TRAP: SigLIP was trained with GELU's tanh form; the exact one is off by up to 0.0005 in every layer
@@ -312,7 +312,8 @@ class PerceiverLayer(nn.Module):
         # Keys from features and latents: so the latents can also agree on who summarises what.
         kv = self.kv(torch.cat([self.norm_features(features), x], dim=1))                            # [B, N+M, 2D]
         q = self.q(x).view(B, M, self.num_heads, -1).transpose(1, 2)                            # [B, heads, M, D/heads]
-        k, v = kv.view(B, kv.shape[1], 2, self.num_heads, -1).permute(2, 0, 3, 1, 4)          # [B, heads, N+M, D/heads]
+        k, v = (part.view(B, kv.shape[1], self.num_heads, -1).transpose(1, 2)
+                for part in kv.chunk(2, dim=-1))                                        # 2 x [B, heads, N+M, D/heads]
         y = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(B, M, D)
         latents = latents + self.out(y)
         return latents + self.fc2(F.gelu(self.fc1(self.norm_mlp(latents))))
