@@ -1301,7 +1301,7 @@ def test_resume_works_after_a_crash_between_the_renames(tmp_path, monkeypatch):
         crash_at(patch, 2)
         model.save_checkpoint(folder, vlm, tokenizer(), {}, {"step": 2})
     flags = argparse.Namespace(out_dir=str(tmp_path), model="tiny", init="", resume=True, vision="", bridge="",
-                               lora_rank=0, activation_checkpointing=False)
+                               lora_rank=0, activation_checkpointing=False, float8=False)
     _, _, state, _ = train_base.start(flags, setup(), "base", None)
     assert state["step"] == 1
 
@@ -1311,7 +1311,7 @@ def test_resume_refuses_files_of_different_steps(tmp_path):
     model.save_checkpoint(folder, vlm, tokenizer(), {}, {"step": 1})
     (folder / "state.json").write_text('{"step": 2}')
     flags = argparse.Namespace(out_dir=str(tmp_path), model="tiny", init="", resume=True, vision="", bridge="",
-                               lora_rank=0, activation_checkpointing=False)
+                               lora_rank=0, activation_checkpointing=False, float8=False)
     assert fails(lambda: train_base.start(flags, setup(), "base", None), folder, "--resume")
 
 
@@ -1992,8 +1992,8 @@ def test_each_rank_keeps_masters_and_moments_of_its_share_alone(kind, monkeypatc
         monkeypatch.setattr(train_base.dist, "get_rank", lambda: rank)
         optimizer = train_base.Optimizer(params, kind, 1e-3)
         assert optimizer.masters.keys() == optimizer.moments.keys()
-        in_adamw = {id(p) for group in (optimizer.adamw.param_groups if optimizer.adamw else ()) for p in group["params"]}
-        assert in_adamw <= {id(p) for p in optimizer.masters.values()}
+        for group in optimizer.adamw.param_groups:
+            assert {id(p) for p in group["params"]} <= {id(p) for p in optimizer.masters.values()}
         owned.append(set(optimizer.masters))
     assert set.union(*owned) == set(params) and sum(map(len, owned)) == len(params)  # none twice, none forgotten
     sizes = [sum(params[name].numel() for name in names) for names in owned]
@@ -3739,7 +3739,8 @@ def test_two_processes_give_the_weights_of_one_with_two_micro_batches(trained, t
     one_loss, two_loss = ([row["loss"] for row in run_ if "lr" in row] for run_ in rows)
     assert one_loss == pytest.approx(two_loss, rel=1e-5)
     # Each process had but a share of the moments, and the checkpoint has all.
-    ours, theirs = (model.read_safetensors(tmp_path / name / "tiny/sft/optimizer.safetensors") for name in ("one", "two"))
+    ours, theirs = (model.read_safetensors(tmp_path / name / "tiny/sft/optimizer.safetensors")
+                    for name in ("one", "two"))
     assert ours.keys() == theirs.keys()
     for name in ours:
         assert torch.allclose(ours[name], theirs[name], rtol=1e-3, atol=1e-5), name
@@ -4424,8 +4425,8 @@ def test_on_a_gpu_training_in_float8_is_near_training_in_bfloat16(frozen):
     vlm.compile_parts()
     for part in vlm.groups().values():
         part.requires_grad_(part is not vlm.gpt or not frozen)
-    docs = [data.Document(i, torch.randint(0, 1000, (40,)).tolist(), [0] * 10 + [1] * 30, [1], {"id": "", "images": [i]})
-            for i in range(12)]
+    docs = [data.Document(i, torch.randint(0, 1000, (40,)).tolist(), [0] * 10 + [1] * 30, [1],
+                          {"id": "", "images": [i]}) for i in range(12)]
     batch = data.to_batch(*data.pack(docs, 4, 128, vlm.config.bridge.num_tokens)[:2], lambda source, record:
                           torch.randint(0, 256, (3, 72, 72), dtype=torch.uint8))
     batch, losses, gradients = {n: v if v is None else v.cuda() for n, v in batch.items()}, [], []
