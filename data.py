@@ -44,6 +44,7 @@ import tarfile
 import time
 import zipfile
 import zlib
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import lru_cache
@@ -295,10 +296,6 @@ def plural(word: str) -> str:
     return word if word.endswith("fish") else word + "s"
 
 
-def listed(parts: list[str]) -> str:
-    return parts[0] if len(parts) == 1 else ", ".join(parts[:-1]) + " and " + parts[-1]
-
-
 def describe(scene: Scene, rng: random.Random | None = None) -> str:
     """
     Every thing with place, size and colour, in reading order: "2 things at night. Top left: small red cat. Centre: blue
@@ -315,139 +312,35 @@ def describe(scene: Scene, rng: random.Random | None = None) -> str:
 
 def summarize(scene: Scene) -> str:
     "What there is, and how often: \"A red cat and 2 blue fish on a beach.\""
-    counts = {}  # {"red cat": 2, ...}, in reading order
-    for t in scene.things:
-        counts[t.name] = counts.get(t.name, 0) + 1
-    text = listed([a(name) if n == 1 else f"{n} {plural(name)}" for name, n in counts.items()]) \
-        + f" {WHERE[scene.background]}."
+    counts = Counter(t.name for t in scene.things)  # {"red cat": 2, ...}, in reading order
+    *parts, last = [a(name) if n == 1 else f"{n} {plural(name)}" for name, n in counts.items()]
+    text = " and ".join(filter(None, (", ".join(parts), last))) + f" {WHERE[scene.background]}."
     return text[0].upper() + text[1:]
 
 
-def per_thing(word, sentence):
-    """
-    A writer of one sentence for each thing that `word` (its kind, colour or name) picks out without doubt, in any
-    order.
-    """
-    def write(scene: Scene, rng: random.Random) -> str:
-        # "The cat is red" must not be said of two cats, one of them blue.
-        things = [t for t in scene.things if scene.count(word(t)) == 1]
-        return " ".join(sentence(t) for t in rng.sample(things, len(things)))
-    return write
+def several(word: str) -> str:
+    return plural(word) if word in KINDS else f"{word} things"
 
 
-def count_list(scene: Scene, rng: random.Random) -> str:
-    "\"Cats: 2. Red things: 1. Dogs: 0.\""
-    there = [*{word for t in scene.things for word in (t.kind, t.colour)}]
-    # sorted: a set's order differs from run to run, and with it all that the dice give after it
-    words = rng.sample(sorted(there), min(4, len(there))) + rng.sample([*KINDS, *COLOURS], 2)
-    rng.shuffle(words)
-    return " ".join(f"{(plural(w) if w in KINDS else w + ' things').capitalize()}: {scene.count(w)}."
-                    for w in dict.fromkeys(words))
-
-
-def check_list(scene: Scene, rng: random.Random) -> str:
-    "\"Red cat: yes. Blue cat: no.\""
-    names = [rng.choice(scene.things).name if rng.random() < 0.5 else absent(scene, rng, set()) for _ in range(6)]
-    return " ".join(f"{name.capitalize()}: {'yes' if scene.count(name) else 'no'}."
-                    for name in dict.fromkeys(names) if name)
-
-
-def relation_list(scene: Scene, rng: random.Random) -> str:
-    "\"Red cat left or right of dog: left.\""
-    out = {}  # as an ordered set
-    for _ in range(4):
-        t, name = unique(scene, rng, set())
-        u, other = unique(scene, rng, set(), but=t)
-        if t and u and t.cell % 3 != u.cell % 3:
-            out[f"{name.capitalize()} left or right of {other}: "
-                f"{'left' if t.cell % 3 < u.cell % 3 else 'right'}."] = None
-        if t and u and t.cell // 3 != u.cell // 3:
-            out[f"{name.capitalize()} above or below {other}: "
-                f"{'above' if t.cell // 3 < u.cell // 3 else 'below'}."] = None
-    return " ".join(out)
-
-
-# What to ask for, who writes it, how often. What a text says first is what the next word can be looked up by: a model
-# that only reads "small red cat" learns to go from a place to a colour and on to a kind, and cannot say what colour the
-# cat has. Hence all the orders.
-CAPTIONS = [
-    (["Describe the picture.", "What do you see, and where?", "Describe everything in this image."],
-     lambda s, rng: describe(s), 10),
-    (["What is in the picture?", "Write a short caption.", "Say briefly what this shows."],
-     lambda s, rng: summarize(s), 1),
-    (["Name the colours."], per_thing(lambda t: t.kind, lambda t: f"The {t.kind} is {t.colour}."), 1),
-    (["Name the sizes."], per_thing(lambda t: t.kind, lambda t: f"The {t.kind} is {t.size}."), 1),
-    (["Where are the things?"], per_thing(lambda t: t.kind, lambda t: f"The {t.kind} is at the {PLACES[t.cell]}."), 1),
-    (["Where is each one?"], per_thing(lambda t: t.name, lambda t: f"The {t.name} is at the {PLACES[t.cell]}."), 1),
-    (["Count everything."], count_list, 1),
-    (["What is there, and what is not?"], check_list, 1),
-    (["How do they stand to each other?"], relation_list, 1),
-]
-
-
-# Questions. Each function returns (question, answer), or None where the scene has no such question. `focus`: pairs of
-# colour and kind that it should be about. The wanted answer is drawn first and the question made to fit: the question
-# alone gives nothing away.
-
-def unique(scene: Scene, rng: random.Random, focus: set, but: Thing | None = None) -> tuple[Thing | None, str]:
+def unique(scene: Scene, rng: random.Random, focus: set = frozenset(), but=None) -> tuple[Thing | None, str]:
     """
     A thing that can be named without doubt, and its name: 'cat' if it is the only cat, else 'red cat'. Things in focus
     go first.
     """
     # Two red cats cannot be told apart by words; a question about one of them would have two answers.
-    things = [t for t in scene.things if scene.count(t.name) == 1 and t != but]
-    things = [t for t in things if (t.colour, t.kind) in focus] or things
+    things = preferred([t for t in scene.things if scene.count(t.name) == 1 and t != but], focus)
     if not things:
         return None, ""
     thing = rng.choice(things)
     return thing, thing.kind if scene.count(thing.kind) == 1 and rng.random() < 0.5 else thing.name
 
 
-def ask_count(scene, rng, focus):
-    n = len(scene.things)
-    # Several wordings for each kind: with one, the model would learn the sentence instead of the question.
-    question = rng.choice(["How many things are there?", "How many things do you see in total?",
-                           "Count all the things."])
-    return question, str(n)
+def preferred(things, focus: set):
+    "Those that show a pair in focus, if any do; else all."
+    return [t for t in things if (t.colour, t.kind) in focus] or things
 
 
-def ask_number(scene, rng, focus):
-    "How many of one kind or colour; 0 to 3 equally often."
-    target = rng.randrange(4)
-    # Kinds and colours in turn: most words that nothing in a scene fits are kinds, so "cats" alone would say 0.
-    words = [w for w in (KINDS if rng.random() < 0.5 else COLOURS) if scene.count(w) == target]
-    if not words:
-        return None
-    word = rng.choice(words)
-    what = plural(word) if word in KINDS else f"{word} things"
-    question = rng.choice([f"How many {what} are there?", f"What is the number of {what}?", f"Count the {what}."])
-    return question, str(target)
-
-
-def ask_colour(scene, rng, focus):
-    # Only kinds that stand there once. Other colours are around them, so the picture's colours alone do not answer it.
-    things = [t for t in scene.things if scene.count(t.kind) == 1]
-    things = [t for t in things if (t.colour, t.kind) in focus] or things
-    if not things:
-        return None
-    t = rng.choice(things)
-    question = rng.choice([f"What colour is the {t.kind}?", f"Which colour does the {t.kind} have?",
-                           f"The {t.kind} is of what colour?"])
-    return question, t.colour
-
-
-def ask_kind(scene, rng, focus):
-    things = [t for t in scene.things if scene.count(t.colour) == 1]
-    things = [t for t in things if (t.colour, t.kind) in focus] or things
-    if not things:
-        return None
-    t = rng.choice(things)
-    question = rng.choice([f"What is the {t.colour} thing?", f"Which thing is {t.colour}?",
-                           f"What kind of thing is {t.colour}?"])
-    return question, t.kind
-
-
-def absent(scene, rng, focus) -> str | None:
+def absent(scene: Scene, rng: random.Random, focus: set = frozenset()) -> str | None:
     "A 'colour kind' that is not there although its colour and its kind are, if possible: only binding tells."
     near = [(t.colour, u.kind) for t in scene.things for u in scene.things]
     near += [(t.colour, rng.choice(KINDS)) for t in scene.things] \
@@ -457,90 +350,176 @@ def absent(scene, rng, focus) -> str | None:
     return " ".join(rng.choice(near)) if near else None
 
 
+def sides(t: Thing | None, u: Thing | None) -> list[tuple]:
+    "[(\"left\", \"right of\", \"left\"), (\"above\", \"below\", \"below\")]: t is left of u and below it."
+    # Only between things in different columns or rows (cell = 3 * row + column).
+    axes = [("left", "right of", t.cell % 3, u.cell % 3), ("above", "below", t.cell // 3, u.cell // 3)] if u else []
+    return [(one, two, one if mine < other else two.split()[0]) for one, two, mine, other in axes if mine != other]
+
+
+# Captions. Each function returns one text about a scene, or "" where it has nothing to say.
+
+def per_thing(word: str, sentence: str):
+    "A writer of one sentence for each thing that `word` (its kind or name) picks out without doubt, in any order."
+    def write(scene: Scene, rng: random.Random) -> str:
+        # "The cat is red" must not be said of two cats, one of them blue.
+        things = [t for t in scene.things if scene.count(getattr(t, word)) == 1]
+        return " ".join(sentence.format(t, place=PLACES[t.cell]) for t in rng.sample(things, len(things)))
+    return write
+
+
+def count_list(scene: Scene, rng: random.Random) -> str:
+    "\"Cats: 2. Red things: 1. Dogs: 0.\""
+    there = {word for t in scene.things for word in (t.kind, t.colour)}
+    # sorted: a set's order differs from run to run, and with it all that the dice give after it
+    words = rng.sample(sorted(there), min(4, len(there))) + rng.sample([*KINDS, *COLOURS], 2)
+    rng.shuffle(words)
+    return " ".join(f"{several(word).capitalize()}: {scene.count(word)}." for word in dict.fromkeys(words))
+
+
+def check_list(scene: Scene, rng: random.Random) -> str:
+    "\"Red cat: yes. Blue cat: no.\""
+    names = [rng.choice(scene.things).name if rng.random() < 0.5 else absent(scene, rng) for _ in range(6)]
+    return " ".join(f"{name.capitalize()}: {'yes' if scene.count(name) else 'no'}."
+                    for name in dict.fromkeys(names) if name)
+
+
+def relation_list(scene: Scene, rng: random.Random) -> str:
+    "\"Red cat left or right of dog: left.\""
+    out = []
+    for _ in range(4):
+        t, name = unique(scene, rng)
+        u, other = unique(scene, rng, but=t)
+        out += [f"{name.capitalize()} {one} or {two} {other}: {answer}." for one, two, answer in sides(t, u)]
+    return " ".join(dict.fromkeys(out))
+
+
+# What to ask for, who writes it, how often. What a text says first is what the next word can be looked up by: a model
+# that only reads "small red cat" learns to go from a place to a colour and on to a kind, and cannot say what colour the
+# cat has. Hence all the orders.
+CAPTIONS = [
+    (["Describe the picture.", "What do you see, and where?", "Describe everything in this image."],
+     lambda scene, rng: describe(scene), 10),
+    (["What is in the picture?", "Write a short caption.", "Say briefly what this shows."],
+     lambda scene, rng: summarize(scene), 1),
+    (["Name the colours."], per_thing("kind", "The {0.kind} is {0.colour}."), 1),
+    (["Name the sizes."], per_thing("kind", "The {0.kind} is {0.size}."), 1),
+    (["Where are the things?"], per_thing("kind", "The {0.kind} is at the {place}."), 1),
+    (["Where is each one?"], per_thing("name", "The {0.name} is at the {place}."), 1),
+    (["Count everything."], count_list, 1),
+    (["What is there, and what is not?"], check_list, 1),
+    (["How do they stand to each other?"], relation_list, 1),
+]
+
+
+# Questions. Each function returns (wordings of the question, answer), or None where the scene has no such question.
+# Several wordings for each kind: with one, the model would learn the sentence instead of the question.
+# `focus`: pairs of colour and kind that it should be about. The wanted answer is drawn first and the question made to
+# fit: the question alone gives nothing away.
+
+def ask_count(scene, rng, focus):
+    wordings = ["How many things are there?", "How many things do you see in total?", "Count all the things."]
+    return wordings, str(len(scene.things))
+
+
+def ask_number(scene, rng, focus):
+    "How many of one kind or colour; 0 to 3 equally often."
+    target = rng.randrange(4)
+    # Kinds and colours in turn: most words that nothing in a scene fits are kinds, so "cats" alone would say 0.
+    words = [w for w in (KINDS if rng.random() < 0.5 else COLOURS) if scene.count(w) == target]
+    if words:
+        what = several(rng.choice(words))
+        return [f"How many {what} are there?", f"What is the number of {what}?", f"Count the {what}."], str(target)
+
+
+def ask_property(given: str, wanted: str, *wordings: str):
+    def ask(scene, rng, focus):
+        # Only of what stands there once: of the one cat its colour, of the one red thing its kind. Others are around
+        # it, so the picture's colours alone do not answer it.
+        things = preferred([t for t in scene.things if scene.count(getattr(t, given)) == 1], focus)
+        if things:
+            t = rng.choice(things)
+            return [wording.format(getattr(t, given)) for wording in wordings], getattr(t, wanted)
+    return ask
+
+
 def ask_exists(scene, rng, focus):
     # The answer first, then a question that it fits: yes and no come equally often.
     yes = rng.random() < 0.5
-    things = [t for t in scene.things if (t.colour, t.kind) in focus] or scene.things
-    name = rng.choice(things).name if yes else absent(scene, rng, focus)
-    if name is None:
-        return None
-    question = rng.choice([f"Is there {a(name)}?", f"Do you see {a(name)}?", f"Does the picture show {a(name)}?"])
-    return question, "yes" if yes else "no"
+    name = rng.choice(preferred(scene.things, focus)).name if yes else absent(scene, rng, focus)
+    if name:
+        name = a(name)
+        return [f"Is there {name}?", f"Do you see {name}?", f"Does the picture show {name}?"], "yes" if yes else "no"
 
 
 def ask_relation(scene, rng, focus):
-    "Left or right, above or below: between things that stand in different columns or rows."
+    "Left or right, above or below."
     t, name = unique(scene, rng, focus)
-    u, other = unique(scene, rng, set(), but=t)
-    if not t or not u:
-        return None
-    # cell = 3 * row + column
-    choices = [("left", "right of", t.cell % 3, u.cell % 3), ("above", "below", t.cell // 3, u.cell // 3)]
-    first, second, mine, others = rng.choice([c for c in choices if c[2] != c[3]])
-    question = rng.choice([f"Is the {name} {first} or {second} the {other}?",
-                           f"Where is the {name}, {first} or {second} the {other}?"])
-    return question, first if mine < others else second.split()[0]
+    u, other = unique(scene, rng, but=t)
+    if u:
+        one, two, answer = rng.choice(sides(t, u))
+        return [f"Is the {name} {one} or {two} the {other}?", f"Where is the {name}, {one} or {two} the {other}?"], answer
 
 
 def ask_place(scene, rng, focus):
     t, name = unique(scene, rng, focus)
-    if not t:
-        return None
-    question = rng.choice([f"Where is the {name}?", f"In which part of the picture is the {name}?",
-                           f"Where do you see the {name}?"])
-    return question, PLACES[t.cell]
+    if t:
+        return [f"Where is the {name}?", f"In which part of the picture is the {name}?",
+                f"Where do you see the {name}?"], PLACES[t.cell]
 
 
 def ask_compare(scene, rng, focus):
     "Of which are there more? Both occur, and not equally often."
     words = [w for w in (KINDS if rng.random() < 0.5 else COLOURS) if scene.count(w)]
     pairs = [(v, w) for v in words for w in words if scene.count(v) > scene.count(w)]
-    if not pairs:
-        return None
-    more, fewer = ((plural(w) if w in KINDS else f"{w} things") for w in rng.choice(pairs))
-    one, two = (more, fewer) if rng.random() < 0.5 else (fewer, more)
-    question = rng.choice([f"Which are there more of, {one} or {two}?", f"What is more common, {one} or {two}?",
-                           f"Are there more {one} or more {two}?"])
-    return question, more
+    if pairs:
+        more, fewer = map(several, rng.choice(pairs))
+        one, two = (more, fewer) if rng.random() < 0.5 else (fewer, more)
+        return [f"Which are there more of, {one} or {two}?", f"What is more common, {one} or {two}?",
+                f"Are there more {one} or more {two}?"], more
 
 
 def ask_size(scene, rng, focus):
     # One thing must stand out: of two large ones neither is "the largest".
     sizes = [SIZES[t.size] for t in scene.things]
     ends = [(word, end) for word, end in (("largest", max(sizes)), ("smallest", min(sizes))) if sizes.count(end) == 1]
-    if len(sizes) == 1 or not ends:
-        return None
-    word, end = rng.choice(ends)
-    t = scene.things[sizes.index(end)]
-    if rng.random() < 0.5:
-        return f"What colour is the {word} thing?", t.colour
-    return rng.choice([f"What is the {word} thing?", f"Which thing is the {word}?"]), t.kind
+    if len(sizes) > 1 and ends:
+        word, end = rng.choice(ends)
+        t = scene.things[sizes.index(end)]
+        if rng.random() < 0.5:
+            return [f"What colour is the {word} thing?"], t.colour
+        return [f"What is the {word} thing?", f"Which thing is the {word}?"], t.kind
 
 
 def ask_choice(scene, rng, focus):
     "Multiple choice: one of three is in the picture, the others nearly are."
-    things = [t for t in scene.things if (t.colour, t.kind) in focus] or scene.things
-    right, wrong = rng.choice(things).name, {absent(scene, rng, focus) for _ in range(4)} - {None}
-    if len(wrong) < 2:
-        return None
-    # The letter says nothing by itself: each place is as likely.
-    options = rng.sample(sorted(wrong), 2)
-    at = rng.randrange(3)
-    options.insert(at, right)
-    lines = "\n".join(f"{letter}. {option}" for letter, option in zip("ABC", options))
-    question = rng.choice(["Which of these is in the picture?", "What can you see?", "Which one is there?"])
-    return f"{question}\n{lines}\nAnswer with the letter.", "ABC"[at]
+    right = rng.choice(preferred(scene.things, focus)).name
+    wrong = {absent(scene, rng, focus) for _ in range(4)} - {None}
+    if len(wrong) >= 2:
+        options, at = rng.sample(sorted(wrong), 2), rng.randrange(3)
+        options.insert(at, right)  # the letter says nothing by itself: each place is as likely
+        lines = "\n".join(f"{letter}. {option}" for letter, option in zip("ABC", options))
+        return [f"{question}\n{lines}\nAnswer with the letter." for question in
+                ("Which of these is in the picture?", "What can you see?", "Which one is there?")], "ABC"[at]
 
 
-QUESTIONS = {"count": ask_count, "number": ask_number, "colour": ask_colour, "kind": ask_kind, "exists": ask_exists,
-             "relation": ask_relation, "place": ask_place, "compare": ask_compare, "size": ask_size,
-             "choice": ask_choice}
+# How often a kind is asked in training, and who asks. What needs two looks, or counting, is learned last and asked
+# most. But not much more: one run with relations at 4 left number and choice unlearned as well (70 % in all).
+QUESTIONS = {
+    "count": (0.5, ask_count), "number": (2.0, ask_number),
+    "colour": (1.0, ask_property("kind", "colour", "What colour is the {}?", "Which colour does the {} have?",
+                                 "The {} is of what colour?")),
+    "kind": (1.0, ask_property("colour", "kind", "What is the {} thing?", "Which thing is {}?",
+                               "What kind of thing is {}?")),
+    "exists": (1.0, ask_exists), "relation": (2.0, ask_relation), "place": (1.5, ask_place),
+    "compare": (1.2, ask_compare), "size": (0.7, ask_size), "choice": (1.5, ask_choice)}
 
 
-# How often a kind is asked in training. What needs two looks, or counting, is learned last and asked most. But not much
-# more: one run with relations at 4 left number and choice unlearned as well (70 % in all).
-WEIGHTS = dict.fromkeys(QUESTIONS, 1.0) | {"number": 2.0, "relation": 2.0, "choice": 1.5, "place": 1.5, "compare": 1.2,
-                                           "size": 0.7, "count": 0.5}
+def ask(kind: str, scene: Scene, rng: random.Random, focus: set = frozenset()) -> tuple[str, str] | None:
+    "-> (question, answer)"
+    wordings, answer = QUESTIONS[kind][1](scene, rng, focus) or ([], "")
+    if wordings:  # one wording takes no throw of the dice
+        return rng.choice(wordings) if len(wordings) > 1 else wordings[0], answer
 
 
 def caption_share(i: int) -> float:
@@ -548,17 +527,21 @@ def caption_share(i: int) -> float:
     return max(0.1, 0.9 - i / 15_000)
 
 
+def conversation(*turns: tuple[str, str]) -> list[dict]:
+    return [{"role": role, "content": text} for turn in turns for role, text in zip(("user", "assistant"), turn)]
+
+
 class World:
     """
     An endless data set: record i is made from (seed, split, i) alone, the same on every machine, in any order, on any
     rank.
     split: "train"; "scenes" (held out: other scenes); "pairs" (held out: colour-kind pairs that training never shows).
-    task: "text" (prose and text-only dialogues, stage 1), "captions" (2), "chat" (3, several questions a picture),
-    "exam" (one question).
+    task: "text" (prose and text-only dialogues, stage 1), "captions" (2), "chat" (3, two questions a picture), "exam"
+    (one question).
     """
 
-    def __init__(self, task: str, split: str = "train", seed: int = 0, kinds: list[str] = (), turns: int = 2):
-        self.task, self.split, self.seed, self.turns, self.kinds = task, split, seed, turns, list(kinds or QUESTIONS)
+    def __init__(self, task: str, split: str = "train", seed: int = 0, kinds: list[str] = ()):
+        self.task, self.split, self.seed, self.kinds = task, split, seed, list(kinds or QUESTIONS)
         for kind in self.kinds:
             need(kind in QUESTIONS, f"{kind!r} is not a kind of question; choose from {', '.join(QUESTIONS)}")
 
@@ -570,21 +553,20 @@ class World:
             return record | self.exam(i, rng)
         scene = make_scene(rng)
         # A weighted shuffle: u^(1/w) with u uniform comes first with a chance in proportion to w.
-        kinds = sorted(self.kinds, key=lambda kind: rng.random() ** (1 / WEIGHTS[kind]), reverse=True)
-        # Lazily, until there are enough: some kinds of questions do not fit some scenes.
-        found = (QUESTIONS[kind](scene, rng, set()) for kind in kinds)
-        questions = list(itertools.islice(filter(None, found), self.turns))
-        caption = []
-        while not caption:  # not every scene has something to say in every form
+        kinds = sorted(self.kinds, key=lambda kind: rng.random() ** (1 / QUESTIONS[kind][0]), reverse=True)
+        # Lazily, until there are two: some kinds of questions do not fit some scenes.
+        questions = list(itertools.islice(filter(None, (ask(kind, scene, rng) for kind in kinds)), 2))
+        text = ""
+        while not text:  # not every scene has something to say in every form
             prompts, write, _ = rng.choices(CAPTIONS, [weight for *_, weight in CAPTIONS])[0]
-            caption = [(rng.choice(prompts), text)] if (text := write(scene, rng)) else []
+            text = write(scene, rng)
+        caption = rng.choice(prompts), text
         if self.task == "text" and rng.random() < 0.3:
-            return record | {"text": f"{describe(scene)} {caption[0][1]}"}
-        turns = caption if not questions or self.task == "captions" or rng.random() < caption_share(i) else questions
+            return record | {"text": f"{describe(scene)} {text}"}
+        turns = [caption] if not questions or self.task == "captions" or rng.random() < caption_share(i) else questions
+        messages = conversation(*turns)
         # Stage 1 has no pictures: there a description, in no particular order, is what the questions are about.
         shown = describe(scene, rng) if self.task == "text" else "<image>"
-        messages = [{"role": role, "content": text} for turn in turns
-                    for role, text in zip(("user", "assistant"), turn)]
         messages[0]["content"] = f"{shown}\n{messages[0]['content']}"
         return record | {"messages": messages, "images": [] if self.task == "text" else [scene]}
 
@@ -593,12 +575,11 @@ class World:
         kind, focus = self.kinds[i % len(self.kinds)], HELD_OUT if self.split == "pairs" else set()
         # The same dice for the question at every attempt, so that the answer it wants does not depend on which scenes
         # can give it.
-        while not (found := QUESTIONS[kind](scene := make_scene(rng, bool(focus)),
-                                            random.Random(f"{self.seed}/{i}"), focus)):
+        while not (found := ask(kind, scene := make_scene(rng, bool(focus)), random.Random(f"{self.seed}/{i}"), focus)):
             pass
         question, answer = found
-        messages = [{"role": "user", "content": f"<image>\n{question}"}, {"role": "assistant", "content": answer}]
-        return {"messages": messages, "images": [scene], "kind": kind, "metric": "exact"}
+        return {"messages": conversation((f"<image>\n{question}", answer)), "images": [scene], "kind": kind,
+                "metric": "exact"}
 
 
 # ----------------------------------------------------------------------------------------------------------------------
