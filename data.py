@@ -209,15 +209,6 @@ def background(name: str, tint: int, px: int) -> Image.Image:
     return image.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if tint % 2 else image
 
 
-def draw(objects: list[tuple], background_name: str, tint: int, px: int) -> Image.Image:
-    "objects: (kind, colour, centre x, centre y, size, flip); lengths in picture sides, 0.5 is the middle at any px."
-    picture = background(background_name, tint, px).copy()  # the cached one must stay clean
-    for kind, colour, x, y, size, flip in objects:
-        thing = sprite(kind, colour, max(1, round(size * px)), flip)
-        picture.paste(thing, (round(x * px - thing.width / 2), round(y * px - thing.height / 2)), thing)  # alpha = mask
-    return picture
-
-
 # ----------------------------------------------------------------------------------------------------------------------
 # The built-in world: scenes that are drawn and described by code. No download, no label noise, endless, and every
 # answer checkable.
@@ -256,8 +247,12 @@ class Scene:
     tint: int
 
     def draw(self, px: int) -> Image.Image:
-        return draw([(t.kind, t.colour, t.x, t.y, SIZES[t.size], t.flip) for t in self.things],
-                    self.background, self.tint, px)
+        picture = background(self.background, self.tint, px).copy()  # the cached one must stay clean
+        for t in self.things:
+            thing = sprite(t.kind, t.colour, max(1, round(SIZES[t.size] * px)), t.flip)
+            corner = round(t.x * px - thing.width / 2), round(t.y * px - thing.height / 2)
+            picture.paste(thing, corner, thing)  # its transparency is the mask
+        return picture
 
     def count(self, word: str) -> int:
         "How many things are of this kind, colour, or 'colour kind'."
@@ -522,11 +517,6 @@ def ask(kind: str, scene: Scene, rng: random.Random, focus: set = frozenset()) -
         return rng.choice(wordings) if len(wordings) > 1 else wordings[0], answer
 
 
-def caption_share(i: int) -> float:
-    "A curriculum for stage 3: captions teach the eye, word by word; once it sees, questions teach more."
-    return max(0.1, 0.9 - i / 15_000)
-
-
 def conversation(*turns: tuple[str, str]) -> list[dict]:
     return [{"role": role, "content": text} for turn in turns for role, text in zip(("user", "assistant"), turn)]
 
@@ -563,7 +553,9 @@ class World:
         caption = rng.choice(prompts), text
         if self.task == "text" and rng.random() < 0.3:
             return record | {"text": f"{describe(scene)} {text}"}
-        turns = [caption] if not questions or self.task == "captions" or rng.random() < caption_share(i) else questions
+        # A curriculum for stage 3: captions teach the eye, word by word; once it sees, questions teach more.
+        turns = [caption] if not questions or self.task == "captions" or rng.random() < max(0.1, 0.9 - i / 15_000) \
+            else questions
         messages = conversation(*turns)
         # Stage 1 has no pictures: there a description, in no particular order, is what the questions are about.
         shown = describe(scene, rng) if self.task == "text" else "<image>"
@@ -1333,17 +1325,16 @@ REPOSITORIES = {repository.hub.split("/")[1].lower(): repository for repository 
 CHUNK = 2 ** 16              # bytes that a break can lose
 TIMEOUT = 10, 30             # seconds to connect, seconds without a byte
 ATTEMPTS, BACKOFF = 5, 0.5   # failures in a row without a new byte; seconds, doubled from one to the next
-TRY_AGAIN = 408, 429, 500, 502, 503, 504  # overloaded or restarting; any other error would only be repeated
+MAX_HEADER = 100_000_000     # bytes; the safetensors format's own limit
+# What another attempt may help against; anything else would only be repeated. HTTPError: the server is overloaded or
+# restarting, which we raise of these statuses only.
+CURABLE = requests.ConnectionError, requests.Timeout, requests.exceptions.ChunkedEncodingError, requests.HTTPError
+TRY_AGAIN = 408, 429, 500, 502, 503, 504
 REMEDIES = {401: "missing, private or gated: check the name, or set HF_TOKEN to a token that may read it",
             403: "not allowed: accept the licence on the repository's page, with the account that HF_TOKEN belongs to",
             404: "no such file: is this a model in safetensors?",
             (404, "RepoNotFound"): "no such repository: check the name",
             (404, "RevisionNotFound"): "no such revision: check what stands behind the @"}
-MAX_HEADER = 100_000_000     # bytes; the safetensors format's own limit
-
-
-class Dropped(Exception):
-    "(reason, seconds to wait if the server named them, else 0): another attempt may help. Else it is a ValueError."
 
 
 @dataclass(frozen=True)
@@ -1356,9 +1347,9 @@ class Piece:
     etag: str          # of a large file its sha256, 64 hex digits; of a small one git's hash, 40
     digest: str        # the table's sha256, or else the etag
     total: int         # bytes on the server
-    size: int          # bytes on our disk: the header, then a run of the server's
-    begin: int = 0     # where that run begins in the server's file
-    head: bytes = b""  # our own header, which comes first on our disk
+    size: int          # bytes on our disk: a header of our own, if any, then a run of the server's
+    head: bytes = b""  # that header
+    offset: int = 0    # our byte i is byte i + offset on the server
 
 
 def note(text: str) -> None:
@@ -1369,10 +1360,18 @@ def setting(variable: str, default) -> Path:
     return Path(os.environ.get(variable) or default).expanduser()
 
 
+def hub_home() -> Path:
+    return setting("HF_HOME", "~/.cache/huggingface")  # huggingface_hub's: its downloads and the login of its users
+
+
 def endpoint() -> str:
     url = (os.environ.get("HF_ENDPOINT") or "https://huggingface.co").rstrip("/")
     need(url.startswith(("https://", "http://")), f"HF_ENDPOINT={url}: expected an address such as https://NAME")
     return url
+
+
+def at_hub(url: str) -> bool:
+    return urlsplit(url)[:2] == urlsplit(endpoint())[:2]  # scheme, and name with port
 
 
 def find_repository(name: str) -> Repository:
@@ -1385,31 +1384,26 @@ def find_repository(name: str) -> Repository:
     return Repository(match[1], match[2] or "main", {}, f"see {endpoint()}/{match[1]}")
 
 
-def our_folder(repository: Repository) -> Path:
-    # The revision is part of the name: two of them never share a folder. A branch may be called refs/pr/1.
-    revision = repository.revision
+def folders(repository: Repository) -> tuple[Path, Path]:
+    "-> (where we put its files, where huggingface_hub does: who has used transformers need not fetch them again)."
+    name, revision = repository.hub.replace("/", "--"), repository.revision
+    # The revision is part of our name: two of them never share a folder. A branch may be called refs/pr/1.
     short = revision[:12] if re.fullmatch("[0-9a-f]{40}", revision) else revision.replace("/", "--")
-    return setting("GHOSTVIS_CACHE", "~/.cache/ghostvis") / f"{repository.hub.replace('/', '--')}@{short}"
-
-
-def hub_folder(repository: Repository) -> Path:
-    "Where huggingface_hub puts it: who has used transformers need not fetch it again."
-    cache = setting("HF_HUB_CACHE", setting("HF_HOME", "~/.cache/huggingface") / "hub")
-    cache, commit = cache / f"models--{repository.hub.replace('/', '--')}", repository.revision
+    theirs = setting("HF_HUB_CACHE", hub_home() / "hub") / f"models--{name}"
     with contextlib.suppress(OSError):  # a branch is a file with its commit
-        commit = (cache / "refs" / commit).read_text().strip()
-    return cache / "snapshots" / commit
+        revision = (theirs / "refs" / revision).read_text().strip()
+    return setting("GHOSTVIS_CACHE", "~/.cache/ghostvis") / f"{name}@{short}", theirs / "snapshots" / revision
 
 
 def read_shards(folder: Path) -> list[str]:
     with naming(folder / INDEX):
-        where = json.loads((folder / INDEX).read_text(encoding="utf-8"))
-    where = where.get("weight_map") if isinstance(where, dict) else None
+        index = json.loads((folder / INDEX).read_text(encoding="utf-8"))
+    where = index.get("weight_map") if isinstance(index, dict) else None
+    names = list(where.values()) if isinstance(where, dict) else []
     # Plain names only: a stranger's index must not make us write to ../../.bashrc.
-    need(isinstance(where, dict) and where
-         and all(isinstance(file, str) and re.fullmatch(r"\w[\w.-]*", file) for file in where.values()),
+    need(names and all(isinstance(name, str) and re.fullmatch(r"\w[\w.-]*", name) for name in names),
          f"{folder / INDEX}: lacks the weight_map from tensors to plain file names; use another repository")
-    return sorted(set(where.values()))
+    return sorted(set(names))
 
 
 def lacking(repository: Repository, folder: Path) -> list[str]:
@@ -1419,38 +1413,37 @@ def lacking(repository: Repository, folder: Path) -> list[str]:
         sharded = (folder / INDEX).exists() and not (folder / SINGLE).exists()
         files = dict.fromkeys(["config.json", *(read_shards(folder) if sharded else [SINGLE])], ANY)
     # The part of the weights that lies in our folder has a size of its own; it was checked before it got that name.
-    cut = SINGLE if repository.prefix and folder == our_folder(repository) else None
+    cut = SINGLE if repository.prefix and folder == folders(repository)[0] else None
     return [name for name, (size, _) in files.items() if not (folder / name).is_file()
             or name != cut and size not in (None, (folder / name).stat().st_size)]
 
 
-def authorization() -> dict:
-    path = setting("HF_TOKEN_PATH", setting("HF_HOME", "~/.cache/huggingface") / "token")
+def authorize(request):
+    "Called by requests before each request. Our token is for the hub: it is none of the storage hosts' business."
+    path = setting("HF_TOKEN_PATH", hub_home() / "token")
     token = (os.environ.get("HF_TOKEN") or (path.read_text() if path.is_file() else "")).strip()
-    return {"Authorization": f"Bearer {token}"} if token else {}
+    if token and at_hub(request.url):
+        request.headers["Authorization"] = f"Bearer {token}"
+    return request
 
 
 def request(web, method: str, url: str, what: str, headers: dict, accept=()) -> tuple:
     "-> (the reply, the headers that the hub itself sent on the way to it). Statuses of 400 and more are errors."
-    # Redirects by hand. For large files the hub sends us on to a storage host, with a signature in the address that
-    # holds for minutes only, so that each attempt starts at the hub. Our token is none of that host's business.
-    host, hub = urlsplit(url)[:2], requests.structures.CaseInsensitiveDict()  # host: scheme, and name with port
+    # Redirects by hand, for the hub's own headers. For large files it sends us on to a storage host, with a signature
+    # in the address that holds for minutes only, so that each attempt starts at the hub.
+    hub = requests.structures.CaseInsensitiveDict()
     for _ in range(10):
-        home = urlsplit(url)[:2] == host
-        reply = web.request(method, url, headers=headers | (authorization() if home else {}), timeout=TIMEOUT,
-                                stream=method == "GET", allow_redirects=False)
-        hub.update(reply.headers if home else {})
+        reply = web.request(method, url, headers=headers, timeout=TIMEOUT, stream=method == "GET",
+                            allow_redirects=False)
+        hub.update(reply.headers if at_hub(url) else {})
         url = urljoin(url, reply.headers.get("Location", ""))
-        if not reply.is_redirect or method == "HEAD" and urlsplit(url)[:2] != host:  # the hub has said all
+        if not reply.is_redirect or method == "HEAD" and not at_hub(url):  # the hub has said all
             break
         reply.close()
     hub["ETag"] = (hub.get("X-Linked-Etag") or hub.get("ETag") or "").removeprefix("W/").strip('"')
     status, kind = reply.status_code, (reply.status_code, reply.headers.get("X-Error-Code"))
     if status in TRY_AGAIN:
-        # ratelimit: "api";r=0;t=55 or Retry-After: 55; a second more, for its clock is not ours
-        limit = re.search(r"\bt=(\d+)", reply.headers.get("ratelimit", ""))
-        seconds = limit[1] if limit else reply.headers.get("Retry-After", "")
-        raise Dropped(f"the server answers {status}", int(seconds) + 1 if seconds.isdecimal() else 0)
+        raise requests.HTTPError(f"the server answers {status}", response=reply)
     need(status < 400 or status in accept, f"{what}: the server answers {status}, " + str(
         REMEDIES.get(kind) or REMEDIES.get(status) or f"{reply.reason}; check HF_ENDPOINT ({endpoint()}) and proxies"))
     return reply, hub
@@ -1458,20 +1451,23 @@ def request(web, method: str, url: str, what: str, headers: dict, accept=()) -> 
 
 def retry(what: str, attempt, say, size=lambda: 0):
     "The result of attempt(). A failure counts if size() has not grown: a bad line may break a hundred times."
+    # No urllib3.Retry: it starts a request again, but knows nothing of a body that breaks off after the first gigabyte.
     failures, most = 0, size()
     while True:
         try:
             return attempt()
-        except (requests.ConnectionError, requests.Timeout, requests.exceptions.ChunkedEncodingError) as error:
+        except CURABLE as error:
             # "HTTPSConnectionPool(...): Max retries exceeded ...: [Errno 111] Connection refused'))": the end says it
-            reason, seconds = str(error).rsplit(": ", 1)[-1].split("', ")[0].strip("')\".")[:90], 0
-        except Dropped as error:
-            reason, seconds = error.args
+            reason = str(error).rsplit(": ", 1)[-1].split("', ")[0].strip("')\".")[:90]
+            headers = {} if error.response is None else error.response.headers
         # "More than ever", not "more than before": a server that always starts over would keep us for ever.
         failures, most = (0, size()) if size() > most else (failures + 1, most)
         need(failures < ATTEMPTS, f"{what}: {reason}, {failures} times in a row; check the connection to {endpoint()} "
                                   "and run again: it will go on from here")
-        seconds = seconds or BACKOFF * 2 ** failures
+        # ratelimit: "api";r=0;t=55 or Retry-After: 55; a second more, for the server's clock is not ours
+        named = re.search(r"\bt=(\d+)", headers.get("ratelimit", "")) \
+            or re.fullmatch(r"(\d+)", headers.get("Retry-After", ""))
+        seconds = int(named[1]) + 1 if named else BACKOFF * 2 ** failures
         say(f"{what}: {reason}; next attempt in {seconds:g} s")
         time.sleep(seconds)
 
@@ -1488,46 +1484,41 @@ def look_up(web, repository: Repository, revision: str, name: str, say, optional
         return None
     # a redirect's own Content-Length is that of the redirect
     length = hub.get("X-Linked-Size") or ("" if reply.is_redirect else hub.get("Content-Length", ""))
-    etag, (size, sha256) = hub["ETag"], repository.files.get(name, ANY)
+    etag, commit, (size, sha256) = hub["ETag"], hub.get("X-Repo-Commit"), repository.files.get(name, ANY)
     # A login page of a hotel is a fine 200 as well, and would be kept as config.json.
-    need("X-Repo-Commit" in hub and etag and length.isdecimal(), f"{what}: a proxy's page answers here, not a Hugging "
-         f"Face hub; log in to this network, or check HF_ENDPOINT ({endpoint()})")
+    need(commit and etag and length.isdecimal(), f"{what}: a proxy's page answers here, not a Hugging Face hub; log in "
+                                                 f"to this network, or check HF_ENDPOINT ({endpoint()})")
     total = int(length)  # the etag of a small file is of another kind: that one is hashed when it is here
     need(size in (None, total) and (sha256 in (None, etag) or len(etag) != 64), f"{what}: {endpoint()} has {total:,} "
          f"bytes with hash {etag}, expected are {size or total:,} with {sha256 or etag}; the file was replaced, or the "
          "mirror is wrong: check HF_ENDPOINT")
-    commit = hub["X-Repo-Commit"]
     return Piece(name, what, url(commit), commit, etag, sha256 or etag, total, total)
 
 
 def pour(web, piece: Piece, file, progress=lambda size: None) -> None:
     "One connection: appends what it brings to the file, which may be in memory."
-    start = piece.begin + file.tell() - len(piece.head)   # the next byte, counted in the server's file
-    stop = piece.begin + piece.size - len(piece.head)
-    cut, resumed = stop - piece.begin < piece.total, start > piece.begin
-    reply, hub = request(web, "GET", piece.url, piece.what,
-                         {"Range": f"bytes={start}-{stop - 1}"} if cut or resumed else {}, [416] if resumed else [])
+    start, resumed, whole = file.tell() + piece.offset, file.tell() > len(piece.head), piece.size == piece.total
+    asked = {} if whole and not resumed else {"Range": f"bytes={start}-{piece.size + piece.offset - 1}"}
+    reply, hub = request(web, "GET", piece.url, piece.what, asked, [416] if resumed else [])
     with reply:
         # Two versions of a file must not be mixed where no hash of the whole can tell. TRAP: If-Range would ask the
         # storage host, which has an ETag of its own: it never agrees, and each time the whole file comes.
-        need(not cut or hub["ETag"] == piece.etag, f"{piece.what}: replaced on the server just now; run again")
+        need(whole or hub["ETag"] == piece.etag, f"{piece.what}: replaced on the server just now; run again")
         where = re.match(r"bytes (\d+)-", reply.headers.get("Content-Range", ""))
         # 200: the whole file, whatever we asked for. 416: no such range, so ours is of another file.
         came = int(where[1]) if where else 0 if reply.status_code == 200 else math.inf
-        if came != start:  # what we have cannot be continued with this: from the beginning
+        if came > start:  # what we have cannot be continued with this: the next attempt is from the beginning
             file.truncate(len(piece.head))
             file.seek(0, os.SEEK_END)
-            start = piece.begin
-        if came > start:
-            raise Dropped("the server sent another part than was asked for", 0)
-        skip = start - came  # of the whole file, what lies before our part
+            raise requests.ConnectionError("the server sent another part than was asked for")
+        skip = start - came  # what lies before the part that we want
         for chunk in reply.iter_content(CHUNK):
             chunk, skip = chunk[skip:], max(0, skip - len(chunk))
             file.write(chunk[:piece.size - file.tell()])
             progress(file.tell())
             if file.tell() == piece.size:
                 return
-    raise Dropped("the connection closed early", 0)
+    raise requests.ConnectionError("the connection closed early")
 
 
 def cut_out(web, piece: Piece, prefix: str, say) -> Piece:
@@ -1535,7 +1526,7 @@ def cut_out(web, piece: Piece, prefix: str, say) -> Piece:
     # 8 bytes with the header's length, {name: {"dtype", "shape", "data_offsets": [begin, end]}} counted from the
     # header's end, the data. The hub's SigLIP files are sorted by name: text_model before vision_model.
     def read(start: int, stop: int) -> bytes:
-        part, file = replace(piece, begin=start, size=stop - start), io.BytesIO()
+        part, file = replace(piece, size=stop - start, offset=start), io.BytesIO()
         retry(piece.what, lambda: pour(web, part, file), say, file.tell)
         return file.getvalue()
 
@@ -1558,7 +1549,7 @@ def cut_out(web, piece: Piece, prefix: str, say) -> Piece:
         return piece  # something else lies between them: take all
     head += b" " * (-len(head) % 8)  # the data start at a multiple of 8
     head = len(head).to_bytes(8, "little") + head
-    return replace(piece, begin=8 + length + begin, size=len(head) + held, head=head)
+    return replace(piece, size=len(head) + held, head=head, offset=8 + length + begin - len(head))
 
 
 def plan(web, repository: Repository, folder: Path, say) -> list[Piece]:
@@ -1573,22 +1564,24 @@ def plan(web, repository: Repository, folder: Path, say) -> list[Piece]:
         pieces = [ask(revision, name) for name in lacking(repository, folder)]
         return [cut_out(web, piece, repository.prefix, say) if piece.name == SINGLE and repository.prefix
                 else piece for piece in pieces]
-    pieces = [ask(revision, "config.json")]
-    record.write_text(revision := pieces[0].commit)  # from here on all is asked of this commit
-    pieces += [ask(revision, name, optional=True) for name in (*CONFIGS, "tokenizer.json") if name != "config.json"]
-    if not pieces[-1]:  # older repositories have the tokenizer in two files
-        pieces += [ask(revision, name, optional=True) for name in ("vocab.json", "merges.txt")]
-    weights = [ask(revision, SINGLE, optional=True)]
-    if not weights[0]:  # then in shards, and only the index knows how many
+    config = ask(revision, "config.json")
+    record.write_text(revision := config.commit)  # from here on all is asked of this commit
+
+    def those(*names: str) -> list[Piece]:
+        return [piece for name in names if (piece := ask(revision, name, optional=True))]
+
+    # older repositories have the tokenizer in two files
+    pieces = [config, *those(*list(CONFIGS)[1:]), *(those("tokenizer.json") or those("vocab.json", "merges.txt"))]
+    weights = those(SINGLE)
+    if not weights:  # then in shards, and only the index knows how many
         download(web, ask(revision, INDEX), folder, say)
         weights = [ask(revision, name) for name in read_shards(folder)]
-    return [piece for piece in pieces + weights if piece and not (folder / piece.name).exists()]
+    return [piece for piece in pieces + weights if not (folder / piece.name).exists()]
 
 
 def announce(repository: Repository, pieces: list[Piece], folder: Path, say) -> None:
     "Bytes and licence, before any of it is fetched; and no start on a disk that will be full before the end."
-    free, left = shutil.disk_usage(folder).free, 0
-    commit = pieces[0].commit if pieces else repository.revision
+    commit, free, left = pieces[0].commit if pieces else repository.revision, shutil.disk_usage(folder).free, 0
     say(f"{repository.hub}, revision {commit[:12]}, licence: {repository.licence}")
     for piece in pieces:
         part = folder / f"{piece.name}.part"
@@ -1616,12 +1609,12 @@ def check_hash(path: Path, expected: str) -> None:
 def download(web, piece: Piece, folder: Path, say) -> None:
     target, part = folder / piece.name, folder / f"{piece.name}.part"
     try:
-        with open(part, "a+b") as file:
+        with open(part, "a+b") as file:  # what another process left is gone on with
             file.seek(0)
             if file.read(len(piece.head)) != piece.head or file.seek(0, os.SEEK_END) > piece.size:
                 file.truncate(0)  # begun with another version
                 file.write(piece.head)
-            file.seek(0, os.SEEK_END)  # what another process left is gone on with
+            file.seek(0, os.SEEK_END)
             with tqdm(total=piece.size, initial=file.tell(), desc=piece.name, unit="B", unit_scale=True,
                       disable=None) as bar:  # None: only on a terminal, not in a log file
                 if file.tell() < piece.size:
@@ -1657,8 +1650,8 @@ def locked(folder: Path, say):
 def fetch(name: str, say=note) -> Path:
     """"qwen2.5-1.5b", or any "Org/Name@revision" -> the folder with its files; what is missing is fetched."""
     repository = find_repository(name)
-    folder = our_folder(repository)
-    for ready in folder, hub_folder(repository):
+    folder, theirs = folders(repository)
+    for ready in folder, theirs:
         if not lacking(repository, ready):
             return ready
     offline = [variable for variable in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE")
@@ -1669,7 +1662,7 @@ def fetch(name: str, say=note) -> Path:
     with locked(folder, say), requests.Session() as web:
         web.headers["Accept-Encoding"] = "identity"  # else small files come zipped, with no length, another ETag
         # TRAP: without an auth of ours, requests looks into ~/.netrc and puts what it finds in our token's place.
-        web.auth = lambda request: request
+        web.auth = authorize
         if lacking(repository, folder):  # who had to wait for the lock finds all there
             pieces = plan(web, repository, folder, say)
             announce(repository, pieces, folder, say)
