@@ -28,7 +28,6 @@ import cmath
 import contextlib
 import csv
 import errno
-import functools
 import gzip
 import hashlib
 import io
@@ -47,7 +46,7 @@ import zlib
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from string import ascii_uppercase
 from urllib.parse import quote, urljoin, urlsplit
@@ -453,7 +452,8 @@ def ask_relation(scene, rng, focus):
     u, other = unique(scene, rng, but=t)
     if u:
         one, two, answer = rng.choice(sides(t, u))
-        return [f"Is the {name} {one} or {two} the {other}?", f"Where is the {name}, {one} or {two} the {other}?"], answer
+        between = f"{one} or {two} the {other}?"
+        return [f"Is the {name} {between}", f"Where is the {name}, {between}"], answer
 
 
 def ask_place(scene, rng, focus):
@@ -948,8 +948,7 @@ def load_data(spec: str, task: str, seed: int, held: int, val: str = "", encode=
                 world = World(exam, split, seed=1)
                 kept[split] = [world[i] for i in range(held)]
             continue
-        read = read_records if task != "text" \
-            else functools.partial(text_records, encode=encode, end=end, seq_len=seq_len)
+        read = read_records if task != "text" else lambda path: text_records(path, encode, end, seq_len)
         records = read(name)
         # --val is for sets that come with a split of their own. Else a share is set aside, by picture.
         train, aside = (records, read(val)[:held]) if val else split_by_image(records, at_most=held)
@@ -1087,21 +1086,19 @@ class Loader:
 
     def prepare(self) -> tuple[dict, int, list[Document]]:
         """-> (the next batch, `next` and `waiting` after it). TRAP: in a thread, so it must not change self."""
-        documents, tokens, misfits = list(self.waiting), sum(len(d.ids) for d in self.waiting), 0
-        at = self.next
+        documents, tokens = list(self.waiting), sum(len(d.ids) for d in self.waiting)
+        at, misfits = self.next, 0
         # 2 % more than the rows hold: each document's last id takes no place, and with a few to spare the gaps at the
         # rows' ends are filled. Many more would only wait longer.
         while tokens < self.rows * self.seq_len * 1.02:
             document = self.to_document(self.dataset[at], at)
             at += self.lanes
-            if document is None:
-                misfits += 1
-                if misfits > 1000:  # a few long records are normal; if nothing fits, this would look for ever
-                    raise ValueError(f"{misfits} records in a row do not fit into --seq_len={self.seq_len}; raise it")
-                continue
-            misfits = 0
-            documents.append(document)
-            tokens += len(document.ids)
+            # A few long records are normal; if nothing fits, this would look for ever.
+            misfits = 0 if document else misfits + 1
+            need(misfits <= 1000, f"{misfits} records in a row do not fit into --seq_len={self.seq_len}; raise it")
+            if document:
+                documents.append(document)
+                tokens += len(document.ids)
         # Those that waited go first: sorted in with the others, a short one could wait for ever. Then long before
         # short, since short ones still fit into the gaps that long ones leave.
         first = len(self.waiting)
@@ -1239,13 +1236,6 @@ def score(metric: str, prediction: str, answers: str | list[str], choices: dict[
     return max(float(RULES[metric](prediction, answer)) for answer in answers)
 
 
-def f1_yes(predictions: list[str], answers: list[str]) -> float:
-    """POPE's number: 2 hits / (said yes + is yes)."""
-    # Trap: half of POPE's answers are yes, so 0.6 may be blindness: yes at random gives 0.5, always yes 0.67.
-    said, true = [yes_or_no(text) == "yes" for text in predictions], [simple(text) == "yes" for text in answers]
-    return 2 * sum(map(min, said, true)) / max(sum(said) + sum(true), 1)
-
-
 def wilson(k: float, n: int) -> tuple[float, float]:
     """k right of n -> the 95 % interval of the accuracy, which unlike k/n +- 2 sigma holds for small n and near 0."""
     # 10 of 10 right: k/n +- 2 sigma is 1 to 1, as if nothing were left to doubt; this is 0.72 to 1.
@@ -1261,6 +1251,10 @@ def wilson(k: float, n: int) -> tuple[float, float]:
 # Downloads: published weights and tokenizers from the Hugging Face hub, by plain HTTP
 # Gigabytes over a home line break off now and then, and a weight with one flipped bit loads as well as before. So a
 # file grows under the name FILE.part, where another process can go on, and gets its own name once its hash is right.
+#   fetch      what is here already, else under a lock:
+#     plan       look_up asks the server for size and hash of each file, before a byte is fetched; cut_out may narrow it
+#     announce   bytes, licence, and whether the disk has room
+#     download   retry(pour), as often as the line breaks; then the hash; then the name
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"  # the index says which shard holds which tensor
 ANY = None, None  # no bytes and sha256 known here: at a fixed commit the server's word is enough, see look_up()
@@ -1375,9 +1369,9 @@ def at_hub(url: str) -> bool:
 
 
 def find_repository(name: str) -> Repository:
-    for short, repository in REPOSITORIES.items():
-        if name in (short, repository.hub):
-            return repository
+    known = REPOSITORIES | {repository.hub: repository for repository in REPOSITORIES.values()}
+    if name in known:
+        return known[name]
     match = re.fullmatch(r"(\w[\w.-]*/\w[\w.-]*)(?:@(\S+))?", name)  # a name must not begin with a dot: ../../x
     need(match, f"{name!r}: no such repository; known are {', '.join(REPOSITORIES)}, and any other as Org/Name or "
                 "Org/Name@revision")
@@ -1495,7 +1489,7 @@ def look_up(web, repository: Repository, revision: str, name: str, say, optional
     return Piece(name, what, url(commit), commit, etag, sha256 or etag, total, total)
 
 
-def pour(web, piece: Piece, file, progress=lambda size: None) -> None:
+def pour(web, piece: Piece, file) -> None:
     "One connection: appends what it brings to the file, which may be in memory."
     start, resumed, whole = file.tell() + piece.offset, file.tell() > len(piece.head), piece.size == piece.total
     asked = {} if whole and not resumed else {"Range": f"bytes={start}-{piece.size + piece.offset - 1}"}
@@ -1515,7 +1509,6 @@ def pour(web, piece: Piece, file, progress=lambda size: None) -> None:
         for chunk in reply.iter_content(CHUNK):
             chunk, skip = chunk[skip:], max(0, skip - len(chunk))
             file.write(chunk[:piece.size - file.tell()])
-            progress(file.tell())
             if file.tell() == piece.size:
                 return
     raise requests.ConnectionError("the connection closed early")
@@ -1539,14 +1532,15 @@ def cut_out(web, piece: Piece, prefix: str, say) -> Piece:
         wanted = {name: info for name, info in header.items() if name.startswith(prefix)}
         begins, ends = zip(*(info["data_offsets"] for info in wanted.values())) if wanted else ([0], [0])
         begin, end, held = min(begins), max(ends), sum(ends) - sum(begins)  # held: bytes of the wanted tensors alone
-        entries = {name: info | {"data_offsets": [a - begin, b - begin]}
-                   for (name, info), a, b in zip(wanted.items(), begins, ends)}
+        for info in wanted.values():
+            info["data_offsets"] = [at - begin for at in info["data_offsets"]]
         # The ETag goes along: a part that was begun with another version of the file has another header.
-        head = json.dumps({"__metadata__": header.get("__metadata__", {}) | {"etag": piece.etag}} | entries).encode()
+        head = json.dumps({"__metadata__": header.get("__metadata__", {}) | {"etag": piece.etag}} | wanted).encode()
     except (ValueError, TypeError, KeyError, AttributeError):
         raise ValueError(bad) from None
+    # Something else lies between them, or the numbers cannot be: take all, the reader of the file will tell.
     if not wanted or held != end - begin or not 0 <= begin <= end <= piece.total - 8 - length:
-        return piece  # something else lies between them: take all
+        return piece
     head += b" " * (-len(head) % 8)  # the data start at a multiple of 8
     head = len(head).to_bytes(8, "little") + head
     return replace(piece, size=len(head) + held, head=head, offset=8 + length + begin - len(head))
@@ -1559,7 +1553,7 @@ def plan(web, repository: Repository, folder: Path, say) -> list[Piece]:
         # A branch moves on, and files that are fetched on two days would be of two commits. So the first day's commit
         # is kept; delete the folder for a newer one.
         revision = record.read_text() or revision
-    ask = functools.partial(look_up, web, repository, say=say)
+    ask = partial(look_up, web, repository, say=say)
     if repository.files:
         pieces = [ask(revision, name) for name in lacking(repository, folder)]
         return [cut_out(web, piece, repository.prefix, say) if piece.name == SINGLE and repository.prefix
@@ -1615,11 +1609,11 @@ def download(web, piece: Piece, folder: Path, say) -> None:
                 file.truncate(0)  # begun with another version
                 file.write(piece.head)
             file.seek(0, os.SEEK_END)
-            with tqdm(total=piece.size, initial=file.tell(), desc=piece.name, unit="B", unit_scale=True,
-                      disable=None) as bar:  # None: only on a terminal, not in a log file
+            # The bar counts what is written. disable=None: only on a terminal, not in a log file.
+            with tqdm.wrapattr(file, "write", total=piece.size, initial=file.tell(), desc=piece.name,
+                               disable=None) as counted:
                 if file.tell() < piece.size:
-                    retry(piece.what, lambda: pour(web, piece, file, lambda size: bar.update(size - bar.n)), say,
-                          file.tell)
+                    retry(piece.what, lambda: pour(web, piece, counted), say, file.tell)
             file.flush()
             os.fsync(file.fileno())  # on the disk before the name: else a power cut could leave a name without bytes
     except OSError as error:
@@ -1674,11 +1668,32 @@ def fetch(name: str, say=note) -> Path:
 # ----------------------------------------------------------------------------------------------------------------------
 # The command line
 
-def contact_sheet(path: str, columns: int = 5, rows: int = 4, px: int = 240) -> None:
-    sheet, world = Image.new("RGB", (columns * px, rows * px), "white"), World("captions")
+def show_world(path: str, columns: int = 5, rows: int = 4, px: int = 240) -> None:
+    sheet = Image.new("RGB", (columns * px, rows * px), "white")
+    captions, exam = World("captions"), World("exam", "scenes")
     for i in range(columns * rows):
-        sheet.paste(world[i]["images"][0].draw(px - 8), (i % columns * px + 4, i // columns * px + 4))
+        sheet.paste(captions[i]["images"][0].draw(px - 8), (i % columns * px + 4, i // columns * px + 4))
     sheet.save(path)
+    for i, kind in enumerate(QUESTIONS):  # record i asks the i-th kind
+        question, answer = (message["content"] for message in exam[i]["messages"])
+        print(f"{kind:>9}: {question.removeprefix('<image>').strip()!r} -> {answer}")
+    print(f"wrote {path}")
+
+
+def check_records(path: str) -> None:
+    records = read_records(path)
+    for record in records:
+        for source in record["images"]:
+            try:
+                Image.open(open_source(source)).load()  # open alone reads the header, and finds no file cut short
+            # Pillow says SyntaxError of a broken PNG, and bomb of a picture with more than 179 million pixels.
+            except (OSError, SyntaxError, Image.DecompressionBombError) as error:
+                raise ValueError(f"{path}, record {record['id']}: picture {source!r:.80} cannot be opened "
+                                 f"({error})") from None
+    for record in records[:3]:
+        print(json.dumps({"id": record["id"], "messages": record["messages"], "images": len(record["images"])},
+                         ensure_ascii=False))
+    print(f"{path}: {len(records)} records, {sum(len(r['images']) for r in records)} pictures, all readable")
 
 
 def download_all(names: str, vision: str) -> None:
@@ -1704,28 +1719,11 @@ def main() -> None:
                         help="fetched along with any qwen2.5-*, \"\" is none [%(default)s]")
     flags = parser.parse_args()
     if flags.download:
-        return download_all(flags.download, flags.vision)
-    if flags.data == "world":
-        contact_sheet(flags.out)
-        world = World("exam", "scenes")
-        for i in range(len(QUESTIONS)):
-            question, answer = (message["content"] for message in world[i]["messages"])
-            print(f"{world[i]['kind']:>9}: {question.removeprefix('<image>').strip()!r} -> {answer}")
-        print(f"wrote {flags.out}")
-        return
-    records = read_records(flags.data)
-    for record in records:
-        for source in record["images"]:
-            try:
-                Image.open(open_source(source)).load()  # open alone reads the header, and finds no file cut short
-            # Pillow says SyntaxError of a broken PNG, and bomb of a picture with more than 179 million pixels.
-            except (OSError, SyntaxError, Image.DecompressionBombError) as error:
-                raise ValueError(f"{flags.data}, record {record['id']}: picture {source!r:.80} cannot be "
-                                 f"opened ({error})") from None
-    for record in records[:3]:
-        print(json.dumps({"id": record["id"], "messages": record["messages"], "images": len(record["images"])},
-                         ensure_ascii=False))
-    print(f"{flags.data}: {len(records)} records, {sum(len(r['images']) for r in records)} pictures, all readable")
+        download_all(flags.download, flags.vision)
+    elif flags.data == "world":
+        show_world(flags.out)
+    else:
+        check_records(flags.data)
 
 
 if __name__ == "__main__":
