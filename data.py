@@ -28,7 +28,6 @@ import cmath
 import contextlib
 import csv
 import errno
-import functools
 import gzip
 import hashlib
 import io
@@ -44,9 +43,10 @@ import tarfile
 import time
 import zipfile
 import zlib
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from string import ascii_uppercase
 from urllib.parse import quote, urljoin, urlsplit
@@ -208,15 +208,6 @@ def background(name: str, tint: int, px: int) -> Image.Image:
     return image.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if tint % 2 else image
 
 
-def draw(objects: list[tuple], background_name: str, tint: int, px: int) -> Image.Image:
-    "objects: (kind, colour, centre x, centre y, size, flip); lengths in picture sides, 0.5 is the middle at any px."
-    picture = background(background_name, tint, px).copy()  # the cached one must stay clean
-    for kind, colour, x, y, size, flip in objects:
-        thing = sprite(kind, colour, max(1, round(size * px)), flip)
-        picture.paste(thing, (round(x * px - thing.width / 2), round(y * px - thing.height / 2)), thing)  # alpha = mask
-    return picture
-
-
 # ----------------------------------------------------------------------------------------------------------------------
 # The built-in world: scenes that are drawn and described by code. No download, no label noise, endless, and every
 # answer checkable.
@@ -255,8 +246,12 @@ class Scene:
     tint: int
 
     def draw(self, px: int) -> Image.Image:
-        return draw([(t.kind, t.colour, t.x, t.y, SIZES[t.size], t.flip) for t in self.things],
-                    self.background, self.tint, px)
+        picture = background(self.background, self.tint, px).copy()  # the cached one must stay clean
+        for t in self.things:
+            thing = sprite(t.kind, t.colour, max(1, round(SIZES[t.size] * px)), t.flip)
+            corner = round(t.x * px - thing.width / 2), round(t.y * px - thing.height / 2)
+            picture.paste(thing, corner, thing)  # its transparency is the mask
+        return picture
 
     def count(self, word: str) -> int:
         "How many things are of this kind, colour, or 'colour kind'."
@@ -295,10 +290,6 @@ def plural(word: str) -> str:
     return word if word.endswith("fish") else word + "s"
 
 
-def listed(parts: list[str]) -> str:
-    return parts[0] if len(parts) == 1 else ", ".join(parts[:-1]) + " and " + parts[-1]
-
-
 def describe(scene: Scene, rng: random.Random | None = None) -> str:
     """
     Every thing with place, size and colour, in reading order: "2 things at night. Top left: small red cat. Centre: blue
@@ -315,139 +306,35 @@ def describe(scene: Scene, rng: random.Random | None = None) -> str:
 
 def summarize(scene: Scene) -> str:
     "What there is, and how often: \"A red cat and 2 blue fish on a beach.\""
-    counts = {}  # {"red cat": 2, ...}, in reading order
-    for t in scene.things:
-        counts[t.name] = counts.get(t.name, 0) + 1
-    text = listed([a(name) if n == 1 else f"{n} {plural(name)}" for name, n in counts.items()]) \
-        + f" {WHERE[scene.background]}."
+    counts = Counter(t.name for t in scene.things)  # {"red cat": 2, ...}, in reading order
+    *parts, last = [a(name) if n == 1 else f"{n} {plural(name)}" for name, n in counts.items()]
+    text = " and ".join(filter(None, (", ".join(parts), last))) + f" {WHERE[scene.background]}."
     return text[0].upper() + text[1:]
 
 
-def per_thing(word, sentence):
-    """
-    A writer of one sentence for each thing that `word` (its kind, colour or name) picks out without doubt, in any
-    order.
-    """
-    def write(scene: Scene, rng: random.Random) -> str:
-        # "The cat is red" must not be said of two cats, one of them blue.
-        things = [t for t in scene.things if scene.count(word(t)) == 1]
-        return " ".join(sentence(t) for t in rng.sample(things, len(things)))
-    return write
+def several(word: str) -> str:
+    return plural(word) if word in KINDS else f"{word} things"
 
 
-def count_list(scene: Scene, rng: random.Random) -> str:
-    "\"Cats: 2. Red things: 1. Dogs: 0.\""
-    there = [*{word for t in scene.things for word in (t.kind, t.colour)}]
-    # sorted: a set's order differs from run to run, and with it all that the dice give after it
-    words = rng.sample(sorted(there), min(4, len(there))) + rng.sample([*KINDS, *COLOURS], 2)
-    rng.shuffle(words)
-    return " ".join(f"{(plural(w) if w in KINDS else w + ' things').capitalize()}: {scene.count(w)}."
-                    for w in dict.fromkeys(words))
-
-
-def check_list(scene: Scene, rng: random.Random) -> str:
-    "\"Red cat: yes. Blue cat: no.\""
-    names = [rng.choice(scene.things).name if rng.random() < 0.5 else absent(scene, rng, set()) for _ in range(6)]
-    return " ".join(f"{name.capitalize()}: {'yes' if scene.count(name) else 'no'}."
-                    for name in dict.fromkeys(names) if name)
-
-
-def relation_list(scene: Scene, rng: random.Random) -> str:
-    "\"Red cat left or right of dog: left.\""
-    out = {}  # as an ordered set
-    for _ in range(4):
-        t, name = unique(scene, rng, set())
-        u, other = unique(scene, rng, set(), but=t)
-        if t and u and t.cell % 3 != u.cell % 3:
-            out[f"{name.capitalize()} left or right of {other}: "
-                f"{'left' if t.cell % 3 < u.cell % 3 else 'right'}."] = None
-        if t and u and t.cell // 3 != u.cell // 3:
-            out[f"{name.capitalize()} above or below {other}: "
-                f"{'above' if t.cell // 3 < u.cell // 3 else 'below'}."] = None
-    return " ".join(out)
-
-
-# What to ask for, who writes it, how often. What a text says first is what the next word can be looked up by: a model
-# that only reads "small red cat" learns to go from a place to a colour and on to a kind, and cannot say what colour the
-# cat has. Hence all the orders.
-CAPTIONS = [
-    (["Describe the picture.", "What do you see, and where?", "Describe everything in this image."],
-     lambda s, rng: describe(s), 10),
-    (["What is in the picture?", "Write a short caption.", "Say briefly what this shows."],
-     lambda s, rng: summarize(s), 1),
-    (["Name the colours."], per_thing(lambda t: t.kind, lambda t: f"The {t.kind} is {t.colour}."), 1),
-    (["Name the sizes."], per_thing(lambda t: t.kind, lambda t: f"The {t.kind} is {t.size}."), 1),
-    (["Where are the things?"], per_thing(lambda t: t.kind, lambda t: f"The {t.kind} is at the {PLACES[t.cell]}."), 1),
-    (["Where is each one?"], per_thing(lambda t: t.name, lambda t: f"The {t.name} is at the {PLACES[t.cell]}."), 1),
-    (["Count everything."], count_list, 1),
-    (["What is there, and what is not?"], check_list, 1),
-    (["How do they stand to each other?"], relation_list, 1),
-]
-
-
-# Questions. Each function returns (question, answer), or None where the scene has no such question. `focus`: pairs of
-# colour and kind that it should be about. The wanted answer is drawn first and the question made to fit: the question
-# alone gives nothing away.
-
-def unique(scene: Scene, rng: random.Random, focus: set, but: Thing | None = None) -> tuple[Thing | None, str]:
+def unique(scene: Scene, rng: random.Random, focus: set = frozenset(), but=None) -> tuple[Thing | None, str]:
     """
     A thing that can be named without doubt, and its name: 'cat' if it is the only cat, else 'red cat'. Things in focus
     go first.
     """
     # Two red cats cannot be told apart by words; a question about one of them would have two answers.
-    things = [t for t in scene.things if scene.count(t.name) == 1 and t != but]
-    things = [t for t in things if (t.colour, t.kind) in focus] or things
+    things = preferred([t for t in scene.things if scene.count(t.name) == 1 and t != but], focus)
     if not things:
         return None, ""
     thing = rng.choice(things)
     return thing, thing.kind if scene.count(thing.kind) == 1 and rng.random() < 0.5 else thing.name
 
 
-def ask_count(scene, rng, focus):
-    n = len(scene.things)
-    # Several wordings for each kind: with one, the model would learn the sentence instead of the question.
-    question = rng.choice(["How many things are there?", "How many things do you see in total?",
-                           "Count all the things."])
-    return question, str(n)
+def preferred(things, focus: set):
+    "Those that show a pair in focus, if any do; else all."
+    return [t for t in things if (t.colour, t.kind) in focus] or things
 
 
-def ask_number(scene, rng, focus):
-    "How many of one kind or colour; 0 to 3 equally often."
-    target = rng.randrange(4)
-    # Kinds and colours in turn: most words that nothing in a scene fits are kinds, so "cats" alone would say 0.
-    words = [w for w in (KINDS if rng.random() < 0.5 else COLOURS) if scene.count(w) == target]
-    if not words:
-        return None
-    word = rng.choice(words)
-    what = plural(word) if word in KINDS else f"{word} things"
-    question = rng.choice([f"How many {what} are there?", f"What is the number of {what}?", f"Count the {what}."])
-    return question, str(target)
-
-
-def ask_colour(scene, rng, focus):
-    # Only kinds that stand there once. Other colours are around them, so the picture's colours alone do not answer it.
-    things = [t for t in scene.things if scene.count(t.kind) == 1]
-    things = [t for t in things if (t.colour, t.kind) in focus] or things
-    if not things:
-        return None
-    t = rng.choice(things)
-    question = rng.choice([f"What colour is the {t.kind}?", f"Which colour does the {t.kind} have?",
-                           f"The {t.kind} is of what colour?"])
-    return question, t.colour
-
-
-def ask_kind(scene, rng, focus):
-    things = [t for t in scene.things if scene.count(t.colour) == 1]
-    things = [t for t in things if (t.colour, t.kind) in focus] or things
-    if not things:
-        return None
-    t = rng.choice(things)
-    question = rng.choice([f"What is the {t.colour} thing?", f"Which thing is {t.colour}?",
-                           f"What kind of thing is {t.colour}?"])
-    return question, t.kind
-
-
-def absent(scene, rng, focus) -> str | None:
+def absent(scene: Scene, rng: random.Random, focus: set = frozenset()) -> str | None:
     "A 'colour kind' that is not there although its colour and its kind are, if possible: only binding tells."
     near = [(t.colour, u.kind) for t in scene.things for u in scene.things]
     near += [(t.colour, rng.choice(KINDS)) for t in scene.things] \
@@ -457,95 +344,181 @@ def absent(scene, rng, focus) -> str | None:
     return " ".join(rng.choice(near)) if near else None
 
 
+def sides(t: Thing | None, u: Thing | None) -> list[tuple]:
+    "[(\"left\", \"right of\", \"left\"), (\"above\", \"below\", \"below\")]: t is left of u and below it."
+    # Only between things in different columns or rows (cell = 3 * row + column).
+    axes = [("left", "right of", t.cell % 3, u.cell % 3), ("above", "below", t.cell // 3, u.cell // 3)] if u else []
+    return [(one, two, one if mine < other else two.split()[0]) for one, two, mine, other in axes if mine != other]
+
+
+# Captions. Each function returns one text about a scene, or "" where it has nothing to say.
+
+def per_thing(word: str, sentence: str):
+    "A writer of one sentence for each thing that `word` (its kind or name) picks out without doubt, in any order."
+    def write(scene: Scene, rng: random.Random) -> str:
+        # "The cat is red" must not be said of two cats, one of them blue.
+        things = [t for t in scene.things if scene.count(getattr(t, word)) == 1]
+        return " ".join(sentence.format(t, place=PLACES[t.cell]) for t in rng.sample(things, len(things)))
+    return write
+
+
+def count_list(scene: Scene, rng: random.Random) -> str:
+    "\"Cats: 2. Red things: 1. Dogs: 0.\""
+    there = {word for t in scene.things for word in (t.kind, t.colour)}
+    # sorted: a set's order differs from run to run, and with it all that the dice give after it
+    words = rng.sample(sorted(there), min(4, len(there))) + rng.sample([*KINDS, *COLOURS], 2)
+    rng.shuffle(words)
+    return " ".join(f"{several(word).capitalize()}: {scene.count(word)}." for word in dict.fromkeys(words))
+
+
+def check_list(scene: Scene, rng: random.Random) -> str:
+    "\"Red cat: yes. Blue cat: no.\""
+    names = [rng.choice(scene.things).name if rng.random() < 0.5 else absent(scene, rng) for _ in range(6)]
+    return " ".join(f"{name.capitalize()}: {'yes' if scene.count(name) else 'no'}."
+                    for name in dict.fromkeys(names) if name)
+
+
+def relation_list(scene: Scene, rng: random.Random) -> str:
+    "\"Red cat left or right of dog: left.\""
+    out = []
+    for _ in range(4):
+        t, name = unique(scene, rng)
+        u, other = unique(scene, rng, but=t)
+        out += [f"{name.capitalize()} {one} or {two} {other}: {answer}." for one, two, answer in sides(t, u)]
+    return " ".join(dict.fromkeys(out))
+
+
+# What to ask for, who writes it, how often. What a text says first is what the next word can be looked up by: a model
+# that only reads "small red cat" learns to go from a place to a colour and on to a kind, and cannot say what colour the
+# cat has. Hence all the orders.
+CAPTIONS = [
+    (["Describe the picture.", "What do you see, and where?", "Describe everything in this image."],
+     lambda scene, rng: describe(scene), 10),
+    (["What is in the picture?", "Write a short caption.", "Say briefly what this shows."],
+     lambda scene, rng: summarize(scene), 1),
+    (["Name the colours."], per_thing("kind", "The {0.kind} is {0.colour}."), 1),
+    (["Name the sizes."], per_thing("kind", "The {0.kind} is {0.size}."), 1),
+    (["Where are the things?"], per_thing("kind", "The {0.kind} is at the {place}."), 1),
+    (["Where is each one?"], per_thing("name", "The {0.name} is at the {place}."), 1),
+    (["Count everything."], count_list, 1),
+    (["What is there, and what is not?"], check_list, 1),
+    (["How do they stand to each other?"], relation_list, 1),
+]
+
+
+# Questions. Each function returns (wordings of the question, answer), or None where the scene has no such question.
+# Several wordings for each kind: with one, the model would learn the sentence instead of the question.
+# `focus`: pairs of colour and kind that it should be about. The wanted answer is drawn first and the question made to
+# fit: the question alone gives nothing away.
+
+def ask_count(scene, rng, focus):
+    wordings = ["How many things are there?", "How many things do you see in total?", "Count all the things."]
+    return wordings, str(len(scene.things))
+
+
+def ask_number(scene, rng, focus):
+    "How many of one kind or colour; 0 to 3 equally often."
+    target = rng.randrange(4)
+    # Kinds and colours in turn: most words that nothing in a scene fits are kinds, so "cats" alone would say 0.
+    words = [w for w in (KINDS if rng.random() < 0.5 else COLOURS) if scene.count(w) == target]
+    if words:
+        what = several(rng.choice(words))
+        return [f"How many {what} are there?", f"What is the number of {what}?", f"Count the {what}."], str(target)
+
+
+def ask_property(given: str, wanted: str, *wordings: str):
+    def ask(scene, rng, focus):
+        # Only of what stands there once: of the one cat its colour, of the one red thing its kind. Others are around
+        # it, so the picture's colours alone do not answer it.
+        things = preferred([t for t in scene.things if scene.count(getattr(t, given)) == 1], focus)
+        if things:
+            t = rng.choice(things)
+            return [wording.format(getattr(t, given)) for wording in wordings], getattr(t, wanted)
+    return ask
+
+
 def ask_exists(scene, rng, focus):
     # The answer first, then a question that it fits: yes and no come equally often.
     yes = rng.random() < 0.5
-    things = [t for t in scene.things if (t.colour, t.kind) in focus] or scene.things
-    name = rng.choice(things).name if yes else absent(scene, rng, focus)
-    if name is None:
-        return None
-    question = rng.choice([f"Is there {a(name)}?", f"Do you see {a(name)}?", f"Does the picture show {a(name)}?"])
-    return question, "yes" if yes else "no"
+    name = rng.choice(preferred(scene.things, focus)).name if yes else absent(scene, rng, focus)
+    if name:
+        name = a(name)
+        return [f"Is there {name}?", f"Do you see {name}?", f"Does the picture show {name}?"], "yes" if yes else "no"
 
 
 def ask_relation(scene, rng, focus):
-    "Left or right, above or below: between things that stand in different columns or rows."
+    "Left or right, above or below."
     t, name = unique(scene, rng, focus)
-    u, other = unique(scene, rng, set(), but=t)
-    if not t or not u:
-        return None
-    # cell = 3 * row + column
-    choices = [("left", "right of", t.cell % 3, u.cell % 3), ("above", "below", t.cell // 3, u.cell // 3)]
-    first, second, mine, others = rng.choice([c for c in choices if c[2] != c[3]])
-    question = rng.choice([f"Is the {name} {first} or {second} the {other}?",
-                           f"Where is the {name}, {first} or {second} the {other}?"])
-    return question, first if mine < others else second.split()[0]
+    u, other = unique(scene, rng, but=t)
+    if u:
+        one, two, answer = rng.choice(sides(t, u))
+        between = f"{one} or {two} the {other}?"
+        return [f"Is the {name} {between}", f"Where is the {name}, {between}"], answer
 
 
 def ask_place(scene, rng, focus):
     t, name = unique(scene, rng, focus)
-    if not t:
-        return None
-    question = rng.choice([f"Where is the {name}?", f"In which part of the picture is the {name}?",
-                           f"Where do you see the {name}?"])
-    return question, PLACES[t.cell]
+    if t:
+        return [f"Where is the {name}?", f"In which part of the picture is the {name}?",
+                f"Where do you see the {name}?"], PLACES[t.cell]
 
 
 def ask_compare(scene, rng, focus):
     "Of which are there more? Both occur, and not equally often."
     words = [w for w in (KINDS if rng.random() < 0.5 else COLOURS) if scene.count(w)]
     pairs = [(v, w) for v in words for w in words if scene.count(v) > scene.count(w)]
-    if not pairs:
-        return None
-    more, fewer = ((plural(w) if w in KINDS else f"{w} things") for w in rng.choice(pairs))
-    one, two = (more, fewer) if rng.random() < 0.5 else (fewer, more)
-    question = rng.choice([f"Which are there more of, {one} or {two}?", f"What is more common, {one} or {two}?",
-                           f"Are there more {one} or more {two}?"])
-    return question, more
+    if pairs:
+        more, fewer = map(several, rng.choice(pairs))
+        one, two = (more, fewer) if rng.random() < 0.5 else (fewer, more)
+        return [f"Which are there more of, {one} or {two}?", f"What is more common, {one} or {two}?",
+                f"Are there more {one} or more {two}?"], more
 
 
 def ask_size(scene, rng, focus):
     # One thing must stand out: of two large ones neither is "the largest".
     sizes = [SIZES[t.size] for t in scene.things]
     ends = [(word, end) for word, end in (("largest", max(sizes)), ("smallest", min(sizes))) if sizes.count(end) == 1]
-    if len(sizes) == 1 or not ends:
-        return None
-    word, end = rng.choice(ends)
-    t = scene.things[sizes.index(end)]
-    if rng.random() < 0.5:
-        return f"What colour is the {word} thing?", t.colour
-    return rng.choice([f"What is the {word} thing?", f"Which thing is the {word}?"]), t.kind
+    if len(sizes) > 1 and ends:
+        word, end = rng.choice(ends)
+        t = scene.things[sizes.index(end)]
+        if rng.random() < 0.5:
+            return [f"What colour is the {word} thing?"], t.colour
+        return [f"What is the {word} thing?", f"Which thing is the {word}?"], t.kind
 
 
 def ask_choice(scene, rng, focus):
     "Multiple choice: one of three is in the picture, the others nearly are."
-    things = [t for t in scene.things if (t.colour, t.kind) in focus] or scene.things
-    right, wrong = rng.choice(things).name, {absent(scene, rng, focus) for _ in range(4)} - {None}
-    if len(wrong) < 2:
-        return None
-    # The letter says nothing by itself: each place is as likely.
-    options = rng.sample(sorted(wrong), 2)
-    at = rng.randrange(3)
-    options.insert(at, right)
-    lines = "\n".join(f"{letter}. {option}" for letter, option in zip("ABC", options))
-    question = rng.choice(["Which of these is in the picture?", "What can you see?", "Which one is there?"])
-    return f"{question}\n{lines}\nAnswer with the letter.", "ABC"[at]
+    right = rng.choice(preferred(scene.things, focus)).name
+    wrong = {absent(scene, rng, focus) for _ in range(4)} - {None}
+    if len(wrong) >= 2:
+        options, at = rng.sample(sorted(wrong), 2), rng.randrange(3)
+        options.insert(at, right)  # the letter says nothing by itself: each place is as likely
+        lines = "\n".join(f"{letter}. {option}" for letter, option in zip("ABC", options))
+        return [f"{question}\n{lines}\nAnswer with the letter." for question in
+                ("Which of these is in the picture?", "What can you see?", "Which one is there?")], "ABC"[at]
 
 
-QUESTIONS = {"count": ask_count, "number": ask_number, "colour": ask_colour, "kind": ask_kind, "exists": ask_exists,
-             "relation": ask_relation, "place": ask_place, "compare": ask_compare, "size": ask_size,
-             "choice": ask_choice}
+# How often a kind is asked in training, and who asks. What needs two looks, or counting, is learned last and asked
+# most. But not much more: one run with relations at 4 left number and choice unlearned as well (70 % in all).
+QUESTIONS = {
+    "count": (0.5, ask_count), "number": (2.0, ask_number),
+    "colour": (1.0, ask_property("kind", "colour", "What colour is the {}?", "Which colour does the {} have?",
+                                 "The {} is of what colour?")),
+    "kind": (1.0, ask_property("colour", "kind", "What is the {} thing?", "Which thing is {}?",
+                               "What kind of thing is {}?")),
+    "exists": (1.0, ask_exists), "relation": (2.0, ask_relation), "place": (1.5, ask_place),
+    "compare": (1.2, ask_compare), "size": (0.7, ask_size), "choice": (1.5, ask_choice)}
 
 
-# How often a kind is asked in training. What needs two looks, or counting, is learned last and asked most. But not much
-# more: one run with relations at 4 left number and choice unlearned as well (70 % in all).
-WEIGHTS = dict.fromkeys(QUESTIONS, 1.0) | {"number": 2.0, "relation": 2.0, "choice": 1.5, "place": 1.5, "compare": 1.2,
-                                           "size": 0.7, "count": 0.5}
+def ask(kind: str, scene: Scene, rng: random.Random, focus: set = frozenset()) -> tuple[str, str] | None:
+    "-> (question, answer)"
+    wordings, answer = QUESTIONS[kind][1](scene, rng, focus) or ([], "")
+    if wordings:  # one wording takes no throw of the dice
+        return rng.choice(wordings) if len(wordings) > 1 else wordings[0], answer
 
 
-def caption_share(i: int) -> float:
-    "A curriculum for stage 3: captions teach the eye, word by word; once it sees, questions teach more."
-    return max(0.1, 0.9 - i / 15_000)
+def conversation(*turns: tuple[str, str]) -> list[dict]:
+    return [{"role": role, "content": text} for turn in turns for role, text in zip(("user", "assistant"), turn)]
 
 
 class World:
@@ -553,12 +526,12 @@ class World:
     An endless data set: record i is made from (seed, split, i) alone, the same on every machine, in any order, on any
     rank.
     split: "train"; "scenes" (held out: other scenes); "pairs" (held out: colour-kind pairs that training never shows).
-    task: "text" (prose and text-only dialogues, stage 1), "captions" (2), "chat" (3, several questions a picture),
-    "exam" (one question).
+    task: "text" (prose and text-only dialogues, stage 1), "captions" (2), "chat" (3, two questions a picture), "exam"
+    (one question).
     """
 
-    def __init__(self, task: str, split: str = "train", seed: int = 0, kinds: list[str] = (), turns: int = 2):
-        self.task, self.split, self.seed, self.turns, self.kinds = task, split, seed, turns, list(kinds or QUESTIONS)
+    def __init__(self, task: str, split: str = "train", seed: int = 0, kinds: list[str] = ()):
+        self.task, self.split, self.seed, self.kinds = task, split, seed, list(kinds or QUESTIONS)
         for kind in self.kinds:
             need(kind in QUESTIONS, f"{kind!r} is not a kind of question; choose from {', '.join(QUESTIONS)}")
 
@@ -570,21 +543,22 @@ class World:
             return record | self.exam(i, rng)
         scene = make_scene(rng)
         # A weighted shuffle: u^(1/w) with u uniform comes first with a chance in proportion to w.
-        kinds = sorted(self.kinds, key=lambda kind: rng.random() ** (1 / WEIGHTS[kind]), reverse=True)
-        # Lazily, until there are enough: some kinds of questions do not fit some scenes.
-        found = (QUESTIONS[kind](scene, rng, set()) for kind in kinds)
-        questions = list(itertools.islice(filter(None, found), self.turns))
-        caption = []
-        while not caption:  # not every scene has something to say in every form
+        kinds = sorted(self.kinds, key=lambda kind: rng.random() ** (1 / QUESTIONS[kind][0]), reverse=True)
+        # Lazily, until there are two: some kinds of questions do not fit some scenes.
+        questions = list(itertools.islice(filter(None, (ask(kind, scene, rng) for kind in kinds)), 2))
+        text = ""
+        while not text:  # not every scene has something to say in every form
             prompts, write, _ = rng.choices(CAPTIONS, [weight for *_, weight in CAPTIONS])[0]
-            caption = [(rng.choice(prompts), text)] if (text := write(scene, rng)) else []
+            text = write(scene, rng)
+        caption = rng.choice(prompts), text
         if self.task == "text" and rng.random() < 0.3:
-            return record | {"text": f"{describe(scene)} {caption[0][1]}"}
-        turns = caption if not questions or self.task == "captions" or rng.random() < caption_share(i) else questions
+            return record | {"text": f"{describe(scene)} {text}"}
+        # A curriculum for stage 3: captions teach the eye, word by word; once it sees, questions teach more.
+        turns = [caption] if not questions or self.task == "captions" or rng.random() < max(0.1, 0.9 - i / 15_000) \
+            else questions
+        messages = conversation(*turns)
         # Stage 1 has no pictures: there a description, in no particular order, is what the questions are about.
         shown = describe(scene, rng) if self.task == "text" else "<image>"
-        messages = [{"role": role, "content": text} for turn in turns
-                    for role, text in zip(("user", "assistant"), turn)]
         messages[0]["content"] = f"{shown}\n{messages[0]['content']}"
         return record | {"messages": messages, "images": [] if self.task == "text" else [scene]}
 
@@ -593,12 +567,11 @@ class World:
         kind, focus = self.kinds[i % len(self.kinds)], HELD_OUT if self.split == "pairs" else set()
         # The same dice for the question at every attempt, so that the answer it wants does not depend on which scenes
         # can give it.
-        while not (found := QUESTIONS[kind](scene := make_scene(rng, bool(focus)),
-                                            random.Random(f"{self.seed}/{i}"), focus)):
+        while not (found := ask(kind, scene := make_scene(rng, bool(focus)), random.Random(f"{self.seed}/{i}"), focus)):
             pass
         question, answer = found
-        messages = [{"role": "user", "content": f"<image>\n{question}"}, {"role": "assistant", "content": answer}]
-        return {"messages": messages, "images": [scene], "kind": kind, "metric": "exact"}
+        return {"messages": conversation((f"<image>\n{question}", answer)), "images": [scene], "kind": kind,
+                "metric": "exact"}
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -975,8 +948,7 @@ def load_data(spec: str, task: str, seed: int, held: int, val: str = "", encode=
                 world = World(exam, split, seed=1)
                 kept[split] = [world[i] for i in range(held)]
             continue
-        read = read_records if task != "text" \
-            else functools.partial(text_records, encode=encode, end=end, seq_len=seq_len)
+        read = read_records if task != "text" else lambda path: text_records(path, encode, end, seq_len)
         records = read(name)
         # --val is for sets that come with a split of their own. Else a share is set aside, by picture.
         train, aside = (records, read(val)[:held]) if val else split_by_image(records, at_most=held)
@@ -1114,21 +1086,19 @@ class Loader:
 
     def prepare(self) -> tuple[dict, int, list[Document]]:
         """-> (the next batch, `next` and `waiting` after it). TRAP: in a thread, so it must not change self."""
-        documents, tokens, misfits = list(self.waiting), sum(len(d.ids) for d in self.waiting), 0
-        at = self.next
+        documents, tokens = list(self.waiting), sum(len(d.ids) for d in self.waiting)
+        at, misfits = self.next, 0
         # 2 % more than the rows hold: each document's last id takes no place, and with a few to spare the gaps at the
         # rows' ends are filled. Many more would only wait longer.
         while tokens < self.rows * self.seq_len * 1.02:
             document = self.to_document(self.dataset[at], at)
             at += self.lanes
-            if document is None:
-                misfits += 1
-                if misfits > 1000:  # a few long records are normal; if nothing fits, this would look for ever
-                    raise ValueError(f"{misfits} records in a row do not fit into --seq_len={self.seq_len}; raise it")
-                continue
-            misfits = 0
-            documents.append(document)
-            tokens += len(document.ids)
+            # A few long records are normal; if nothing fits, this would look for ever.
+            misfits = 0 if document else misfits + 1
+            need(misfits <= 1000, f"{misfits} records in a row do not fit into --seq_len={self.seq_len}; raise it")
+            if document:
+                documents.append(document)
+                tokens += len(document.ids)
         # Those that waited go first: sorted in with the others, a short one could wait for ever. Then long before
         # short, since short ones still fit into the gaps that long ones leave.
         first = len(self.waiting)
@@ -1266,13 +1236,6 @@ def score(metric: str, prediction: str, answers: str | list[str], choices: dict[
     return max(float(RULES[metric](prediction, answer)) for answer in answers)
 
 
-def f1_yes(predictions: list[str], answers: list[str]) -> float:
-    """POPE's number: 2 hits / (said yes + is yes)."""
-    # Trap: half of POPE's answers are yes, so 0.6 may be blindness: yes at random gives 0.5, always yes 0.67.
-    said, true = [yes_or_no(text) == "yes" for text in predictions], [simple(text) == "yes" for text in answers]
-    return 2 * sum(map(min, said, true)) / max(sum(said) + sum(true), 1)
-
-
 def wilson(k: float, n: int) -> tuple[float, float]:
     """k right of n -> the 95 % interval of the accuracy, which unlike k/n +- 2 sigma holds for small n and near 0."""
     # 10 of 10 right: k/n +- 2 sigma is 1 to 1, as if nothing were left to doubt; this is 0.72 to 1.
@@ -1288,6 +1251,10 @@ def wilson(k: float, n: int) -> tuple[float, float]:
 # Downloads: published weights and tokenizers from the Hugging Face hub, by plain HTTP
 # Gigabytes over a home line break off now and then, and a weight with one flipped bit loads as well as before. So a
 # file grows under the name FILE.part, where another process can go on, and gets its own name once its hash is right.
+#   fetch      what is here already, else under a lock:
+#     plan       look_up asks the server for size and hash of each file, before a byte is fetched; cut_out may narrow it
+#     announce   bytes, licence, and whether the disk has room
+#     download   retry(pour), as often as the line breaks; then the hash; then the name
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"  # the index says which shard holds which tensor
 ANY = None, None  # no bytes and sha256 known here: at a fixed commit the server's word is enough, see look_up()
@@ -1352,17 +1319,16 @@ REPOSITORIES = {repository.hub.split("/")[1].lower(): repository for repository 
 CHUNK = 2 ** 16              # bytes that a break can lose
 TIMEOUT = 10, 30             # seconds to connect, seconds without a byte
 ATTEMPTS, BACKOFF = 5, 0.5   # failures in a row without a new byte; seconds, doubled from one to the next
-TRY_AGAIN = 408, 429, 500, 502, 503, 504  # overloaded or restarting; any other error would only be repeated
+MAX_HEADER = 100_000_000     # bytes; the safetensors format's own limit
+# What another attempt may help against; anything else would only be repeated. HTTPError: the server is overloaded or
+# restarting, which we raise of these statuses only.
+CURABLE = requests.ConnectionError, requests.Timeout, requests.exceptions.ChunkedEncodingError, requests.HTTPError
+TRY_AGAIN = 408, 429, 500, 502, 503, 504
 REMEDIES = {401: "missing, private or gated: check the name, or set HF_TOKEN to a token that may read it",
             403: "not allowed: accept the licence on the repository's page, with the account that HF_TOKEN belongs to",
             404: "no such file: is this a model in safetensors?",
             (404, "RepoNotFound"): "no such repository: check the name",
             (404, "RevisionNotFound"): "no such revision: check what stands behind the @"}
-MAX_HEADER = 100_000_000     # bytes; the safetensors format's own limit
-
-
-class Dropped(Exception):
-    "(reason, seconds to wait if the server named them, else 0): another attempt may help. Else it is a ValueError."
 
 
 @dataclass(frozen=True)
@@ -1375,9 +1341,9 @@ class Piece:
     etag: str          # of a large file its sha256, 64 hex digits; of a small one git's hash, 40
     digest: str        # the table's sha256, or else the etag
     total: int         # bytes on the server
-    size: int          # bytes on our disk: the header, then a run of the server's
-    begin: int = 0     # where that run begins in the server's file
-    head: bytes = b""  # our own header, which comes first on our disk
+    size: int          # bytes on our disk: a header of our own, if any, then a run of the server's
+    head: bytes = b""  # that header
+    offset: int = 0    # our byte i is byte i + offset on the server
 
 
 def note(text: str) -> None:
@@ -1388,47 +1354,50 @@ def setting(variable: str, default) -> Path:
     return Path(os.environ.get(variable) or default).expanduser()
 
 
+def hub_home() -> Path:
+    return setting("HF_HOME", "~/.cache/huggingface")  # huggingface_hub's: its downloads and the login of its users
+
+
 def endpoint() -> str:
     url = (os.environ.get("HF_ENDPOINT") or "https://huggingface.co").rstrip("/")
     need(url.startswith(("https://", "http://")), f"HF_ENDPOINT={url}: expected an address such as https://NAME")
     return url
 
 
+def at_hub(url: str) -> bool:
+    return urlsplit(url)[:2] == urlsplit(endpoint())[:2]  # scheme, and name with port
+
+
 def find_repository(name: str) -> Repository:
-    for short, repository in REPOSITORIES.items():
-        if name in (short, repository.hub):
-            return repository
+    known = REPOSITORIES | {repository.hub: repository for repository in REPOSITORIES.values()}
+    if name in known:
+        return known[name]
     match = re.fullmatch(r"(\w[\w.-]*/\w[\w.-]*)(?:@(\S+))?", name)  # a name must not begin with a dot: ../../x
     need(match, f"{name!r}: no such repository; known are {', '.join(REPOSITORIES)}, and any other as Org/Name or "
                 "Org/Name@revision")
     return Repository(match[1], match[2] or "main", {}, f"see {endpoint()}/{match[1]}")
 
 
-def our_folder(repository: Repository) -> Path:
-    # The revision is part of the name: two of them never share a folder. A branch may be called refs/pr/1.
-    revision = repository.revision
+def folders(repository: Repository) -> tuple[Path, Path]:
+    "-> (where we put its files, where huggingface_hub does: who has used transformers need not fetch them again)."
+    name, revision = repository.hub.replace("/", "--"), repository.revision
+    # The revision is part of our name: two of them never share a folder. A branch may be called refs/pr/1.
     short = revision[:12] if re.fullmatch("[0-9a-f]{40}", revision) else revision.replace("/", "--")
-    return setting("GHOSTVIS_CACHE", "~/.cache/ghostvis") / f"{repository.hub.replace('/', '--')}@{short}"
-
-
-def hub_folder(repository: Repository) -> Path:
-    "Where huggingface_hub puts it: who has used transformers need not fetch it again."
-    cache = setting("HF_HUB_CACHE", setting("HF_HOME", "~/.cache/huggingface") / "hub")
-    cache, commit = cache / f"models--{repository.hub.replace('/', '--')}", repository.revision
+    theirs = setting("HF_HUB_CACHE", hub_home() / "hub") / f"models--{name}"
     with contextlib.suppress(OSError):  # a branch is a file with its commit
-        commit = (cache / "refs" / commit).read_text().strip()
-    return cache / "snapshots" / commit
+        revision = (theirs / "refs" / revision).read_text().strip()
+    return setting("GHOSTVIS_CACHE", "~/.cache/ghostvis") / f"{name}@{short}", theirs / "snapshots" / revision
 
 
 def read_shards(folder: Path) -> list[str]:
     with naming(folder / INDEX):
-        where = json.loads((folder / INDEX).read_text(encoding="utf-8"))
-    where = where.get("weight_map") if isinstance(where, dict) else None
+        index = json.loads((folder / INDEX).read_text(encoding="utf-8"))
+    where = index.get("weight_map") if isinstance(index, dict) else None
+    names = list(where.values()) if isinstance(where, dict) else []
     # Plain names only: a stranger's index must not make us write to ../../.bashrc.
-    need(isinstance(where, dict) and where
-         and all(isinstance(file, str) and re.fullmatch(r"\w[\w.-]*", file) for file in where.values()),
+    need(names and all(isinstance(name, str) and re.fullmatch(r"\w[\w.-]*", name) for name in names),
          f"{folder / INDEX}: lacks the weight_map from tensors to plain file names; use another repository")
-    return sorted(set(where.values()))
+    return sorted(set(names))
 
 
 def lacking(repository: Repository, folder: Path) -> list[str]:
@@ -1438,38 +1407,37 @@ def lacking(repository: Repository, folder: Path) -> list[str]:
         sharded = (folder / INDEX).exists() and not (folder / SINGLE).exists()
         files = dict.fromkeys(["config.json", *(read_shards(folder) if sharded else [SINGLE])], ANY)
     # The part of the weights that lies in our folder has a size of its own; it was checked before it got that name.
-    cut = SINGLE if repository.prefix and folder == our_folder(repository) else None
+    cut = SINGLE if repository.prefix and folder == folders(repository)[0] else None
     return [name for name, (size, _) in files.items() if not (folder / name).is_file()
             or name != cut and size not in (None, (folder / name).stat().st_size)]
 
 
-def authorization() -> dict:
-    path = setting("HF_TOKEN_PATH", setting("HF_HOME", "~/.cache/huggingface") / "token")
+def authorize(request):
+    "Called by requests before each request. Our token is for the hub: it is none of the storage hosts' business."
+    path = setting("HF_TOKEN_PATH", hub_home() / "token")
     token = (os.environ.get("HF_TOKEN") or (path.read_text() if path.is_file() else "")).strip()
-    return {"Authorization": f"Bearer {token}"} if token else {}
+    if token and at_hub(request.url):
+        request.headers["Authorization"] = f"Bearer {token}"
+    return request
 
 
 def request(web, method: str, url: str, what: str, headers: dict, accept=()) -> tuple:
     "-> (the reply, the headers that the hub itself sent on the way to it). Statuses of 400 and more are errors."
-    # Redirects by hand. For large files the hub sends us on to a storage host, with a signature in the address that
-    # holds for minutes only, so that each attempt starts at the hub. Our token is none of that host's business.
-    host, hub = urlsplit(url)[:2], requests.structures.CaseInsensitiveDict()  # host: scheme, and name with port
+    # Redirects by hand, for the hub's own headers. For large files it sends us on to a storage host, with a signature
+    # in the address that holds for minutes only, so that each attempt starts at the hub.
+    hub = requests.structures.CaseInsensitiveDict()
     for _ in range(10):
-        home = urlsplit(url)[:2] == host
-        reply = web.request(method, url, headers=headers | (authorization() if home else {}), timeout=TIMEOUT,
-                                stream=method == "GET", allow_redirects=False)
-        hub.update(reply.headers if home else {})
+        reply = web.request(method, url, headers=headers, timeout=TIMEOUT, stream=method == "GET",
+                            allow_redirects=False)
+        hub.update(reply.headers if at_hub(url) else {})
         url = urljoin(url, reply.headers.get("Location", ""))
-        if not reply.is_redirect or method == "HEAD" and urlsplit(url)[:2] != host:  # the hub has said all
+        if not reply.is_redirect or method == "HEAD" and not at_hub(url):  # the hub has said all
             break
         reply.close()
     hub["ETag"] = (hub.get("X-Linked-Etag") or hub.get("ETag") or "").removeprefix("W/").strip('"')
     status, kind = reply.status_code, (reply.status_code, reply.headers.get("X-Error-Code"))
     if status in TRY_AGAIN:
-        # ratelimit: "api";r=0;t=55 or Retry-After: 55; a second more, for its clock is not ours
-        limit = re.search(r"\bt=(\d+)", reply.headers.get("ratelimit", ""))
-        seconds = limit[1] if limit else reply.headers.get("Retry-After", "")
-        raise Dropped(f"the server answers {status}", int(seconds) + 1 if seconds.isdecimal() else 0)
+        raise requests.HTTPError(f"the server answers {status}", response=reply)
     need(status < 400 or status in accept, f"{what}: the server answers {status}, " + str(
         REMEDIES.get(kind) or REMEDIES.get(status) or f"{reply.reason}; check HF_ENDPOINT ({endpoint()}) and proxies"))
     return reply, hub
@@ -1477,20 +1445,23 @@ def request(web, method: str, url: str, what: str, headers: dict, accept=()) -> 
 
 def retry(what: str, attempt, say, size=lambda: 0):
     "The result of attempt(). A failure counts if size() has not grown: a bad line may break a hundred times."
+    # No urllib3.Retry: it starts a request again, but knows nothing of a body that breaks off after the first gigabyte.
     failures, most = 0, size()
     while True:
         try:
             return attempt()
-        except (requests.ConnectionError, requests.Timeout, requests.exceptions.ChunkedEncodingError) as error:
+        except CURABLE as error:
             # "HTTPSConnectionPool(...): Max retries exceeded ...: [Errno 111] Connection refused'))": the end says it
-            reason, seconds = str(error).rsplit(": ", 1)[-1].split("', ")[0].strip("')\".")[:90], 0
-        except Dropped as error:
-            reason, seconds = error.args
+            reason = str(error).rsplit(": ", 1)[-1].split("', ")[0].strip("')\".")[:90]
+            headers = {} if error.response is None else error.response.headers
         # "More than ever", not "more than before": a server that always starts over would keep us for ever.
         failures, most = (0, size()) if size() > most else (failures + 1, most)
         need(failures < ATTEMPTS, f"{what}: {reason}, {failures} times in a row; check the connection to {endpoint()} "
                                   "and run again: it will go on from here")
-        seconds = seconds or BACKOFF * 2 ** failures
+        # ratelimit: "api";r=0;t=55 or Retry-After: 55; a second more, for the server's clock is not ours
+        named = re.search(r"\bt=(\d+)", headers.get("ratelimit", "")) \
+            or re.fullmatch(r"(\d+)", headers.get("Retry-After", ""))
+        seconds = int(named[1]) + 1 if named else BACKOFF * 2 ** failures
         say(f"{what}: {reason}; next attempt in {seconds:g} s")
         time.sleep(seconds)
 
@@ -1507,46 +1478,40 @@ def look_up(web, repository: Repository, revision: str, name: str, say, optional
         return None
     # a redirect's own Content-Length is that of the redirect
     length = hub.get("X-Linked-Size") or ("" if reply.is_redirect else hub.get("Content-Length", ""))
-    etag, (size, sha256) = hub["ETag"], repository.files.get(name, ANY)
+    etag, commit, (size, sha256) = hub["ETag"], hub.get("X-Repo-Commit"), repository.files.get(name, ANY)
     # A login page of a hotel is a fine 200 as well, and would be kept as config.json.
-    need("X-Repo-Commit" in hub and etag and length.isdecimal(), f"{what}: a proxy's page answers here, not a Hugging "
-         f"Face hub; log in to this network, or check HF_ENDPOINT ({endpoint()})")
+    need(commit and etag and length.isdecimal(), f"{what}: a proxy's page answers here, not a Hugging Face hub; log in "
+                                                 f"to this network, or check HF_ENDPOINT ({endpoint()})")
     total = int(length)  # the etag of a small file is of another kind: that one is hashed when it is here
     need(size in (None, total) and (sha256 in (None, etag) or len(etag) != 64), f"{what}: {endpoint()} has {total:,} "
          f"bytes with hash {etag}, expected are {size or total:,} with {sha256 or etag}; the file was replaced, or the "
          "mirror is wrong: check HF_ENDPOINT")
-    commit = hub["X-Repo-Commit"]
     return Piece(name, what, url(commit), commit, etag, sha256 or etag, total, total)
 
 
-def pour(web, piece: Piece, file, progress=lambda size: None) -> None:
+def pour(web, piece: Piece, file) -> None:
     "One connection: appends what it brings to the file, which may be in memory."
-    start = piece.begin + file.tell() - len(piece.head)   # the next byte, counted in the server's file
-    stop = piece.begin + piece.size - len(piece.head)
-    cut, resumed = stop - piece.begin < piece.total, start > piece.begin
-    reply, hub = request(web, "GET", piece.url, piece.what,
-                         {"Range": f"bytes={start}-{stop - 1}"} if cut or resumed else {}, [416] if resumed else [])
+    start, resumed, whole = file.tell() + piece.offset, file.tell() > len(piece.head), piece.size == piece.total
+    asked = {} if whole and not resumed else {"Range": f"bytes={start}-{piece.size + piece.offset - 1}"}
+    reply, hub = request(web, "GET", piece.url, piece.what, asked, [416] if resumed else [])
     with reply:
         # Two versions of a file must not be mixed where no hash of the whole can tell. TRAP: If-Range would ask the
         # storage host, which has an ETag of its own: it never agrees, and each time the whole file comes.
-        need(not cut or hub["ETag"] == piece.etag, f"{piece.what}: replaced on the server just now; run again")
+        need(whole or hub["ETag"] == piece.etag, f"{piece.what}: replaced on the server just now; run again")
         where = re.match(r"bytes (\d+)-", reply.headers.get("Content-Range", ""))
         # 200: the whole file, whatever we asked for. 416: no such range, so ours is of another file.
         came = int(where[1]) if where else 0 if reply.status_code == 200 else math.inf
-        if came != start:  # what we have cannot be continued with this: from the beginning
+        if came > start:  # what we have cannot be continued with this: the next attempt is from the beginning
             file.truncate(len(piece.head))
             file.seek(0, os.SEEK_END)
-            start = piece.begin
-        if came > start:
-            raise Dropped("the server sent another part than was asked for", 0)
-        skip = start - came  # of the whole file, what lies before our part
+            raise requests.ConnectionError("the server sent another part than was asked for")
+        skip = start - came  # what lies before the part that we want
         for chunk in reply.iter_content(CHUNK):
             chunk, skip = chunk[skip:], max(0, skip - len(chunk))
             file.write(chunk[:piece.size - file.tell()])
-            progress(file.tell())
             if file.tell() == piece.size:
                 return
-    raise Dropped("the connection closed early", 0)
+    raise requests.ConnectionError("the connection closed early")
 
 
 def cut_out(web, piece: Piece, prefix: str, say) -> Piece:
@@ -1554,7 +1519,7 @@ def cut_out(web, piece: Piece, prefix: str, say) -> Piece:
     # 8 bytes with the header's length, {name: {"dtype", "shape", "data_offsets": [begin, end]}} counted from the
     # header's end, the data. The hub's SigLIP files are sorted by name: text_model before vision_model.
     def read(start: int, stop: int) -> bytes:
-        part, file = replace(piece, begin=start, size=stop - start), io.BytesIO()
+        part, file = replace(piece, size=stop - start, offset=start), io.BytesIO()
         retry(piece.what, lambda: pour(web, part, file), say, file.tell)
         return file.getvalue()
 
@@ -1567,17 +1532,18 @@ def cut_out(web, piece: Piece, prefix: str, say) -> Piece:
         wanted = {name: info for name, info in header.items() if name.startswith(prefix)}
         begins, ends = zip(*(info["data_offsets"] for info in wanted.values())) if wanted else ([0], [0])
         begin, end, held = min(begins), max(ends), sum(ends) - sum(begins)  # held: bytes of the wanted tensors alone
-        entries = {name: info | {"data_offsets": [a - begin, b - begin]}
-                   for (name, info), a, b in zip(wanted.items(), begins, ends)}
+        for info in wanted.values():
+            info["data_offsets"] = [at - begin for at in info["data_offsets"]]
         # The ETag goes along: a part that was begun with another version of the file has another header.
-        head = json.dumps({"__metadata__": header.get("__metadata__", {}) | {"etag": piece.etag}} | entries).encode()
+        head = json.dumps({"__metadata__": header.get("__metadata__", {}) | {"etag": piece.etag}} | wanted).encode()
     except (ValueError, TypeError, KeyError, AttributeError):
         raise ValueError(bad) from None
+    # Something else lies between them, or the numbers cannot be: take all, the reader of the file will tell.
     if not wanted or held != end - begin or not 0 <= begin <= end <= piece.total - 8 - length:
-        return piece  # something else lies between them: take all
+        return piece
     head += b" " * (-len(head) % 8)  # the data start at a multiple of 8
     head = len(head).to_bytes(8, "little") + head
-    return replace(piece, begin=8 + length + begin, size=len(head) + held, head=head)
+    return replace(piece, size=len(head) + held, head=head, offset=8 + length + begin - len(head))
 
 
 def plan(web, repository: Repository, folder: Path, say) -> list[Piece]:
@@ -1587,27 +1553,29 @@ def plan(web, repository: Repository, folder: Path, say) -> list[Piece]:
         # A branch moves on, and files that are fetched on two days would be of two commits. So the first day's commit
         # is kept; delete the folder for a newer one.
         revision = record.read_text() or revision
-    ask = functools.partial(look_up, web, repository, say=say)
+    ask = partial(look_up, web, repository, say=say)
     if repository.files:
         pieces = [ask(revision, name) for name in lacking(repository, folder)]
         return [cut_out(web, piece, repository.prefix, say) if piece.name == SINGLE and repository.prefix
                 else piece for piece in pieces]
-    pieces = [ask(revision, "config.json")]
-    record.write_text(revision := pieces[0].commit)  # from here on all is asked of this commit
-    pieces += [ask(revision, name, optional=True) for name in (*CONFIGS, "tokenizer.json") if name != "config.json"]
-    if not pieces[-1]:  # older repositories have the tokenizer in two files
-        pieces += [ask(revision, name, optional=True) for name in ("vocab.json", "merges.txt")]
-    weights = [ask(revision, SINGLE, optional=True)]
-    if not weights[0]:  # then in shards, and only the index knows how many
+    config = ask(revision, "config.json")
+    record.write_text(revision := config.commit)  # from here on all is asked of this commit
+
+    def those(*names: str) -> list[Piece]:
+        return [piece for name in names if (piece := ask(revision, name, optional=True))]
+
+    # older repositories have the tokenizer in two files
+    pieces = [config, *those(*list(CONFIGS)[1:]), *(those("tokenizer.json") or those("vocab.json", "merges.txt"))]
+    weights = those(SINGLE)
+    if not weights:  # then in shards, and only the index knows how many
         download(web, ask(revision, INDEX), folder, say)
         weights = [ask(revision, name) for name in read_shards(folder)]
-    return [piece for piece in pieces + weights if piece and not (folder / piece.name).exists()]
+    return [piece for piece in pieces + weights if not (folder / piece.name).exists()]
 
 
 def announce(repository: Repository, pieces: list[Piece], folder: Path, say) -> None:
     "Bytes and licence, before any of it is fetched; and no start on a disk that will be full before the end."
-    free, left = shutil.disk_usage(folder).free, 0
-    commit = pieces[0].commit if pieces else repository.revision
+    commit, free, left = pieces[0].commit if pieces else repository.revision, shutil.disk_usage(folder).free, 0
     say(f"{repository.hub}, revision {commit[:12]}, licence: {repository.licence}")
     for piece in pieces:
         part = folder / f"{piece.name}.part"
@@ -1635,17 +1603,17 @@ def check_hash(path: Path, expected: str) -> None:
 def download(web, piece: Piece, folder: Path, say) -> None:
     target, part = folder / piece.name, folder / f"{piece.name}.part"
     try:
-        with open(part, "a+b") as file:
+        with open(part, "a+b") as file:  # what another process left is gone on with
             file.seek(0)
             if file.read(len(piece.head)) != piece.head or file.seek(0, os.SEEK_END) > piece.size:
                 file.truncate(0)  # begun with another version
                 file.write(piece.head)
-            file.seek(0, os.SEEK_END)  # what another process left is gone on with
-            with tqdm(total=piece.size, initial=file.tell(), desc=piece.name, unit="B", unit_scale=True,
-                      disable=None) as bar:  # None: only on a terminal, not in a log file
+            file.seek(0, os.SEEK_END)
+            # The bar counts what is written. disable=None: only on a terminal, not in a log file.
+            with tqdm.wrapattr(file, "write", total=piece.size, initial=file.tell(), desc=piece.name,
+                               disable=None) as counted:
                 if file.tell() < piece.size:
-                    retry(piece.what, lambda: pour(web, piece, file, lambda size: bar.update(size - bar.n)), say,
-                          file.tell)
+                    retry(piece.what, lambda: pour(web, piece, counted), say, file.tell)
             file.flush()
             os.fsync(file.fileno())  # on the disk before the name: else a power cut could leave a name without bytes
     except OSError as error:
@@ -1676,8 +1644,8 @@ def locked(folder: Path, say):
 def fetch(name: str, say=note) -> Path:
     """"qwen2.5-1.5b", or any "Org/Name@revision" -> the folder with its files; what is missing is fetched."""
     repository = find_repository(name)
-    folder = our_folder(repository)
-    for ready in folder, hub_folder(repository):
+    folder, theirs = folders(repository)
+    for ready in folder, theirs:
         if not lacking(repository, ready):
             return ready
     offline = [variable for variable in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE")
@@ -1688,7 +1656,7 @@ def fetch(name: str, say=note) -> Path:
     with locked(folder, say), requests.Session() as web:
         web.headers["Accept-Encoding"] = "identity"  # else small files come zipped, with no length, another ETag
         # TRAP: without an auth of ours, requests looks into ~/.netrc and puts what it finds in our token's place.
-        web.auth = lambda request: request
+        web.auth = authorize
         if lacking(repository, folder):  # who had to wait for the lock finds all there
             pieces = plan(web, repository, folder, say)
             announce(repository, pieces, folder, say)
@@ -1700,11 +1668,32 @@ def fetch(name: str, say=note) -> Path:
 # ----------------------------------------------------------------------------------------------------------------------
 # The command line
 
-def contact_sheet(path: str, columns: int = 5, rows: int = 4, px: int = 240) -> None:
-    sheet, world = Image.new("RGB", (columns * px, rows * px), "white"), World("captions")
+def show_world(path: str, columns: int = 5, rows: int = 4, px: int = 240) -> None:
+    sheet = Image.new("RGB", (columns * px, rows * px), "white")
+    captions, exam = World("captions"), World("exam", "scenes")
     for i in range(columns * rows):
-        sheet.paste(world[i]["images"][0].draw(px - 8), (i % columns * px + 4, i // columns * px + 4))
+        sheet.paste(captions[i]["images"][0].draw(px - 8), (i % columns * px + 4, i // columns * px + 4))
     sheet.save(path)
+    for i, kind in enumerate(QUESTIONS):  # record i asks the i-th kind
+        question, answer = (message["content"] for message in exam[i]["messages"])
+        print(f"{kind:>9}: {question.removeprefix('<image>').strip()!r} -> {answer}")
+    print(f"wrote {path}")
+
+
+def check_records(path: str) -> None:
+    records = read_records(path)
+    for record in records:
+        for source in record["images"]:
+            try:
+                Image.open(open_source(source)).load()  # open alone reads the header, and finds no file cut short
+            # Pillow says SyntaxError of a broken PNG, and bomb of a picture with more than 179 million pixels.
+            except (OSError, SyntaxError, Image.DecompressionBombError) as error:
+                raise ValueError(f"{path}, record {record['id']}: picture {source!r:.80} cannot be opened "
+                                 f"({error})") from None
+    for record in records[:3]:
+        print(json.dumps({"id": record["id"], "messages": record["messages"], "images": len(record["images"])},
+                         ensure_ascii=False))
+    print(f"{path}: {len(records)} records, {sum(len(r['images']) for r in records)} pictures, all readable")
 
 
 def download_all(names: str, vision: str) -> None:
@@ -1730,28 +1719,11 @@ def main() -> None:
                         help="fetched along with any qwen2.5-*, \"\" is none [%(default)s]")
     flags = parser.parse_args()
     if flags.download:
-        return download_all(flags.download, flags.vision)
-    if flags.data == "world":
-        contact_sheet(flags.out)
-        world = World("exam", "scenes")
-        for i in range(len(QUESTIONS)):
-            question, answer = (message["content"] for message in world[i]["messages"])
-            print(f"{world[i]['kind']:>9}: {question.removeprefix('<image>').strip()!r} -> {answer}")
-        print(f"wrote {flags.out}")
-        return
-    records = read_records(flags.data)
-    for record in records:
-        for source in record["images"]:
-            try:
-                Image.open(open_source(source)).load()  # open alone reads the header, and finds no file cut short
-            # Pillow says SyntaxError of a broken PNG, and bomb of a picture with more than 179 million pixels.
-            except (OSError, SyntaxError, Image.DecompressionBombError) as error:
-                raise ValueError(f"{flags.data}, record {record['id']}: picture {source!r:.80} cannot be "
-                                 f"opened ({error})") from None
-    for record in records[:3]:
-        print(json.dumps({"id": record["id"], "messages": record["messages"], "images": len(record["images"])},
-                         ensure_ascii=False))
-    print(f"{flags.data}: {len(records)} records, {sum(len(r['images']) for r in records)} pictures, all readable")
+        download_all(flags.download, flags.vision)
+    elif flags.data == "world":
+        show_world(flags.out)
+    else:
+        check_records(flags.data)
 
 
 if __name__ == "__main__":

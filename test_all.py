@@ -2147,8 +2147,6 @@ DATA = SHARED / "data"
 needs_shared = pytest.mark.skipif(not DATA.is_dir(), reason=f"no data at {DATA}")
 
 
-
-
 # ----------------------------------------------------------------------------------------------------------------------
 # data.py: the built-in world
 
@@ -2715,22 +2713,6 @@ def test_load_data_holds_out_new_scenes_and_new_pairs_or_a_share_of_a_file(tmp_p
     assert [r["id"] for r in held["held_out"]] == ["v"] and set(held) == {"scenes", "pairs", "held_out"}
 
 
-def words_loader(to_document, rows=1, seq_len=8, records=None, **more):
-    return data.Loader(records or data.Shuffled(plain_records(60), 0), to_document, None, rows, seq_len, 1, **more)
-
-
-def test_a_data_set_of_which_nothing_fits_is_an_error_and_not_an_endless_loop():
-    loader = words_loader(lambda record, index: None)
-    assert fails(lambda: next(loader), "--seq_len=8")
-
-
-def test_records_that_do_not_fit_now_and_then_never_stop_a_long_run():
-    # Every other record is too long, and every batch is filled to the brim, so that none waits for the next one.
-    loader = words_loader(lambda record, index: document(range(9), index=index) if index % 2 else None)
-    for _ in range(1500):
-        assert (next(loader)["documents"] == 1).all()
-
-
 def test_long_documents_wait_but_all_are_seen():
     seen = Counter()
 
@@ -2738,7 +2720,7 @@ def test_long_documents_wait_but_all_are_seen():
         seen[index] += 1
         return document([index] * (3 + index % 7), index=index)
 
-    loader, shown = words_loader(convert, rows=2, seq_len=9), Counter()
+    loader, shown = data.Loader(data.Shuffled(plain_records(60), 0), convert, None, 2, 9, 1), Counter()
     for _ in range(60):
         shown.update(set(next(loader)["ids"].flatten().tolist()) - {0})
     waiting = {d.index for d in loader.waiting}
@@ -2805,12 +2787,6 @@ def test_vqa_answers_are_normalised_as_in_the_official_code(text, form):
 def test_an_unknown_metric_is_named():
     assert fails(lambda: data.score("bleu", "a", "a"), "'bleu'", "relaxed")
     assert fails(lambda: data.score("exact", "a", []), "no right answer")
-
-
-def test_f1_counts_yes_as_positive():
-    assert data.f1_yes(["yes", "yes", "no", "no"], ["yes", "no", "yes", "no"]) == 0.5
-    assert data.f1_yes(["Yes."] * 4, ["Yes", "No", "Yes", "No"]) == pytest.approx(2 / 3)
-    assert data.f1_yes(["no", ""], ["yes", "no"]) == 0.0 and data.f1_yes([], []) == 0.0
 
 
 def test_the_interval_is_wilsons():
