@@ -2720,7 +2720,8 @@ def test_long_documents_wait_but_all_are_seen():
         seen[index] += 1
         return document([index] * (3 + index % 7), index=index)
 
-    loader, shown = data.Loader(data.Shuffled(plain_records(60), 0), convert, None, 2, 9, 1), Counter()
+    loader = data.Loader(data.Shuffled(plain_records(60), 0), convert, None, 2, 9, 1, ahead=False)
+    shown = Counter()
     for _ in range(60):
         shown.update(set(next(loader)["ids"].flatten().tolist()) - {0})
     waiting = {d.index for d in loader.waiting}
