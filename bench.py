@@ -6,7 +6,7 @@ How good, and how fast: measured on the real code, never on a copy of it.
     python bench.py --what=eval --init=out/tiny/rl --data=MMStar.tsv  # on a benchmark in VLMEvalKit's format
     python bench.py --what=speed                                      # this machine: the training step and decoding
     python bench.py --what=speed --model=qwen2.5-1.5b --micro_batch_size=8  # the same of a large model, random weights
-    python bench.py --what=ladder --model=qwen2.5-1.5b --micro_batch_size=4 # what each idea for speed is worth
+    python bench.py --what=ladder --model=qwen2.5-1.5b --batch_size=8 --micro_batch_size=4  # what each idea is worth
     python bench.py --what=profile --model=small                      # which kernels a step spends its time in
     python bench.py --what=memory --model=qwen2.5-1.5b --batch_size=32  # what each stage will need; no GPU is asked
 
@@ -351,14 +351,15 @@ def bench_ladder(flags) -> dict:
     "Real tokens per second of chapter 3's step on each rung. A rung keeps what those below it have."
     flags.compile, rows = "False", []
     rungs = ["one conversation a row, float32", "bfloat16 over float32 masters", "packed rows",
-             "only supervised tokens meet the head, in chunks", "torch.compile"]
-    fused = model.token_loss
-    for i, rung in enumerate(rungs):
-        flags.dtype = "float32" if i == 0 else "auto"
+             "only supervised tokens meet the head, in chunks", "torch.compile", "float8"]
+    gpu, fused = Setup(flags).device.type == "cuda", model.token_loss
+    # the last two are for GPUs, and float8 for those that have it
+    for i, rung in enumerate(rungs[:4 if not gpu else 5 if torch.cuda.get_device_capability() < (8, 9) else 6]):
+        flags.dtype, flags.float8 = "float32" if i == 0 else "auto", i == 5
         model.token_loss = plain_loss if i < 3 else fused
         setup = Setup(flags)
         vlm = random_model(flags, setup)
-        if i == 4 and setup.device.type == "cuda":
+        if i >= 4:
             vlm.compile_parts()
         try:
             step = Step(flags, setup, vlm, None, "sft")
@@ -371,7 +372,7 @@ def bench_ladder(flags) -> dict:
         finally:
             model.token_loss = fused
         del vlm, step
-        if setup.device.type == "cuda":
+        if gpu:
             torch.cuda.empty_cache()
     chart([(r["rung"], r["tokens_per_s"]) for r in rows], "ladder.png")
     return {"what": "ladder", "model": flags.model, "rungs": rows, "chart": "ladder.png"}
@@ -451,19 +452,21 @@ def predict(flags, stage: str, lora: int):
         tokens = micro * flags.seq_len
         pictures = tokens / (config.bridge.num_tokens + 256)  # LLaVA's conversations
         one = per_token * tokens
-        # With checkpointing every layer keeps its input alone, and one layer at a time the rest.
-        # On the way back one layer's gradients come and go beside it, mostly those of gate and up.
-        decoding = layers * fixed + (one + layers * tokens * H * 2 if thrift else layers * one) \
-            + 8 * tokens * decoder.intermediate_size
+        # With checkpointing every layer keeps its input alone, and on the way back one layer at a time makes the rest.
+        stored = layers * fixed + layers * (tokens * H * 2 if thrift else one) + bridge + per_picture * pictures
+        # There one layer's gradients come and go, mostly those of gate and up; but by then the logits are gone.
+        returning = 8 * tokens * decoder.intermediate_size + (one if thrift else 0)
         # token_loss: a chunk's logits and their gradient; the head's gradient in float32, and once more in bfloat16.
-        loss = 4 * V * min(4096, tokens if stage == "base" else tokens / 2) \
-            + 6 * V * H * vlm.gpt.embed.weight.requires_grad
+        logits = 4 * V * min(4096, tokens if stage == "base" else tokens / 2)
+        loss = max(0, logits - returning) + 6 * V * H * vlm.gpt.embed.weight.requires_grad
         # Everything in bfloat16; masters and moments, two by AdamW, one by Muon, in float32.
         out = {"weights": 2 * total, "gradients": 2 * learn, "masters": 4 * learn,
                "optimizer": (4 if flags.model in FROM_SCRATCH else 8) * learn,
-               "activations": decoding + bridge + per_picture * pictures, "loss": loss}
+               "activations": stored + returning, "loss": loss}
         # Of several passes the last meets the gradients of those before. Of one, they are made while activations go.
         out["peak"] = sum(out.values()) - (0 if micro < flags.batch_size else min(2 * learn, out["activations"] + loss))
+        # The optimizer takes the gradients in float32; by then no activations are left.
+        out["peak"] = max(out["peak"], out["weights"] + out["masters"] + out["optimizer"] + 4 * learn)
         return {name: value / 2 ** 30 for name, value in out.items()}
     return parts
 

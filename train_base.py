@@ -369,11 +369,10 @@ class Optimizer:
     def step(self, lr_scale: float) -> None:
         lr = self.lr * lr_scale  # the schedule in one place: lr_scale() knows steps, the optimizer only a factor
         self.reduce()
-        for n, p in self.masters.items():
-            grad = self.params[n].grad
-            p.grad = None if grad is None else grad.to(p.dtype)
-        for p in self.params.values():
-            p.grad = None  # not zeros: frees the memory
+        for n, p in self.params.items():
+            if n in self.masters:
+                self.masters[n].grad = None if p.grad is None else p.grad.to(self.masters[n].dtype)
+            p.grad = None  # not zeros, and at once: its memory serves for the next one's float32
         if self.adamw:
             self.adamw.param_groups[0]["lr"] = lr
             self.adamw.step()
