@@ -8,7 +8,7 @@ How good, and how fast: measured on the real code, never on a copy of it.
     python bench.py --what=speed --model=qwen2.5-1.5b --micro_batch_size=8  # the same of a large model, random weights
     python bench.py --what=ladder --model=qwen2.5-1.5b --batch_size=8 --micro_batch_size=4  # what each idea is worth
     python bench.py --what=profile --model=small                      # which kernels a step spends its time in
-    python bench.py --what=memory --model=qwen2.5-1.5b --batch_size=32  # what each stage will need; no GPU is asked
+    python bench.py --what=memory --model=qwen2.5-3b --gpus=8         # what each stage will need; no GPU is asked
 
 The last line of standard output is one JSON object; tables go to standard error.
 """
@@ -54,6 +54,7 @@ FLAGS = {
     "lora_rank": (0, "speed, memory: as in training"),
     "activation_checkpointing": (False, "speed, memory: as in training"),
     "float8": (False, "speed, profile: as in training"),
+    "gpus": (1, "memory: how many share a step"),
     "steps": (10, "speed: steps that are timed, after three that are not"),
     "device": ("auto", "auto, cpu, cuda or mps"),
     "dtype": ("auto", "auto, float32 or bfloat16"),
@@ -460,13 +461,15 @@ def predict(flags, stage: str, lora: int):
         logits = 4 * V * min(4096, tokens if stage == "base" else tokens / 2)
         loss = max(0, logits - returning) + 6 * V * H * vlm.gpt.embed.weight.requires_grad
         # Everything in bfloat16; masters and moments, two by AdamW, one by Muon, in float32.
-        out = {"weights": 2 * total, "gradients": 2 * learn, "masters": 4 * learn,
-               "optimizer": (4 if flags.model in FROM_SCRATCH else 8) * learn,
+        own = learn / flags.gpus  # each GPU keeps those of its share
+        out = {"weights": 2 * total, "gradients": 2 * learn, "masters": 4 * own,
+               "optimizer": (4 if flags.model in FROM_SCRATCH else 8) * own,
                "activations": stored + returning, "loss": loss}
         # Of several passes the last meets the gradients of those before. Of one, they are made while activations go.
-        out["peak"] = sum(out.values()) - (0 if micro < flags.batch_size else min(2 * learn, out["activations"] + loss))
+        one_pass = micro * flags.gpus >= flags.batch_size
+        out["peak"] = sum(out.values()) - one_pass * min(2 * learn, out["activations"] + loss)
         # The optimizer takes the gradients in float32; by then no activations are left.
-        out["peak"] = max(out["peak"], out["weights"] + out["masters"] + out["optimizer"] + 4 * learn)
+        out["peak"] = max(out["peak"], out["weights"] + out["masters"] + out["optimizer"] + 4 * own)
         return {name: value / 2 ** 30 for name, value in out.items()}
     return parts
 
@@ -475,9 +478,12 @@ def bench_memory(flags) -> dict:
     "Each stage's peak on a GPU, and what to set for cards of several sizes."
     if flags.model not in PRESETS:
         raise ValueError(f"--what=memory needs a preset ({', '.join(PRESETS)}), not --model={flags.model}")
-    micro, rows = flags.micro_batch_size or flags.batch_size, {}
-    say(f"{flags.model}, rows of {flags.seq_len} tokens, {flags.batch_size} a step, {micro} a pass; GiB")
-    sizes = [n for n in range(flags.batch_size, 0, -1) if flags.batch_size % n == 0]
+    share = flags.batch_size // flags.gpus
+    if share < 1 or flags.batch_size % flags.gpus:
+        raise ValueError(f"--batch_size={flags.batch_size} is not a multiple of --gpus={flags.gpus}")
+    micro, rows = flags.micro_batch_size or share, {}
+    say(f"{flags.model}, rows of {flags.seq_len} tokens, {flags.batch_size} a step, {micro} a pass; GiB a GPU")
+    sizes = [n for n in range(share, 0, -1) if share % n == 0]
     for stage in STAGES:
         ranks = [0] if stage == "align" else [0, flags.lora_rank or 16]  # in align the decoder is frozen
         parts = {rank: predict(flags, stage, rank) for rank in ranks}

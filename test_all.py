@@ -4278,7 +4278,7 @@ def test_predicted_memory_is_within_a_tenth_of_what_an_h200_measured():
             ("base", 0, False, 16, 4, 44.9), ("base", 0, False, 32, 8, 61.2), ("align", 0, False, 32, 8, 29.8),
             ("sft", 0, False, 32, 4, 43.9), ("sft", 0, False, 32, 8, 61.1), ("sft", 16, True, 4, 1, 5.0),
             ("align", 0, True, 32, 8, 8.5)):
-        flags = argparse.Namespace(model="qwen2.5-1.5b", bridge="", batch_size=batch_size, seq_len=2048)
+        flags = argparse.Namespace(model="qwen2.5-1.5b", bridge="", batch_size=batch_size, seq_len=2048, gpus=1)
         parts = bench.predict(flags, stage, lora)
         assert parts(micro, thrift)["peak"] == pytest.approx(measured, rel=0.1), (stage, lora, thrift, micro)
         assert parts(1, True)["peak"] <= parts(1, False)["peak"] < parts(4, False)["peak"] < parts(8, False)["peak"]
@@ -4298,6 +4298,12 @@ def test_memory_is_told_for_each_stage_and_card(monkeypatch):
         parts = ("weights", "masters", "optimizer", "gradients", "activations", "loss")
         optimizing = told["weights"] + told["masters"] + told["optimizer"] + 2 * told["gradients"]  # in float32
         assert optimizing <= told["peak"] <= max(optimizing, sum(told[part] for part in parts))
+    shared = run("bench", "--what=memory", "--model=tiny", "--batch_size=4", "--seq_len=64", "--gpus=4",
+                 main=bench.main)
+    alone, shared = ran.result["sft"], shared.result["sft"]
+    assert shared["masters"] == alone["masters"] / 4 and shared["optimizer"] == alone["optimizer"] / 4
+    assert shared["weights"] == alone["weights"] and shared["8 GiB"] == "--micro_batch_size=1"
+    one_line(run("bench", "--what=memory", "--batch_size=4", "--gpus=3"), "--batch_size=4", "--gpus=3")
     one_line(run("bench", "--what=memory", "--model=Org/Name"), "--what=memory", "Org/Name")
 
 

@@ -11,7 +11,7 @@ resume, evaluation. The second half, from "The chapter" on, is the lesson. Print
 and lets the model go on writing.
 
 Left out: gradient clipping (Muon's updates have a fixed size anyway), weight averaging, several epochs' bookkeeping
-(data are endless), sharding (every GPU holds the whole model and optimizer).
+(data are endless), sharding of weights (every GPU holds the whole model; masters and moments are shared out).
 """
 import argparse
 import difflib
@@ -54,7 +54,7 @@ SHARED_FLAGS = {  # name: (default, meaning); None = a default of each model, fr
     "batch_size": (None, "packed rows per optimizer step, over all GPUs"),
     "micro_batch_size": (0, "rows per forward pass; 0: on a GPU as many as fit (tried out at the start), else all"),
     "seq_len": (None, "tokens per packed row"),
-    "activation_checkpointing": (False, "keep less for the way back and compute it twice: a third slower"),
+    "activation_checkpointing": (False, "keep less for the way back and compute it twice: a fifth slower"),
     "lora_rank": (0, "above 0: of the decoder only thin matrices of this rank learn, beside the frozen ones; give an "
                      "--lr about ten times as large"),
     "float8": (False, "the decoder's products in 8 bits while training: a sixth faster, on Hopper GPUs and later"),
@@ -118,7 +118,7 @@ def parse_flags(doc: str, flags: dict, by_model: dict[str, dict], argv=None) -> 
         if getattr(out, name) is None:
             setattr(out, name, default)
     # Ranges, which argparse does not know. A flag that a script lacks passes.
-    for name in ("batch_size", "seq_len", "steps", "lr", "eval_size", "samples", "max_new_tokens"):
+    for name in ("batch_size", "seq_len", "steps", "lr", "eval_size", "samples", "max_new_tokens", "gpus"):
         if getattr(out, name, 1) <= 0:
             raise ValueError(f"--{name}={getattr(out, name)}: must be above 0")
     for name in ("micro_batch_size", "lora_rank", "temperature", "warmup", "cooldown"):
@@ -338,14 +338,14 @@ class Optimizer:
             raise ValueError(f"--optimizer={kind}: choose muon or adamw")
         self.lr, self.momentum, self.weight_decay = lr, momentum, weight_decay
         self.params, self.owner = params, {}
-        rank, self.world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+        self.rank, self.world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
         share = [0] * self.world  # numbers that each rank owns; the largest parameters are given away first
         for n in sorted(params, key=lambda n: -params[n].numel()):
             self.owner[n] = share.index(min(share))
             share[self.owner[n]] += params[n].numel()
         # In bfloat16's 2 to 3 digits small moves of a weight would be rounded away, and towards the end of a run all
         # moves are small. The weights as they are now; if the model stays in float32, the same memory as its own.
-        self.masters = {n: p.data for n, p in params.items() if self.owner[n] == rank}
+        self.masters = {n: p.data for n, p in params.items() if self.owner[n] == self.rank}
         # Muon is for matrices that map one space to another. Embeddings, positions and latents look like some, but are
         # tables: each row is a vector of its own, and nothing is gained by making one orthogonal to another.
         matrices = {n for n, p in params.items()
@@ -421,15 +421,16 @@ class Optimizer:
             gradient.wait()
 
     def collect(self, n: str, tensor: torch.Tensor | None, like: torch.Tensor) -> torch.Tensor:
-        "A tensor that the owner of parameter n has, others give None -> it, in every rank's host memory."
+        "A tensor that the owner of parameter n has, others give None -> it, on rank 0 in host memory, elsewhere None."
         if self.world == 1:
             return tensor
+        # one at a time, and not kept: a GPU has no room for all of them
         tensor = torch.empty_like(like, dtype=torch.float32) if tensor is None else tensor
         dist.broadcast(tensor, self.owner[n])
-        return tensor.cpu()
+        return tensor.cpu() if self.rank == 0 else None
 
     def state(self) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
-        "-> (moments, masters) of all parameters. TRAP: all ranks must call it, as each has only its own."
+        "-> on rank 0 (moments, masters) of all parameters. TRAP: all ranks must call it, as each has only its own."
         # By name, not by number as in torch's own state_dict: no parameter can be given another's moments.
         moments, masters = {}, {}
         for n, p in self.params.items():
