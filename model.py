@@ -592,6 +592,32 @@ class VLM(nn.Module):
         cache.key = key
         return cache
 
+    def lay_out(self, prompts: list, images: list) -> tuple[int, list]:
+        """
+        -> (the longest prompt's tokens, what `read` takes: ids [B, T], lengths [B], the pictures' places in
+        ids.flatten() [K], and the pictures).
+        """
+        # One rectangle of ids. Padded on the right: what comes later in a row is seen by nothing before it, so that no
+        # mask is needed. On a GPU few different widths, so that few graphs are recorded.
+        device = self.gpt.embed.weight.device
+        most, longest = self.config.decoder.max_position_embeddings, max(len(p.ids) for p in prompts)
+        if longest > most:  # it would answer all the same, and more and more strangely
+            raise ValueError(f"a conversation of {longest:,} tokens; this model has learned to read {most:,}: shorten "
+                             "it, or show fewer or smaller pictures")
+        T = -(-longest // 64) * 64 if device.type == "cuda" else longest
+        ids = torch.tensor([list(p.ids) + [0] * (T - len(p.ids)) for p in prompts], device=device)   # [B, T]
+        lengths = torch.tensor([len(p.ids) for p in prompts], device=device)                         # [B]
+        # Where the pictures go: from its slot, its run's first place in the row, one place a token.
+        starts = [b * T + s for b, p in enumerate(prompts) for s in p.slots]
+        if len(starts) != len(images):
+            raise ValueError(f"{len(starts)} places for images in the prompts, but {len(images)} images")
+        places = [start + i for start, image in zip(starts, images) for i in range(self.num_tokens(image))]
+        inputs = [ids, lengths, torch.tensor(places, device=device, dtype=torch.long)]
+        if images:  # tiled pictures first become tokens; plain ones, all alike, are read with the prompt
+            inputs.append(self.look(images) if any(isinstance(image, Tiles) for image in images)
+                          else torch.stack(images).to(device))
+        return longest, inputs
+
     def read(self, cache: "KVCache", ids, lengths, slots, seen=None) -> torch.Tensor:
         """
         All prompts in one pass: ids [B, T] of which lengths [B] count, seen: pixels uint8 [n, 3, S, S] or the pictures'
@@ -622,28 +648,10 @@ class VLM(nn.Module):
         still yielded). With samples = n every prompt is read once and answered n times: rows i*n to i*n+n-1.
         temperature 0 takes the likeliest token.
         """
-        # 1. One rectangle of ids. Padded on the right: what comes later in a row is seen by nothing before it, so that
-        #    no mask is needed. On a GPU few different widths, so that few graphs are recorded.
-        device, B = self.gpt.embed.weight.device, len(prompts)
-        most, longest = self.config.decoder.max_position_embeddings, max(len(p.ids) for p in prompts)
-        if longest > most:  # it would answer all the same, and more and more strangely
-            raise ValueError(f"a conversation of {longest:,} tokens; this model has learned to read {most:,}: shorten "
-                             "it, or show fewer or smaller pictures")
-        T = -(-longest // 64) * 64 if device.type == "cuda" else longest
-        ids = torch.tensor([list(p.ids) + [0] * (T - len(p.ids)) for p in prompts], device=device)   # [B, T]
-        lengths = torch.tensor([len(p.ids) for p in prompts], device=device)                         # [B]
-
-        # 2. Where the pictures go: from its slot, its run's first place in ids.flatten(), one place a token.
-        starts = [b * T + s for b, p in enumerate(prompts) for s in p.slots]
-        if len(starts) != len(images):
-            raise ValueError(f"{len(starts)} places for images in the prompts, but {len(images)} images")
-        places = [start + i for start, image in zip(starts, images) for i in range(self.num_tokens(image))]
-        inputs = [ids, lengths, torch.tensor(places, device=device, dtype=torch.long)]
-        if images:  # tiled pictures first become tokens; plain ones, all alike, are read with the prompt
-            inputs.append(self.look(images) if any(isinstance(image, Tiles) for image in images)
-                          else torch.stack(images).to(device))
-
-        # 3. Read all prompts in one pass, and keep their keys and values.
+        # 1. Read all prompts in one pass, and keep their keys and values.
+        longest, inputs = self.lay_out(prompts, images)
+        ids, lengths, device = inputs[0], inputs[1], inputs[0].device
+        B, T = ids.shape
         cache = self.take_cache(B, max(T, longest + max_new_tokens))
         logits = cache.replay(self.read, *inputs) if B * T <= 2048 else self.read(cache, *inputs)    # [B, V]
         if samples > 1:  # only now: the costly part, reading the pictures, was done once for all samples
@@ -653,7 +661,7 @@ class VLM(nn.Module):
             self.give_back(once)
             logits, ids, lengths = (t.repeat_interleave(samples, dim=0) for t in (logits, ids, lengths))
 
-        # 4. What the sampler needs: the words each row has seen, and its random numbers.
+        # 2. What the sampler needs: the words each row has seen, and its random numbers.
         seen = torch.zeros(B, self.config.decoder.vocab_size, dtype=torch.bool, device=device)       # [B, V]
         if repetition_penalty != 1.0:
             seen.scatter_(1, ids, torch.arange(T, device=device) < lengths[:, None])
@@ -665,7 +673,7 @@ class VLM(nn.Module):
         noise = torch.stack([torch.rand(max_new_tokens, generator=torch.Generator().manual_seed(s))
                              for s in seeds]).to(device)                                           # [B, max_new_tokens]
 
-        # 5. One token per row and step, until every row has ended.
+        # 3. One token per row and step, until every row has ended.
         ended, ahead = [False] * B, device.type == "cuda"
         try:
             for step in range(max_new_tokens):
