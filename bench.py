@@ -26,9 +26,9 @@ from PIL import Image, ImageDraw, ImageFont
 
 import data
 import model
+import train_rl
 from model import PRESETS, VLM, Block, add_lora, newest_checkpoint, preset, rope_table
 from tokenizer import Tokenizer
-import train_rl
 from train_base import (FROM_SCRATCH, Optimizer, Setup, evaluate_with_baselines, freeze, make_tokenizer, most_rows,
                         parse_flags, run, start, start_data, supervised, train_step)
 from vision import Bridge, ViTBlock
