@@ -1945,6 +1945,16 @@ def test_query_key_and_value_get_updates_of_one_size_whatever_their_gradients():
     assert train_base.stacked("blocks.0.mlp.down.weight", p) == [16]
 
 
+def test_the_fullest_batch_of_chapter_4_leaves_no_room():
+    import train_rl
+    vlm, flags = tiny_vlm(), argparse.Namespace(seq_len=256, max_new_tokens=12)
+    batch = train_rl.full_batch(3, data.World("exam"), flags, vlm, tokenizer())
+    assert batch["ids"].shape == (3, 256) and (batch["documents"] > 0).float().mean() > 0.6  # bytes: long questions
+    documents = len(batch["pictures"])
+    assert documents >= 3 and len(batch["pixels"]) == documents  # each with a picture of its own
+    assert len(batch["learned"]) == documents * 12 == (batch["targets"] >= 0).sum()
+
+
 def test_the_gain_of_questions_asked_twice_and_its_interval():
     import train_rl
     r = train_rl.gain([0, 0, 1, 1] * 100, [1, 0, 1, 1] * 100)
