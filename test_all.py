@@ -2049,6 +2049,17 @@ def test_a_pass_takes_as_many_rows_as_fit_into_a_gpus_memory(monkeypatch, capsys
     assert train_base.most_rows(None, setup(), 24, None) == 24  # nothing is tried on a CPU
 
 
+@pytest.mark.parametrize("spoil", [lambda moments, name: moments.pop(name),
+                                   lambda moments, name: moments.update({name: torch.zeros(3)})])
+def test_moments_of_another_version_are_refused_in_one_line(spoil):
+    vlm = tiny_vlm()
+    params = train_base.freeze(vlm, ["bridge"])
+    moments, name = train_base.Optimizer(params, "adamw", 1e-3).state()[0], "bridge.fc1.weight.exp_avg"
+    assert name in moments
+    spoil(moments, name)
+    assert fails(lambda: train_base.Optimizer(params, "adamw", 1e-3, moments), name, "without --resume")
+
+
 def test_learning_rate_rises_stays_and_falls_to_zero():
     flags = argparse.Namespace(steps=100, warmup=0.1, cooldown=0.5)
     scales = [train_base.lr_scale(i, flags) for i in range(101)]

@@ -443,7 +443,11 @@ class Optimizer:
     def load(self, state: dict[str, torch.Tensor]) -> None:
         for n, moments in self.moments.items():
             for key, tensor in moments.items():
-                tensor.copy_(state[f"{n}.{key}"])
+                saved = state.get(f"{n}.{key}")
+                if saved is None or saved.shape != tensor.shape:
+                    raise ValueError(f"--resume: optimizer.safetensors lacks {n}.{key} of shape {list(tensor.shape)}; "
+                                     "was it saved by another version? Start again without --resume")
+                tensor.copy_(saved)
 
 
 def lr_scale(step: int, flags) -> float:
