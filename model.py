@@ -221,9 +221,9 @@ class Attention(nn.Module):
 
     def forward(self, x, rope, documents=None, cache=None) -> torch.Tensor:
         """
-        x [B, T, H] -> [B, T, H], causal. documents: None, one a row; or what `document_mask` gives.
-        cache: None; or this layer's keys and values [2, B, kv heads, S, d] and the columns [B] at which one more token
-        a row is appended, None while the prompts are read, which fill the first T columns.
+        x [B, T, H] -> [B, T, H], causal. documents: None, one a row; or what `document_mask` gives; when decoding what
+        KVCache.mask gives. cache: None; or this layer's keys and values [2, B, kv heads, S, d] and the columns [B] at
+        which one more token a row is appended, None while the prompts are read, which fill the first T columns.
         """
         B, T, H = x.shape
         q, k, v = (part.view(B, T, -1, self.config.head_dim) for part in self.qkv(x).split(self.sizes, dim=-1))
@@ -238,25 +238,24 @@ class Attention(nn.Module):
         if cache is not None:
             kept, columns = cache  # keys are kept turned: their positions never change
             if columns is not None:
-                return self.out(self.look_back(q, torch.stack([k, v]), kept, columns).reshape(B, T, H))
+                return self.out(self.look_back(q, torch.stack([k, v]), kept, columns, documents).reshape(B, T, H))
             kept[0, :, :, :T], kept[1, :, :, :T] = k, v
         # enable_gqa: query heads 0 to 5 read kv head 0, and so on, without copying it six times.
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=documents, is_causal=documents is None, enable_gqa=True)
         return self.out(y.transpose(1, 2).reshape(B, T, H))                                          # [B, T, H]
 
-    def look_back(self, q, new, kept, columns) -> torch.Tensor:
+    def look_back(self, q, new, kept, columns, mask) -> torch.Tensor:
         "One token a row: q [B, heads, 1, d], its key and value [2, B, kv heads, 1, d] -> [B, kv heads, group, d]."
         kept[:, torch.arange(len(q), device=q.device), :, columns] = new[:, :, :, 0].transpose(0, 1)
         # The query heads that share a kv head take the place of the tokens: they read the same keys, in one product.
         q = q.view(len(q), new.shape[2], -1, q.shape[-1])                                            # [B, kv, group, d]
-        seen = torch.arange(kept.shape[3], device=q.device) <= columns[:, None]                      # [B, S]
         if torch.compiler.is_compiling() and len(q) == 1:
             # A single row leaves most of a GPU idle in SDPA's kernels, which go through the keys one after the other.
             # Written out, the compiler spreads keys and channels over all of it, and never builds the 5 axes.
             scores = (q.float()[:, :, :, None] * kept[0][:, :, None]).sum(-1) * q.shape[-1] ** -0.5  # [1, kv, group, S]
-            shares = scores.masked_fill(~seen, -torch.inf).softmax(-1)
+            shares = (scores + mask).softmax(-1)
             return (shares[..., None] * kept[1][:, :, None]).sum(-2).to(q.dtype)
-        return F.scaled_dot_product_attention(q, kept[0], kept[1], attn_mask=seen[:, None, None])
+        return F.scaled_dot_product_attention(q, kept[0], kept[1], attn_mask=mask)
 
 
 class MLP(nn.Module):
@@ -270,7 +269,12 @@ class MLP(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         gate, up = self.gate_up(x).chunk(2, dim=-1)                                                  # [B, T, I] each
-        return self.down(F.silu(gate) * up)                                                          # [B, T, H]
+        y = F.silu(gate) * up
+        if torch.compiler.is_compiling() and y.numel() == y.shape[-1]:
+            # The product with a single row is compiled as H sums, and in each of them the compiler would make all of y
+            # again. What is viewed by its strides has to lie in memory, so that it is made once.
+            y = y.as_strided(y.shape, y.stride())
+        return self.down(y)                                                                          # [B, T, H]
 
 
 class Block(nn.Module):
@@ -360,11 +364,13 @@ class GPT(nn.Module):
         if positions is None:
             positions = torch.arange(x.shape[1], device=x.device)[None]                              # [1, T]
         rope = rope_table(positions, self.config)
+        if cache is not None and cache.decoding:
+            documents = cache.mask()  # one for all layers
         for i, block in enumerate(self.blocks):
             if cache is not None:
                 # A prompt goes through the block as written: its length is new each time, and would be compiled anew.
                 call = self.step.get(len(x) == 1, Block.forward) if cache.decoding else Block.forward
-                x = call(block, x, rope, None, cache.layer(i))
+                x = call(block, x, rope, documents, cache.layer(i))
             elif self.activation_checkpointing and torch.is_grad_enabled():
                 # Only a block's input is kept, and the rest is computed again on the way back: a third more work, and
                 # memory for one block's activations instead of all blocks'.
@@ -667,6 +673,7 @@ class VLM(nn.Module):
             seen.scatter_(1, ids, torch.arange(T, device=device) < lengths[:, None])
             # TRAP: id 0 is a word and also the padding: the scatter may have written either last.
             seen[:, 0] = torch.tensor([0 in p.ids for p in prompts for _ in range(samples)], device=device)
+        seen = seen[:, :vocab_used or None]  # padding rows of the embedding are not words
         # From each row's own seed: what it says does not depend on its neighbours. Drawn on the CPU, so that every
         # device gets the same numbers, and all at once: one column is used at each step.
         seeds = list(range(B)) if seeds is None else seeds
@@ -677,10 +684,8 @@ class VLM(nn.Module):
         ended, ahead = [False] * B, device.type == "cuda"
         try:
             for step in range(max_new_tokens):
-                logits = logits.float()
-                if vocab_used:
-                    logits[:, vocab_used:] = -torch.inf  # padding rows of the embedding are not words
-                token = sample(logits, noise[:, step], seen, temperature, top_k, top_p, repetition_penalty)  # [B]
+                token = sample(logits[:, :seen.shape[1]], noise[:, step], seen, temperature, top_k, top_p,
+                               repetition_penalty)                                                   # [B]
                 if repetition_penalty != 1.0:
                     seen.scatter_(1, token[:, None], True)
                 more, cache.end = step < max_new_tokens - 1, cache.width if ahead else longest + step + 1
@@ -724,6 +729,11 @@ class KVCache:
     def layer(self, i: int) -> tuple:
         return self.kv[i, :, :, :, :self.end], self.next if self.decoding else None
 
+    def mask(self) -> torch.Tensor:
+        "-> [B, 1, 1, S], to be added to the scores of each row's next token: -inf where nothing stands yet."
+        empty = torch.arange(self.end, device=self.next.device) > self.next[:, None]                 # [B, S]
+        return torch.zeros_like(empty, dtype=self.kv.dtype).masked_fill_(empty, -torch.inf)[:, None, None]
+
     def copy(self, other: "KVCache", T: int, n: int) -> None:
         "Row i becomes rows i*n to i*n+n-1: several answers to one prompt of at most T tokens, read only once."
         self.kv[:, :, :, :, :T] = other.kv[:, :, :, :, :T].repeat_interleave(n, dim=2)
@@ -757,6 +767,8 @@ class KVCache:
 def sample(logits, noise, seen, temperature: float, top_k: int, top_p: float,
            repetition_penalty: float) -> torch.Tensor:
     "logits [B, V], noise [B] uniform in 0 to 1 -> token ids [B]. The filters come in Hugging Face's order."
+    if temperature != 0 or repetition_penalty != 1.0:
+        logits = logits.float()
     if repetition_penalty != 1.0:  # above 1: whatever was seen loses likelihood. Both branches push a logit down.
         logits = torch.where(
             seen, torch.where(logits > 0, logits / repetition_penalty, logits * repetition_penalty), logits)
