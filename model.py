@@ -767,7 +767,7 @@ class KVCache:
 def sample(logits, noise, seen, temperature: float, top_k: int, top_p: float,
            repetition_penalty: float) -> torch.Tensor:
     "logits [B, V], noise [B] uniform in 0 to 1 -> token ids [B]. The filters come in Hugging Face's order."
-    if temperature != 0 or repetition_penalty != 1.0:
+    if temperature != 0 or repetition_penalty != 1.0:  # the largest is found without; sums over words need the digits
         logits = logits.float()
     if repetition_penalty != 1.0:  # above 1: whatever was seen loses likelihood. Both branches push a logit down.
         logits = torch.where(

@@ -1157,7 +1157,7 @@ def test_sampling_from_bfloat16_logits_computes_in_float32():
     logits, noise = torch.randn(200, 1000).bfloat16(), torch.rand(200)
     seen = torch.rand(200, 1000) < 0.5
     for options in ((0.0, 0, 1.0, 1.3), (0.0, 0, 1.0, 1.0), (1.0, 0, 1.0, 1.0), (0.7, 20, 0.9, 1.1)):
-        assert torch.equal(model.sample(logits, noise, seen, *options), model.sample(logits.float(), noise, seen, *options))
+        assert torch.equal(*(model.sample(x, noise, seen, *options) for x in (logits, logits.float())))
 
 
 # ----------------------------------------------------------------------------------------------------------------------
