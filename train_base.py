@@ -10,8 +10,8 @@ The first half is the plumbing that all four chapters share: flags, device and r
 resume, evaluation. The second half, from "The chapter" on, is the lesson. Prints bits per byte on text it has not seen,
 and lets the model go on writing.
 
-Left out: gradient clipping (Muon's updates have a fixed size anyway), weight averaging, several epochs' bookkeeping
-(data are endless), sharding of weights (every GPU holds the whole model; masters and moments are shared out).
+Left out: gradient clipping (Muon's updates have a fixed size, AdamW's a largest one), weight averaging, the bookkeeping
+of epochs (data are endless), sharding of weights (every GPU holds the whole model; masters and moments are shared out).
 """
 import argparse
 import difflib
