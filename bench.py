@@ -29,12 +29,15 @@ import model
 import train_rl
 from model import PRESETS, VLM, Block, add_lora, newest_checkpoint, preset, rope_table
 from tokenizer import Tokenizer
-from train_base import (FROM_SCRATCH, Optimizer, Setup, evaluate_with_baselines, freeze, make_tokenizer, most_rows,
-                        parse_flags, run, start, start_data, supervised, train_step)
+from train_sft import evaluate_with_baselines
+from training import (FROM_SCRATCH, Optimizer, Setup, count_supervised, freeze_all_but, largest_micro_batch, load_start,
+                      make_loaders, parse_flags, run, train_step)
 from vision import Bridge, ViTBlock
+from world import World
 
+# Its data in the built-in world, and the parts that are trained; chapter 4 trains the same parts as sft.
 STAGES = {"base": ("text", ["decoder"]), "align": ("captions", ["bridge", "vit"]),
-          "sft": ("chat", ["bridge", "decoder", "vit"])}  # its data, and the parts that learn; chapter 4 is as sft
+          "sft": ("chat", ["bridge", "decoder", "vit"])}
 BY_MODEL = {"tiny": {"batch_size": 32, "seq_len": 128}, "small": {"batch_size": 64, "seq_len": 1024},
             "released": {"batch_size": 32, "seq_len": 2048}}
 CARDS = (8, 12, 16, 24, 40, 80, 141)  # GiB
@@ -66,32 +69,30 @@ FLAGS = {
 def bench_eval(flags) -> dict:
     "The same questions three times: with their own picture, with none, and with another's."
     setup = Setup(flags)
-    # Asked before load(): start() would fall back to random weights. They do for speed; their accuracy means nothing.
+    # Checked here, since load_start would use random weights: good enough for speed, but without any accuracy.
     if not (flags.init or newest_checkpoint(flags.out_dir, flags.model) or flags.model == "llava-ov-0.5b"):
         raise ValueError(f"no trained model under {flags.out_dir}/{flags.model}; train one, or name a "
                          "checkpoint folder by --init=")
     vlm, tokenizer = load(flags, setup)
     if flags.data == "world":
-        _, held = data.load_data("world", "exam", 0, flags.eval_size)
+        held_out = {split: [world[i] for i in range(flags.eval_size)] for split in ("scenes", "pairs")
+                    for world in [World("exam", split, seed=1)]}
     else:
-        # The file is taken as a whole: nothing is set aside, as it is in training. Trap: a file that the model was
-        # trained on measures its memory.
-        held = {"all": [record for name, _ in data.parse_mixture(flags.data)
-                        for record in data.read_records(name)][:flags.eval_size]}
-    # An accuracy alone does not show that the model sees. Blind (a grey picture) is what the question gives away:
-    # guessing answers half of all yes/no questions. Where shuffled (another's picture) is not well below the model's
-    # own score, the answers do not follow the picture.
-    results = evaluate_with_baselines(vlm, tokenizer, held, setup)
+        # The whole file: nothing is held out, as it is in training. TRAP: on a file that the model was trained on this
+        # measures its memory.
+        held_out = {"all": [record for name, _ in data.parse_mixture(flags.data)
+                            for record in data.read_records(name)][:flags.eval_size]}
+    results = evaluate_with_baselines(vlm, tokenizer, held_out, setup)
     # The first split's numbers stand on top too: a script finds "accuracy" there, whatever the split's name.
     return {"what": "eval", "data": flags.data, **next(iter(results.values())), "splits": results}
 
 
 def load(flags, setup) -> tuple[VLM, Tokenizer]:
-    flags.resume = False  # start() reads it; here it is no flag
+    flags.resume = False  # load_start reads it; here it is no flag
     flags.init = flags.init or newest_checkpoint(flags.out_dir, flags.model)
-    # With nothing to start from, start() looks for the stages before the one named. It must then be a real stage:
-    # before base there are none, so it makes the random weights that base begins with.
-    vlm, tokenizer, _, _ = start(flags, setup, "bench" if flags.init else "base", make_tokenizer(flags))
+    # Without --init, load_start looks for earlier stages than the one named. Before base there are none, so the result
+    # is the random weights that base begins with.
+    vlm, tokenizer, _, _ = load_start(flags, setup, "bench" if flags.init else "base")
     return vlm, tokenizer
 
 
@@ -121,19 +122,19 @@ def matmul_ceiling(setup) -> float:
     return 2 * n ** 3 * times / clock(lambda: [a @ b for _ in range(times)], 3, setup.device)
 
 
-def step_flops(vlm: VLM, trained: list[str], tokens: int, learned: int, images: int) -> dict[str, float]:
-    "FLOP of one step in each part, only those of matrix products with weights. learned: supervised tokens."
+def step_flops(vlm: VLM, trained: list[str], tokens: int, supervised: int, images: int) -> dict[str, float]:
+    "FLOP of one step in each part, only those of matrix products with weights. supervised: supervised tokens."
     # Attention's scores, norms and the optimizer take time but are not counted. So the share of the ceiling errs on the
     # low side, and 100 % is out of reach.
     out = {}
-    for name, group in vlm.groups().items():
+    for name, group in vlm.parts().items():
         # Positions and latents are added, an embedding is looked up: no product.
         weights = sum(p.numel() for n, p in group.named_parameters()
                       if p.ndim == 2 and not n.endswith(("embed.weight", "head.weight", "position", "latents")))
         # The Perceiver's keys and values are really made at N + M positions, patches and latents; M are counted.
         positions = {"vit": images * vlm.config.vision.num_patches, "bridge": images * vlm.config.bridge.num_tokens,
                      "decoder": tokens}[name]
-        products = weights * positions + (vlm.gpt.head_weight.numel() * learned if name == "decoder" else 0)
+        products = weights * positions + (vlm.gpt.head_weight.numel() * supervised if name == "decoder" else 0)
         # Per weight and position: 2 FLOP forward, 2 for the gradient of the input, 2 for that of the weight. A frozen
         # decoder has no weight gradient, but passes the input's on to the bridge: 4. A frozen ViT only runs forward: 2.
         learns = name in trained and not (name == "vit" and vlm.config.pretrained_vision)
@@ -144,7 +145,7 @@ def step_flops(vlm: VLM, trained: list[str], tokens: int, learned: int, images: 
 def llava_like(vlm: VLM, stage: str, seq_len: int):
     """
     A function (record, index) -> Document of random words, as long as LLaVA's conversations are: a picture and words
-    whose number has the median 200, half of them learned. Stage base: plain text, a row each.
+    whose number has the median 200, half of them supervised. Stage base: plain text, a row each.
     """
     def make(record, index) -> data.Document:
         rng, M = random.Random(index), vlm.config.bridge.num_tokens
@@ -181,7 +182,7 @@ class Step:
         task, self.trained = STAGES[stage]
         vlm.float().train()  # what the optimizer's masters are made of
         torch.compiler.reset()  # TRAP: code compiled for a frozen decoder would be used again, and give it no gradients
-        self.vlm, self.setup, self.params = vlm, setup, freeze(vlm, self.trained)
+        self.vlm, self.setup, self.params = vlm, setup, freeze_all_but(vlm, self.trained)
         # A step's work does not depend on the rate. A real rate, again and again on one batch, could drive the weights,
         # which the next stage goes on with, to NaN.
         self.optimizer = Optimizer(self.params, "muon" if flags.model in FROM_SCRATCH else "adamw", 1e-9)
@@ -189,24 +190,23 @@ class Step:
         if tokenizer is None:
             make, endless, share = llava_like(vlm, stage, flags.seq_len), [{"images": []}] * 10 ** 6, flags.batch_size
 
-            def loader(rows: int, lane: int = 0, lanes: int = 1) -> data.Loader:
-                return data.Loader(endless, make, noise(vlm), rows, flags.seq_len, vlm.config.bridge.num_tokens, lane,
-                                   lanes, ahead=False, pin=setup.device.type == "cuda")
-            micro = flags.micro_batch_size or most_rows(vlm, setup, share, lambda rows: next(loader(rows)))
-            self.loaders = [loader(micro, lane, share // micro) for lane in range(share // micro)]
+            def loader(rows: int, micro_batch: int = 0, micro_batches: int = 1) -> data.Loader:
+                return data.Loader(endless, make, noise(vlm), rows, flags.seq_len, vlm.config.bridge.num_tokens,
+                                   micro_batch, micro_batches, prefetch=False, pin=setup.device.type == "cuda")
+            micro = flags.micro_batch_size or largest_micro_batch(vlm, setup, share, lambda rows: next(loader(rows)))
+            self.loaders = [loader(micro, i, share // micro) for i in range(share // micro)]
         else:
-            flags.eval_size = 1  # start_data also makes held-out records; nobody asks them here
-            self.loaders, _ = start_data(flags, setup, vlm, tokenizer, task, {})
+            self.loaders = make_loaders(flags, setup, vlm, tokenizer, World(task), {}, supervise_all=task == "text")
             for loader in self.loaders:
-                loader.ahead = False  # it is timed apart
+                loader.prefetch = False  # loading is timed separately
         self.batches = [next(loader) for loader in self.loaders]
         # Padding (document 0) is work without use and counts as no token. A picture shared by several rows counts once.
-        self.tokens = sum(int((b["documents"] > 0).sum()) for b in self.batches)
+        self.tokens = sum(int((b["document_ids"] > 0).sum()) for b in self.batches)
         self.images = sum(0 if b["pixels"] is None else len(b["pixels"]) for b in self.batches)
-        self.learned = supervised(self.batches, setup)
+        self.supervised = count_supervised(self.batches, setup)
 
     def __call__(self) -> float:
-        return train_step(self.vlm, self.batches, self.learned, self.optimizer, self.setup, 1.0)
+        return train_step(self.vlm, self.batches, self.supervised, self.optimizer, self.setup, 1.0)
 
 
 def bench_speed(flags) -> dict:
@@ -218,13 +218,12 @@ def bench_speed(flags) -> dict:
         if setup.compile:
             vlm.compile_parts()
     ceiling, rows, gpu = matmul_ceiling(setup), {}, setup.device.type == "cuda"
-    setup.say(f"{torch.cuda.get_device_name() if gpu else 'cpu'}, {setup.dtype}, {torch.get_num_threads()} threads, "
+    setup.print(f"{torch.cuda.get_device_name() if gpu else 'cpu'}, {setup.dtype}, {torch.get_num_threads()} threads, "
               f"torch {torch.__version__}; matrix products reach {ceiling / 1e9:,.0f} GFLOP/s")
     # "of ceiling" compares machines, each held against its own limit, and shows how much room is left. It cannot tell
     # where the rest of the time went: small products, attention, the optimizer, or waiting.
-    setup.say(f"{'stage':<10}{'ms/step':>9}{'tokens/s':>10}{'images/s':>10}{'of ceiling':>12}{'vit':>6}{'bridge':>8}"
+    setup.print(f"{'stage':<10}{'ms/step':>9}{'tokens/s':>10}{'images/s':>10}{'of ceiling':>12}{'vit':>6}{'bridge':>8}"
               f"{'decoder':>9}{'loader ms':>11}{'first s':>9}{'GiB':>7}")
-    flags.val = ""  # start_data reads it
     for stage in STAGES:
         if gpu:
             torch.cuda.empty_cache()
@@ -237,12 +236,12 @@ def bench_speed(flags) -> dict:
         loading = clock(lambda: [next(loader) for loader in step.loaders], 3, torch.device("cpu"))
         seconds = clock(step, flags.steps, setup.device)
         shares = {part: flop / seconds / ceiling for part, flop in step_flops(
-            vlm, step.trained, step.tokens, step.learned, step.images).items()}
+            vlm, step.trained, step.tokens, step.supervised, step.images).items()}
         rows[stage] = {"ms": seconds * 1e3, "tokens_per_s": step.tokens / seconds,
                        "images_per_s": step.images / seconds, "of_ceiling": sum(shares.values()), "by_part": shares,
                        "loader_ms": loading * 1e3, "first_step_s": first,
                        "peak_gib": torch.cuda.max_memory_allocated() / 2 ** 30 if gpu else None}
-        setup.say(f"{stage:<10}{seconds * 1e3:>9.1f}{step.tokens / seconds:>10,.0f}{step.images / seconds:>10,.0f}"
+        setup.print(f"{stage:<10}{seconds * 1e3:>9.1f}{step.tokens / seconds:>10,.0f}{step.images / seconds:>10,.0f}"
                   f"{sum(shares.values()):>12.0%}" + "".join(f"{shares[p]:>{w}.1%}" for p, w in
                                                              (("vit", 6), ("bridge", 8), ("decoder", 9)))
                   + f"{loading * 1e3:>11.1f}{first:>9.1f}{rows[stage]['peak_gib'] or 0:>7.1f}")
@@ -256,20 +255,20 @@ def bench_speed(flags) -> dict:
 def bench_rl(flags, setup, vlm: VLM, tokenizer: Tokenizer) -> dict:
     "Chapter 4's step, 16 questions x 16 answers: how long it asks, and how long it learns from the answers."
     ours = argparse.Namespace(**{name: default for name, (default, _) in train_rl.FLAGS.items()} | vars(flags))
-    records, step = [data.World("exam")[i] for i in range(16)], Step(flags, setup, vlm, None, "sft")
+    records, step = [World("exam")[i] for i in range(16)], Step(flags, setup, vlm, None, "sft")
 
     def ask() -> tuple[list, list]:
-        return train_rl.roll_out(vlm, tokenizer, records, ours, 0)
+        return train_rl.rollout(vlm, tokenizer, records, ours, 0)
 
     def learn() -> None:
         # Random weights are never right, and then there would be nothing to learn: every other answer is praised.
-        documents, step.learned, _ = train_rl.to_documents(records, prompts, groups, tokenizer,
+        documents, step.supervised, _ = train_rl.to_documents(records, prompts, groups, tokenizer,
                                                            lambda record, ids, tokenizer: ids[0] % 2)
         step.batches = train_rl.pack_all(documents, flags.micro_batch_size or 4, flags.seq_len, vlm)
         step()
     prompts, groups = ask()
     asking, learning = (clock(work, min(flags.steps, 5), setup.device) for work in (ask, learn))
-    setup.say(f"rl: 16 x 16 answers of {ours.max_new_tokens} tokens in {asking * 1e3:.0f} ms, the update in "
+    setup.print(f"rl: 16 x 16 answers of {ours.max_new_tokens} tokens in {asking * 1e3:.0f} ms, the update in "
               f"{learning * 1e3:.0f} ms: rollouts take {asking / (asking + learning):.0%} of the step")
     return {"rollout_ms": asking * 1e3, "update_ms": learning * 1e3, "rollout_share": asking / (asking + learning)}
 
@@ -292,7 +291,7 @@ def bench_decode(flags, setup, vlm: VLM) -> dict:
         moved = sum(p.nbytes for p in vlm.gpt.parameters()) * new / (all_ - first)
         rows[f"decode_{batch}"] = {"first_token_ms": first * 1e3, "tokens_per_s": speed,
                                    "weights_gb_per_s": moved / 1e9}
-        setup.say(f"decode, {batch} at once: first token after {first * 1e3:.1f} ms, then {speed:,.0f} tokens/s, "
+        setup.print(f"decode, {batch} at once: first token after {first * 1e3:.1f} ms, then {speed:,.0f} tokens/s, "
                   f"weights at {moved / 1e9:,.0f} GB/s")
     return rows
 
@@ -314,22 +313,22 @@ def bench_profile(flags) -> dict:
     events = [e for e in recorded.key_averages() if (e.device_type.name == "CUDA") == gpu]
     events.sort(key=lambda e: -getattr(e, sort))
     for event in events[:20]:
-        setup.say(f"{getattr(event, sort) / 1e3:>9.2f} ms {event.count:>6} x  {event.key[:90]}")
+        setup.print(f"{getattr(event, sort) / 1e3:>9.2f} ms {event.count:>6} x  {event.key[:90]}")
     return {"what": "profile", "trace": "trace.json", "ms": {e.key: getattr(e, sort) / 1e3 for e in events[:20]}}
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # The ladder: chapter 3's step from the plainest code to the one we use, one idea at a time
 
-def plain_loss(x, head, targets, weights=None, learned=None, chunk=0, cross_entropy=None) -> torch.Tensor:
-    "What token_loss computes, as everybody writes it first: all logits at once, also where nothing is learned."
+def plain_loss(x, head, targets, loss_weights=None, supervised=None, chunk=0, cross_entropy=None) -> torch.Tensor:
+    "What token_loss computes, in the obvious way: all logits at once, also where there is no target."
     return F.cross_entropy(F.linear(x, head).flatten(0, 1).float(), targets.flatten(), reduction="sum")
 
 
 def pad(batch: dict, M: int) -> list[dict]:
     "A packed batch -> the same documents, each in a row of its own, in passes of 4, padded to the pass's longest."
     documents, at, out = [], 0, []
-    numbers = (batch["documents"] + torch.arange(len(batch["ids"]))[:, None] * 10 ** 6).flatten()
+    numbers = (batch["document_ids"] + torch.arange(len(batch["ids"]))[:, None] * 10 ** 6).flatten()
     for number in numbers.unique().tolist():
         places = (numbers == number).nonzero()[:, 0]
         if number % 10 ** 6:  # 0 is padding
@@ -342,9 +341,10 @@ def pad(batch: dict, M: int) -> list[dict]:
         # Placed by hand: `pack` would lay short ones end to end.
         rows = [data.pack([d], 1, width, M)[0] for d in documents[i:i + 4]]
         out.append({name: torch.from_numpy(np.concatenate([r[name] for r in rows]))
-                    for name in ("ids", "targets", "positions", "documents", "weights")})
-        out[-1] |= {"slots": torch.cat([torch.arange(M) + j * width for j in range(len(rows))]), "boundaries": None,
-                    "learned": None, "pixels": batch["pixels"][i:i + 4], "pictures": torch.arange(len(rows))}
+                    for name in ("ids", "targets", "positions", "document_ids", "loss_weights")})
+        out[-1] |= {"image_positions": torch.cat([torch.arange(M) + j * width for j in range(len(rows))]),
+                    "image_index": torch.arange(len(rows)), "pixels": batch["pixels"][i:i + 4],
+                    "cu_seqlens": None, "supervised": None}
     return out
 
 
@@ -368,7 +368,7 @@ def bench_ladder(flags) -> dict:
                 step.batches = [part for batch in step.batches for part in pad(batch, vlm.config.bridge.num_tokens)]
             seconds = clock(step, 3, setup.device)
             rows.append({"rung": rung, "tokens_per_s": step.tokens / seconds})
-            setup.say(f"{rung:<50}{step.tokens / seconds:>10,.0f} tokens/s"
+            setup.print(f"{rung:<50}{step.tokens / seconds:>10,.0f} tokens/s"
                       + (f"{rows[-1]['tokens_per_s'] / rows[-2]['tokens_per_s']:>8.2f} x" if i else ""))
         finally:
             model.token_loss = fused
@@ -392,7 +392,7 @@ def chart(bars: list[tuple[str, float]], path: str) -> None:
     sheet.save(path)
 
 
-def kept(module, compiled: bool, *inputs) -> int:
+def saved_bytes(module, compiled: bool, *inputs) -> int:
     "Bytes that autograd keeps of one call in bfloat16 for the way back."
     module.to(torch.bfloat16)
     own, pieces, alive = {p.untyped_storage().data_ptr() for p in module.parameters()}, {}, []
@@ -427,7 +427,7 @@ def predict(flags, stage: str, lora: int):
     config.lora_rank, decoder, vision = lora, config.decoder, config.vision
     with torch.device("meta"):
         vlm = VLM(config)
-    learn = sum(p.numel() for p in freeze(vlm, STAGES[stage][1]).values())
+    learn = sum(p.numel() for p in freeze_all_but(vlm, STAGES[stage][1]).values())
     total = sum(p.numel() for p in vlm.parameters())
     layers, V, H = decoder.num_hidden_layers, decoder.vocab_size, decoder.hidden_size
 
@@ -437,10 +437,10 @@ def predict(flags, stage: str, lora: int):
             add_lora(block, lora)
         for mine, real in zip(block.parameters(), vlm.gpt.blocks[0].parameters()):
             mine.requires_grad_(real.requires_grad)
-        return kept(block, True, torch.randn(1, T, H, requires_grad=True, dtype=torch.bfloat16), rope)
+        return saved_bytes(block, True, torch.randn(1, T, H, requires_grad=True, dtype=torch.bfloat16), rope)
 
     def seeing(module, compiled: bool):
-        return line(lambda n: kept(module, compiled, torch.randn(
+        return line(lambda n: saved_bytes(module, compiled, torch.randn(
             n, vision.num_patches, vision.hidden_size, requires_grad=True, dtype=torch.bfloat16)), 1, 2)
 
     per_token, fixed = line(layer, 64, 128)

@@ -1,128 +1,114 @@
 """
-Ask a trained model about pictures.
+Use a trained model: ask about one picture, chat, answer about a whole folder, or export it for a serving engine.
 
     python sample.py --image cat.jpg                                  # describe it
     python sample.py --image cat.jpg --question "What colour is the cat?"
     python sample.py --chat                                           # a conversation; /image PATH shows a picture
     python sample.py --images holiday/ --out answers.jsonl            # a whole folder, one JSON line per picture
     python sample.py --model=llava-ov-0.5b --image photo.jpg          # a finished public model, downloaded once
-    python sample.py --model=qwen2.5-0.5b-instruct --chat             # a language model without eyes
+    python sample.py --model=qwen2.5-0.5b-instruct --chat             # a language model without vision
     python sample.py --export=my_llava                                # the model as a Hugging Face folder, for serving
 
-Standard output holds the answer alone, so that it can be piped; everything else goes to standard error. The checkpoint
-is --init, or the latest stage of --model under --out_dir, or --model's released weights; without --model the tiny one,
-or, before that is trained, llava-ov-0.5b. The prompt is made by the same `render` as in training: a chat that looks
-even slightly different from what a model was trained on is the most common reason for bad answers.
+Standard output contains the answer alone, so that it can be piped; everything else goes to standard error. The
+checkpoint is --init, or the latest stage of --model under --out_dir, or --model's released weights; without --model the
+tiny one, or, before that is trained, llava-ov-0.5b. The prompt is made by the same `render` as in training: a prompt
+that differs even slightly from what a model was trained on is the most common reason for bad answers.
+
+Left out: a cache from one turn of a chat to the next; every answer computes the whole conversation again.
 """
 import argparse
-import difflib
 import json
+import math
 import sys
+from dataclasses import asdict, fields
 from pathlib import Path
 
 import torch
+import torch.nn as nn
 
-# No train_base.py: asking must not load the training code. Hence this file's own flags and choice of device.
-import data
-from model import PRESETS, VLM, check_name, export, load_checkpoint, load_pretrained, newest_checkpoint, respond
+import weights
+from data import parse_flags, pick_device, run
+from model import (FROM_SCRATCH, PRESETS, Attention, LoRALinear, VLM, VLMConfig, check_name, load_checkpoint,
+                   load_pretrained, newest_checkpoint, respond)
 from tokenizer import Tokenizer
-from vision import cut_tiles, load_image, preprocess
+from vision import MOST_TILES, MOST_TOKENS, ViTConfig, cut_tiles, load_image, preprocess
 
-# A folder often holds other files too. They are told by their names: opening each one would take long.
+# A folder often contains other files too. They are recognised by their names: opening each one would take long.
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff"}
 
 TRAIN = "train one by `python train_align.py` and then `python train_sft.py`, a quarter of an hour on two CPU cores"
 
-
-def did_you_mean(message: str, names) -> str:
-    for word in message.split():
-        # "--imge=cat.jpg" -> "imge" -> near "image". Only words with dashes can be meant as flags.
-        near = difflib.get_close_matches(word.split("=")[0].lstrip("-"), names, n=1) if word.startswith("--") else []
-        if near and near[0] not in message:  # else the message is about a known flag's value
-            return f"; did you mean --{near[0]}?"
-    return ""
-
-
-def parse_flags(argv=None) -> argparse.Namespace:
-    # allow_abbrev would take --temp for --temperature, until a new flag that begins alike makes it an error.
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
-                                     allow_abbrev=False)
-    add = parser.add_argument
-    add("--image", action="append", default=[], help="picture to ask about; may be given several times")
-    add("--images", default="", help="folder of pictures: ask about each, answers go to --out")
-    add("--question", default="Describe the picture.", help="[%(default)s]")
-    add("--chat", action="store_true", help="talk on the terminal")
-    add("--out", default="answers.jsonl",
-        help="with --images; pictures that it already answers are skipped [%(default)s]")
-    add("--init", default="", help="checkpoint folder [the latest stage under OUT_DIR/MODEL]")
-    add("--model", default="", help=f"{', '.join(PRESETS)}, or a hub id, Org/Name [tiny, or llava-ov-0.5b]")
-    add("--out_dir", default="out", help="where the stages keep their checkpoints [%(default)s]")
-    add("--anyres", default="auto", choices=["auto", "True", "False"],
-        help="cut a large picture into tiles: ten times the tokens, and small print becomes legible; only models like "
-             "llava-ov-0.5b can; auto: on a GPU [%(default)s]")
-    add("--max_new_tokens", type=int, default=256, help="[%(default)s]")
+FLAGS = {  # name: (default, meaning); a type instead of a default: not given
+    "image": ([], "picture to ask about; may be given several times"),
+    "images": ("", "folder of pictures: ask about each, answers go to --out"),
+    "question": ("Describe the picture.", "what to ask"),
+    "chat": (False, "talk on the terminal"),
+    "out": ("answers.jsonl", "with --images; pictures that it already answers are skipped"),
+    "init": ("", "checkpoint folder; empty: the latest stage under OUT_DIR/MODEL"),
+    "model": ("", f"{', '.join(PRESETS)}, or a hub id, Org/Name; empty: tiny, or llava-ov-0.5b"),
+    "out_dir": ("out", "where the stages keep their checkpoints"),
+    "anyres": ("auto", "True: cut a large picture into tiles, ten times the tokens, and small print becomes legible "
+                       "(only models like llava-ov-0.5b can); False; or auto: on a GPU"),
+    "max_new_tokens": (256, "longest answer, in tokens"),
     # No numbers here: each released model has its publisher's (generation_config.json), ours are greedy.
-    add("--temperature", type=float, help="0: always the likeliest token [the model's own, else 0]")
-    add("--top_k", type=int, help="sample among the k likeliest tokens; 0: all [the model's own, else 0]")
-    add("--top_p", type=float, help="sample among the fewest tokens that hold this share [the model's own, else 1]")
-    add("--repetition_penalty", type=float,
-        help="above 1: words already used become less likely [the model's own, else 1]")
-    add("--seed", type=int, default=0, help="of sampling [%(default)s]")
-    add("--batch_size", type=int, default=16, help="pictures at once, with --images [%(default)s]")
-    add("--device", default="auto", help="auto, cpu, cuda or mps [%(default)s]")
-    add("--export", default="",
-        help="write the model into this new folder, in Hugging Face's form and bfloat16; no question is asked")
-    add("--decoder_only", action="store_true", help="with --export: the language model alone, as a Qwen2")
-    # Exit codes: 2 for a flag that does not exist or does not parse (argparse's custom), 1 for any other bad input.
-    parser.error = lambda message: parser.exit(
-        2, f"error: {message}{did_you_mean(message, vars(parser.parse_args([])))} (--help lists all flags)\n")
-    flags = parser.parse_args(argv)
+    "temperature": (float, "0: always the most likely token; not given: the model's own, else 0"),
+    "top_k": (int, "sample among the k most likely tokens; 0: all; not given: the model's own, else 0"),
+    "top_p": (float, "sample among the fewest tokens that hold this share; not given: the model's own, else 1"),
+    "repetition_penalty": (float, "above 1: words already used become less likely; not given: the model's own, else 1"),
+    "seed": (0, "of sampling"),
+    "batch_size": (16, "pictures at once, with --images"),
+    "device": ("auto", "auto, cpu, cuda or mps"),
+    "export": ("", "write the model into this new folder, in Hugging Face's form and bfloat16; no question is asked"),
+    "decoder_only": (False, "with --export: the language model alone, as a Qwen2"),
+}
+
+
+def check_flags(flags: argparse.Namespace) -> None:
+    "Before the model is loaded: a wrong value or path should not cost that wait."
     if flags.model:
         check_name(flags.model)
-    # argparse knows types, not ranges. Checked before the model is loaded: a slip should not cost that wait.
     top_p, penalty = (1 if x is None else x for x in (flags.top_p, flags.repetition_penalty))
-    if not 0 < top_p <= 1 or min(flags.temperature or 0, flags.top_k or 0) < 0 or penalty <= 0 \
-            or min(flags.max_new_tokens, flags.batch_size) < 1:
-        raise ValueError("--top_p must be in 0 to 1, --temperature and --top_k from 0, --repetition_penalty above 0, "
-                         "--max_new_tokens and --batch_size from 1")
-    return flags
+    if not 0 < top_p <= 1 or min(flags.temperature or 0, flags.top_k or 0) < 0 or penalty <= 0:
+        raise ValueError("--top_p must be in 0 to 1, --temperature and --top_k from 0, --repetition_penalty above 0")
+    if flags.anyres not in ("auto", "True", "False"):
+        raise ValueError(f"--anyres={flags.anyres}: choose auto, True or False")
+    for path in flags.image:
+        if not Path(path).is_file():
+            raise ValueError(f"{path}: no such image file")
 
 
 def load(flags) -> tuple[VLM, Tokenizer]:
-    device = flags.device
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    if device not in ("cpu", "cuda", "mps"):
-        raise ValueError(f"--device={device}: choose auto, cpu, cuda or mps")
-    if device == "cuda" and not torch.cuda.is_available():
-        raise ValueError("--device=cuda: PyTorch sees no GPU here; use --device=cpu")
-    # Half the bytes, and answers are as fast as weights can be read. Not on CPUs: most are far slower in bfloat16.
+    device = pick_device(flags.device)
+    # Half the bytes, and an answer is as fast as the weights can be read. Not on CPUs: most are far slower in bfloat16.
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
     folder = flags.init or newest_checkpoint(flags.out_dir, flags.model or "tiny")
     if folder:
         vlm = load_checkpoint(folder, device, dtype)
-    elif flags.model in ("tiny", "small"):  # training would begin with random weights; asking them gives noise
+    elif flags.model in FROM_SCRATCH:  # training would begin with random weights; their answers are noise
         raise ValueError(f"no trained model under {flags.out_dir}/{flags.model}; {TRAIN}, or name a checkpoint folder "
                          "by --init=")
     else:
         try:
-            # blind: a bridge that nobody has trained would tell the decoder noise about the picture.
-            vlm, folder = load_pretrained(flags.model or "llava-ov-0.5b", device=device, dtype=dtype, blind=True)
+            # text_only: an untrained bridge would give the decoder noise instead of the picture.
+            vlm, folder = load_pretrained(flags.model or "llava-ov-0.5b", device=device, dtype=dtype, text_only=True)
         except (ValueError, OSError) as error:
             if flags.model:
                 raise
             raise ValueError(f"no trained model under {flags.out_dir}/tiny; {TRAIN}. A public model could not be had "
                              f"either: {error}") from None
-    # The tokenizer lies with the weights: with another one's ids the same weights would write noise.
+    # The tokenizer is in the folder of the weights: with another one's ids the same weights would write noise.
     tokenizer = Tokenizer.from_pretrained(folder)
-    # Which of several stages answers is easily mistaken, so it is said. Not on standard output: that is the answer's.
+    # Which of several stages answers is easily mistaken, so it is printed; to standard error, as it is not the answer.
     print(f"({folder}, {device})", file=sys.stderr)
     return vlm.eval(), tokenizer
 
 
+# ----------------------------------------------------------------------------------------------------------------------
+# Asking
+
 def options(vlm: VLM, flags) -> dict:
-    # What is given; else the publisher's; else generate's own defaults, greedy as in the evaluation: what you see is
-    # what was measured.
+    # What is given; else the publisher's; else generate's own defaults, greedy as in the evaluation: the answers shown
+    # are the answers measured.
     given = {name: getattr(flags, name) for name in ("temperature", "top_k", "top_p", "repetition_penalty")
              if getattr(flags, name) is not None}
     return {"max_new_tokens": flags.max_new_tokens, **vlm.config.generation, **given}
@@ -133,26 +119,25 @@ def to_pixels(vlm: VLM, path, flags, alone: bool = True):
     if vlm.vit is None:
         raise ValueError(f"{vlm.config.preset} cannot see: it is a language model, and its bridge is not trained; run "
                          f"`python train_align.py --model={vlm.config.preset}` and train_sft.py, or ask llava-ov-0.5b")
-    # Size and filter belong to the checkpoint: pixels made in another way look strange to its ViT.
+    # Size and filter belong to the checkpoint: its ViT was trained on pixels made in this way.
     config, image = vlm.config.vision, load_image(path)
     anyres = flags.anyres == "True" or (flags.anyres == "auto" and vlm.gpt.embed.weight.is_cuda)
-    if anyres and alone and vlm.config.bridge.newline:  # LLaVA-OneVision has learned tiles of single pictures only
+    if anyres and alone and vlm.config.bridge.newline:  # LLaVA-OneVision was trained on tiles of single pictures only
         return cut_tiles(image, config.image_size, config.bicubic)
     return preprocess(image, config.image_size, config.bicubic, config.pad)
 
 
 def user_message(question: str, images: int) -> dict:
     # Content may be a string, in which "<image>" marks a picture's place, or a list of parts. We use parts: what a user
-    # types then stays text, even if it contains "<image>", and the places always match the pictures.
+    # types then stays text, even if it contains "<image>", and slots always match the pictures.
     # Pictures, a newline, the question: the order that the training data has. Without a picture, no newline.
     return {"role": "user",
             "content": [{"type": "image"}] * images + [{"type": "text", "text": "\n" * bool(images) + question}]}
 
 
 def stream(vlm: VLM, tokenizer: Tokenizer, messages: list, pixels: list, flags) -> str:
-    "Print the answer as it comes, and return it."
-    # In a chat the whole conversation is read again for each answer: simple, but every turn waits a little longer.
-    prompt = tokenizer.render(messages, image_tokens=[vlm.num_tokens(p) for p in pixels], add_generation_prompt=True)
+    "Print the answer token by token, and return it."
+    prompt = tokenizer.render(messages, list(map(vlm.config.bridge.tokens_of, pixels)), add_generation_prompt=True)
     ids, shown = [], ""
     # One row, so each step yields one id. The last may be a stop token; decode leaves special tokens out. vocab_used:
     # the embedding may have more rows than there are words.
@@ -160,13 +145,13 @@ def stream(vlm: VLM, tokenizer: Tokenizer, messages: list, pixels: list, flags) 
                                  seeds=[flags.seed], **options(vlm, flags)):
         ids.append(token)
         text = tokenizer.decode(ids)  # all of them: a single token may be a part of a character, and no text by itself
-        # U+FFFD at the end is the begun character (an emoji has 4 bytes, often in several tokens). A terminal cannot
-        # take it back, so it is held until the next tokens complete it.
+        # U+FFFD at the end is an incomplete character (an emoji has 4 bytes, often in several tokens). A terminal
+        # cannot take it back, so it waits until the next tokens complete it.
         if not text.endswith("\ufffd"):
             print(text[len(shown):], end="", flush=True)  # without flush, a pipe shows nothing before the end
             shown = text
     text = tokenizer.decode(ids)
-    print(text[len(shown):])  # what is left of a character that the answer broke off
+    print(text[len(shown):])  # the rest of a character that the answer did not complete
     return text
 
 
@@ -199,17 +184,17 @@ def chat(vlm: VLM, tokenizer: Tokenizer, flags) -> None:
             messages.append({"role": "assistant", "content": [{"type": "text", "text": answer}]})
 
 
-def folder(vlm: VLM, tokenizer: Tokenizer, flags) -> None:
+def answer_folder(vlm: VLM, tokenizer: Tokenizer, flags) -> None:
     "Every picture of a folder -> one line of --out: a JSON object with its answer, or with the error if it is broken."
     root, out = Path(flags.images), Path(flags.out)
     if not root.is_dir():
         raise ValueError(f"--images={root}: no such folder")
-    # A large folder takes hours. A run that was stopped goes on: what --out answers already is skipped. The question is
-    # part of the key, as another question is other work. Lines with an error do not count: those are tried again.
+    # A large folder takes hours. A run that was stopped continues: what --out answers already is skipped. The question
+    # is part of the key: another question is other work. Lines with an error do not count: those are tried again.
     done = set()
     if out.exists():
-        # A line cut off by a crash is an error that names the file. Going on behind it would spoil the next line too.
-        with data.naming(out):
+        # A line cut off by a crash is an error that names the file. Appending after it would spoil the next line too.
+        with weights.named_errors(out):
             done = {(row["image"], row["question"])
                     for row in map(json.loads, out.read_text(encoding="utf-8").splitlines()) if "answer" in row}
     # Relative to the folder: it may be moved, and a.png in two subfolders stays two pictures. Sorted: the file system's
@@ -233,11 +218,11 @@ def folder(vlm: VLM, tokenizer: Tokenizer, flags) -> None:
             # A seed for each row, the same for all: an answer depends neither on the batch size nor on which pictures
             # share the batch, so a run that was stopped gives the same answers as one that was not. Where all pictures
             # of a batch are broken there is no row, and generate cannot take none.
-            said = respond(vlm, tokenizer, [[user_message(flags.question, 1)]] * len(rows),
+            answers = respond(vlm, tokenizer, [[user_message(flags.question, 1)]] * len(rows),
                            [[pixels] for _, pixels in rows], seeds=[flags.seed] * len(rows),
                            **options(vlm, flags)) if rows else []
             # ensure_ascii=False: answers in any script stay readable in the file.
-            for (name, _), answer in zip(rows, said):
+            for (name, _), answer in zip(rows, answers):
                 file.write(json.dumps({"image": name, "question": flags.question, "answer": answer},
                                       ensure_ascii=False) + "\n")
             file.flush()  # a crash loses one batch at most
@@ -247,17 +232,93 @@ def folder(vlm: VLM, tokenizer: Tokenizer, flags) -> None:
         raise ValueError(f"{failed} of {len(names)} pictures could not be read; {out} says which")
 
 
+# ----------------------------------------------------------------------------------------------------------------------
+# Export: into Hugging Face's form
+
+def export(folder, vlm: VLM, tokenizer, decoder_only: bool = False, dtype=torch.bfloat16) -> None:
+    """
+    Write a Hugging Face folder that transformers and serving engines load: a LLaVA (bridge "mlp"), or the decoder alone
+    as a Qwen2. Other bridges exist only in this project; the decoder beside them can be exported.
+    """
+    folder, config = Path(folder), vlm.config
+    if not decoder_only and config.bridge.kind != "mlp":
+        raise ValueError(f"Hugging Face has no model with a {config.bridge.kind} bridge: train with --bridge=mlp, "
+                         "or export the decoder alone by --decoder_only")
+    if folder.exists() and any(folder.iterdir()):
+        raise ValueError(f"{folder}: is not empty; give --export= a new folder")
+    tokenizer.save_hub(folder, config.decoder.max_position_embeddings)
+    text = {**asdict(config.decoder), "model_type": "qwen2", "architectures": ["Qwen2ForCausalLM"],
+            "hidden_act": "silu", "use_sliding_window": False, "torch_dtype": str(dtype).removeprefix("torch."),
+            "bos_token_id": tokenizer.endoftext, "eos_token_id": tokenizer.im_end, "pad_token_id": tokenizer.endoftext}
+    files = {"config.json": text, "generation_config.json": {
+        "eos_token_id": list(tokenizer.stop_ids), "pad_token_id": tokenizer.endoftext,
+        "do_sample": config.generation.get("temperature", 0) > 0, **config.generation}}
+    if not decoder_only:
+        files |= llava_files(config, text, tokenizer.image_pad)
+    for name, content in files.items():
+        (folder / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    tensors = hub_tensors(vlm.gpt, weights.QWEN_NAMES) if decoder_only else hub_tensors(vlm, weights.LLAVA_NAMES)
+    weights.write_safetensors({name: t.to(dtype) for name, t in tensors.items()}, folder / "model.safetensors",
+                      {"format": "pt"})
+
+
+def hub_tensors(module: nn.Module, table: dict, prefix: str = "") -> dict[str, torch.Tensor]:
+    "The inverse of weights.load_tensors: the module's weights under the hub's names and in its shapes."
+    tensors, parameters = {}, dict(module.named_parameters())
+    for ours, theirs in weights.hub_names(module, table, prefix).items():
+        if ".lora_" in ours:  # part of its matrix, see merged
+            continue
+        value, owner = parameters[ours].detach(), module.get_submodule(ours.rpartition(".")[0])
+        if isinstance(owner, LoRALinear) and ours.endswith("weight"):
+            value = owner.merged().detach()
+        if ours.endswith("patch.weight"):  # flat here, a convolution's [D, 3, P, P] there
+            P = math.isqrt(value.shape[1] // 3)
+            value = value.view(len(value), 3, P, P)
+        # Stacked ones are cut apart: the decoder's query, key and value by their heads, all others into equal parts.
+        owner = module.get_submodule(ours.rsplit(".", 2)[0]) if len(theirs) > 1 else None
+        sizes = owner.sizes if isinstance(owner, Attention) else [len(value) // len(theirs)] * len(theirs)
+        tensors |= dict(zip(theirs, value.split(sizes)))
+    return tensors
+
+
+def llava_files(config: VLMConfig, text: dict, image_pad: int) -> dict[str, dict]:
+    "The JSON files of a LLaVA or LLaVA-OneVision folder, by name."
+    vision, tiled, mean = config.vision, config.bridge.newline, [0.5, 0.5, 0.5]
+    side, name = vision.image_size, "LlavaOnevision" if config.bridge.newline else "Llava"
+    pinpoints = [[h * side, w * side] for h in range(1, MOST_TILES + 1) for w in range(1, MOST_TILES + 1)]
+    layout = {"image_grid_pinpoints": pinpoints, "vision_aspect_ratio": f"anyres_max_{MOST_TOKENS}"} if tiled else {}
+    return {
+        "config.json": {
+            "model_type": "llava_onevision" if tiled else "llava", "architectures": [f"{name}ForConditionalGeneration"],
+            "image_token_index": image_pad, "projector_hidden_act": "gelu", "multimodal_projector_bias": True,
+            "vision_feature_layer": config.bridge.layer, "vision_feature_select_strategy": "full",
+            "image_seq_length": vision.num_patches, "tie_word_embeddings": text["tie_word_embeddings"],
+            "torch_dtype": text["torch_dtype"], "text_config": text, **layout,
+            "vision_config": {
+                "model_type": "siglip_vision_model", "vision_use_head": False, "hidden_act": "gelu_pytorch_tanh",
+                **{f.name: getattr(vision, f.name) for f in fields(ViTConfig) if f.name not in ("bicubic", "pad")}}},
+        "preprocessor_config.json": {
+            "image_processor_type": f"{name}ImageProcessor" if tiled else "SiglipImageProcessor",
+            "processor_class": f"{name}Processor", "do_resize": True, "size": {"height": side, "width": side},
+            "resample": 3 if vision.bicubic else 2, "do_rescale": True, "rescale_factor": 1 / 255,
+            "do_normalize": True, "image_mean": mean, "image_std": mean, "do_convert_rgb": True, **layout},
+        "processor_config.json": {
+            "processor_class": f"{name}Processor", "vision_feature_select_strategy": "full",
+            **({"num_image_tokens": vision.num_patches, "image_token": "<image>", "video_token": "<video>"} if tiled
+               else {"patch_size": vision.patch_size, "image_token": "<|image_pad|>",
+                     "num_additional_image_tokens": 0})},
+    }
+
+
 def main() -> None:
-    flags = parse_flags()
-    for path in flags.image:  # before the model: a slip in a path should not wait for gigabytes
-        if not Path(path).is_file():
-            raise ValueError(f"{path}: no such image file")
+    flags = parse_flags(__doc__, FLAGS)
+    check_flags(flags)
     vlm, tokenizer = load(flags)
     if flags.export:
         export(flags.export, vlm, tokenizer, flags.decoder_only)
         print(f"wrote {flags.export}", file=sys.stderr)
     elif flags.images:
-        folder(vlm, tokenizer, flags)
+        answer_folder(vlm, tokenizer, flags)
     elif flags.chat:
         chat(vlm, tokenizer, flags)
     else:  # several --image: all of them before the one question, in the order given
@@ -266,9 +327,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except (ValueError, OSError) as error:
-        sys.exit(f"error: {error}")  # a text goes to standard error, and the exit code is 1
-    except KeyboardInterrupt:
-        sys.exit(130)  # the shells' number for Ctrl-C: 128 + SIGINT (2)
+    run(main)

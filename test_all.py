@@ -55,8 +55,11 @@ import data
 import model
 import sample
 import tokenizer as tok
-import train_base
+import train_sft
+import training
 import vision
+import weights
+import world
 from model import GPT, GPTConfig, VLM, VLMConfig
 from tokenizer import Rendered, SPECIAL_TOKENS, Tokenizer, train_bpe
 from vision import Bridge, BridgeConfig, ViT, ViTConfig
@@ -676,16 +679,16 @@ def test_vit_reads_bytes_and_normalised_pixels_alike():
 def test_vit_weights_that_do_not_fit_are_one_line(tmp_path):
     vit = ViT(ViTConfig(**ODD_SIZE))
     hub = {}  # our tensors under the hub's names
-    for ours, theirs in vision.renamed(vit, vision.SIGLIP_NAMES, "vision_model.").items():
+    for ours, theirs in weights.hub_names(vit, weights.SIGLIP_NAMES, "vision_model.").items():
         hub |= dict(zip(theirs, vit.get_parameter(ours).detach().chunk(len(theirs))))
     (tmp_path / "config.json").write_text(json.dumps(ODD_SIZE))
-    vision.write_safetensors(hub, tmp_path / "model.safetensors")
+    weights.write_safetensors(hub, tmp_path / "model.safetensors")
     pixels = torch.randint(0, 256, (1, 3, 30, 30), dtype=torch.uint8)
     assert torch.equal(ViT.from_pretrained(tmp_path)(pixels), vit(pixels))
     name = "vision_model.encoder.layers.1.self_attn.v_proj.bias"
     for broken in ({n: t for n, t in hub.items() if n != name}, hub | {name: torch.zeros(7)},
                    hub | {"vision_model.new": torch.zeros(1)}):
-        vision.write_safetensors(broken, tmp_path / "model.safetensors")
+        weights.write_safetensors(broken, tmp_path / "model.safetensors")
         assert fails(lambda: ViT.from_pretrained(tmp_path), tmp_path, "vision_model.")
 
 
@@ -892,7 +895,7 @@ def test_bridge_gives_as_many_tokens_as_its_config_says():
 
 def every_dtype() -> dict[str, torch.Tensor]:
     generator, tensors = torch.Generator().manual_seed(0), {}
-    for name, dtype in vision.DTYPES.items():
+    for name, dtype in weights.DTYPES.items():
         for shape in [(3, 5), (), (0, 4), (1,)]:  # a matrix, a single number, nothing at all
             top = 2 if dtype == torch.bool else 256
             raw = torch.randint(0, top, (math.prod(shape) * dtype.itemsize,), generator=generator).to(torch.uint8)
@@ -910,22 +913,22 @@ def same_bytes(ours: dict, theirs: dict) -> bool:
 def test_safetensors_round_trip(tmp_path):
     path, tensors = tmp_path / "a.safetensors", every_dtype()
     tensors["transposed"] = torch.arange(6).view(2, 3).t()  # not contiguous
-    vision.write_safetensors(tensors, path, {"step": "7"})
-    assert same_bytes(vision.read_safetensors(path), tensors)
-    assert vision.read_metadata(path) == {"step": "7"}
-    vision.write_safetensors({}, path)
-    assert vision.read_safetensors(path) == {}
+    weights.write_safetensors(tensors, path, {"step": "7"})
+    assert same_bytes(weights.read_safetensors(path), tensors)
+    assert weights.read_metadata(path) == {"step": "7"}
+    weights.write_safetensors({}, path)
+    assert weights.read_safetensors(path) == {}
 
 
 @needs("safetensors")
 def test_safetensors_library_reads_ours_and_we_read_its(tmp_path):
     import safetensors.torch
     ours, theirs, tensors = tmp_path / "ours.safetensors", tmp_path / "theirs.safetensors", every_dtype()
-    vision.write_safetensors(tensors, ours, {"format": "pt"})
+    weights.write_safetensors(tensors, ours, {"format": "pt"})
     assert same_bytes(safetensors.torch.load_file(ours), tensors)
     safetensors.torch.save_file(tensors, theirs, {"format": "pt"})
-    assert same_bytes(vision.read_safetensors(theirs), tensors)
-    assert vision.read_metadata(theirs) == {"format": "pt"}
+    assert same_bytes(weights.read_safetensors(theirs), tensors)
+    assert weights.read_metadata(theirs) == {"format": "pt"}
 
 
 def framed(header, body: bytes = b"", pad: bytes = b"") -> bytes:
@@ -981,19 +984,19 @@ BAD_FILES = {  # the reference implementation's own negative tests, and a few mo
 def test_a_bad_safetensors_file_is_one_line_that_names_it(tmp_path, name):
     path = tmp_path / "bad.safetensors"
     path.write_bytes(BAD_FILES[name])
-    assert fails(lambda: vision.read_safetensors(path), path)
+    assert fails(lambda: weights.read_safetensors(path), path)
 
 
 def test_safetensors_header_may_be_padded_at_its_end(tmp_path):
     (tmp_path / "a.safetensors").write_bytes(framed(entry(), bytes(16), pad=b" \r\n\t "))
-    assert vision.read_safetensors(tmp_path / "a.safetensors")["a"].tolist() == [[0, 0], [0, 0]]
+    assert weights.read_safetensors(tmp_path / "a.safetensors")["a"].tolist() == [[0, 0], [0, 0]]
 
 
 def read_or_refuse(path: Path, raw: bytes) -> bool:
     "Either every byte of every tensor can be touched, or it is one line that names the file."
     path.write_bytes(raw)
     try:
-        for tensor in vision.read_safetensors(path).values():
+        for tensor in weights.read_safetensors(path).values():
             tensor.flatten().view(torch.uint8).sum()
     except ValueError as error:
         return str(path) in str(error) and "\n" not in str(error)
@@ -1004,7 +1007,7 @@ def read_or_refuse(path: Path, raw: bytes) -> bool:
 def fuzz_file(folder: str) -> bytes:
     path = Path(folder) / "valid.safetensors"
     tensors = {"w": torch.ones(3, 2), "b": torch.ones(2, dtype=torch.bfloat16), "e": torch.ones(0, 2)}
-    vision.write_safetensors(tensors, path, {"k": "v"})
+    weights.write_safetensors(tensors, path, {"k": "v"})
     return path.read_bytes()
 
 
@@ -1036,34 +1039,34 @@ def test_no_header_crashes_the_safetensors_reader(tmp_path_factory, header):
 def test_loaded_weights_are_copies_and_the_mapped_file_is_let_go(tmp_path):
     # Else a file that is replaced while the model runs would pull its weights away, and training would write to it.
     linear = torch.nn.Linear(3, 2)
-    vision.write_safetensors(dict(linear.named_parameters()), tmp_path / "a.safetensors")
-    tensors = vision.read_safetensors(tmp_path / "a.safetensors")
+    weights.write_safetensors(dict(linear.named_parameters()), tmp_path / "a.safetensors")
+    tensors = weights.read_safetensors(tmp_path / "a.safetensors")
     mapped = {tensor.data_ptr() for tensor in tensors.values()}
-    vision.load_renamed(linear, tensors, {"weight": ["weight"], "bias": ["bias"]}, "", "here")
+    weights.load_tensors(linear, tensors, {"weight": ["weight"], "bias": ["bias"]}, "", "here")
     assert not tensors and not mapped & {p.data_ptr() for p in linear.parameters()}
 
 
 def test_tensors_of_a_file_with_many_segments_are_all_there(tmp_path, monkeypatch):
     tensors = {f"t{i}": torch.randn(i, 700) for i in range(30)}
-    vision.write_safetensors(tensors, tmp_path / "a.safetensors")
+    weights.write_safetensors(tensors, tmp_path / "a.safetensors")
     for segment in (1, 5000, 10 ** 9):  # bytes: each tensor its own, some together, all in one
-        monkeypatch.setattr(vision, "SEGMENT", segment)
-        again = vision.read_safetensors(tmp_path / "a.safetensors")
-        assert list(again) == list(vision.read_header(tmp_path / "a.safetensors")[0])
+        monkeypatch.setattr(weights, "SEGMENT", segment)
+        again = weights.read_safetensors(tmp_path / "a.safetensors")
+        assert list(again) == list(weights.read_header(tmp_path / "a.safetensors")[0])
         assert all(torch.equal(again[name], tensors[name]) for name in tensors)
 
 
 def test_shards_that_do_not_match_their_index_are_one_line(tmp_path):
     index = tmp_path / "model.safetensors.index.json"
-    assert fails(lambda: vision.read_safetensors(tmp_path), index)
+    assert fails(lambda: weights.read_safetensors(tmp_path), index)
     for content in ("{", "[]", "{}", '{"weight_map": []}', '{"weight_map": {"a": 1}}'):
         index.write_text(content)
-        assert fails(lambda: vision.read_safetensors(tmp_path), index)
+        assert fails(lambda: weights.read_safetensors(tmp_path), index)
     index.write_text(json.dumps({"weight_map": {"a": "1.safetensors", "b": "2.safetensors"}}))
-    vision.write_safetensors({"a": torch.ones(1)}, tmp_path / "1.safetensors")
-    assert fails(lambda: vision.read_safetensors(tmp_path), tmp_path / "2.safetensors")
-    vision.write_safetensors({"c": torch.ones(1)}, tmp_path / "2.safetensors")
-    assert fails(lambda: vision.read_safetensors(tmp_path), tmp_path / "2.safetensors", "b")
+    weights.write_safetensors({"a": torch.ones(1)}, tmp_path / "1.safetensors")
+    assert fails(lambda: weights.read_safetensors(tmp_path), tmp_path / "2.safetensors")
+    weights.write_safetensors({"c": torch.ones(1)}, tmp_path / "2.safetensors")
+    assert fails(lambda: weights.read_safetensors(tmp_path), tmp_path / "2.safetensors", "b")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -1194,8 +1197,8 @@ def picture(number: int, record=None) -> torch.Tensor:
     return torch.randint(0, 256, (3, 24, 24), dtype=torch.uint8, generator=torch.Generator().manual_seed(number))
 
 
-def setup() -> train_base.Setup:
-    return train_base.Setup(argparse.Namespace(device="cpu", dtype="float32", compile="False", seed=0))
+def setup() -> training.Setup:
+    return training.Setup(argparse.Namespace(device="cpu", dtype="float32", compile="False", seed=0))
 
 
 def chat_model(*turns, images=()) -> dict:
@@ -1213,20 +1216,27 @@ CHATS_model = [
 ]
 
 
+def render(record: dict, index: int, vlm: VLM, seq_len: int = SEQ_LEN) -> data.Document | None:
+    return data.make_document(record, index, tokenizer(), vlm.config.bridge.num_tokens, seq_len)
+
+
 def documents(vlm: VLM, chats: list = CHATS_model) -> list[data.Document]:
-    render = train_base.to_document(tokenizer(), vlm, SEQ_LEN)
-    return [render(record, i) for i, record in enumerate(chats)]
+    return [render(record, i, vlm) for i, record in enumerate(chats)]
 
 
 def batch_of(vlm: VLM, docs: list, rows: int = 3, seq_len: int = SEQ_LEN) -> dict:
     arrays, placed, waiting = data.pack(docs, rows, seq_len, vlm.config.bridge.num_tokens)
     assert not waiting
-    return data.to_batch(arrays, placed, picture)
+    return data.collate(arrays, placed, picture)
 
 
 def prompts(vlm: VLM, chats: list) -> list[Rendered]:
     tokens = vlm.config.bridge.num_tokens
     return [tokenizer().render(c["messages"][:1], tokens, add_generation_prompt=True) for c in chats]
+
+
+def image_tokens(vlm: VLM, images: list) -> torch.Tensor:
+    return vision.encode_tiled(vlm.vit_features, vlm.bridge, images, "cpu")
 
 
 def say(vlm: VLM, asked: list, images: list = (), **options) -> list[list[int]]:
@@ -1242,13 +1252,13 @@ def test_checkpoint_round_trip_keeps_weights_and_other_files(tmp_path):
     folder = tmp_path / "tiny" / "sft"
     for kind, tied in (("perceiver", True), ("mlp", False)):
         vlm = tiny_vlm(kind, tied)
-        model.save_checkpoint(folder, vlm, tokenizer(), {"m": torch.ones(2)}, {"step": 3})
+        training.save_checkpoint(folder, vlm, tokenizer(), {"m": torch.ones(2)}, {"step": 3})
         again = model.load_checkpoint(folder)
         assert asdict(again.config) == asdict(vlm.config)
         assert all(torch.equal(p, again.get_parameter(name)) for name, p in vlm.named_parameters())
         assert Tokenizer.from_pretrained(folder).encode("a red cat") == tokenizer().encode("a red cat")
     (folder / "log.jsonl").write_text("{}\n")
-    model.save_checkpoint(folder, vlm, tokenizer(), None, None)
+    training.save_checkpoint(folder, vlm, tokenizer(), None, None)
     assert (folder / "log.jsonl").read_text() == "{}\n"
     # Moments of the model before would not fit this one's weights.
     assert not (folder / "optimizer.safetensors").exists() and not (folder / "state.json").exists()
@@ -1258,7 +1268,7 @@ def test_checkpoint_round_trip_keeps_weights_and_other_files(tmp_path):
 def test_a_folder_inside_a_checkpoint_does_not_stop_the_save(tmp_path):
     (tmp_path / "sft" / "plots").mkdir(parents=True)
     (tmp_path / "sft" / "plots" / "a.txt").write_text("a")
-    model.save_checkpoint(tmp_path / "sft", tiny_vlm(), tokenizer())
+    training.save_checkpoint(tmp_path / "sft", tiny_vlm(), tokenizer())
     assert (tmp_path / "sft" / "plots" / "a.txt").read_text() == "a"
 
 
@@ -1276,69 +1286,69 @@ def crash_at(monkeypatch, number: int) -> None:
 @pytest.mark.parametrize("number", [1, 2])
 def test_a_crash_while_saving_leaves_a_whole_checkpoint(tmp_path, monkeypatch, number):
     folder, before, after = tmp_path / "tiny" / "base", tiny_vlm(seed=1), tiny_vlm(seed=2)
-    model.save_checkpoint(folder, before, tokenizer(), {}, {"step": 1})
+    training.save_checkpoint(folder, before, tokenizer(), {}, {"step": 1})
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         crash_at(patch, number)
-        model.save_checkpoint(folder, after, tokenizer(), {}, {"step": 2})
+        training.save_checkpoint(folder, after, tokenizer(), {}, {"step": 2})
     assert model.newest_checkpoint(tmp_path, "tiny", before="align") == folder
     again = model.load_checkpoint(folder)
     assert torch.equal(again.gpt.embed.weight, before.gpt.embed.weight)
-    model.save_checkpoint(folder, after, tokenizer(), {}, {"step": 2})
+    training.save_checkpoint(folder, after, tokenizer(), {}, {"step": 2})
     assert torch.equal(model.load_checkpoint(folder).gpt.embed.weight, after.gpt.embed.weight)
 
 
 def test_the_next_save_after_a_crash_does_not_begin_by_deleting_the_only_copy(tmp_path, monkeypatch):
     folder, vlm = tmp_path / "base", tiny_vlm()
-    model.save_checkpoint(folder, vlm, tokenizer())
+    training.save_checkpoint(folder, vlm, tokenizer())
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         crash_at(patch, 2)
-        model.save_checkpoint(folder, vlm, tokenizer())
+        training.save_checkpoint(folder, vlm, tokenizer())
 
     def disk_full(*_):
         raise OSError("no space left")
     with monkeypatch.context() as patch, pytest.raises(OSError):
-        patch.setattr(model, "write_safetensors", disk_full)
-        model.save_checkpoint(folder, vlm, tokenizer())
+        patch.setattr(weights, "write_safetensors", disk_full)
+        training.save_checkpoint(folder, vlm, tokenizer())
     model.load_checkpoint(folder)
 
 
 def test_resume_works_after_a_crash_between_the_renames(tmp_path, monkeypatch):
     folder, vlm = tmp_path / "tiny" / "base", tiny_vlm()
-    model.save_checkpoint(folder, vlm, tokenizer(), {}, {"step": 1})
+    training.save_checkpoint(folder, vlm, tokenizer(), {}, {"step": 1})
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         crash_at(patch, 2)
-        model.save_checkpoint(folder, vlm, tokenizer(), {}, {"step": 2})
+        training.save_checkpoint(folder, vlm, tokenizer(), {}, {"step": 2})
     flags = argparse.Namespace(out_dir=str(tmp_path), model="tiny", init="", resume=True, vision="", bridge="",
                                lora_rank=0, activation_checkpointing=False, float8=False)
-    _, _, state, _ = train_base.start(flags, setup(), "base", None)
+    _, _, state, _ = training.load_start(flags, setup(), "base")
     assert state["step"] == 1
 
 
 def test_resume_refuses_files_of_different_steps(tmp_path):
     folder, vlm = tmp_path / "tiny" / "base", tiny_vlm()
-    model.save_checkpoint(folder, vlm, tokenizer(), {}, {"step": 1})
+    training.save_checkpoint(folder, vlm, tokenizer(), {}, {"step": 1})
     (folder / "state.json").write_text('{"step": 2}')
     flags = argparse.Namespace(out_dir=str(tmp_path), model="tiny", init="", resume=True, vision="", bridge="",
                                lora_rank=0, activation_checkpointing=False, float8=False)
-    assert fails(lambda: train_base.start(flags, setup(), "base", None), folder, "--resume")
+    assert fails(lambda: training.load_start(flags, setup(), "base"), folder, "--resume")
 
 
 def test_a_broken_checkpoint_is_one_line_that_names_the_file(tmp_path):
     folder = tmp_path / "sft"
     assert fails(lambda: model.load_checkpoint(folder), folder)
-    model.save_checkpoint(folder, tiny_vlm(), tokenizer())
-    weights, config = folder / "model.safetensors", folder / "config.json"
-    tensors, good = {n: t.clone() for n, t in vision.read_safetensors(weights).items()}, config.read_text()
-    raw = weights.read_bytes()
+    training.save_checkpoint(folder, tiny_vlm(), tokenizer())
+    file, config = folder / "model.safetensors", folder / "config.json"
+    tensors, good = {n: t.clone() for n, t in weights.read_safetensors(file).items()}, config.read_text()
+    raw = file.read_bytes()
     for length in (0, 5, 500, len(raw) - 1):
-        weights.write_bytes(raw[:length])
-        assert fails(lambda: model.load_checkpoint(folder), weights)
+        file.write_bytes(raw[:length])
+        assert fails(lambda: model.load_checkpoint(folder), file)
     name = "gpt.blocks.1.mlp.down.weight"
     for broken in ({n: t for n, t in tensors.items() if n != name}, tensors | {"x.y": tensors[name]},
                    tensors | {name: tensors[name].t()}, tensors | {name: torch.tensor(1.0)}):
-        vision.write_safetensors(broken, weights)
-        assert fails(lambda: model.load_checkpoint(folder), weights, "x.y" if "x.y" in broken else name)
-    weights.write_bytes(raw)
+        weights.write_safetensors(broken, file)
+        assert fails(lambda: model.load_checkpoint(folder), file, "x.y" if "x.y" in broken else name)
+    file.write_bytes(raw)
     model.load_checkpoint(folder)
     without, odd = json.loads(good), json.loads(good)
     del without["decoder"]
@@ -1373,8 +1383,8 @@ def save_onevision(folder: Path, tied: bool = True, layer: int = -1, old_names: 
     if old_names:
         path = folder / "model.safetensors"
         tensors = {n.replace("vision_tower.", "vision_tower.vision_model."): t.clone()
-                   for n, t in vision.read_safetensors(path).items()}
-        vision.write_safetensors(tensors, path, {"format": "pt"})
+                   for n, t in weights.read_safetensors(path).items()}
+        weights.write_safetensors(tensors, path, {"format": "pt"})
     return reference
 
 
@@ -1410,11 +1420,11 @@ def test_onevision_equals_transformers(tmp_path, sizes):
     ids, slots = [3, 17], []
     for image in ours:
         slots.append(len(ids))
-        ids += [300] * vlm.num_tokens(image) + [5, 6]
+        ids += [300] * vlm.config.bridge.tokens_of(image) + [5, 6]
     with torch.no_grad():
         expected = reference(input_ids=torch.tensor([ids]), **theirs).logits
-        places = [slot + i for slot, image in zip(slots, ours) for i in range(vlm.num_tokens(image))]
-        x = vlm.embed(torch.tensor([ids]), vlm.look(ours), torch.tensor(places))
+        places = [slot + i for slot, image in zip(slots, ours) for i in range(vlm.config.bridge.tokens_of(image))]
+        x = vlm.embed(torch.tensor([ids]), image_tokens(vlm, ours), torch.tensor(places))
         assert far(vlm.gpt.hidden(x) @ vlm.gpt.head_weight.t(), expected) < 1e-4
         said = reference.generate(torch.tensor([ids]), attention_mask=torch.ones(1, len(ids), dtype=torch.long),
                                   max_new_tokens=64, do_sample=False, eos_token_id=None, pad_token_id=0, **theirs)
@@ -1429,9 +1439,9 @@ def test_onevision_reads_the_layer_and_head_that_its_config_names(tmp_path, tied
     vlm = model.load_checkpoint(tmp_path).eval()
     ours = vision.cut_tiles(image, 28)
     with torch.no_grad():
-        ids = [300] * vlm.num_tokens(ours) + [3]
+        ids = [300] * vlm.config.bridge.tokens_of(ours) + [3]
         expected = reference(input_ids=torch.tensor([ids]), **hf_pixels([image])).logits[:, -1]
-        assert far(vlm.gpt.hidden(vlm.embed(torch.tensor([ids]), vlm.look([ours]), torch.arange(len(ids) - 1)))[:, -1]
+        assert far(vlm.gpt.hidden(vlm.embed(torch.tensor([ids]), image_tokens(vlm, [ours]), torch.arange(len(ids) - 1)))[:, -1]
                    @ vlm.gpt.head_weight.t(), expected) < 1e-4
 
 
@@ -1473,7 +1483,7 @@ def test_tiles_cover_a_picture_of_any_shape(width, height):
 def published_size(tensors: dict[str, torch.Tensor]) -> int:
     "Bytes of the safetensors file that holds these, as Hugging Face writes it: names in order, one dtype."
     header, offset = {"__metadata__": {"format": "pt"}}, 0
-    names = {dtype: name for name, dtype in vision.DTYPES.items()}
+    names = {dtype: name for name, dtype in weights.DTYPES.items()}
     for name in sorted(tensors):
         tensor = tensors[name]
         end = offset + tensor.numel() * tensor.element_size()
@@ -1493,16 +1503,16 @@ def in_dtype(tensors: dict, dtype: torch.dtype) -> dict:
 def test_qwen_presets_ask_for_the_published_file_to_the_byte(name, size):
     with torch.device("meta"):
         gpt = GPT(model.PRESETS[name].decoder)
-    assert published_size(in_dtype(model.hub_tensors(gpt, model.QWEN_NAMES), torch.bfloat16)) == size
-    assert size in [f[0] for f in data.REPOSITORIES[name].files.values()]
+    assert published_size(in_dtype(sample.hub_tensors(gpt, weights.QWEN_NAMES), torch.bfloat16)) == size
+    assert size in [f[0] for f in weights.REPOSITORIES[name].files.values()]
 
 
 def test_the_qwen_3b_preset_asks_for_the_published_bytes():
     # Two shards: 6,171,877,376 bytes of tensors, as the index says, and two headers.
     with torch.device("meta"):
-        tensors = model.hub_tensors(GPT(model.PRESETS["qwen2.5-3b"].decoder), model.QWEN_NAMES)
+        tensors = sample.hub_tensors(GPT(model.PRESETS["qwen2.5-3b"].decoder), weights.QWEN_NAMES)
     assert len(tensors) == 434 and sum(2 * t.numel() for t in tensors.values()) == 6_171_877_376
-    shards = [f[0] for name, f in data.REPOSITORIES["qwen2.5-3b"].files.items() if name.endswith(".safetensors")]
+    shards = [f[0] for name, f in weights.REPOSITORIES["qwen2.5-3b"].files.items() if name.endswith(".safetensors")]
     assert shards == [3_968_658_944, 2_203_268_048] and 0 < sum(shards) - 6_171_877_376 < 100_000
 
 
@@ -1521,7 +1531,7 @@ def siglip_tensors(config: ViTConfig, words: int, length: int) -> dict[str, torc
         "vision_model.head.attention.out_proj.bias", "vision_model.head.layernorm.weight",
         "vision_model.head.layernorm.bias", "vision_model.head.mlp.fc2.bias")}
     with torch.device("meta"):
-        tensors = model.hub_tensors(ViT(config), vision.SIGLIP_NAMES, "vision_model.")
+        tensors = sample.hub_tensors(ViT(config), weights.SIGLIP_NAMES, "vision_model.")
         tensors |= {"text_model." + name.removeprefix("vision_model."): tensor for name, tensor in tensors.items()
                     if ".layers." in name}  # the text tower's blocks have the same form
         return tensors | {name: torch.empty(shape) for name, shape in shapes.items()}
@@ -1534,12 +1544,12 @@ def siglip_tensors(config: ViTConfig, words: int, length: int) -> dict[str, torc
 def test_siglip_presets_ask_for_the_published_file_to_the_byte(name, words, length, size):
     tensors = siglip_tensors(vision.SIGLIP[name], words, length)
     assert published_size(tensors) == size
-    assert data.REPOSITORIES[name].files["model.safetensors"][0] in (size, None)
+    assert weights.REPOSITORIES[name].files["model.safetensors"][0] in (size, None)
 
 
 def test_the_onevision_preset_asks_for_the_published_file_to_the_byte():
     with torch.device("meta"):
-        tensors = in_dtype(model.hub_tensors(VLM(model.preset("llava-ov-0.5b")), model.LLAVA_NAMES), torch.float16)
+        tensors = in_dtype(sample.hub_tensors(VLM(model.preset("llava-ov-0.5b")), weights.LLAVA_NAMES), torch.float16)
     assert len(tensors) == 716 and published_size(tensors) == 1_787_445_680
 
 
@@ -1548,7 +1558,7 @@ def test_the_onevision_preset_asks_for_the_published_file_to_the_byte():
 
 def exported(tmp_path, kind: str, decoder_only: bool = False, tied: bool = True) -> tuple[VLM, Path]:
     vlm = tiny_vlm(kind, tied)
-    model.export(tmp_path / "hf", vlm, tokenizer(), decoder_only, torch.float32)
+    sample.export(tmp_path / "hf", vlm, tokenizer(), decoder_only, torch.float32)
     return vlm, tmp_path / "hf"
 
 
@@ -1568,15 +1578,15 @@ def test_an_exported_llava_gives_transformers_the_same_logits(tmp_path, tied, im
     text = processor.apply_chat_template(messages, add_generation_prompt=True)
     theirs = processor(images=photos or None, text=text, return_tensors="pt")
     ours = [vision.preprocess(photo, 24, vlm.config.vision.bicubic) for photo in photos]
-    asked = tokenizer().render(messages, [vlm.num_tokens(p) for p in ours], add_generation_prompt=True)
+    asked = tokenizer().render(messages, [vlm.config.bridge.tokens_of(p) for p in ours], add_generation_prompt=True)
     assert theirs["input_ids"][0].tolist() == asked.ids
     with torch.no_grad():
         expected = reference.eval()(**theirs).logits
         places = torch.tensor([s + i for s in asked.slots for i in range(16)], dtype=torch.long)
-        x = vlm.embed(torch.tensor([asked.ids]), vlm.look(ours) if ours else None, places)
+        x = vlm.embed(torch.tensor([asked.ids]), image_tokens(vlm, ours) if ours else None, places)
         assert far(vlm.gpt.hidden(x) @ vlm.gpt.head_weight.t(), expected) < (1e-4 if not images else 0.02)
         if images:  # their pixels into our model: then all of it is equal, not only up to how a picture is resized
-            x = vlm.embed(torch.tensor([asked.ids]), vlm.see(theirs["pixel_values"]).flatten(0, 1), places)
+            x = vlm.embed(torch.tensor([asked.ids]), vlm.encode_images(theirs["pixel_values"]).flatten(0, 1), places)
             assert far(vlm.gpt.hidden(x) @ vlm.gpt.head_weight.t(), expected) < 1e-4
 
 
@@ -1603,7 +1613,7 @@ def test_onevision_goes_out_as_it_came_in(tmp_path):
     vlm = model.load_checkpoint(tmp_path / "in").eval()
     special = {"<|endoftext|>": 297, "<|im_start|>": 298, "<|im_end|>": 299, "<image>": 300}
     table = Tokenizer({bytes([b]): b for b in range(256)}, special)
-    model.export(tmp_path / "out", vlm, table, dtype=torch.float32)
+    sample.export(tmp_path / "out", vlm, table, dtype=torch.float32)
     reference, info = LlavaOnevisionForConditionalGeneration.from_pretrained(
         tmp_path / "out", output_loading_info=True, dtype=torch.float32)
     assert not info["missing_keys"] and not info["unexpected_keys"]
@@ -1627,7 +1637,7 @@ def reference_loss(vlm: VLM, doc: data.Document) -> torch.Tensor:
     "One document alone, without mask, packing or chunks: as plainly as it can be written."
     x = vlm.gpt.embed(torch.tensor(doc.ids))
     for slot, number in zip(doc.slots, doc.record["images"]):
-        tokens = vlm.see(picture(number)[None])[0]
+        tokens = vlm.encode_images(picture(number)[None])[0]
         x = torch.cat([x[:slot], tokens, x[slot + len(tokens):]])
     logits = F.linear(vlm.gpt.hidden(x[None])[0], vlm.gpt.head_weight)
     targets = torch.tensor([i if learn else -100 for i, learn in zip(doc.ids, doc.mask)])
@@ -1654,14 +1664,14 @@ def test_no_document_sees_another():
 
     def hidden(ids):
         with torch.no_grad():
-            x = vlm.embed(ids, vlm.see(batch["pixels"])[batch["pictures"]].flatten(0, 1), batch["slots"])
-            return vlm.gpt.hidden(x, batch["positions"], model.document_mask(batch["documents"]))
+            x = vlm.embed(ids, vlm.encode_images(batch["pixels"])[batch["image_index"]].flatten(0, 1), batch["image_positions"])
+            return vlm.gpt.hidden(x, batch["positions"], model.document_mask(batch["document_ids"]))
     before = hidden(batch["ids"])
-    assert batch["documents"].max() >= 2  # or there is nothing to see
-    places = {(row, number) for row, line in enumerate(batch["documents"].tolist()) for number in line}
+    assert batch["document_ids"].max() >= 2  # or there is nothing to see
+    places = {(row, number) for row, line in enumerate(batch["document_ids"].tolist()) for number in line}
     for row, number in places:  # number 0 is the padding
         inside = torch.zeros_like(batch["ids"], dtype=torch.bool)
-        inside[row] = batch["documents"][row] == number
+        inside[row] = batch["document_ids"][row] == number
         after = hidden(torch.where(inside, (batch["ids"] + 1) % 256, batch["ids"]))
         assert torch.equal(after[~inside], before[~inside])
         assert not torch.allclose(after[inside], before[inside])
@@ -1685,9 +1695,9 @@ def test_packing_by_hand():
     assert arrays["ids"].tolist() == [[10, 11, 12, 20, 21, 30], [40, 41, 42, 0, 0, 0]]
     assert arrays["targets"].tolist() == [[x, 12, 13, 21, 22, x], [x, x, 43, x, x, x]]  # no end foretells a start
     assert arrays["positions"].tolist() == [[0, 1, 2, 0, 1, 0], [0, 1, 2, 0, 0, 0]]  # they restart
-    assert arrays["documents"].tolist() == [[1, 1, 1, 2, 2, 3], [1, 1, 1, 0, 0, 0]]
-    assert arrays["weights"].tolist() == [[1, 1, 1, 1, 1, -2], [1, 1, 1, 0, 0, 0]]
-    assert arrays["slots"].tolist() == [1, 6 + 2]
+    assert arrays["document_ids"].tolist() == [[1, 1, 1, 2, 2, 3], [1, 1, 1, 0, 0, 0]]
+    assert arrays["loss_weights"].tolist() == [[1, 1, 1, 1, 1, -2], [1, 1, 1, 0, 0, 0]]
+    assert arrays["image_positions"].tolist() == [1, 6 + 2]
     assert placed == docs and not waiting
     assert data.pack(docs, 1, 6, 1)[2] == docs[3:]
 
@@ -1696,8 +1706,8 @@ def test_a_picture_that_two_documents_share_is_encoded_once_to_the_same_loss():
     vlm = tiny_vlm()
     docs = [doc for doc in documents(vlm) if 1 in doc.record["images"]]
     batch = batch_of(vlm, docs)
-    assert len(docs) == 2 and len(batch["pixels"]) == 1 and batch["pictures"].tolist() == [0, 0]
-    twice = batch | {"pixels": batch["pixels"].repeat(2, 1, 1, 1), "pictures": torch.tensor([0, 1])}
+    assert len(docs) == 2 and len(batch["pixels"]) == 1 and batch["image_index"].tolist() == [0, 0]
+    twice = batch | {"pixels": batch["pixels"].repeat(2, 1, 1, 1), "image_index": torch.tensor([0, 1])}
     assert vlm(batch).item() == pytest.approx(vlm(twice).item(), rel=1e-6)
     vlm(batch).backward()
     once = vlm.vit.position.grad.clone()
@@ -1709,22 +1719,22 @@ def test_a_picture_that_two_documents_share_is_encoded_once_to_the_same_loss():
 def test_each_picture_goes_to_its_own_place():
     vlm = tiny_vlm()
     batch = batch_of(vlm, documents(vlm))
-    tokens = vlm.see(batch["pixels"])[batch["pictures"]].flatten(0, 1)
-    tokens = vlm.embed(batch["ids"], tokens, batch["slots"]).flatten(0, 1)[batch["slots"]]
+    tokens = vlm.encode_images(batch["pixels"])[batch["image_index"]].flatten(0, 1)
+    tokens = vlm.embed(batch["ids"], tokens, batch["image_positions"]).flatten(0, 1)[batch["image_positions"]]
     # In the order of the placed documents; the picture of the last one is the first one's.
-    expected = torch.cat([vlm.see(picture(i)[None])[0] for i in (1, 2, 3, 1)])
+    expected = torch.cat([vlm.encode_images(picture(i)[None])[0] for i in (1, 2, 3, 1)])
     assert torch.allclose(tokens, expected, atol=1e-5)
     text = batch["ids"].flatten() != tokenizer().image_pad
-    assert set(batch["slots"].tolist()) == set((~text).nonzero()[:, 0].tolist())
+    assert set(batch["image_positions"].tolist()) == set((~text).nonzero()[:, 0].tolist())
 
 
 @pytest.mark.parametrize("chunk", [1, 7, 1000])
 def test_token_loss_equals_cross_entropy(chunk):
     torch.manual_seed(0)
     x, head = torch.randn(3, 9, 16, requires_grad=True), torch.randn(50, 16, requires_grad=True)
-    targets, weights = torch.randint(0, 50, (3, 9)), torch.randn(3, 9)
+    targets, loss_weights = torch.randint(0, 50, (3, 9)), torch.randn(3, 9)
     targets[torch.rand(3, 9) < 0.4] = -100
-    for w in (None, weights):
+    for w in (None, loss_weights):
         each = F.cross_entropy((x @ head.t()).flatten(0, 1), targets.flatten(), reduction="none", ignore_index=-100)
         expected = (each.view(3, 9) * (1 if w is None else w)).sum()
         ours = model.token_loss(x, head, targets, w, chunk=chunk)
@@ -1748,7 +1758,7 @@ def test_chunks_of_the_loss_do_not_change_it():
     vlm = tiny_vlm(tied=False)
     batch = batch_of(vlm, documents(vlm))
     x = torch.randn(*batch["ids"].shape, 32)
-    losses = [model.token_loss(x, vlm.gpt.head_weight, batch["targets"], batch["weights"], chunk=chunk).item()
+    losses = [model.token_loss(x, vlm.gpt.head_weight, batch["targets"], batch["loss_weights"], chunk=chunk).item()
               for chunk in (3, 4096)]
     assert losses[0] == pytest.approx(losses[1], rel=1e-6)
 
@@ -1765,10 +1775,10 @@ def test_cached_decoding_equals_uncached():
         cache = model.KVCache(gpt.config, 3, 24, "cpu", torch.float32)
         first = gpt.hidden(gpt.embed(ids[:, :10]), cache=cache)
         assert all(far(first[b, :n], whole[b, :n]) < 1e-5 for b, n in enumerate(lengths))
-        cache.decoding = True
+        cache.used = 10
         for i in range(14):
             cache.next.copy_(lengths + i)
-            cache.end = 10 + i + 1
+            cache.start_decode()
             one = gpt.hidden(gpt.embed(ids[torch.arange(3), lengths + i][:, None]), cache.next[:, None], cache=cache)
             assert far(one[:, 0], whole[torch.arange(3), lengths + i]) < 1e-5
 
@@ -1783,9 +1793,8 @@ def test_one_row_decodes_alike_when_compiled():
         for cache in caches:
             cache.kv.copy_(torch.randn(cache.kv.shape, generator=torch.Generator().manual_seed(0)))
             cache.decoding, cache.next[:] = True, 5
-        mask = caches[0].mask()
-        plain = block(x, rope, mask, caches[0].layer(0))
-        written_out = torch.compile(model.Block.forward, backend="eager")(block, x, rope, mask, caches[1].layer(0))
+        plain = block(x, rope, None, caches[0].layers()[0])
+        written_out = model.one_row_block(block, x, rope, None, caches[1].layers()[0])
     assert far(written_out, plain) < 1e-5 and torch.equal(caches[0].kv, caches[1].kv)
 
 
@@ -1795,7 +1804,7 @@ def test_generation_equals_reading_everything_anew_for_each_token():
     said = say(vlm, [asked], [1], max_new_tokens=12, repetition_penalty=1.3)[0]
     ids = list(asked.ids)
     for token in said:
-        x = vlm.embed(torch.tensor([ids]), vlm.look([picture(1)]), torch.arange(4) + asked.slots[0])
+        x = vlm.embed(torch.tensor([ids]), image_tokens(vlm, [picture(1)]), torch.arange(4) + asked.slots[0])
         logits = vlm.gpt.hidden(x)[:, -1] @ vlm.gpt.head_weight.t()
         seen = torch.zeros_like(logits, dtype=torch.bool).index_fill_(1, torch.tensor(ids), True)
         assert model.sample(logits, None, seen, 0.0, 0, 1.0, 1.3).item() == token
@@ -1870,7 +1879,7 @@ def test_respond_gives_the_text_without_special_tokens():
 # Packing and training invariants: steps
 
 def step(vlm: VLM, batches: list[dict], optimizer) -> float:
-    return train_base.train_step(vlm, batches, train_base.supervised(batches, setup()), optimizer, setup(), 1.0)
+    return training.train_step(vlm, batches, training.count_supervised(batches, setup()), optimizer, setup(), 1.0)
 
 
 STAGES = {"base": ["decoder"], "align": ["bridge", "vit"], "align_pretrained": ["bridge"],
@@ -1881,10 +1890,10 @@ STAGES = {"base": ["decoder"], "align": ["bridge", "vit"], "align_pretrained": [
 @pytest.mark.parametrize("stage", STAGES)
 def test_frozen_parts_stay_and_trained_parts_learn(stage, kind):
     vlm = tiny_vlm(tied=False)
-    params = train_base.freeze(vlm, STAGES[stage])
+    params = training.freeze_all_but(vlm, STAGES[stage])
     assert {name.split(".")[0].replace("gpt", "decoder") for name in params} == set(STAGES[stage])
     before = {name: p.detach().clone() for name, p in vlm.named_parameters()}
-    step(vlm, [batch_of(vlm, documents(vlm))], train_base.Optimizer(params, kind, 1e-3))
+    step(vlm, [batch_of(vlm, documents(vlm))], training.Optimizer(params, kind, 1e-3))
     for name, p in vlm.named_parameters():
         assert torch.equal(p, before[name]) == (name not in params), name
         assert p.grad is None  # a frozen one has none at all, a trained one's is used up
@@ -1896,15 +1905,15 @@ def test_micro_batches_give_the_gradient_of_one_large_batch():
     parts = docs[:1], docs[1:2], docs[2:3], docs[3:]  # very unequal in tokens
     batches = [batch_of(vlm, part, rows=1) for part in parts]
     shift = list(itertools.accumulate((0 if b["pixels"] is None else len(b["pixels"]) for b in batches), initial=0))
-    plain = ("ids", "targets", "positions", "documents", "weights")
+    plain = ("ids", "targets", "positions", "document_ids", "loss_weights")
     large = {name: torch.cat([b[name] for b in batches]) for name in plain}
-    for name in ("slots", "learned"):
+    for name in ("image_positions", "supervised"):
         large[name] = torch.cat([b[name] + i * SEQ_LEN for i, b in enumerate(batches)])
-    large["boundaries"] = torch.zeros(0)  # for a GPU; here the mask is used
+    large["cu_seqlens"] = torch.zeros(0)  # for a GPU; here the mask is used
     large["pixels"] = torch.cat([b["pixels"] for b in batches if b["pixels"] is not None])
-    large["pictures"] = torch.cat([b["pictures"] + n for b, n in zip(batches, shift)])
+    large["image_index"] = torch.cat([b["image_index"] + n for b, n in zip(batches, shift)])
     keep = SimpleNamespace(step=lambda scale: None)  # leaves the gradients where they are
-    params, gradients, losses = train_base.freeze(vlm, ["vit", "bridge", "decoder"]), [], []
+    params, gradients, losses = training.freeze_all_but(vlm, ["vit", "bridge", "decoder"]), [], []
     for parts in (batches, [large]):
         vlm.zero_grad()
         losses.append(step(vlm, parts, keep))
@@ -1915,8 +1924,8 @@ def test_micro_batches_give_the_gradient_of_one_large_batch():
 
 def test_loss_falls_on_a_batch_seen_again_and_again():
     vlm = tiny_vlm()
-    params, batch = train_base.freeze(vlm, ["vit", "bridge", "decoder"]), batch_of(vlm, documents(vlm))
-    optimizer = train_base.Optimizer(params, "muon", 5e-3)
+    params, batch = training.freeze_all_but(vlm, ["vit", "bridge", "decoder"]), batch_of(vlm, documents(vlm))
+    optimizer = training.Optimizer(params, "muon", 5e-3)
     losses = [step(vlm, [batch], optimizer) for _ in range(30)]
     assert losses[-1] < 0.2 * losses[0]
 
@@ -1925,7 +1934,7 @@ def test_loss_falls_on_a_batch_seen_again_and_again():
 def test_orthogonalize_makes_all_directions_about_equally_strong(shape):
     torch.manual_seed(0)
     g = torch.randn(shape) * torch.tensor([1e-4, 1.0, 1e3])[:shape[0], None, None]  # a gradient's size must not matter
-    out = train_base.orthogonalize(g)
+    out = training.orthogonalize(g)
     assert out.shape == g.shape and out.dtype == g.dtype
     u, s, v = torch.linalg.svd(g, full_matrices=False)
     values = torch.linalg.svdvals(out)
@@ -1936,9 +1945,9 @@ def test_orthogonalize_makes_all_directions_about_equally_strong(shape):
 
 def test_a_pretrained_vit_stays_frozen_whatever_a_chapter_asks_for():
     vlm = tiny_vlm()
-    assert any(name.startswith("vit.") for name in train_base.freeze(vlm, ["bridge", "decoder", "vit"]))
+    assert any(name.startswith("vit.") for name in training.freeze_all_but(vlm, ["bridge", "decoder", "vit"]))
     vlm.config.pretrained_vision = True
-    params = train_base.freeze(vlm, ["bridge", "decoder", "vit"])
+    params = training.freeze_all_but(vlm, ["bridge", "decoder", "vit"])
     assert params and not any(name.startswith("vit.") for name in params)
     assert not vlm.vit.patch.weight.requires_grad
 
@@ -1948,20 +1957,20 @@ def test_query_key_and_value_get_updates_of_one_size_whatever_their_gradients():
     # 8 query rows, 4 key rows and 4 value rows of width 8, in one matrix; the value's gradient is 10,000 times larger
     p = torch.nn.Parameter(torch.zeros(16, 8))
     p.grad = torch.randn(16, 8) * torch.tensor([1e-4] * 12 + [1.0] * 4)[:, None]
-    train_base.Optimizer({"blocks.0.attention.qkv.weight": p}, "muon", 1.0).step(1.0)
+    training.Optimizer({"blocks.0.attention.qkv.weight": p}, "muon", 1.0).step(1.0)
     query, key, value = (part.detach().square().mean().sqrt() for part in p.split([8, 4, 4]))
     assert 0.7 < key / value < 1.4 and 0.7 < query / value < 2  # a square matrix of rank 8 has larger entries
-    assert train_base.stacked("blocks.0.mlp.down.weight", p) == [16]
+    assert training.row_blocks("blocks.0.mlp.down.weight", p) == [16]
 
 
 def test_the_fullest_batch_of_chapter_4_leaves_no_room():
     import train_rl
     vlm, flags = tiny_vlm(), argparse.Namespace(seq_len=256, max_new_tokens=12)
-    batch = train_rl.full_batch(3, data.World("exam"), flags, vlm, tokenizer())
-    assert batch["ids"].shape == (3, 256) and (batch["documents"] > 0).float().mean() > 0.6  # bytes: long questions
-    documents = len(batch["pictures"])
+    batch = train_rl.full_batch(3, world.World("exam"), flags, vlm, tokenizer())
+    assert batch["ids"].shape == (3, 256) and (batch["document_ids"] > 0).float().mean() > 0.6  # bytes: long questions
+    documents = len(batch["image_index"])
     assert documents >= 3 and len(batch["pixels"]) == documents  # each with a picture of its own
-    assert len(batch["learned"]) == documents * 12 == (batch["targets"] >= 0).sum()
+    assert len(batch["supervised"]) == documents * 12 == (batch["targets"] >= 0).sum()
 
 
 def test_the_gain_of_questions_asked_twice_and_its_interval():
@@ -1976,26 +1985,25 @@ def test_the_gain_of_questions_asked_twice_and_its_interval():
 
 
 def test_one_ranks_ctrl_c_is_heard_by_all():
-    interrupt = train_base.Interrupt()
+    interrupt = training.Interrupt()
     signal.signal(signal.SIGINT, interrupt.old)
-    others = argparse.Namespace(sum=lambda value: value + 0.0)
-    assert not interrupt.heard(others)
-    assert interrupt.heard(argparse.Namespace(sum=lambda value: value + 1.0)) and interrupt.wanted
+    others = argparse.Namespace(all_reduce=lambda value: value + 0.0)
+    assert not interrupt.requested(others)
+    assert interrupt.requested(argparse.Namespace(all_reduce=lambda value: value + 1.0)) and interrupt.interrupted
 
 
 @pytest.mark.parametrize("kind", ["muon", "adamw"])
 def test_an_optimizer_that_was_saved_goes_on_bit_for_bit(tmp_path, kind):
     one = tiny_vlm()
-    params, batch = train_base.freeze(one, ["bridge", "decoder"]), batch_of(one, documents(one))
-    optimizer = train_base.Optimizer(params, kind, 3e-3, weight_decay=0.1)
+    params, batch = training.freeze_all_but(one, ["bridge", "decoder"]), batch_of(one, documents(one))
+    optimizer = training.Optimizer(params, kind, 3e-3)
     for _ in range(2):
         step(one, [batch], optimizer)
-    vision.write_safetensors(optimizer.state()[0], tmp_path / "o.safetensors")
+    weights.write_safetensors(optimizer.state()[0], tmp_path / "o.safetensors")
     two = tiny_vlm(seed=9)
     two.load_state_dict(one.state_dict())
-    params_two = train_base.freeze(two, ["bridge", "decoder"])
-    again = train_base.Optimizer(params_two, kind, 3e-3, weight_decay=0.1)
-    again.load(vision.read_safetensors(tmp_path / "o.safetensors"))
+    params_two = training.freeze_all_but(two, ["bridge", "decoder"])
+    again = training.Optimizer(params_two, kind, 3e-3, weights.read_safetensors(tmp_path / "o.safetensors"))
     for _ in range(3):
         assert step(one, [batch], optimizer) == step(two, [batch], again)
     assert all(torch.equal(p, params_two[name]) for name, p in params.items())
@@ -2003,17 +2011,17 @@ def test_an_optimizer_that_was_saved_goes_on_bit_for_bit(tmp_path, kind):
 
 @pytest.mark.parametrize("kind", ["muon", "adamw"])
 def test_each_rank_keeps_masters_and_moments_of_its_share_alone(kind, monkeypatch):
-    vlm, world, owned = tiny_vlm(), 3, []
-    params = train_base.freeze(vlm, ["bridge", "decoder", "vit"])
-    monkeypatch.setattr(train_base.dist, "is_initialized", lambda: True)
-    monkeypatch.setattr(train_base.dist, "get_world_size", lambda: world)
-    for rank in range(world):
-        monkeypatch.setattr(train_base.dist, "get_rank", lambda: rank)
-        optimizer = train_base.Optimizer(params, kind, 1e-3)
-        assert optimizer.masters.keys() == optimizer.moments.keys()
+    vlm, ranks, owned = tiny_vlm(), 3, []
+    params = training.freeze_all_but(vlm, ["bridge", "decoder", "vit"])
+    monkeypatch.setattr(training.dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(training.dist, "get_world_size", lambda: ranks)
+    for rank in range(ranks):
+        monkeypatch.setattr(training.dist, "get_rank", lambda: rank)
+        optimizer = training.Optimizer(params, kind, 1e-3)
+        assert optimizer.master_weights.keys() == optimizer.moments.keys()
         for group in optimizer.adamw.param_groups:
-            assert {id(p) for p in group["params"]} <= {id(p) for p in optimizer.masters.values()}
-        owned.append(set(optimizer.masters))
+            assert {id(p) for p in group["params"]} <= {id(p) for p in optimizer.master_weights.values()}
+        owned.append(set(optimizer.master_weights))
     assert set.union(*owned) == set(params) and sum(map(len, owned)) == len(params)  # none twice, none forgotten
     sizes = [sum(params[name].numel() for name in names) for names in owned]
     assert max(sizes) - min(sizes) <= max(p.numel() for p in params.values())
@@ -2021,8 +2029,8 @@ def test_each_rank_keeps_masters_and_moments_of_its_share_alone(kind, monkeypatc
 
 def test_a_parameter_that_no_row_used_stays_where_it_is():
     vlm = tiny_vlm()
-    params = train_base.freeze(vlm, ["bridge", "decoder"])
-    optimizer, batch = train_base.Optimizer(params, "muon", 1e-3), batch_of(vlm, documents(vlm))
+    params = training.freeze_all_but(vlm, ["bridge", "decoder"])
+    optimizer, batch = training.Optimizer(params, "muon", 1e-3), batch_of(vlm, documents(vlm))
     step(vlm, [batch], optimizer)  # now the bridge's moments would move it on, were they asked
     before = {name: p.detach().clone() for name, p in params.items()}
     step(vlm, [batch_of(vlm, [doc for doc in documents(vlm) if not doc.slots])], optimizer)
@@ -2040,38 +2048,38 @@ def test_a_pass_takes_as_many_rows_as_fit_into_a_gpus_memory(monkeypatch, capsys
         return torch.zeros((), requires_grad=True).sum()
     on_a_gpu = setup()
     on_a_gpu.device = torch.device("cuda")
-    monkeypatch.setattr(train_base, "to_device", lambda batch, setup: batch)
+    on_a_gpu.to_device = lambda batch: batch
     for name, value in (("reset_peak_memory_stats", None), ("empty_cache", None), ("mem_get_info", (1, 100)),
                         ("max_memory_allocated", 50)):
         monkeypatch.setattr(torch.cuda, name, lambda value=value: value)
     model_of = lambda: type("VLM", (), {"__call__": lambda self, rows: forward(rows), "parameters": lambda self: []})()
-    assert train_base.most_rows(model_of(), on_a_gpu, 24, lambda rows: rows) == 6
+    assert training.largest_micro_batch(model_of(), on_a_gpu, 24, lambda rows: rows) == 6
     assert tried == [24, 12, 8, 6, 6]  # only divisors; twice where gradients add up over several passes
     assert "--micro_batch_size=6" in capsys.readouterr().err
     fits = 0
     with pytest.raises(ValueError, match="not even one row.*--activation_checkpointing"):
-        train_base.most_rows(model_of(), on_a_gpu, 4, lambda rows: rows)
+        training.largest_micro_batch(model_of(), on_a_gpu, 4, lambda rows: rows)
     monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: 95)  # it went well, but only just
     fits = 24
     with pytest.raises(ValueError):
-        train_base.most_rows(model_of(), on_a_gpu, 4, lambda rows: rows)
-    assert train_base.most_rows(None, setup(), 24, None) == 24  # nothing is tried on a CPU
+        training.largest_micro_batch(model_of(), on_a_gpu, 4, lambda rows: rows)
+    assert training.largest_micro_batch(None, setup(), 24, None) == 24  # nothing is tried on a CPU
 
 
 @pytest.mark.parametrize("spoil", [lambda moments, name: moments.pop(name),
                                    lambda moments, name: moments.update({name: torch.zeros(3)})])
 def test_moments_of_another_version_are_refused_in_one_line(spoil):
     vlm = tiny_vlm()
-    params = train_base.freeze(vlm, ["bridge"])
-    moments, name = train_base.Optimizer(params, "adamw", 1e-3).state()[0], "bridge.fc1.weight.exp_avg"
+    params = training.freeze_all_but(vlm, ["bridge"])
+    moments, name = training.Optimizer(params, "adamw", 1e-3).state()[0], "bridge.fc1.weight.exp_avg"
     assert name in moments
     spoil(moments, name)
-    assert fails(lambda: train_base.Optimizer(params, "adamw", 1e-3, moments), name, "without --resume")
+    assert fails(lambda: training.Optimizer(params, "adamw", 1e-3, moments), name, "without --resume")
 
 
 def test_learning_rate_rises_stays_and_falls_to_zero():
     flags = argparse.Namespace(steps=100, warmup=0.1, cooldown=0.5)
-    scales = [train_base.lr_scale(i, flags) for i in range(101)]
+    scales = [training.lr_scale(i, flags) for i in range(101)]
     assert scales[0] == 0.1 and scales[9] == 1.0 and scales[50] == 1.0 and scales[75] == 0.5 and scales[100] == 0.0
     assert max(scales) == 1.0 and scales[99] > 0
 
@@ -2085,11 +2093,10 @@ def equal_batches(a: dict, b: dict) -> bool:
 
 def test_a_loader_goes_on_from_its_state_bit_for_bit():
     vlm = tiny_vlm()
-    world = data.World("chat", seed=3)
-    render, pixels = train_base.to_document(tokenizer(), vlm, 400), train_base.to_pixels(vlm)
 
     def make(state=None):
-        return data.Loader(world, render, pixels, 2, 400, 4, lane=1, lanes=2, state=state)
+        return data.Loader(world.World("chat", seed=3), lambda record, i: render(record, i, vlm, 400),
+                           data.pixel_loader(vlm.config.vision), 2, 400, 4, micro_batch=1, micro_batches=2, state=state)
     loader = make()
     for _ in range(3):
         next(loader)
@@ -2111,19 +2118,19 @@ def seen(loader: data.Loader, batches: int) -> list[int]:
     out = []
     for _ in range(batches):
         batch = next(loader)
-        out += batch["ids"][(batch["positions"] == 0) & (batch["documents"] > 0)].tolist()  # documents' first ids
+        out += batch["ids"][(batch["positions"] == 0) & (batch["document_ids"] > 0)].tolist()  # documents' first ids
     return out
 
 
-def test_lanes_share_the_records_without_gap_or_repeat():
-    lanes = []
-    for lane in range(3):
-        loader = data.Loader(range(10 ** 6), numbered, None, 2, 16, 4, lane, 3)
+def test_micro_batches_share_the_records_without_gap_or_repeat():
+    parts = []
+    for number in range(3):
+        loader = data.Loader(range(10 ** 6), numbered, None, 2, 16, 4, number, 3)
         ids = seen(loader, 40)
         waiting = [doc.ids[0] for doc in loader.waiting]
-        assert sorted(ids + waiting) == list(range(lane, loader.next, 3))  # each record once, either learned or waiting
-        lanes.append(set(ids))
-    assert not lanes[0] & lanes[1] and not lanes[1] & lanes[2] and not lanes[0] & lanes[2]
+        assert sorted(ids + waiting) == list(range(number, loader.next, 3))  # each record once, packed or waiting
+        parts.append(set(ids))
+    assert not parts[0] & parts[1] and not parts[1] & parts[2] and not parts[0] & parts[2]
 
 
 def test_no_document_waits_for_ever():
@@ -2152,10 +2159,10 @@ def test_a_record_whose_pictures_and_places_disagree_stops_with_its_name():
 def test_a_document_is_cut_only_where_its_pictures_stay():
     vlm = tiny_vlm()
     record = chat_model("<image>what is this?", "a red cat " * 9, "and <image>this?", "a blue dog", images=[1, 2])
-    whole = train_base.to_document(tokenizer(), vlm, 200)(record, 0)
+    whole = render(record, 0, vlm, 200)
     second = whole.slots[1]
     for seq_len in range(10, len(whole.ids) + 3):
-        doc = train_base.to_document(tokenizer(), vlm, seq_len)(record, 0)
+        doc = render(record, 0, vlm, seq_len)
         assert (doc is not None) == (seq_len >= second + 4)
         if doc:
             assert doc.ids == whole.ids[:seq_len + 1] and math.isfinite(vlm(batch_of(vlm, [doc], 1, seq_len)).item())
@@ -2164,12 +2171,12 @@ def test_a_document_is_cut_only_where_its_pictures_stay():
 def test_an_unreadable_picture_names_its_record(tmp_path):
     vlm, path = tiny_vlm(), tmp_path / "cat.jpg"
     path.write_bytes(b"not a picture")
-    assert fails(lambda: train_base.to_pixels(vlm)(str(path), {"id": "record 17"}), "record 17", path)
+    assert fails(lambda: data.pixel_loader(vlm.config.vision)(str(path), {"id": "record 17"}), "record 17", path)
     Image.new("RGB", (40, 30), RED).save(path)
-    pixels = train_base.to_pixels(vlm)(str(path), {"id": "record 17"})
+    pixels = data.pixel_loader(vlm.config.vision)(str(path), {"id": "record 17"})
     assert pixels.shape == (3, 24, 24) and pixels.dtype == torch.uint8 and pixels[0].min() > 250
     # A .tsv holds the bytes themselves.
-    assert torch.equal(pixels, train_base.to_pixels(vlm)(path.read_bytes(), {"id": "record 17"}))
+    assert torch.equal(pixels, data.pixel_loader(vlm.config.vision)(path.read_bytes(), {"id": "record 17"}))
 
 
 HERE = Path(data.__file__).parent
@@ -2188,39 +2195,39 @@ def texts(record: dict) -> str:
 
 
 def test_a_record_is_the_same_every_time_and_in_another_process():
-    code = ("import data, sys; print([data.World(t, s, seed=3)[i] for t in ('text', 'captions', 'chat', 'exam') "
+    code = ("import world, sys; print([world.World(t, s, seed=3)[i] for t in ('text', 'captions', 'chat', 'exam') "
             "for s in ('train', 'pairs') for i in (0, 7, 10**6)])")
-    here = str([data.World(task, split, seed=3)[i] for task in TASKS for split in ("train", "pairs")
+    here = str([world.World(task, split, seed=3)[i] for task in TASKS for split in ("train", "pairs")
                 for i in (0, 7, 10**6)])
     there = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True,
                            env={**os.environ, "PYTHONHASHSEED": "7"}, cwd=HERE, check=True).stdout.strip()
     assert there == here
-    assert str(data.World("exam", seed=4)[0]) != str(data.World("exam", seed=3)[0])
-    assert str(data.World("exam", "scenes", seed=3)[0]["images"]) != str(data.World("exam", seed=3)[0]["images"])
+    assert str(world.World("exam", seed=4)[0]) != str(world.World("exam", seed=3)[0])
+    assert str(world.World("exam", "scenes", seed=3)[0]["images"]) != str(world.World("exam", seed=3)[0]["images"])
 
 
 def test_every_kind_lacks_one_colour_in_training():
-    assert Counter(kind for _, kind in data.HELD_OUT) == Counter(data.KINDS)
-    assert {colour for colour, _ in data.HELD_OUT} == set(data.COLOURS)  # and no colour is new as a whole
+    assert Counter(kind for _, kind in world.HELD_OUT) == Counter(world.KINDS)
+    assert {colour for colour, _ in world.HELD_OUT} == set(world.COLOURS)  # and no colour is new as a whole
 
 
 @pytest.mark.parametrize("task", TASKS)
 def test_training_never_shows_or_tells_a_held_out_pair(task):
     # "red cats" counts as well, "red catfish" would not.
-    tell = re.compile(r"\b(" + "|".join(f"{colour} {kind}" for colour, kind in data.HELD_OUT) + r")(s|es)?\b",
+    tell = re.compile(r"\b(" + "|".join(f"{colour} {kind}" for colour, kind in world.HELD_OUT) + r")(s|es)?\b",
                       re.IGNORECASE)
-    world = data.World(task)
+    dataset = world.World(task)
     for i in [*range(2500), *range(10**6, 10**6 + 500)]:
-        record = world[i]
+        record = dataset[i]
         assert not (found := tell.search(texts(record))), (i, found)
         for scene in record["images"]:
-            assert not {(t.colour, t.kind) for t in scene.things} & data.HELD_OUT, i
+            assert not {(t.colour, t.kind) for t in scene.things} & world.HELD_OUT, i
 
 
 def singular(words: str) -> str:
     "\"red things\" -> \"red\", \"cats\" -> \"cat\"."
     words = words.removesuffix(" things")
-    return words if words in data.COLOURS or words in data.KINDS else words.removesuffix("s")
+    return words if words in world.COLOURS or words in world.KINDS else words.removesuffix("s")
 
 
 def solve(question: str, things: list) -> str:
@@ -2285,21 +2292,21 @@ def exam(record: dict) -> tuple[str, str, list]:
 
 @pytest.mark.parametrize("split", ["train", "scenes", "pairs"])
 def test_every_answer_agrees_with_a_second_reading_of_question_and_scene(split):
-    world, kinds = data.World("exam", split, seed=1), Counter()
+    dataset, kinds = world.World("exam", split, seed=1), Counter()
     for i in range(400):
-        question, answer, things = exam(world[i])
+        question, answer, things = exam(dataset[i])
         assert solve(question, things) == answer, (i, question)
-        kinds[world[i]["kind"]] += 1
-    assert kinds == Counter({kind: 40 for kind in data.QUESTIONS})
+        kinds[dataset[i]["kind"]] += 1
+    assert kinds == Counter({kind: 40 for kind in world.QUESTIONS})
 
 
 def test_the_chats_answers_agree_too():
-    world, checked = data.World("chat", seed=5), 0
-    for record in map(world.__getitem__, range(30_000, 30_300)):
+    dataset, checked = world.World("chat", seed=5), 0
+    for record in map(dataset.__getitem__, range(30_000, 30_300)):
         scene, = record["images"]
         turns = [m["content"].removeprefix("<image>\n") for m in record["messages"]]
         for question, answer in zip(turns[::2], turns[1::2]):
-            if question not in [prompt for prompts, *_ in data.CAPTIONS for prompt in prompts]:
+            if question not in [prompt for prompts, *_ in world.CAPTIONS for prompt in prompts]:
                 assert solve(question, scene.things) == answer
                 checked += 1
     assert checked > 300
@@ -2307,13 +2314,13 @@ def test_the_chats_answers_agree_too():
 
 def test_things_stand_apart_and_inside_the_picture():
     for i in range(500):
-        things = data.World("exam", "pairs")[i]["images"][0].things
+        things = world.World("exam", "pairs")[i]["images"][0].things
         for t in things:
-            half = data.SIZES[t.size] / 2
+            half = world.SIZES[t.size] / 2
             assert half <= t.x <= 1 - half and half <= t.y <= 1 - half
         for t in things:
             for u in things:
-                reach = (data.SIZES[t.size] + data.SIZES[u.size]) / 2
+                reach = (world.SIZES[t.size] + world.SIZES[u.size]) / 2
                 assert t is u or max(abs(t.x - u.x), abs(t.y - u.y)) >= reach - 1e-9
 
 
@@ -2321,15 +2328,15 @@ def test_things_stand_apart_and_inside_the_picture():
 # ninth.
 BALANCE = {"count": 0.30, "number": 0.40, "colour": 0.25, "kind": 0.15, "exists": 0.60, "relation": 0.60, "place": 0.20,
            "compare": 0.60, "size": 0.25, "choice": 0.45}
-NAMES = {*data.KINDS, *data.COLOURS, *map(data.plural, data.KINDS)}
+NAMES = {*world.KINDS, *world.COLOURS, *map(world.plural, world.KINDS)}
 
 
 @pytest.mark.parametrize("split", ["scenes", "pairs"])
-@pytest.mark.parametrize("kind", data.QUESTIONS)
+@pytest.mark.parametrize("kind", world.QUESTIONS)
 def test_the_form_of_a_question_does_not_give_its_answer_away(kind, split):
-    world, forms = data.World("exam", split, seed=1, kinds=[kind]), {}
+    dataset, forms = world.World("exam", split, seed=1, kinds=[kind]), {}
     for i in range(1500):
-        question, answer, _ = exam(world[i])
+        question, answer, _ = exam(dataset[i])
         if kind == "compare":
             answer = "first" if f" {answer} or " in question else "second"
         form = " ".join("*" if word.strip("?.,") in NAMES else word for word in question.split("\n")[0].split())
@@ -2342,39 +2349,39 @@ def test_the_form_of_a_question_does_not_give_its_answer_away(kind, split):
 
 def test_a_new_name_does_not_give_the_answer_away():
     # If "no" were said of familiar pairs only, who knows what training showed would need no picture.
-    world, answers = data.World("exam", "pairs", seed=1, kinds=["exists"]), {True: [], False: []}
+    dataset, answers = world.World("exam", "pairs", seed=1, kinds=["exists"]), {True: [], False: []}
     for i in range(1500):
-        question, answer, _ = exam(world[i])
-        answers[tuple(question.rstrip("?").split()[-2:]) in data.HELD_OUT].append(answer)
+        question, answer, _ = exam(dataset[i])
+        answers[tuple(question.rstrip("?").split()[-2:]) in world.HELD_OUT].append(answer)
     for group in answers.values():
         assert len(group) < 150 or 0.4 < group.count("yes") / len(group) < 0.6
 
 
 def test_in_the_split_of_new_pairs_questions_are_about_a_new_pair():
-    world = data.World("exam", "pairs", seed=1)
+    dataset = world.World("exam", "pairs", seed=1)
     for i in range(1500):
-        question, answer, things = exam(world[i])
-        kind, new = world.kinds[i % 10], [t for t in things if (t.colour, t.kind) in data.HELD_OUT]
+        question, answer, things = exam(dataset[i])
+        kind, new = dataset.kinds[i % 10], [t for t in things if (t.colour, t.kind) in world.HELD_OUT]
         assert new, i
         kinds, colours = Counter(t.kind for t in things), Counter(t.colour for t in things)
         if kind == "colour" and any(kinds[t.kind] == 1 for t in new):
-            assert (answer, *re.findall("|".join(data.KINDS), question)) in data.HELD_OUT, question
+            assert (answer, *re.findall("|".join(world.KINDS), question)) in world.HELD_OUT, question
         if kind == "kind" and any(colours[t.colour] == 1 for t in new):
-            assert (*re.findall("|".join(data.COLOURS), question), answer) in data.HELD_OUT, question
+            assert (*re.findall("|".join(world.COLOURS), question), answer) in world.HELD_OUT, question
         if kind == "exists" and answer == "yes":
-            assert tuple(question.rstrip("?").split()[-2:]) in data.HELD_OUT, question
+            assert tuple(question.rstrip("?").split()[-2:]) in world.HELD_OUT, question
         if kind == "choice":
-            assert tuple(question.split(f"\n{answer}. ")[1].split("\n")[0].split()) in data.HELD_OUT, question
+            assert tuple(question.split(f"\n{answer}. ")[1].split("\n")[0].split()) in world.HELD_OUT, question
 
 
 def test_kinds_can_be_chosen_and_a_wrong_one_is_named():
-    world = data.World("exam", kinds=["count", "place"])
-    assert [world[i]["kind"] for i in range(4)] == ["count", "place", "count", "place"]
-    assert fails(lambda: data.World("exam", kinds=["counting"]), "'counting'", "count, number")
+    dataset = world.World("exam", kinds=["count", "place"])
+    assert [dataset[i]["kind"] for i in range(4)] == ["count", "place", "count", "place"]
+    assert fails(lambda: world.World("exam", kinds=["counting"]), "'counting'", "count, number")
 
 
 def test_a_drawing_is_the_same_twice_and_quick():
-    scenes = [data.World("captions")[i]["images"][0] for i in range(40)]
+    scenes = [world.World("captions")[i]["images"][0] for i in range(40)]
     first = [scene.draw(72).tobytes() for scene in scenes]
     assert len(first[0]) == 72 * 72 * 3 and len(set(first)) == len(first)
     times = []
@@ -2389,10 +2396,10 @@ def test_a_drawing_is_the_same_twice_and_quick():
 def test_a_picture_shows_what_its_scene_says():
     # The middle of a square has the square's colour, whatever its size, at any resolution.
     for px in (14, 72, 240):
-        for i, (colour, rgb) in enumerate(data.COLOURS.items()):
-            thing = data.Thing(colour, "square", list(data.SIZES)[i % 3], i, (i % 3 + 0.5) / 3, (i // 3 + 0.5) / 3,
+        for i, (colour, rgb) in enumerate(world.COLOURS.items()):
+            thing = world.Thing(colour, "square", list(world.SIZES)[i % 3], i, (i % 3 + 0.5) / 3, (i // 3 + 0.5) / 3,
                                False)
-            image = data.Scene((thing,), "plain", 0).draw(px)
+            image = world.Scene((thing,), "plain", 0).draw(px)
             assert image.size == (px, px) and image.mode == "RGB"
             got = np.array(image.getpixel((round(thing.x * px), round(thing.y * px))))
             assert np.abs(got - rgb).max() < 40, (px, colour, got)
@@ -2440,10 +2447,10 @@ def test_an_image_is_found_wherever_llava_puts_it(tmp_path, place):
     record, = data.read_records(write(tmp_path / "d.json", [llava()]))
     assert record["messages"] == [{"role": "user", "content": "<image>\nWhat colour?"},
                                   {"role": "assistant", "content": "red"}]
-    assert Image.open(data.open_source(record["images"][0])).getpixel((0, 0)) == (255, 0, 0)
+    assert data.open_source(record["images"][0]).getpixel((0, 0)) == (255, 0, 0)
     if not place.endswith(".png"):
         record, = data.read_records(write(tmp_path / "d.json", [llava(["sub/b.png"])]))
-        assert Image.open(data.open_source(record["images"][0])).getpixel((0, 0)) == (0, 0, 255)
+        assert data.open_source(record["images"][0]).getpixel((0, 0)) == (0, 0, 255)
 
 
 def test_every_layout_becomes_the_same_messages(tmp_path):
@@ -2556,7 +2563,7 @@ def test_tar_shards_hold_captions_or_conversations(tmp_path):
     one, two = data.read_records(tmp_path / "s.tar")
     assert one["id"] == "x/1" and one["messages"][1]["content"] == "A red square."
     assert one["messages"][0]["content"].startswith("<image>\n") and two["messages"][1]["content"] == "red"
-    assert Image.open(data.open_source(two["images"][0])).size == (8, 8)
+    assert data.open_source(two["images"][0]).size == (8, 8)
     (tmp_path / "bad.tar").write_bytes((tmp_path / "s.tar").read_bytes()[:700])
     assert fails(lambda: data.read_records(tmp_path / "bad.tar"), "bad.tar")
 
@@ -2630,7 +2637,7 @@ def test_equal_bytes_under_two_names_in_a_zip_are_one_picture(tmp_path):
         for name in "ab":
             file.writestr(f"{name}.png", image_bytes())
     one, two = data.read_records(write(tmp_path / "d.json", [llava("a.png"), llava("b.png")]))
-    assert data.picture_name(one["images"][0]) == data.picture_name(two["images"][0])
+    assert data.picture_key(one["images"][0]) == data.picture_key(two["images"][0])
 
 
 @needs_shared
@@ -2647,9 +2654,9 @@ def test_the_shared_sets_are_read_without_loss(name, count):
     assert count in (None, len(records))
     if records[0]["images"]:
         for record in records[::max(1, len(records) // 50)]:
-            Image.open(data.open_source(record["images"][0])).load()
+            data.open_source(record["images"][0])
         train, held = data.split_by_image(records)
-        keys = [{data.picture_name(image) for r in side for image in r["images"]} for side in (train, held)]
+        keys = [{data.picture_key(image) for r in side for image in r["images"]} for side in (train, held)]
         assert train and 0 < len(held) <= 500 and not keys[0] & keys[1]
 
 
@@ -2680,9 +2687,10 @@ def test_packing_puts_each_document_into_the_first_row_with_room():
     batch, placed, waiting = data.pack([one, two, long, three], rows=2, seq_len=4, image_tokens=2)
     assert placed == [one, two, three] and waiting == [long]
     expected = {"ids": [[1, 2, 8, 0], [4, 5, 6, 0]], "targets": [[-100, 3, 9, -100], [5, 6, 7, -100]],
-                "positions": [[0, 1, 0, 0], [0, 1, 2, 0]], "documents": [[1, 1, 2, 0], [1, 1, 1, 0]],
-                "weights": [[1, 1, 1, 0], [0.5, 0.5, 0.5, 0]], "slots": [5, 6], "learned": [1, 2, 4, 5, 6],
-                "boundaries": [0, 2, 3, 4, 7, 8, 8, 8, 8]}  # the last three documents are empty
+                "positions": [[0, 1, 0, 0], [0, 1, 2, 0]], "document_ids": [[1, 1, 2, 0], [1, 1, 1, 0]],
+                "loss_weights": [[1, 1, 1, 0], [0.5, 0.5, 0.5, 0]], "image_positions": [5, 6],
+                "supervised": [1, 2, 4, 5, 6],
+                "cu_seqlens": [0, 2, 3, 4, 7, 8, 8, 8, 8]}  # the last three documents are empty
     assert {name: array.tolist() for name, array in batch.items()} == expected
 
 
@@ -2691,9 +2699,9 @@ def plain_records(n: int) -> list[dict]:
 
 
 def test_batches_prepared_ahead_are_the_same_and_state_is_of_what_was_handed_out():
-    def loader(ahead, state=None):
+    def loader(prefetch, state=None):
         return data.Loader(plain_records(10 ** 4), lambda record, i: document(range(3 + i % 5), index=i), None, 2, 16,
-                           4, state=state, ahead=ahead)
+                           4, state=state, prefetch=prefetch)
     plain, ahead = loader(False), loader(True)
     for _ in range(5):
         assert all(torch.equal(a, b) for a, b in zip(next(plain)["ids"], next(ahead)["ids"]))
@@ -2730,16 +2738,19 @@ def test_a_mixture_keeps_its_proportions():
 
 
 def test_load_data_holds_out_new_scenes_and_new_pairs_or_a_share_of_a_file(tmp_path):
-    train, held = data.load_data("world", "chat", 0, 20)
+    def load(spec, **options):
+        exams = {split: world.World("exam", split, seed=1) for split in ("scenes", "pairs")}
+        return data.load_data(spec, world.World("chat"), exams, 0, 20, **options)
+    train, held = load("world")
     assert set(held) == {"scenes", "pairs"} and all(len(records) == 20 for records in held.values())
     assert all("kind" in record for record in held["pairs"]) and "messages" in train[0]
     rows = [{"id": str(i), "question": f"q{i}", "answer": str(i)} for i in range(40)]
     path = write(tmp_path / "d.json", rows)
-    train, held = data.load_data(str(path), "chat", 0, 20)
+    train, held = load(str(path))
     ids = {train[i]["id"] for i in range(38)}
     assert len(ids) == 38 and not ids & {record["id"] for record in held["held_out"]} and len(held["held_out"]) == 2
     other = write(tmp_path / "v.json", [{"id": "v", "question": "q", "answer": "a"}])
-    train, held = data.load_data(f"{path}:3,world", "chat", 0, 20, val=str(other))
+    train, held = load(f"{path}:3,world", val=str(other))
     assert [r["id"] for r in held["held_out"]] == ["v"] and set(held) == {"scenes", "pairs", "held_out"}
 
 
@@ -2750,7 +2761,7 @@ def test_long_documents_wait_but_all_are_seen():
         seen[index] += 1
         return document([index] * (3 + index % 7), index=index)
 
-    loader = data.Loader(data.Shuffled(plain_records(60), 0), convert, None, 2, 9, 1, ahead=False)
+    loader = data.Loader(data.Shuffled(plain_records(60), 0), convert, None, 2, 9, 1, prefetch=False)
     shown = Counter()
     for _ in range(60):
         shown.update(set(next(loader)["ids"].flatten().tolist()) - {0})
@@ -2765,11 +2776,11 @@ def test_long_documents_wait_but_all_are_seen():
 OPTIONS = {"A": "a red car", "B": "a dog", "C": "5", "D": "none of these"}
 
 
-@pytest.mark.parametrize("metric", [*data.RULES, "vqa", "choice"])
+@pytest.mark.parametrize("metric", [*train_sft.RULES, "vqa", "choice"])
 def test_an_empty_answer_scores_nothing_under_every_metric(metric):
     for prediction in ("", " ", "\n\t "):
         for answers in ("A", ["yes"], ["the"] * 10, [""], ["0"], ["", "."]):
-            assert data.score(metric, prediction, answers, OPTIONS) == 0.0
+            assert train_sft.score(metric, prediction, answers, OPTIONS) == 0.0
 
 
 @pytest.mark.parametrize("prediction, letter", [
@@ -2781,8 +2792,8 @@ def test_an_empty_answer_scores_nothing_under_every_metric(metric):
     ("B is right, and the answer is B, I say it once more now", "B"),  # but here the sentence says it
     ("It must be a dog, " + "for so it is " * 5, "Z")])  # too long to be an option's text
 def test_a_letter_is_found_as_vlmevalkit_does(prediction, letter):
-    assert data.infer_choice(prediction, dict(OPTIONS)) == letter
-    assert data.score("choice", prediction, "B", OPTIONS) == float(letter == "B")
+    assert train_sft.infer_choice(prediction, dict(OPTIONS)) == letter
+    assert train_sft.score("choice", prediction, "B", OPTIONS) == float(letter == "B")
 
 
 @pytest.mark.parametrize("metric, prediction, answers, expected", [
@@ -2798,13 +2809,13 @@ def test_a_letter_is_found_as_vlmevalkit_does(prediction, letter):
     ("contains", "The sign says STOP now", "stop", 1), ("contains", "sto", "stop", 0),
     ("contains", "a\nb", ["x", "A b"], 1)])
 def test_scores_follow_the_official_rules(metric, prediction, answers, expected):
-    assert data.score(metric, prediction, answers) == pytest.approx(expected)
+    assert train_sft.score(metric, prediction, answers) == pytest.approx(expected)
 
 
 def test_vqa_averages_over_the_people_left_out():
     for said, expected in [(0, 0), (1, 0.3), (2, 0.6), (3, 0.9), (4, 1.0), (10, 1.0)]:
-        assert data.score("vqa", "red", ["red"] * said + ["blue"] * (10 - said)) == pytest.approx(expected)
-    assert data.score("vqa", "red", "red") == 1.0
+        assert train_sft.score("vqa", "red", ["red"] * said + ["blue"] * (10 - said)) == pytest.approx(expected)
+    assert train_sft.score("vqa", "red", "red") == 1.0
 
 
 @pytest.mark.parametrize("text, form", [
@@ -2812,25 +2823,26 @@ def test_vqa_averages_over_the_people_left_out():
     ("1,000", "1000"), ("t-shirt", "t shirt"), ("red, white", "red white"), ("3.5", "3.5"), ("Yes!", "yes"),
     ("hello?", "hello"), ("well -known", "well known"), ("o'clock", "o'clock"), ("a\nb", "b"), ("U.S.A.", "usa")])
 def test_vqa_answers_are_normalised_as_in_the_official_code(text, form):
-    assert data.vqa_form(text) == form
+    assert train_sft.vqa_form(text) == form
 
 
 def test_an_unknown_metric_is_named():
-    assert fails(lambda: data.score("bleu", "a", "a"), "'bleu'", "relaxed")
-    assert fails(lambda: data.score("exact", "a", []), "no right answer")
+    assert fails(lambda: train_sft.score("bleu", "a", "a"), "'bleu'", "relaxed")
+    assert fails(lambda: train_sft.score("exact", "a", []), "no right answer")
 
 
 def test_the_interval_is_wilsons():
-    assert data.wilson(8, 10) == pytest.approx((0.4902, 0.9433), abs=1e-4)  # the textbook's example
-    assert data.wilson(0, 10) == pytest.approx((0.0, 0.2775), abs=1e-4)
-    assert data.wilson(10, 10) == pytest.approx((0.7225, 1.0), abs=1e-4)
-    assert data.wilson(0, 0) == (0.0, 1.0)
+    assert train_sft.wilson(8, 10) == pytest.approx((0.4902, 0.9433), abs=1e-4)  # the textbook's example
+    assert train_sft.wilson(0, 10) == pytest.approx((0.0, 0.2775), abs=1e-4)
+    assert train_sft.wilson(10, 10) == pytest.approx((0.7225, 1.0), abs=1e-4)
+    assert train_sft.wilson(0, 0) == (0.0, 1.0)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # data.py: downloads
 
 COMMIT = "c0ffee" * 6 + "abcd"
+TABLE = weights.REPOSITORIES  # the real one; the fixture `hub` empties it
 BLOCK = 4096  # bytes that the server sends at once
 
 
@@ -2962,10 +2974,10 @@ def hub(tmp_path, monkeypatch):
     for variable, value in {"HF_ENDPOINT": server.url, "GHOSTVIS_CACHE": server.folder, "NO_PROXY": "*",
                             "HF_HOME": tmp_path / "hf", "NETRC": tmp_path / "netrc"}.items():
         monkeypatch.setenv(variable, str(value))
-    monkeypatch.setattr(data, "BACKOFF", 0.002)
-    monkeypatch.setattr(data, "CHUNK", 1000)
-    monkeypatch.setattr(data, "TIMEOUT", (2, 0.3))
-    monkeypatch.setattr(data, "REPOSITORIES", {})
+    monkeypatch.setattr(weights, "BACKOFF", 0.002)
+    monkeypatch.setattr(weights, "CHUNK", 1000)
+    monkeypatch.setattr(weights, "TIMEOUT", (2, 0.3))
+    monkeypatch.setattr(weights, "REPOSITORIES", {})
     yield server
     server.close()
 
@@ -2976,10 +2988,10 @@ def noise(size: int, seed: int = 0) -> bytes:
 
 def serve(hub, name="Org/Name", size=60_000, **files) -> bytes:
     "A repository with the usual small files -> its weights."
-    weights = noise(size)
-    hub.files[name] = {"config.json": b'{"a": 1}', "tokenizer.json": noise(3000, 1), "model.safetensors": weights}
+    content = noise(size)
+    hub.files[name] = {"config.json": b'{"a": 1}', "tokenizer.json": noise(3000, 1), "model.safetensors": content}
     hub.files[name].update(files)
-    return weights
+    return content
 
 
 def siglip(hub, seed=0, between=False) -> bytes:
@@ -3001,16 +3013,12 @@ def siglip(hub, seed=0, between=False) -> bytes:
 
 def table(hub, monkeypatch, repo="Org/Name", short="short", **more):
     "The repository as an entry of the table, with the true size and hash of its weights."
-    weights = hub.files[repo]["model.safetensors"]
-    pair = len(weights), hashlib.sha256(weights).hexdigest()
-    small = {name: data.ANY for name in hub.files[repo] if name != "model.safetensors"}
-    entry = data.pin(repo, COMMIT, small, more.pop("pair", pair), **more)
-    monkeypatch.setitem(data.REPOSITORIES, short, entry)
+    content = hub.files[repo]["model.safetensors"]
+    pair = len(content), hashlib.sha256(content).hexdigest()
+    small = {name: weights.ANY for name in hub.files[repo] if name != "model.safetensors"}
+    entry = weights.pin(repo, COMMIT, small, more.pop("pair", pair), **more)
+    monkeypatch.setitem(weights.REPOSITORIES, short, entry)
     return entry
-
-
-def quiet(text: str) -> None:
-    pass
 
 
 def no_weights(hub) -> bool:
@@ -3019,7 +3027,7 @@ def no_weights(hub) -> bool:
 
 
 def refuses(hub, *parts, name="Org/Name"):
-    message = fails(lambda: data.fetch(name, quiet), *parts)
+    message = fails(lambda: weights.fetch(name), *parts)
     assert no_weights(hub)
     return message
 
@@ -3032,7 +3040,7 @@ def forked(job) -> int:
     code = 1
     try:
         # TRAP: tqdm's own lock is shared with forked processes, and one that is killed never gives it back.
-        data.tqdm.set_lock(threading.RLock())
+        weights.tqdm.set_lock(threading.RLock())
         job()
         code = 0
     finally:
@@ -3051,26 +3059,26 @@ def wait_until(condition, seconds=5.0):
 
 
 def test_any_repository_is_fetched_whole_and_only_once(hub):
-    weights = serve(hub)
-    folder = data.fetch("Org/Name", quiet)
+    content = serve(hub)
+    folder = weights.fetch("Org/Name")
     assert {path.name: path.read_bytes() for path in folder.iterdir() if path.name not in (".lock", "commit")} \
         == hub.files["Org/Name"]
-    assert folder.parent == hub.folder and (folder / "model.safetensors").read_bytes() == weights
+    assert folder.parent == hub.folder and (folder / "model.safetensors").read_bytes() == content
     asked = len(hub.log)
-    assert data.fetch("Org/Name", quiet) == folder and len(hub.log) == asked  # no request at all
-    assert data.fetch(f"Org/Name@{COMMIT}", quiet).name == f"Org--Name@{COMMIT[:12]}"
+    assert weights.fetch("Org/Name") == folder and len(hub.log) == asked  # no request at all
+    assert weights.fetch(f"Org/Name@{COMMIT}").name == f"Org--Name@{COMMIT[:12]}"
     # Small files are asked for as they are: zipped they would have another ETag and no length.
     assert {headers["Accept-Encoding"] for _, _, headers in hub.log} == {"identity"}
 
 
 def test_an_older_repository_has_its_tokenizer_in_two_files(hub):
     serve(hub, **{"vocab.json": b"{}", "merges.txt": b"a b"})
-    assert not (data.fetch("Org/Name", quiet) / "vocab.json").exists()
+    assert not (weights.fetch("Org/Name") / "vocab.json").exists()
     del hub.files["Org/Name"]["tokenizer.json"]
     hub.files["Org/Old"] = hub.files["Org/Name"]
-    assert (data.fetch("Org/Old", quiet) / "merges.txt").read_bytes() == b"a b"
+    assert (weights.fetch("Org/Old") / "merges.txt").read_bytes() == b"a b"
     hub.files["Org/Eyes"] = {name: hub.files["Org/Old"][name] for name in ("config.json", "model.safetensors")}
-    assert not list(data.fetch("Org/Eyes", quiet).glob("*.txt"))  # none at all is no error
+    assert not list(weights.fetch("Org/Eyes").glob("*.txt"))  # none at all is no error
 
 
 def test_shards_are_found_by_their_index(hub):
@@ -3080,12 +3088,12 @@ def test_shards_are_found_by_their_index(hub):
     shards = {f"model-0000{i}-of-00002.safetensors": noise(9000, i) for i in (1, 2)}
     files.update(shards, **{"model.safetensors.index.json": json.dumps(
         {"weight_map": dict(zip("abc", [*shards, *shards]))}).encode()})
-    folder = data.fetch("Org/Name", quiet)
+    folder = weights.fetch("Org/Name")
     assert {name: (folder / name).read_bytes() for name in shards} == shards
     asked = len(hub.log)
-    assert data.fetch("Org/Name", quiet) == folder and len(hub.log) == asked
+    assert weights.fetch("Org/Name") == folder and len(hub.log) == asked
     (folder / "model-00002-of-00002.safetensors").unlink()
-    data.fetch("Org/Name", quiet)
+    weights.fetch("Org/Name")
     assert [path.split("?")[0][-33:] for path, _ in hub.requests("GET", "signature=")][2:] \
         == ["/model-00002-of-00002.safetensors"]
 
@@ -3104,7 +3112,7 @@ def test_a_branch_is_one_commit_even_if_it_moves_on(hub):
     serve(hub)
     hub.faults = ["status 403"]
     assert refuses(hub)
-    data.fetch("Org/Name", quiet)
+    weights.fetch("Org/Name")
     revisions = [path.split("/")[4] for _, path, _ in hub.log if "/resolve/" in path]
     assert revisions[0] == "main" and set(revisions[1:]) == {COMMIT}
 
@@ -3115,7 +3123,7 @@ def test_the_token_goes_to_the_hub_and_nowhere_else(hub, tmp_path, monkeypatch):
     (tmp_path / "netrc").write_text("default login me password secret")
     (tmp_path / "netrc").chmod(0o600)
     monkeypatch.setenv("HF_TOKEN", "hf_mine\n")
-    data.fetch("Org/Name", quiet)
+    weights.fetch("Org/Name")
     for _, path, headers in hub.log:
         assert headers.get("Authorization") == (None if "signature=" in path else "Bearer hf_mine"), path
     assert hub.requests("GET", "signature=")
@@ -3125,11 +3133,11 @@ def test_the_token_is_found_in_its_file(hub, tmp_path, monkeypatch):
     serve(hub)
     (tmp_path / "hf").mkdir()
     (tmp_path / "hf" / "token").write_text("hf_file\n")
-    data.fetch("Org/Name", quiet)
+    weights.fetch("Org/Name")
     assert hub.log[0][2]["Authorization"] == "Bearer hf_file"
     (tmp_path / "elsewhere").write_text("hf_other")
     monkeypatch.setenv("HF_TOKEN_PATH", str(tmp_path / "elsewhere"))
-    data.fetch(f"Org/Name@{COMMIT}", quiet)
+    weights.fetch(f"Org/Name@{COMMIT}")
     assert hub.log[-1][2].get("Authorization") is None and "hf_other" in str(hub.log[-2][2])
 
 
@@ -3147,25 +3155,25 @@ CURABLE = {
 
 @pytest.mark.parametrize("name", CURABLE)
 def test_a_download_recovers_from(hub, name):
-    weights, hub.faults = serve(hub), CURABLE[name]
-    assert (data.fetch("Org/Name", quiet) / "model.safetensors").read_bytes() == weights
+    content, hub.faults = serve(hub), CURABLE[name]
+    assert (weights.fetch("Org/Name") / "model.safetensors").read_bytes() == content
     assert not hub.faults and not list(hub.folder.rglob("*.part"))
     # Resumed where it makes sense, from the start where it does not.
     first, *later = hub.ranges()
     assert first is None and len(later) >= 1
     if name in ("cut", "cut_more_often_than_attempts", "short", "stall"):
-        assert all(later) and hub.sent < 1.3 * len(weights)
+        assert all(later) and hub.sent < 1.3 * len(content)
     if name in ("shifted", "no_such_range"):
         assert later[0] and later[1] is None
 
 
 def test_a_download_goes_on_in_a_new_process(hub):
-    weights, hub.faults = serve(hub), ["cut 20000"] + ["status 404"]
+    content, hub.faults = serve(hub), ["cut 20000"] + ["status 404"]
     assert refuses(hub, "model.safetensors", "404")
     part, = hub.folder.rglob("*.part")
-    assert part.read_bytes() == weights[:20_000]
-    assert finished(forked(lambda: data.fetch("Org/Name", quiet)))
-    assert part.with_suffix("").read_bytes() == weights
+    assert part.read_bytes() == content[:20_000]
+    assert finished(forked(lambda: weights.fetch("Org/Name")))
+    assert part.with_suffix("").read_bytes() == content
     assert hub.ranges() == [None, *["bytes=20000-59999"] * 2] and hub.sent == 60_000
 
 
@@ -3173,20 +3181,20 @@ def test_a_download_goes_on_in_a_new_process(hub):
                                              ("Retry-After Wed", 0.004)])
 def test_the_servers_wish_to_wait_is_heard(hub, monkeypatch, header, seconds):
     slept = []
-    monkeypatch.setattr(data.time, "sleep", slept.append)
-    weights, hub.faults = serve(hub), [f"status 429 {header}"]
-    assert (data.fetch("Org/Name", quiet) / "model.safetensors").read_bytes() == weights and slept == [seconds]
+    monkeypatch.setattr(weights.time, "sleep", slept.append)
+    content, hub.faults = serve(hub), [f"status 429 {header}"]
+    assert (weights.fetch("Org/Name") / "model.safetensors").read_bytes() == content and slept == [seconds]
 
 
-def test_five_failures_in_a_row_are_one_line_and_the_next_run_goes_on(hub, monkeypatch):
-    slept, said = [], []
-    monkeypatch.setattr(data.time, "sleep", slept.append)
-    weights, hub.faults = serve(hub), ["cut 20000"] + ["status 503"] * 5
-    message = fails(lambda: data.fetch("Org/Name", said.append), "Org/Name, model.safetensors", "503", "run again")
+def test_five_failures_in_a_row_are_one_line_and_the_next_run_goes_on(hub, monkeypatch, capsys):
+    slept = []
+    monkeypatch.setattr(weights.time, "sleep", slept.append)
+    content, hub.faults = serve(hub), ["cut 20000"] + ["status 503"] * 5
+    message = fails(lambda: weights.fetch("Org/Name"), "Org/Name, model.safetensors", "503", "run again")
     assert no_weights(hub) and "5 times" in message
-    assert slept == [data.BACKOFF * 2 ** n for n in range(5)]  # 0: after progress; then 1 to 4, each twice as long
-    assert sum("next attempt" in line for line in said) == 5
-    assert (data.fetch("Org/Name", quiet) / "model.safetensors").read_bytes() == weights and hub.sent < 65_000
+    assert slept == [weights.BACKOFF * 2 ** n for n in range(5)]  # 0: after progress; then 1 to 4, each twice as long
+    assert capsys.readouterr().err.count("next attempt") == 5
+    assert (weights.fetch("Org/Name") / "model.safetensors").read_bytes() == content and hub.sent < 65_000
 
 
 def test_without_a_network_it_is_one_line(hub, monkeypatch):
@@ -3224,63 +3232,63 @@ def test_missing_weights_are_one_line(hub):
 
 
 def test_a_file_that_is_not_the_tables_is_refused_before_a_byte_is_fetched(hub, monkeypatch):
-    weights = serve(hub)
-    right = hashlib.sha256(weights).hexdigest()
-    for pair in (len(weights) + 1, right), (len(weights), "0" * 64):
+    content = serve(hub)
+    right = hashlib.sha256(content).hexdigest()
+    for pair in (len(content) + 1, right), (len(content), "0" * 64):
         table(hub, monkeypatch, pair=pair)
         assert refuses(hub, "Org/Name, model.safetensors", right, f"{pair[0]:,}", "HF_ENDPOINT", name="short")
     assert not hub.requests("GET", "")
     table(hub, monkeypatch)
-    assert data.fetch("short", quiet) == data.fetch("Org/Name", quiet)  # the hub's id means the table's entry too
+    assert weights.fetch("short") == weights.fetch("Org/Name")  # the hub's id means the table's entry too
 
 
 @pytest.mark.parametrize("pinned", [True, False])
 def test_a_damaged_file_never_gets_its_name(hub, monkeypatch, pinned):
-    weights, hub.faults = serve(hub), ["flipped"]
+    content, hub.faults = serve(hub), ["flipped"]
     if pinned:
         table(hub, monkeypatch)
-    assert refuses(hub, "model.safetensors", hashlib.sha256(weights).hexdigest(), "damaged", "run again")
+    assert refuses(hub, "model.safetensors", hashlib.sha256(content).hexdigest(), "damaged", "run again")
     assert not list(hub.folder.rglob("*.part"))  # deleted: nobody knows which byte is wrong
-    assert (data.fetch("Org/Name", quiet) / "model.safetensors").read_bytes() == weights
+    assert (weights.fetch("Org/Name") / "model.safetensors").read_bytes() == content
 
 
 def test_a_small_file_is_checked_by_gits_hash(hub, monkeypatch):
     serve(hub)
     monkeypatch.setattr(sys.modules[__name__], "blob", lambda content: "ab" * 20)
-    message = fails(lambda: data.fetch("Org/Name", quiet), "config.json", "ab" * 20, "damaged")
+    message = fails(lambda: weights.fetch("Org/Name"), "config.json", "ab" * 20, "damaged")
     assert "deleted" in message and not list(hub.folder.rglob("config.json*"))
 
 
 def test_a_full_disk_is_one_line_and_the_rest_comes_later(hub, monkeypatch):
-    weights, keep = serve(hub), data.pour
+    content, keep = serve(hub), weights.receive
 
-    def pour(session, piece, file, *rest):
-        if piece.name == "model.safetensors":
-            file.write(weights[:20_000])
+    def receive(remote, file):
+        if remote.name == "model.safetensors":
+            file.write(content[:20_000])
             raise OSError(errno.ENOSPC, "No space left on device")
-        keep(session, piece, file, *rest)
-    monkeypatch.setattr(data, "pour", pour)
+        keep(remote, file)
+    monkeypatch.setattr(weights, "receive", receive)
     assert refuses(hub, "model.safetensors", "disk is full", "make room", "run again")
-    monkeypatch.setattr(data, "pour", keep)
-    assert (data.fetch("Org/Name", quiet) / "model.safetensors").read_bytes() == weights
-    assert hub.ranges() == [f"bytes=20000-{len(weights) - 1}"]
+    monkeypatch.setattr(weights, "receive", keep)
+    assert (weights.fetch("Org/Name") / "model.safetensors").read_bytes() == content
+    assert hub.ranges() == [f"bytes=20000-{len(content) - 1}"]
 
 
 def test_too_little_room_is_an_error_before_the_first_byte(hub, monkeypatch):
-    weights, usage = serve(hub), data.shutil.disk_usage
-    monkeypatch.setattr(data.shutil, "disk_usage", lambda path: usage(path)._replace(free=63_007))
+    content, usage = serve(hub), weights.shutil.disk_usage
+    monkeypatch.setattr(weights.shutil, "disk_usage", lambda path: usage(path)._replace(free=63_007))
     assert refuses(hub, hub.folder, "63,008 bytes", "63,007", "GHOSTVIS_CACHE")
     assert not hub.requests("GET", "")
-    monkeypatch.setattr(data.shutil, "disk_usage", lambda path: usage(path)._replace(free=63_008))
-    assert (data.fetch("Org/Name", quiet) / "model.safetensors").read_bytes() == weights
+    monkeypatch.setattr(weights.shutil, "disk_usage", lambda path: usage(path)._replace(free=63_008))
+    assert (weights.fetch("Org/Name") / "model.safetensors").read_bytes() == content
 
 
-def test_what_will_be_fetched_is_said_before(hub, monkeypatch):
+def test_what_will_be_fetched_is_said_before(hub, monkeypatch, capsys):
     serve(hub)
     table(hub, monkeypatch, licence="Qwen Research licence: non-commercial use only")
-    said = []
-    monkeypatch.setattr(data, "download", lambda session, piece, folder, say: said.append(f"> {piece.name}"))
-    data.fetch("short", said.append)
+    monkeypatch.setattr(weights, "download", lambda remote, folder: weights.note(f"> {remote.name}"))
+    weights.fetch("short")
+    said = capsys.readouterr().err.splitlines()
     first = said.index("> config.json")
     assert all(line.startswith(">") for line in said[first:])
     text = "\n".join(said[:first])
@@ -3289,7 +3297,7 @@ def test_what_will_be_fetched_is_said_before(hub, monkeypatch):
 
 
 def test_offline_nothing_is_asked(hub, monkeypatch):
-    weights = serve(hub)
+    content = serve(hub)
     table(hub, monkeypatch)
     for variable, value in ("HF_HUB_OFFLINE", "1"), ("TRANSFORMERS_OFFLINE", "yes"), ("HF_HUB_OFFLINE", "True"):
         with monkeypatch.context() as patch:
@@ -3298,17 +3306,17 @@ def test_offline_nothing_is_asked(hub, monkeypatch):
                     name="short")
     assert not hub.log
     monkeypatch.setenv("HF_HUB_OFFLINE", "0")
-    folder = data.fetch("short", quiet)
+    folder = weights.fetch("short")
     monkeypatch.setenv("HF_HUB_OFFLINE", "on")
     hub.log.clear()
-    assert data.fetch("short", quiet) == folder and not hub.log
-    (folder / "model.safetensors").write_bytes(weights[:-1])  # someone cut it: its size gives it away
-    fails(lambda: data.fetch("short", quiet), "lacks model.safetensors,")
+    assert weights.fetch("short") == folder and not hub.log
+    (folder / "model.safetensors").write_bytes(content[:-1])  # someone cut it: its size gives it away
+    fails(lambda: weights.fetch("short"), "lacks model.safetensors,")
 
 
 @pytest.mark.parametrize("where", ["HF_HOME", "HF_HUB_CACHE"])
 def test_the_cache_of_huggingface_hub_is_used_where_it_lies(hub, tmp_path, monkeypatch, where):
-    weights = serve(hub)
+    content = serve(hub)
     table(hub, monkeypatch)
     cache = tmp_path / "hf" / "hub"
     if where == "HF_HUB_CACHE":
@@ -3321,24 +3329,25 @@ def test_the_cache_of_huggingface_hub_is_used_where_it_lies(hub, tmp_path, monke
     (cache / "models--Org--Name" / "refs").mkdir()
     (cache / "models--Org--Name" / "refs" / "main").write_text(COMMIT)
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    assert data.fetch("short", quiet) == snapshot
-    data.REPOSITORIES.clear()
-    assert data.fetch("Org/Name", quiet) == snapshot  # by refs/main
+    assert weights.fetch("short") == snapshot
+    weights.REPOSITORIES.clear()
+    assert weights.fetch("Org/Name") == snapshot  # by refs/main
     assert not hub.log and not hub.folder.exists()
     # one file of a wrong size, and ours is fetched instead
     monkeypatch.delenv("HF_HUB_OFFLINE")
     table(hub, monkeypatch)
-    (snapshot / "model.safetensors").write_bytes(weights[:-1])
-    assert data.fetch("short", quiet).parent == hub.folder
+    (snapshot / "model.safetensors").write_bytes(content[:-1])
+    assert weights.fetch("short").parent == hub.folder
 
 
 def test_two_processes_at_once_fetch_it_once(hub, tmp_path, monkeypatch):
-    weights, hub.hold = serve(hub), 30_000
-    monkeypatch.setattr(data, "TIMEOUT", (2, 20))
+    content, hub.hold = serve(hub), 30_000
+    monkeypatch.setattr(weights, "TIMEOUT", (2, 20))
 
     def job(number):
         with open(tmp_path / f"said{number}", "w", buffering=1) as said:
-            data.fetch("Org/Name", lambda text: said.write(text + "\n"))
+            weights.note = lambda text: said.write(text + "\n")  # in a process of its own
+            weights.fetch("Org/Name")
     children = [forked(lambda: job(0))]
     wait_until(lambda: any(path.stat().st_size > 10_000 for path in hub.folder.rglob("model*.part")))
     asked = len(hub.log)
@@ -3347,7 +3356,7 @@ def test_two_processes_at_once_fetch_it_once(hub, tmp_path, monkeypatch):
     hub.hold = None
     hub.released.set()
     assert all(finished(child) for child in children)
-    assert (data.fetch("Org/Name", quiet) / "model.safetensors").read_bytes() == weights
+    assert (weights.fetch("Org/Name") / "model.safetensors").read_bytes() == content
     # The first one's attempt after the break is all that came: the second has not even asked what there is.
     assert [path.split("?")[0] for _, path, _ in hub.log[asked:]] == [
         f"/Org/Name/resolve/{COMMIT}/model.safetensors", "/Org/Name/model.safetensors"]
@@ -3356,7 +3365,7 @@ def test_two_processes_at_once_fetch_it_once(hub, tmp_path, monkeypatch):
 @pytest.mark.parametrize("kind", ["whole", "cut_out"])
 def test_a_kill_at_any_place_leaves_what_the_next_process_goes_on_with(hub, monkeypatch, kind):
     """SIGKILL, ten times in one download."""
-    monkeypatch.setattr(data, "TIMEOUT", (2, 20))
+    monkeypatch.setattr(weights, "TIMEOUT", (2, 20))
     if kind == "whole":
         name, file = "Org/Name", serve(hub, size=300_000)
         begin, end = 0, len(file)
@@ -3369,19 +3378,19 @@ def test_a_kill_at_any_place_leaves_what_the_next_process_goes_on_with(hub, monk
     for place in places:
         hub.hold = place
         before = len(hub.ranges())
-        child = forked(lambda: data.fetch(name, quiet))
+        child = forked(lambda: weights.fetch(name))
         # As far as the server goes; what Python holds back may be 8 KiB and a chunk.
         wait_until(lambda: len(hub.ranges()) > before and sum(
             path.stat().st_size for path in hub.folder.rglob("model*.part")) + 10_000 >= place - begin)
         os.kill(child, signal.SIGKILL)
         assert not finished(child) and no_weights(hub)
     hub.hold = None
-    folder = data.fetch(name, quiet)
+    folder = weights.fetch(name)
     if kind == "whole":
         assert (folder / "model.safetensors").read_bytes() == file
     else:
         assert (folder / "model.safetensors").read_bytes().endswith(file[begin:end])
-        assert set(vision.read_safetensors(folder)) == {"vision_model.a", "vision_model.b"}
+        assert set(weights.read_safetensors(folder)) == {"vision_model.a", "vision_model.b"}
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -3390,26 +3399,26 @@ def test_a_kill_at_any_place_leaves_what_the_next_process_goes_on_with(hub, monk
 def test_of_siglip_only_the_vision_tower_is_fetched(hub, monkeypatch, tmp_path):
     file = siglip(hub)
     table(hub, monkeypatch, "google/siglip", prefix="vision_model.")
-    folder = data.fetch("short", quiet)
+    folder = weights.fetch("short")
     (tmp_path / "whole.safetensors").write_bytes(file)
-    whole, ours = vision.read_safetensors(tmp_path / "whole.safetensors"), vision.read_safetensors(folder)
+    whole, ours = weights.read_safetensors(tmp_path / "whole.safetensors"), weights.read_safetensors(folder)
     assert set(ours) == {name for name in whole if name.startswith("vision_model.")} and len(ours) == 2
     assert all(torch.equal(tensor.view(torch.int32), whole[name].view(torch.int32)) for name, tensor in ours.items())
-    entries, metadata, start = vision.read_header(folder / "model.safetensors")
+    entries, metadata, start = weights.read_header(folder / "model.safetensors")
     assert start % 8 == 0 and metadata == {"format": "pt", "etag": hashlib.sha256(file).hexdigest()}
     assert hub.sent < 21_000 < len(file) and all(hub.ranges())
     asked = len(hub.log)
-    assert data.fetch("short", quiet) == folder and len(hub.log) == asked
+    assert weights.fetch("short") == folder and len(hub.log) == asked
 
 
 def test_where_the_vision_tower_is_not_one_piece_the_whole_file_is_fetched(hub, monkeypatch):
     file = siglip(hub, between=True)
     table(hub, monkeypatch, "google/siglip", prefix="vision_model.")
-    assert (data.fetch("short", quiet) / "model.safetensors").read_bytes() == file
+    assert (weights.fetch("short") / "model.safetensors").read_bytes() == file
     file = siglip(hub)
     table(hub, monkeypatch, "google/siglip", "other", prefix="audio_model.")
-    data.REPOSITORIES["other"] = replace(data.REPOSITORIES["other"], revision="main")
-    assert (data.fetch("other", quiet) / "model.safetensors").read_bytes() == file
+    weights.REPOSITORIES["other"] = replace(weights.REPOSITORIES["other"], revision="main")
+    assert (weights.fetch("other") / "model.safetensors").read_bytes() == file
 
 
 @pytest.mark.parametrize("faults", [
@@ -3418,26 +3427,26 @@ def test_where_the_vision_tower_is_not_one_piece_the_whole_file_is_fetched(hub, 
 def test_the_vision_tower_recovers_too(hub, monkeypatch, faults):
     file = siglip(hub)
     table(hub, monkeypatch, "google/siglip", prefix="vision_model.")
-    monkeypatch.setattr(data, "CHUNK", 16)
+    monkeypatch.setattr(weights, "CHUNK", 16)
     hub.faults = list(faults)
-    folder = data.fetch("short", quiet)
+    folder = weights.fetch("short")
     at = file.index(noise(20_000, 2))
     assert not hub.faults and (folder / "model.safetensors").read_bytes()[-20_012:] == file[at:at + 20_012]
-    vision.read_header(folder / "model.safetensors")
+    weights.read_header(folder / "model.safetensors")
 
 
 @pytest.mark.parametrize("changed", [False, True])
 def test_two_versions_of_a_vision_tower_are_never_mixed(hub, monkeypatch, changed):
     """Resumed in a new process, unless the file has changed meanwhile: then it is fetched anew."""
     file = siglip(hub)
-    table(hub, monkeypatch, "google/siglip", pair=data.ANY, prefix="vision_model.")
+    table(hub, monkeypatch, "google/siglip", pair=weights.ANY, prefix="vision_model.")
     hub.faults = ["", "", "cut 9000", "status 404"]
     assert refuses(hub, "model.safetensors", "404", name="short")
     sent = hub.sent
     if changed:
         file = siglip(hub, seed=50)
-    assert finished(forked(lambda: data.fetch("short", quiet)))
-    ours = vision.read_safetensors(hub.folder / f"google--siglip@{COMMIT[:12]}")
+    assert finished(forked(lambda: weights.fetch("short")))
+    ours = weights.read_safetensors(hub.folder / f"google--siglip@{COMMIT[:12]}")
     at = file.index(noise(20_000, 52 if changed else 2))
     assert bytes(ours["vision_model.a"].view(torch.uint8).numpy()) == file[at:at + 20_000]
     assert (hub.sent - sent > 20_000) == changed
@@ -3445,10 +3454,10 @@ def test_two_versions_of_a_vision_tower_are_never_mixed(hub, monkeypatch, change
 
 def test_a_vision_tower_that_changes_between_two_attempts_is_one_line(hub, monkeypatch):
     siglip(hub)
-    table(hub, monkeypatch, "google/siglip", pair=data.ANY, prefix="vision_model.")
+    table(hub, monkeypatch, "google/siglip", pair=weights.ANY, prefix="vision_model.")
     hub.faults = ["", "", "cut 9000"]
-    keep = data.time.sleep
-    monkeypatch.setattr(data.time, "sleep", lambda seconds: (siglip(hub, seed=50), keep(0)))
+    keep = weights.time.sleep
+    monkeypatch.setattr(weights.time, "sleep", lambda seconds: (siglip(hub, seed=50), keep(0)))
     assert refuses(hub, "google/siglip, model.safetensors", "replaced", "run again", name="short")
 
 
@@ -3483,21 +3492,21 @@ def test_the_table_is_complete():
     names = [f"qwen2.5-{size}{kind}" for size in ("0.5b", "1.5b", "3b") for kind in ("", "-instruct")]
     names += ["siglip2-large-patch16-256", "siglip-large-patch16-256", "siglip2-base-patch16-224",
               "siglip-base-patch16-224", "siglip-so400m-patch14-224", "siglip-so400m-patch14-384", "llava-ov-0.5b"]
-    assert sorted(data.REPOSITORIES) == sorted(names)
-    for name, entry in data.REPOSITORIES.items():
+    assert sorted(weights.REPOSITORIES) == sorted(names)
+    for name, entry in weights.REPOSITORIES.items():
         assert len(entry.revision) == 40 and next(iter(entry.files)) == "config.json" and "@" not in entry.hub
         assert list(entry.files)[-1].endswith(".safetensors")  # last: who has the weights has all
         for size, digest in entry.files.values():
             assert (size is None or size > 1e6) and (digest is None or len(digest) == 64 and int(digest, 16))
         assert (entry.prefix == "vision_model.") == name.startswith("siglip")
         assert ("non-commercial" in entry.licence) == ("3b" in name)
-    assert list(data.REPOSITORIES["qwen2.5-3b"].files)[-3:] == [
+    assert list(weights.REPOSITORIES["qwen2.5-3b"].files)[-3:] == [
         "model.safetensors.index.json", "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"]
 
 
 def test_an_unknown_name_shows_the_known_ones():
     for name in "qwen", "Org/Name/more", "../evil", "Org/../x@main":
-        fails(lambda: data.fetch(name), repr(name), "qwen2.5-0.5b", "llava-ov-0.5b", "Org/Name@revision")
+        fails(lambda: weights.fetch(name), repr(name), "qwen2.5-0.5b", "llava-ov-0.5b", "Org/Name@revision")
     code, out, err = command("--download=Org/Name,qwen")
     assert code.startswith("error: 'qwen': no such repository") and "\n" not in code and not out and not err
     assert command("--downlod=x")[0] == 2
@@ -3505,7 +3514,7 @@ def test_an_unknown_name_shows_the_known_ones():
 
 def test_download_list_names_all():
     code, out, err = command("--download=list")
-    assert code == 0 and [line.split()[0] for line in out.splitlines()] == list(data.REPOSITORIES)
+    assert code == 0 and [line.split()[0] for line in out.splitlines()] == list(weights.REPOSITORIES)
     assert out.count("non-commercial") == 2
 
 
@@ -3518,28 +3527,29 @@ def test_download_prints_the_folder_of_each(hub):
     assert "model.safetensors: complete" in err and "%|" not in err  # no progress bar where nobody looks
 
 
-def test_qwen_comes_with_a_vision_tower_and_3b_with_its_licence(hub):
+def test_qwen_comes_with_a_vision_tower_and_3b_with_its_licence(hub, monkeypatch, capsys):
     """Its real entry of the table: the server here has none of it, and that is said after the licence."""
     hub.files["Qwen/Qwen2.5-3B"] = {}
+    monkeypatch.setattr(weights, "REPOSITORIES", TABLE)
     code, out, err = command("--download=qwen2.5-3b", "--vision=nothing")
     assert "'nothing'" in code and not hub.log
     serve(hub)
     code, out, err = command("--download=Org/Name", "--vision=nothing")  # only a Qwen needs eyes
     assert code == 0
-    said, folder = [], hub.folder / "x"
+    folder = hub.folder / "x"
     folder.mkdir(parents=True)
-    entry = runpy.run_path(str(HERE / "data.py"))["REPOSITORIES"]["qwen2.5-3b"]
-    data.announce(entry, [], folder, said.append)
+    weights.announce(TABLE["qwen2.5-3b"], [], folder)
+    said = capsys.readouterr().err.splitlines()
     assert "Qwen Research licence: non-commercial use only" in said[0] and "Qwen/Qwen2.5-3B" in said[0]
 
 
 def test_download_works_in_a_process_of_its_own(hub):
-    weights = serve(hub)
+    content = serve(hub)
     done = subprocess.run([sys.executable, str(HERE / "data.py"), "--download=Org/Name"], capture_output=True,
                           text=True, timeout=60)
     assert done.returncode == 0, done.stderr
     name, folder = done.stdout.split()
-    assert (Path(folder) / "model.safetensors").read_bytes() == weights
+    assert (Path(folder) / "model.safetensors").read_bytes() == content
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -3570,7 +3580,7 @@ def run(script: str, *flags, stdin: str = "", main=None) -> Ran:
     try:
         with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
             if main:
-                train_base.run(main)
+                training.run(main)
             else:
                 runpy.run_path(str(HERE / f"{script}.py"), run_name="__main__")
     except SystemExit as end:
@@ -3647,7 +3657,7 @@ def test_each_chapter_says_what_it_starts_from(trained):
 
 
 def test_alignment_leaves_the_decoder_as_it_was_to_the_last_bit(trained):
-    base, align, sft = (model.read_safetensors(trained[0] / "tiny" / stage / "model.safetensors")
+    base, align, sft = (weights.read_safetensors(trained[0] / "tiny" / stage / "model.safetensors")
                         for stage in ("base", "align", "sft"))
     decoder = [name for name in base if name.startswith("gpt.")]
     assert decoder and all(torch.equal(base[name], align[name]) for name in decoder)
@@ -3672,13 +3682,13 @@ START = {"base": "base", "align": "base", "sft": "align", "rl": "sft"}
 
 def interrupt_after(monkeypatch, step: int) -> None:
     "Ctrl-C, pressed while step number `step` is being logged."
-    write = train_base.Log.write
+    write = training.Log.write
 
     def write_and_press(self, **values):
         write(self, **values)
         if values.get("step") == step and "lr" in values:
             signal.raise_signal(signal.SIGINT)
-    monkeypatch.setattr(train_base.Log, "write", write_and_press)
+    monkeypatch.setattr(training.Log, "write", write_and_press)
 
 
 @pytest.mark.parametrize("stage", CHAPTERS)
@@ -3696,7 +3706,7 @@ def test_stopped_and_resumed_is_never_stopped_bit_for_bit(trained, tmp_path, mon
         interrupt_after(patch, 2)
         half = run(script, *flags, f"--out_dir={tmp_path / 'b'}", main=main)
     assert half.code == 0 and half.result["step"] == 2 and half.result["interrupted"] is True
-    assert model.read_json(tmp_path / "b" / "tiny" / stage / "state.json")["step"] == 2
+    assert weights.read_json(tmp_path / "b" / "tiny" / stage / "state.json")["step"] == 2
     rest = run(script, *flags, f"--out_dir={tmp_path / 'b'}", "--resume", main=main)
     assert rest.code == 0 and rest.result["step"] == 4 and "at step 2" in rest.err
     start = (trained[0] / "tiny" / START[stage] / "model.safetensors").read_bytes()
@@ -3736,7 +3746,7 @@ def test_two_processes_give_the_weights_of_one_with_two_micro_batches(trained, t
     two = run_process("train_sft", *flags, f"--out_dir={tmp_path / 'two'}", launcher=launcher)
     assert two.code == 0, two.err
     one = run("train_sft", *flags, f"--out_dir={tmp_path / 'one'}")
-    ours, theirs = (model.read_safetensors(tmp_path / name / "tiny/sft/model.safetensors") for name in ("one", "two"))
+    ours, theirs = (weights.read_safetensors(tmp_path / name / "tiny/sft/model.safetensors") for name in ("one", "two"))
     for name in ours:
         # A key's bias shifts all scores alike: its true gradient is 0, and AdamW makes full steps of rounding noise.
         if not name.endswith("qkv.bias"):
@@ -3746,12 +3756,12 @@ def test_two_processes_give_the_weights_of_one_with_two_micro_batches(trained, t
     one_loss, two_loss = ([row["loss"] for row in run_ if "lr" in row] for run_ in rows)
     assert one_loss == pytest.approx(two_loss, rel=1e-5)
     # Each process had but a share of the moments, and the checkpoint has all.
-    ours, theirs = (model.read_safetensors(tmp_path / name / "tiny/sft/optimizer.safetensors")
+    ours, theirs = (weights.read_safetensors(tmp_path / name / "tiny/sft/optimizer.safetensors")
                     for name in ("one", "two"))
     assert ours.keys() == theirs.keys()
     for name in ours:
         assert torch.allclose(ours[name], theirs[name], rtol=1e-3, atol=1e-5), name
-    states = [model.read_json(tmp_path / name / "tiny/sft/state.json") for name in ("one", "two")]
+    states = [weights.read_json(tmp_path / name / "tiny/sft/state.json") for name in ("one", "two")]
     assert states[0] == states[1]  # the places in the data too: a run may be resumed on another number of processes
     assert two.out.count("\n") == 1 and two.result.keys() == one.result.keys()
 
@@ -3765,9 +3775,9 @@ def test_help_names_every_flag_and_its_default(script):
     assert ran.code == 0 and not ran.err
     module = importlib.import_module(script)
     if script == "sample":
-        flags = vars(sample.parse_flags([]))
+        flags = vars(data.parse_flags("", sample.FLAGS, argv=[]))
     else:
-        flags = {name: default for name, (default, _) in getattr(module, "FLAGS", train_base.SHARED_FLAGS).items()}
+        flags = {name: default for name, (default, _) in getattr(module, "FLAGS", training.SHARED_FLAGS).items()}
     for name, default in flags.items():
         entry = re.search(rf"^  --{name}\b(.*?)(?=^  --|\Z)", ran.out, re.MULTILINE | re.DOTALL)
         assert entry, name
@@ -3929,14 +3939,14 @@ def test_without_any_checkpoint_the_error_about_a_record_is_the_same(tmp_path, s
     assert not (tmp_path / "out").exists()
 
 
-def test_resuming_with_other_lanes_is_refused(trained):
-    # On another number of processes --micro_batch_size=0 would mean other rows per forward pass, and other lanes
-    # through the data.
-    flags = train_base.parse_flags("", train_base.SHARED_FLAGS, train_base.BY_MODEL, [*QUICK, "--micro_batch_size=2"])
+def test_resuming_with_another_number_of_micro_batches_is_refused(trained):
+    # On another number of processes --micro_batch_size=0 would mean other rows per forward pass, and other positions
+    # in the data.
+    flags = training.parse_flags("", train_sft.FLAGS, train_sft.BY_MODEL, [*QUICK, "--micro_batch_size=2"])
     vlm, tokenizer = model.load_checkpoint(trained[0] / "tiny/sft"), Tokenizer.from_pretrained(trained[0] / "tiny/sft")
-    state = model.read_json(trained[0] / "tiny/sft/state.json")
+    state = weights.read_json(trained[0] / "tiny/sft/state.json")
     assert len(state["data"]) == 1
-    assert fails(lambda: train_base.start_data(flags, train_base.Setup(flags), vlm, tokenizer, "chat", state),
+    assert fails(lambda: training.make_loaders(flags, training.Setup(flags), vlm, tokenizer, world.World("chat"), state),
           "--micro_batch_size")
 
 
@@ -3988,9 +3998,9 @@ def own_data(tmp_path):
     (folder / "images").mkdir(parents=True)
     rows = []
     for i in range(24):
-        colour = list(data.COLOURS)[i % 7]
+        colour = list(world.COLOURS)[i % 7]
         rows.append(llava(f"{i}.png", id=f"r{i}", answer=colour))
-        (folder / "images" / f"{i}.png").write_bytes(image_bytes((*data.COLOURS[colour][:2], i)))
+        (folder / "images" / f"{i}.png").write_bytes(image_bytes((*world.COLOURS[colour][:2], i)))
     (folder / "zip").mkdir()
     with zipfile.ZipFile(folder / "zip" / "images.zip", "w") as file:
         for path in (folder / "images").iterdir():
@@ -4045,14 +4055,14 @@ def test_the_first_chapter_learns_from_text(trained, tmp_path):
 def ask(trained: Path, question: str, image: Path | None = None, new: int = 12) -> str:
     "What the model under `trained` says, by the library and not by the script."
     vlm, tokenizer = sample.load_checkpoint(trained / "tiny/rl").eval(), Tokenizer.from_pretrained(trained / "tiny/rl")
-    pixels = [sample.to_pixels(vlm, image, sample.parse_flags([]))] if image else []
+    pixels = [sample.to_pixels(vlm, image, data.parse_flags("", sample.FLAGS, argv=[]))] if image else []
     return model.respond(vlm, tokenizer, [[sample.user_message(question, len(pixels))]], [pixels],
                          max_new_tokens=new)[0]
 
 
 @pytest.fixture()
 def photo(tmp_path):
-    data.World("captions")[0]["images"][0].draw(100).save(tmp_path / "photo.png")
+    world.World("captions")[0]["images"][0].draw(100).save(tmp_path / "photo.png")
     return tmp_path / "photo.png"
 
 
@@ -4148,7 +4158,7 @@ def test_bench_says_how_good_a_checkpoint_is(trained, tmp_path, own_data):
     assert ran.code == 0 and len(ran.out.splitlines()) == 1
     keys = {"n", "accuracy", "ci95", "blind_accuracy", "shuffled_accuracy", "by_kind"}
     assert ran.result.keys() >= keys and ran.result["n"] == 10 \
-        and ran.result["ci95"] == list(data.wilson(10 * ran.result["accuracy"], 10))
+        and ran.result["ci95"] == list(train_sft.wilson(10 * ran.result["accuracy"], 10))
     assert set(ran.result["splits"]) == {"scenes", "pairs"}
     for file, n in (("files.json", 24), ("table.tsv", 24)):
         ran = run("bench", "--what=eval", f"--init={out / 'tiny/sft'}", f"--data={own_data / file}", "--eval_size=100",
@@ -4169,14 +4179,14 @@ def test_bench_says_how_fast_this_machine_is(tmp_path, trained):
 
 def test_the_model_of_the_world_is_scored_right_when_it_is_right(trained, monkeypatch):
     # A model that always finds the right answer gets 1, and its blind twin, which says the commonest word, does not.
-    setup = train_base.Setup(train_base.parse_flags("", train_base.SHARED_FLAGS, train_base.BY_MODEL, ["--device=cpu"]))
-    records = [data.World("exam", "scenes")[i] for i in range(20)]
+    setup = training.Setup(training.parse_flags("", train_sft.FLAGS, train_sft.BY_MODEL, ["--device=cpu"]))
+    records = [world.World("exam", "scenes")[i] for i in range(20)]
     right = [record["messages"][-1]["content"] for record in records]
-    monkeypatch.setattr(train_base, "answers", lambda vlm, tokenizer, rows, image="own":
+    monkeypatch.setattr(train_sft, "answers", lambda vlm, tokenizer, rows, image="own":
                         right if image == "own" else ["yes"] * len(rows))
-    result = train_base.evaluate_with_baselines(None, None, {"scenes": records}, setup)["scenes"]
+    result = train_sft.evaluate_with_baselines(None, None, {"scenes": records}, setup)["scenes"]
     assert result["accuracy"] == 1 and result["blind_accuracy"] == sum(answer == "yes" for answer in right) / 20
-    assert set(result["by_kind"]) == set(data.QUESTIONS)
+    assert set(result["by_kind"]) == set(world.QUESTIONS)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -4197,7 +4207,7 @@ def serve_models(hub, tmp_path) -> Tokenizer:
         "image_size": 32, "patch_size": 8}))
     siglip.save_pretrained(tmp_path / "siglip")
     path = tmp_path / "siglip" / "model.safetensors"
-    vision.write_safetensors({n: t.clone() for n, t in vision.read_safetensors(path).items()}, path, {"format": "pt"})
+    weights.write_safetensors({n: t.clone() for n, t in weights.read_safetensors(path).items()}, path, {"format": "pt"})
     (tmp_path / "siglip" / "preprocessor_config.json").write_text('{"resample": 2}')
     for name in ("qwen", "siglip"):
         hub.files[f"Org/{name}"] = {p.name: p.read_bytes() for p in (tmp_path / name).iterdir()}
@@ -4231,7 +4241,7 @@ def test_a_hub_model_trains_and_answers_by_its_name_alone(hub, tmp_path, monkeyp
     # With a bare MLP it goes out as a LLaVA, whose placeholder is the tokenizer's.
     assert run("train_align", *SMALL, model_, eyes, "--bridge=mlp", f"--out_dir={tmp_path / 'mlp'}").code == 0
     ran = run("sample", model_, f"--out_dir={tmp_path / 'mlp'}", "--device=cpu", f"--export={tmp_path / 'llava'}")
-    config = model.read_json(tmp_path / "llava" / "config.json")
+    config = weights.read_json(tmp_path / "llava" / "config.json")
     assert ran.code == 0 and config["image_token_index"] == Tokenizer.from_pretrained(tmp_path / "qwen").image_pad
     assert isinstance(model.load_checkpoint(tmp_path / "llava"), VLM)
 
@@ -4245,11 +4255,11 @@ def test_a_decoder_without_eyes_talks_and_says_so_when_shown_a_picture(hub, tmp_
     ran = run("sample", *flags, "--question=What colour?")
     assert ran.code == 0 and ran.out.endswith("\n") and not hub.requests("GET", "siglip")
     one_line(run("sample", *flags, f"--image={HERE / 'cat.jpg'}"), "qwen", "train_align.py")
-    vlm, folder = model.load_pretrained("Org/qwen", blind=True)
+    vlm, folder = model.load_pretrained("Org/qwen", text_only=True)
     assert vlm.config.generation == {"temperature": 0.7, "top_p": 0.8, "top_k": 20, "repetition_penalty": 1.1}
-    asked = sample.parse_flags([])
+    asked = data.parse_flags("", sample.FLAGS, argv=[])
     assert sample.options(vlm, asked) == {"max_new_tokens": 256, **vlm.config.generation}
-    assert sample.options(vlm, sample.parse_flags(["--temperature=0", "--top_k=3"]))["top_k"] == 3
+    assert sample.options(vlm, data.parse_flags("", sample.FLAGS, argv=["--temperature=0", "--top_k=3"]))["top_k"] == 3
     assert Tokenizer.from_pretrained(folder).default_system == "You are a helpful assistant."
     greedy = {"do_sample": False, "temperature": 0.7, "repetition_penalty": 1.05}
     (folder / "generation_config.json").write_text(json.dumps(greedy))
@@ -4262,14 +4272,14 @@ def test_a_decoder_without_eyes_talks_and_says_so_when_shown_a_picture(hub, tmp_
 def test_without_a_checkpoint_the_public_model_answers_or_two_commands_are_named(hub, tmp_path, monkeypatch):
     flags = [f"--image={HERE / 'cat.jpg'}", f"--out_dir={tmp_path / 'out'}", "--device=cpu", "--max_new_tokens=4"]
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    monkeypatch.setitem(data.REPOSITORIES, "llava-ov-0.5b", data.Repository("llava-hf/ov", "main", {}))
+    monkeypatch.setitem(weights.REPOSITORIES, "llava-ov-0.5b", weights.Repository("llava-hf/ov", "main", {}))
     one_line(run("sample", *flags), "train_align.py", "train_sft.py", "HF_HUB_OFFLINE")
     monkeypatch.delenv("HF_HUB_OFFLINE")
     save_onevision(tmp_path / "ov")
     special = {"<|endoftext|>": 297, "<|im_start|>": 298, "<|im_end|>": 299, "<image>": 300}
     Tokenizer({bytes([b]): b for b in range(256)}, special).save_hub(tmp_path / "ov")
     hub.files["llava-hf/ov"] = {p.name: p.read_bytes() for p in (tmp_path / "ov").iterdir()}
-    monkeypatch.setitem(data.REPOSITORIES, "llava-ov-0.5b", data.Repository("llava-hf/ov", "main", {}))
+    monkeypatch.setitem(weights.REPOSITORIES, "llava-ov-0.5b", weights.Repository("llava-hf/ov", "main", {}))
     for anyres in ("True", "False"):
         ran = run("sample", *flags, f"--anyres={anyres}")
         assert ran.code == 0 and ran.out, ran.err
@@ -4320,7 +4330,7 @@ def test_predicted_memory_is_within_a_tenth_of_what_an_h200_measured():
 
 def test_memory_is_told_for_each_stage_and_card(monkeypatch):
     import bench
-    monkeypatch.setattr(bench, "kept", lambda module, compiled, *inputs: inputs[0].nbytes)  # what it really is: above
+    monkeypatch.setattr(bench, "saved_bytes", lambda module, compiled, *inputs: inputs[0].nbytes)  # the real one: above
     ran = run("bench", "--what=memory", "--model=tiny", "--batch_size=4", "--seq_len=64", main=bench.main)
     assert ran.code == 0 and {"base", "align", "sft"} <= ran.result.keys()
     for stage in ("base", "align", "sft"):
@@ -4380,14 +4390,14 @@ def test_lora_adds_nothing_at_first_and_then_learns_alone():
     before = vlm(batch).item()
     vlm.add_lora(4)
     assert vlm(batch).item() == before
-    params = train_base.freeze(vlm, ["decoder"])
+    params = training.freeze_all_but(vlm, ["decoder"])
     assert params and all(".lora_" in name for name in params)
     assert sum(p.numel() for p in params.values()) == 4 * sum(
         sum(linear.weight.shape) for linear in vlm.modules() if isinstance(linear, model.LoRALinear))
     kept = {name: p.detach().clone() for name, p in vlm.named_parameters()}
-    optimizer = train_base.Optimizer(params, "adamw", 0.01)
+    optimizer = training.Optimizer(params, "adamw", 0.01)
     for _ in range(2):  # a moves from the second step on: at first b, all zeros, hides it
-        train_base.train_step(vlm, [batch], train_base.supervised([batch], setup()), optimizer, setup(), 1.0)
+        training.train_step(vlm, [batch], training.count_supervised([batch], setup()), optimizer, setup(), 1.0)
     for name, p in vlm.named_parameters():
         assert torch.equal(p, kept[name]) == (name not in params), name
     assert vlm(batch).item() < before
@@ -4397,10 +4407,10 @@ def test_lora_goes_through_checkpoints_and_is_merged_on_export(tmp_path):
     vlm = tiny_vlm("mlp")
     vlm.add_lora(3)
     shake(vlm)
-    model.save_checkpoint(tmp_path / "lora", vlm, tokenizer())
+    training.save_checkpoint(tmp_path / "lora", vlm, tokenizer())
     again, ids = model.load_checkpoint(tmp_path / "lora"), torch.arange(20)[None]
     assert again.config.lora_rank == 3 and torch.equal(again.gpt(ids), vlm.gpt(ids))
-    model.export(tmp_path / "hf", vlm, tokenizer(), decoder_only=True, dtype=torch.float32)
+    sample.export(tmp_path / "hf", vlm, tokenizer(), decoder_only=True, dtype=torch.float32)
     plain = GPT.from_pretrained(tmp_path / "hf")
     assert not any(isinstance(m, model.LoRALinear) for m in plain.modules())
     assert far(plain(ids), vlm.gpt(ids)) < 1e-5
@@ -4445,7 +4455,7 @@ def test_on_a_gpu_the_loss_and_its_gradients_are_those_of_the_cpu(compiled):
     docs = [data.Document(i, torch.randint(0, 1000, (n,), generator=torch.Generator().manual_seed(i)).tolist(),
                           [0] * (n // 2) + [1] * (n - n // 2), [1] * (n > 12), {"id": "", "images": [i] * (n > 12)})
             for i, n in enumerate((40, 30, 9, 25, 50, 12, 33))]
-    batch = data.to_batch(*data.pack(docs, 2, 100, vlm.config.bridge.num_tokens)[:2], lambda source, record:
+    batch = data.collate(*data.pack(docs, 2, 100, vlm.config.bridge.num_tokens)[:2], lambda source, record:
                           torch.randint(0, 256, (3, 72, 72), dtype=torch.uint8))
     losses, gradients = [], []
     for device, dtype in (("cpu", torch.float32), ("cuda", torch.float32), ("cuda", torch.bfloat16)):
@@ -4467,11 +4477,11 @@ def test_on_a_gpu_the_loss_and_its_gradients_are_those_of_the_cpu(compiled):
 def test_on_a_gpu_training_in_float8_is_near_training_in_bfloat16(frozen):
     vlm = VLM(model.preset("tiny")).cuda().to(torch.bfloat16)
     vlm.compile_parts()
-    for part in vlm.groups().values():
+    for part in vlm.parts().values():
         part.requires_grad_(part is not vlm.gpt or not frozen)
     docs = [data.Document(i, torch.randint(0, 1000, (40,)).tolist(), [0] * 10 + [1] * 30, [1],
                           {"id": "", "images": [i]}) for i in range(12)]
-    batch = data.to_batch(*data.pack(docs, 4, 128, vlm.config.bridge.num_tokens)[:2], lambda source, record:
+    batch = data.collate(*data.pack(docs, 4, 128, vlm.config.bridge.num_tokens)[:2], lambda source, record:
                           torch.randint(0, 256, (3, 72, 72), dtype=torch.uint8))
     batch, losses, gradients = {n: v if v is None else v.cuda() for n, v in batch.items()}, [], []
     for float8 in (False, True):

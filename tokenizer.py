@@ -1,33 +1,34 @@
 """
-Text -> ids, and conversations -> (ids, loss mask, image slots). Start reading here: nothing below this file knows text.
+Text -> ids, and conversations -> (ids, loss mask, image slots). Start reading here: this file uses no other.
 
-A language model reads integers. Text becomes integers in four steps, each of which you can print:
+A language model reads integers, called token ids. Text becomes ids in four steps:
 
     "I'm at  ten"  --regex-->  "I" "'m" " at" " " " ten"  --UTF-8-->  bytes  --merges-->  [40, 2776, 518, 220, 5779]
 
-1. Text is normalised (Unicode NFC), so that an accented letter has one spelling.
-2. PATTERN cuts it into pieces of about one word. No token ever crosses the edge of a piece.
-3. Each piece becomes its UTF-8 bytes: 256 symbols, so there is no character that the vocabulary does not know.
-4. Byte-pair encoding glues neighbours together, the pair learned first going first, until no learned pair is left.
+1. Text is normalised (Unicode NFC), so that an accented letter has only one spelling.
+2. PATTERN cuts it into pieces of about one word. A token never reaches over the end of a piece.
+3. Each piece becomes its UTF-8 bytes. There are only 256 bytes, so no character is unknown.
+4. Byte-pair encoding (BPE) merges neighbours into longer tokens. It takes the merge that was learned first, then the
+   next, until no learned merge fits.
 
-`train_bpe` learns those merges. A learned pair's place in the list is both its rank and its token id, which is why
-the whole tokenizer is one table {bytes: id}. tiktoken applies the table, in Rust; Qwen2.5's 151,643 entries and the
-thousand of our own small models go through the same code.
+`train_bpe` learns the merges. The position of a merge in the learned order is its rank and also its token id, so the
+whole tokenizer is one table {bytes: id}. tiktoken applies this table with fast Rust code. Qwen2.5's 151,643 entries and
+the few thousand entries of our own small models use the same code.
 
-A conversation is text with marks in it (this form is called ChatML):
+A conversation is text with special tokens in it. This format is called ChatML:
 
     <|im_start|>user                                                             mask 0
-    <|vision_start|><|image_pad|>...<|image_pad|><|vision_end|>What is this?     mask 0    slot = the first pad
+    <|vision_start|><|image_pad|>...<|image_pad|><|vision_end|>What is this?     mask 0    slot = the first image token
     <|im_end|>                                                                   mask 0
     <|im_start|>assistant                                                        mask 0
-    A cat.<|im_end|>                                                             mask 1    all that is learned
+    A cat.<|im_end|>                                                             mask 1    the supervised tokens
 
-The marks are single ids which no text can produce: a user who types "<|im_end|>" gets ordinary punctuation tokens.
-The pads keep the places which the model later overwrites with what it saw in the image. `Tokenizer.render` does
-this, and it is the only code that does: training, evaluation and chat cannot drift apart.
+Each special token has its own id, and no text can produce it: a user who types "<|im_end|>" gets ordinary tokens.
+<|image_pad|> is the image token. An image is a run of them, and the model replaces their embeddings by image features.
+`Tokenizer.render` makes all this, and nothing else does. So training, evaluation and chat always use the same format.
 
-Left out: tool calls and reasoning blocks of the newer chat templates, and vocabularies that cut text by another
-pattern than Qwen's (they are refused, for they would load and then give subtly wrong ids).
+Left out: tool calls and the reasoning blocks of newer chat templates. Also vocabularies that cut text with another
+pattern than Qwen's: they would load and then give slightly wrong ids, so they are refused.
 """
 
 import base64
@@ -41,17 +42,18 @@ from typing import Iterable, NamedTuple
 
 import tiktoken
 
-# Qwen's rule for cutting text into pieces. Alternatives are tried from left to right:
+# Qwen's rule for cutting text into pieces. The regex engine tries the alternatives from first to last:
 PATTERN = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"  # an English ending: I'm -> I 'm
-    r"|[^\r\n\p{L}\p{N}]?\p{L}+"  # a word, with the one space or sign before it
-    r"|\p{N}"  # digits one by one: 2024 is four tokens, so any number is spelled the same way everywhere
-    r"| ?[^\s\p{L}\p{N}]+[\r\n]*"  # a run of signs, with the newlines after it
-    r"|\s*[\r\n]+"  # newlines, with the indent before them
-    r"|\s+(?!\S)|\s+"  # other white space, leaving its last space to the word that follows
+    r"|[^\r\n\p{L}\p{N}]?\p{L}+"  # a word, with one space or punctuation mark before it
+    r"|\p{N}"  # digits one by one: 2024 is four tokens, and every number is cut in the same way
+    r"| ?[^\s\p{L}\p{N}]+[\r\n]*"  # a run of punctuation marks, with the newlines after it
+    r"|\s*[\r\n]+"  # newlines, with the spaces before them
+    r"|\s+(?!\S)|\s+"  # other white space, but its last space goes to the word that follows
 )
 
-# Qwen2.5's table in id order. Its ids follow the regular ones: 151643 and on there, after our own merges elsewhere.
+# Qwen2.5's special tokens in the order of their ids. The ids follow those of the regular tokens: from 151643 on for
+# Qwen2.5, and directly after the merges for a tokenizer of our own.
 SPECIAL_TOKENS = [
     "<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|object_ref_start|>", "<|object_ref_end|>",
     "<|box_start|>", "<|box_end|>", "<|quad_start|>", "<|quad_end|>", "<|vision_start|>", "<|vision_end|>",
@@ -59,31 +61,33 @@ SPECIAL_TOKENS = [
     "<|fim_prefix|>", "<|fim_middle|>", "<|fim_suffix|>", "<|fim_pad|>", "<|repo_name|>", "<|file_sep|>",
 ]
 
-IMAGE = "<image>"  # in the content of a message: here the next image is shown (LLaVA's convention)
-ROLES = ("system", "user", "assistant")  # only what the assistant says is learned
-MAX_BLANKS = 100_000  # a longer run of white space overflows the stack of tiktoken's regex engine, which then aborts
+IMAGE = "<image>"  # in the content of a message: the place of the next image (as in LLaVA's data)
+ROLES = ("system", "user", "assistant")  # only what the assistant says is supervised
+MAX_BLANKS = 100_000  # trap: a longer run of white space overflows the stack of tiktoken's regex engine
 
-# -----------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------------------
 # Text to pieces
 
 
 def clean(text: str) -> str:
-    """The form in which text is trained on and encoded: NFC, and no half of a surrogate pair (JSON can hold one)."""
+    """Text as it is trained on and encoded: in Unicode form NFC and without broken characters."""
     text = unicodedata.normalize("NFC", text)
+    # JSON can contain one half of a surrogate pair, which UTF-8 cannot encode. It becomes U+FFFD here.
     return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
-# Only training needs the pieces themselves (encoding cuts inside tiktoken), and Python's re knows no \p{L}. So we
-# match a shadow of the text, in which ASCII stands for each kind of character, and cut the real text at those places.
+# Only training needs the pieces themselves, because tiktoken cuts text inside its own code. Python's re does not know
+# \p{L} (any letter) and \p{N} (any number). So we match a copy of the text, the shadow, in which an ASCII character
+# replaces each character of the same kind. Then we cut the real text at the same places.
 class _Shadow(dict):
-    """Code point -> an ASCII character of the same kind: {"é": "a", "½": "0", "。": "!"}, filled as they turn up."""
+    """Code point -> an ASCII character of the same kind: {"é": "a", "½": "0", "。": "!"}, filled when needed."""
 
     def __missing__(self, code: int) -> str:
         char = chr(code)
         if code < 128:
-            kind = "!" if char == "_" else char  # to re the underscore is a letter, to PATTERN it is a sign
+            kind = "!" if char == "_" else char  # an underscore is a letter for re, but not for PATTERN
         elif char == "\u017f":
-            kind = "s"  # the old long s, which (?i:'s) accepts too; no other letter of the endings has such a twin
+            kind = "s"  # the old long s: (?i:'s) matches it too. No other letter of the English endings has such a form
         else:
             kind = "\t" if char.isspace() else {"L": "a", "N": "0"}.get(unicodedata.category(char)[0], "!")
         self[code] = kind
@@ -91,7 +95,8 @@ class _Shadow(dict):
 
 
 _SHADOW = _Shadow()
-# Without underscores, \w is letters and digits. ASCII makes \s the same six characters as in tiktoken's engine.
+# The shadow has no underscores, so \w matches exactly letters and digits in it. re.ASCII makes \s match the same six
+# characters as in tiktoken's engine.
 _SHADOW_PATTERN = re.compile(
     PATTERN.replace(r"\p{L}\p{N}", r"\w").replace(r"\p{L}", r"[^\W\d]").replace(r"\p{N}", r"\d"), re.ASCII
 )
@@ -102,7 +107,7 @@ def split(text: str) -> list[str]:
     return [text[m.start() : m.end()] for m in _SHADOW_PATTERN.finditer(text.translate(_SHADOW))]
 
 
-# -----------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------------------
 # Training
 
 
@@ -112,21 +117,22 @@ def _merge(ids: list[int], pair: tuple[int, int], new: int) -> list[int]:
     while i < len(ids):
         found = tuple(ids[i : i + 2]) == pair
         out.append(new if found else ids[i])
-        i += 2 if found else 1  # from the left, never overlapping: "aaa" becomes "aa" "a", as in tiktoken
+        i += 2 if found else 1  # from the left and never overlapping, as in tiktoken: "aaa" becomes "aa" "a"
     return out
 
 
 def train_bpe(texts: Iterable[str], vocab_size: int) -> dict[bytes, int]:
     """
-    Learn merges: again and again, the most frequent pair of neighbours becomes a new token. Returns {bytes: id}: the
-    256 single bytes, then the merges in the order learned; fewer than vocab_size if no pair is left that occurs twice.
+    Learn merges: in each step the most frequent pair of neighbours becomes a new token. Returns {bytes: id}: the 256
+    single bytes, then the merges in the order learned. It stops before vocab_size if no pair occurs twice any more.
     """
     if vocab_size < 256:
         raise ValueError(f"a byte-level vocabulary needs 256 entries before its first merge, got room for {vocab_size}")
     if isinstance(texts, str):
         raise ValueError("texts must be a list of texts, got one string: put it into a list")
 
-    # Text repeats itself, so count each distinct piece once and work on those: 1 MB of English has about 15,000.
+    # The same pieces occur again and again, so the work is done once per distinct piece. 1 MB of English has about
+    # 15,000 of them.
     frequency = Counter()  # piece -> occurrences
     for text in texts:
         frequency.update(split(clean(text)))
@@ -134,27 +140,29 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> dict[bytes, int]:
     times = list(frequency.values())  # how often each word occurs
 
     counts = Counter()  # pair -> occurrences in the whole text
-    where = defaultdict(set)  # pair -> words that have held it; some may have lost it since
+    where = defaultdict(set)  # pair -> words that contain it, or did so before some merge
     for w, ids in enumerate(words):
         for pair in zip(ids, ids[1:]):
             counts[pair] += times[w]
             where[pair].add(w)
 
-    # A max-heap finds the best pair without a scan over all. It cannot change an entry, so every changed count is
-    # pushed anew and an entry that no longer tells the count is skipped. Ties go to the pair with the older tokens.
+    # A heap finds the most frequent pair without a search through all pairs. Counts are negative because heapq returns
+    # the smallest entry first. A heap entry cannot be changed: each changed count is pushed as a new entry, and an
+    # entry with an old count is skipped. Of two equal counts, the pair with the smaller ids comes first.
     heap = [(-count, pair) for pair, count in counts.items()]
     heapq.heapify(heap)
     tokens = [bytes([b]) for b in range(256)]  # id -> bytes
     while heap and len(tokens) < vocab_size:
         count, pair = heapq.heappop(heap)
         if -count != counts[pair]:
-            continue  # out of date
+            continue  # an entry with an old count
         if -count < 2:
-            break  # a pair seen once is no pattern
+            break  # a pair that occurs only once would be a token for one place in the text
         new = len(tokens)
         tokens.append(tokens[pair[0]] + tokens[pair[1]])
-        # Only words that hold the pair change. Recounting those few is what keeps this from being quadratic.
-        change = Counter()  # pair -> how much its count moves by this merge
+        # Only the words that contain the pair change, and only they are counted again. Counting all words after each
+        # merge would take much longer.
+        change = Counter()  # pair -> by how much this merge changes its count
         for w in where.pop(pair):
             before, words[w] = words[w], _merge(words[w], pair, new)
             for p in zip(before, before[1:]):
@@ -169,14 +177,14 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> dict[bytes, int]:
     return {token: i for i, token in enumerate(tokens)}
 
 
-# -----------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------------------
 # The files of the Hugging Face hub
 
 
 def _byte_alphabet() -> dict[str, int]:
-    """The hub's files spell bytes as visible characters, GPT-2's way: {"!": 33, "Ġ": 32 (space), "Ċ": 10 (newline)}"""
-    visible = [*range(33, 127), *range(161, 173), *range(174, 256)]  # these stand for themselves
-    rest = [b for b in range(256) if b not in visible]  # each is shown as the next character from U+0100 on
+    """The hub's files write bytes as visible characters, like GPT-2: {"!": 33, "Ġ": 32 (space), "Ċ": 10 (newline)}"""
+    visible = [*range(33, 127), *range(161, 173), *range(174, 256)]  # these are written as themselves
+    rest = [b for b in range(256) if b not in visible]  # written as the characters from U+0100 on, in order
     return {chr(b): b for b in visible} | {chr(256 + i): b for i, b in enumerate(rest)}
 
 
@@ -189,8 +197,8 @@ def _read_json(path: Path) -> dict:
 
 def _ranks_from_merges(vocab: dict[str, int], merges: list, special: dict[str, int]) -> dict[bytes, int]:
     """{"Ġt": 258, ...} -> {b" t": 258, ...}"""
-    # The hub keeps the merges apart from the ids; tiktoken takes the ids for the order of merging. That is right only
-    # if ids rise along the list of merges and each merge joins tokens that were made before it. So check both.
+    # The hub stores the order of the merges and the ids separately, but tiktoken uses the ids as the order. That is the
+    # same only if ids rise along the list of merges and each merge joins two tokens that already exist. Check both.
     alphabet = _byte_alphabet()
     regular = {token: i for token, i in vocab.items() if token not in special}
     known, last = set(alphabet), -1
@@ -201,17 +209,17 @@ def _ranks_from_merges(vocab: dict[str, int], merges: list, special: dict[str, i
             raise ValueError(f"merge {merge!r} is out of order or not in the vocabulary; use one Qwen model's files")
         known.add(token)
         last = regular[token]
-    # A token that no merge makes could not come out of the hub's tokenizer, but it could come out of tiktoken.
+    # The hub's tokenizer can never produce a token that no merge makes, but tiktoken can. So there must be none.
     if known != regular.keys():
         raise ValueError(f"bytes and merges do not give the listed tokens: see {min(known ^ regular.keys())!r}")
     return {bytes(alphabet[c] for c in token): i for token, i in regular.items()}
 
 
 def _read_hub(folder: Path) -> tuple[dict[bytes, int], dict[str, int], str | None]:
-    """tokenizer.json, or the older pair vocab.json and merges.txt -> ranks, special tokens, default system text"""
+    """tokenizer.json, or the older files vocab.json and merges.txt -> ranks, special tokens, default system text"""
     config = folder / "tokenizer_config.json"
     config = _read_json(config) if config.exists() else {}
-    if (folder / "tokenizer.json").exists():  # one file with everything in it, also the pattern
+    if (folder / "tokenizer.json").exists():  # one file with everything, including the pattern
         hub = _read_json(folder / "tokenizer.json")
         cutter = hub.get("pre_tokenizer") or {}
         steps = cutter.get("pretokenizers", [cutter])
@@ -223,18 +231,18 @@ def _read_hub(folder: Path) -> tuple[dict[bytes, int], dict[str, int], str | Non
         vocab = _read_json(folder / "vocab.json")
         lines = (folder / "merges.txt").read_text(encoding="utf-8").split("\n")
         merges = [line for line in lines if line and not line.startswith("#version")]  # "# #" is a merge
-        # These two hold regular tokens only. The special ones stand in one of two files, or are Qwen's.
+        # These two files contain regular tokens only. Special tokens are in one of two other files, or we take Qwen's.
         if "added_tokens_decoder" in config:
             special = {token["content"]: int(i) for i, token in config["added_tokens_decoder"].items()}
         elif (folder / "added_tokens.json").exists():
             special = _read_json(folder / "added_tokens.json")
         else:
             special = {name: max(vocab.values()) + 1 + i for i, name in enumerate(SPECIAL_TOKENS)}
-    # Of the chat template, a program in Jinja, we need one thing: the system text which it puts before a conversation
-    # that has none. Newer repositories keep it in its own file. In a quoted string the newline is a backslash and n.
+    # The chat template is a program in Jinja. We need one thing from it: the system text that it adds to a conversation
+    # without one. Newer repositories store it in its own file. In its strings a newline is a backslash and an n.
     jinja = folder / "chat_template.jinja"
     template = jinja.read_text(encoding="utf-8") if jinja.exists() else str(config.get("chat_template", ""))
-    # Text with a quote or a brace in it escapes this search, so `save_hub` also writes it as an entry of its own.
+    # This search misses a text that contains a quote or a brace. So `save_hub` also writes the text as its own entry.
     found = re.search(r"<\|im_start\|>system(?:\\n|\n)([^<{}']+)<\|im_end\|>", template)
     default_system = config.get("default_system", found[1] if found else None)
     # LLaVA-OneVision was trained with this text before every conversation, but its template lacks it.
@@ -244,22 +252,23 @@ def _read_hub(folder: Path) -> tuple[dict[bytes, int], dict[str, int], str | Non
 
 
 def _find_merges(vocab: dict[str, int]) -> list[str]:
-    """The way back from ids, which must rise: {..., "t": 83, "Ġ": 220, "Ġt": 259, "Ġth": 339} -> ["Ġ t", "Ġt h"]"""
+    """Merges from ids, which must rise: {..., "t": 83, "Ġ": 220, "Ġt": 259, "Ġth": 339} -> ["Ġ t", "Ġt h"]"""
     merges = []
     for token, rank in vocab.items():
         parts = list(token)
-        while len(parts) > 2:  # glue as tiktoken does; the last two parts are those that the token is merged from
+        while len(parts) > 2:  # merge as tiktoken does; the last two parts are the pair that makes the token
             ranks = [vocab.get(a + b, rank) for a, b in zip(parts, parts[1:])]
             i = ranks.index(min(ranks))
-            if ranks[i] >= rank:  # tiktoken has a short cut to such a token, but no list of merges can make it
+            if ranks[i] >= rank:  # tiktoken finds such a token directly in its table, but no merges make it
                 raise ValueError(f"token {token!r} is not made of older ones; the hub's files cannot hold this table")
             parts[i : i + 2] = [parts[i] + parts[i + 1]]
         merges += [" ".join(parts)] if len(parts) == 2 else []
     return merges
 
 
-# What `render` does, as a program in Jinja, which the hub's software runs. `save_hub` sets its two variables before it.
-# Trap: what is undefined prints as nothing. The '' + makes a part that is neither text nor image an error instead.
+# The same format as `render`, as a Jinja program that the hub's software runs. `save_hub` writes the values of its
+# variables `image` and `default_system` before it. Trap: Jinja prints an undefined value as nothing. The '' + makes
+# it an error instead, so a part that is neither text nor image cannot be lost unnoticed.
 CHAT_TEMPLATE = r"""
 {%- if default_system is defined and messages[0].role != 'system' %}
     {{- '<|im_start|>system\n' + default_system + '<|im_end|>\n' }}
@@ -272,16 +281,16 @@ CHAT_TEMPLATE = r"""
 {%- if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"""
 
 
-# -----------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------------------
 # The tokenizer
 
 
 class Rendered(NamedTuple):
-    """A conversation as the model reads it. ids and mask have the same length."""
+    """A conversation as the model reads it. ids and mask have the same length T."""
 
     ids: list[int]
-    mask: list[int]  # 1 where ids[i] is to be learned, that is, predicted from ids[:i]
-    slots: list[int]  # per image, in order: where its run of pads starts in ids
+    mask: list[int]  # loss mask: 1 where ids[i] is supervised, that is, the model learns to predict it from ids[:i]
+    slots: list[int]  # per image, in order: where its run of image tokens starts in ids
 
 
 def _read_message(i: int, message: dict) -> tuple[str, list[str]]:
@@ -291,23 +300,23 @@ def _read_message(i: int, message: dict) -> tuple[str, list[str]]:
         raise ValueError(f"message {i}: role {role!r} is unknown; use one of {', '.join(ROLES)}")
     content = message.get("content")
     if isinstance(content, str):
-        return role, content.split(IMAGE)  # n images lie between n + 1 texts, which may be empty
+        return role, content.split(IMAGE)  # n images are between n + 1 texts, which may be empty
     if not isinstance(content, list):
         raise ValueError(f"message {i}: content is {type(content).__name__}; it must be a string or a list of parts")
     texts = [""]
     for part in content:
         kind = part.get("type") if isinstance(part, dict) else None
         if kind == "text" and isinstance(part.get("text"), str):
-            texts[-1] += part["text"]  # plain even if it contains "<image>": here the list says where images are
+            texts[-1] += part["text"]  # "<image>" in it is plain text: here the list says where images are
         elif kind == "image":
-            texts.append("")  # an image ends one text and begins the next
+            texts.append("")  # an image ends one text and starts the next
         else:
             raise ValueError(f'message {i}: bad part {str(part)[:50]}; use {{"type": "text", "text": ...}} or "image"')
     return role, texts
 
 
 class Tokenizer:
-    """ranks: {bytes: id} of regular tokens. special: {name: id}. default_system: see `render`."""
+    """ranks: {bytes: id} of the regular tokens. special: {name: id}. default_system: see `render`."""
 
     def __init__(self, ranks: dict[bytes, int], special: dict[str, int], *, default_system: str | None = None):
         needed = {bytes([b]) for b in range(256)} | set(SPECIAL_TOKENS[:3])
@@ -315,21 +324,21 @@ class Tokenizer:
             raise ValueError(f"the vocabulary lacks {min(lacking, key=str)!r}; it needs all bytes and ChatML's tokens")
         if len({*ranks.values(), *special.values()}) < len(ranks) + len(special):
             raise ValueError("two tokens of the vocabulary share one id; the tokenizer's files do not belong together")
-        # The pattern cuts, the ranks merge. The special tokens are told only for decoding: see `encode`.
+        # tiktoken gets the special tokens only for decoding: see `encode`.
         self.ranks, self.special, self.default_system = ranks, special, default_system
         self.encoding = tiktoken.Encoding("ghostvis", pat_str=PATTERN, mergeable_ranks=ranks, special_tokens=special)
-        self.vocab_size = self.encoding.n_vocab  # Qwen's embedding has more rows, up to 151936: never sample those ids
+        self.vocab_size = self.encoding.n_vocab  # Qwen's embedding has more rows (151936): never sample those ids
         self.endoftext, self.im_start, self.im_end = (special[name] for name in SPECIAL_TOKENS[:3])
-        self.special_ids = set(special.values())  # what decode leaves out
-        self.stop_ids = (self.im_end, self.endoftext)  # a chat model ends with the first, a base model with the second
-        # Checkpoints differ here: LLaVA-OneVision pads with a token named <image> and has no marks around the pads.
+        self.special_ids = set(special.values())  # decode leaves them out
+        self.stop_ids = (self.im_end, self.endoftext)  # a chat model stops with the first, a base model with the second
+        # Trap: LLaVA-OneVision's image token is named <image>, and it has no start and end tokens around an image.
         self.image_pad = special.get("<|image_pad|>", special.get("<image>"))
         self.vision_start, self.vision_end = special.get("<|vision_start|>"), special.get("<|vision_end|>")
         self.image_marks = [[i] if i is not None else [] for i in (self.vision_start, self.vision_end)]
 
     @classmethod
     def from_pretrained(cls, folder: str | Path) -> "Tokenizer":
-        """Read what `save` or `save_hub` wrote, or the files of a Qwen2 or Qwen2.5 model as the hub ships them."""
+        """Read what `save` or `save_hub` wrote, or a Qwen2 or Qwen2.5 tokenizer as it is on the hub."""
         folder = Path(folder)
         names = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
         try:
@@ -345,18 +354,18 @@ class Tokenizer:
                 raise ValueError(f"no tokenizer here; looked for {wanted}")
             return cls(ranks, special, default_system=default_system)
         except ValueError as error:
-            raise ValueError(f"{folder}: {error}") from None  # whatever is wrong, say where
+            raise ValueError(f"{folder}: {error}") from None  # every message names the folder
         except KeyError as error:
             raise ValueError(f"{folder}: the tokenizer's files lack the entry {error}; download them again") from None
 
     @classmethod
     def train(cls, texts: Iterable[str], vocab_size: int) -> "Tokenizer":
-        """A tokenizer of our own with at most vocab_size ids, special tokens included."""
+        """Train a new tokenizer with at most vocab_size ids, including the special tokens."""
         ranks = train_bpe(texts, vocab_size - len(SPECIAL_TOKENS))
         return cls(ranks, {name: len(ranks) + i for i, name in enumerate(SPECIAL_TOKENS)})
 
     def save(self, folder: str | Path) -> None:
-        """tokenizer.tiktoken: "base64 rank" per line, tiktoken's own format. special_tokens.json: all the rest."""
+        """tokenizer.tiktoken: one line "base64 rank" per token, as tiktoken does. special_tokens.json: all the rest."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         lines = [base64.b64encode(token) + b" %d\n" % rank for token, rank in self.ranks.items()]
@@ -366,18 +375,19 @@ class Tokenizer:
 
     def save_hub(self, folder: str | Path, max_length: int = 32768) -> None:
         """
-        A Qwen2 tokenizer as the hub keeps it, for transformers and serving engines. max_length: tokens the model reads.
-        Two differences stay: those programs take "<|im_end|>" in a user's text for the real one, and glue the newline
-        of the header to one that begins an answer (see `render`).
+        The files of a Qwen2 tokenizer as on the hub, for transformers and serving engines. max_length: tokens that the
+        model can read. Two differences to this class remain. Those programs read "<|im_end|>" in a user's text as the
+        special token. And they merge the newline after "assistant" with a newline at the start of an answer (`render`).
         """
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        spell = {byte: char for char, byte in _byte_alphabet().items()}  # latin-1: each byte is the same code point
+        spell = {byte: char for char, byte in _byte_alphabet().items()}
+        # Decoded as latin-1, every byte is the character with the same number; then `spell` replaces it.
         vocab = {t.decode("latin-1").translate(spell): self.ranks[t] for t in sorted(self.ranks, key=self.ranks.get)}
         merges = _find_merges(vocab)
         flags = {"lstrip": False, "rstrip": False, "single_word": False, "normalized": False, "special": True}
         added = {i: {"content": name, **flags} for name, i in self.special.items()}
-        # One pad per image: the hub's image processors repeat it. JSON's way to quote a text is also Jinja's.
+        # One image token per image: the hub's image processors repeat it. json.dumps quotes text as Jinja does.
         shown = self.image_marks[0] + [self.image_pad] + self.image_marks[1]
         names = {"image": IMAGE if self.image_pad is None else self.decode(shown, skip_special=False)}
         names |= {} if self.default_system is None else {"default_system": self.default_system}
@@ -386,8 +396,8 @@ class Tokenizer:
         config = {"tokenizer_class": "Qwen2Tokenizer", "bos_token": None, "eos_token": "<|im_end|>", "unk_token": None,
                   "pad_token": "<|endoftext|>", "model_max_length": max_length, "clean_up_tokenization_spaces": False,
                   "added_tokens_decoder": added, "default_system": self.default_system, "chat_template": template}
-        # The same once more in one file: transformers wants it so where the model is a LLaVA. Trap: it would renumber
-        # special tokens to close gaps between their ids, were they not in the vocabulary too.
+        # The same again in one file, which transformers needs for a LLaVA model. Trap: if special tokens were not in
+        # this vocabulary too, transformers would give them new ids without gaps.
         letters = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": False, "use_regex": False}
         cut = {"type": "Split", "pattern": {"Regex": PATTERN}, "behavior": "Isolated", "invert": False}
         whole = {"version": "1.0", "added_tokens": [{"id": i, **token} for i, token in added.items()],
@@ -398,22 +408,22 @@ class Tokenizer:
             text = json.dumps(content, ensure_ascii=False, separators=(",", ":"))
             (folder / f"{name}.json").write_text(text, encoding="utf-8")
         (folder / "merges.txt").write_text("\n".join(["#version: 0.2", *merges, ""]), encoding="utf-8")
-        (folder / "chat_template.jinja").write_text(template, encoding="utf-8")  # where image processors look for it
+        (folder / "chat_template.jinja").write_text(template, encoding="utf-8")  # image processors read it here
 
     def encode(self, text: str) -> list[int]:
-        """Regular tokens only. For pretraining, append [endoftext] to each document."""
-        # encode_ordinary looks for no special tokens. Were "<|im_end|>" in a user's text to become the real one, the
-        # user could close their own turn and speak as the assistant.
+        """Text -> ids of regular tokens. For pretraining, append endoftext to each document."""
+        # encode_ordinary never produces special tokens. If it did, a user could type "<|im_end|>", end their own turn
+        # and then write text in the name of the assistant.
         if len(text) > MAX_BLANKS and re.search(r"\s{%d}" % MAX_BLANKS, text):
             raise ValueError(f"the text {text.strip()[:20]!r}... has {MAX_BLANKS:,} white-space characters in a row")
         return self.encoding.encode_ordinary(clean(text))
 
     def decode(self, ids: Iterable[int], skip_special: bool = True) -> str:
-        """Ids may end inside a character; what is no valid UTF-8 shows as U+FFFD."""
+        """Ids -> text. Ids may end in the middle of a character: bytes that are not valid UTF-8 become U+FFFD."""
         return self.decode_bytes(ids, skip_special).decode("utf-8", errors="replace")
 
     def decode_bytes(self, ids: Iterable[int], skip_special: bool = True) -> bytes:
-        """For streaming: one token may be a third of a Chinese character, so collect bytes before showing text."""
+        """For streaming: one token may be a third of a Chinese character, so collect bytes before you show text."""
         drop = self.special_ids if skip_special else ()
         try:
             return self.encoding.decode_bytes([i for i in ids if i not in drop])
@@ -424,9 +434,9 @@ class Tokenizer:
         """
         [{"role": "user", "content": "<image>What is this?"}, {"role": "assistant", "content": "A cat."}] -> Rendered
         content: a string with "<image>" at the place of each image, or a list of {"type": "text", "text": "..."} and
-        {"type": "image"}. image_tokens: how many pads an image gets, or a list with one number per image.
-        add_generation_prompt: end where the assistant's answer begins, for the model to go on from.
-        If there is a default_system text, a conversation without a system message starts with it.
+        {"type": "image"}. image_tokens: the number of image tokens per image, or a list with one number for each image.
+        add_generation_prompt: end with the header of an assistant message, so that the model writes the answer next.
+        If the tokenizer has a default_system text, it is added to a conversation that has no system message.
         """
         turns = [_read_message(i, message) for i, message in enumerate(messages)]
         if not turns:
@@ -436,35 +446,35 @@ class Tokenizer:
         if self.default_system is not None and turns[0][0] != "system":
             turns.insert(0, ("system", [self.default_system]))
         images = sum(len(texts) - 1 for _, texts in turns)
-        # Other models give large images more tokens, so the number may differ from image to image.
-        pads = [image_tokens] * images if isinstance(image_tokens, int) else list(image_tokens)
-        if len(pads) != images or any(n < 1 for n in pads):
+        # Some models use more image tokens for a large image, so each image may have its own number.
+        counts = [image_tokens] * images if isinstance(image_tokens, int) else list(image_tokens)
+        if len(counts) != images or any(n < 1 for n in counts):
             raise ValueError(f"{images} images need one positive number each, but image_tokens is {image_tokens}")
         if images and self.image_pad is None:
             raise ValueError("this tokenizer has no <|image_pad|> token, so it cannot show images; use Qwen2.5's")
 
-        ids, mask, slots = [], [], []  # all three grow together, so they cannot disagree
+        ids, mask, slots = [], [], []
 
-        def put(new: list[int], learn: bool = False) -> None:
+        def put(new: list[int], supervised: bool = False) -> None:
             ids.extend(new)
-            mask.extend([int(learn)] * len(new))
+            mask.extend([int(supervised)] * len(new))  # ids and mask grow together, so their lengths stay equal
 
-        # Trap: text must be cut into the same tokens in training as in use. A user's turn is always there as a whole,
-        # so "user\n" and its content are encoded as one string, as Qwen does: content that starts with a newline then
-        # gives one token "\n\n". The model, though, begins its answer after the finished "\n" of the header, so an
-        # answer is encoded apart from it. In one string, training would show it starts which it never meets.
+        # Trap: training must see the same tokens as generation. A user's message is complete before the model reads it.
+        # So "user\n" and its content are encoded as one string, as Qwen does: if the content starts with a newline, the
+        # two become one token. But the model starts its answer after the header's token "\n". So an answer is
+        # encoded separately from its header. In one string the two could share a token, which generation never does.
         header = self.encode("assistant\n")
         for role, (first, *rest) in turns:
             answer = role == "assistant"
             put([self.im_start] + header * answer)  # a list times False is []
             put(self.encode(first if answer else role + "\n" + first), answer)
             for text in rest:  # each of these follows an image
-                put(self.image_marks[0])  # nothing of an image is learned, not even inside an answer
+                put(self.image_marks[0])  # image tokens are never supervised, not even inside an answer
                 slots.append(len(ids))
-                put([self.image_pad] * pads[len(slots) - 1] + self.image_marks[1])
+                put([self.image_pad] * counts[len(slots) - 1] + self.image_marks[1])
                 put(self.encode(text), answer)
-            put([self.im_end], answer)  # learned, or the model would not know when to stop
-            put(self.encode("\n"))  # not learned: generation has stopped before it
+            put([self.im_end], answer)  # supervised, or the model would not learn when to stop
+            put(self.encode("\n"))  # not supervised: generation stops before it
         if add_generation_prompt:
             put([self.im_start] + header)
         return Rendered(ids, mask, slots)

@@ -1,26 +1,21 @@
 """
-Eyes: from a picture to the few vectors that the language model reads.
+Vision: from a picture to the few vectors that the language model receives.
 
     picture, any size and mode
-      -> pixels     [B, 3, S, S]   squeezed to a square, values -1 to 1           preprocess
-      -> patches    [B, N, D]      P x P pixels each, plus a learned position     ViT
-      -> features   [B, N, D]      every patch has looked at every other one      ViT
-      -> latents    [B, M, D]      M < N summaries: fewer tokens for the decoder  Perceiver
-      -> tokens     [B, M, H]      as wide as the decoder's text embeddings       Projector
+      -> pixels         [B, 3, S, S]   resized to a square, values -1 to 1            preprocess, normalize
+      -> patches        [B, N, D]      P x P pixels each, plus a learned position     ViT
+      -> features       [B, N, D]      attention has mixed all patches                ViT
+      -> latents        [B, M, D]      M < N summaries: fewer tokens for the decoder  Perceiver
+      -> image tokens   [B, M, H]      as wide as the decoder's text embeddings       Bridge
 
-For SigLIP2-L/16 at 256 pixels before Qwen2.5-1.5B: S = 256, N = 256, D = 1024, M = 64, H = 1536.
-The ViT computes exactly what SigLIP does (arXiv 2303.15343, 2502.14786), so that its released weights load into it. A
-finished public model, LLaVA-OneVision (2408.03326), sees large pictures as a grid of tiles: "Any resolution" below. The
-last section reads and writes safetensors, the files in which such weights are published.
+For SigLIP2-L/16 at 256 pixels in front of Qwen2.5-1.5B: S = 256, P = 16, N = 256, D = 1024, M = 64, H = 1536.
+The ViT computes exactly what SigLIP computes (arXiv 2303.15343, 2502.14786), so its released weights load into it. The
+last section cuts a large picture into tiles, as the public model LLaVA-OneVision does (arXiv 2408.03326).
 
-Left out: SigLIP's text tower and its pooling head (we need every patch, not one vector), dropout, and NaFlex's variable
-shapes.
+Left out: SigLIP's text tower and its pooling head (we need every patch, not one vector), dropout (the encoder is frozen
+or small), and NaFlex's variable shapes.
 """
-import json
 import math
-import mmap
-import os
-import struct
 import warnings
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -30,6 +25,8 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from PIL import Image, ImageOps
+
+import weights
 
 # ----------------------------------------------------------------------------------------------------------------------
 # From a file to pixels
@@ -211,16 +208,16 @@ class ViT(nn.Module):
     def from_pretrained(cls, folder, device="cpu", dtype=torch.float32) -> "ViT":
         "From a SigLIP or SigLIP 2 folder as the hub ships it: config.json and one or more safetensors files."
         folder = Path(folder)
-        config = read_json(folder / "config.json")
+        config = weights.read_json(folder / "config.json")
         with torch.device("meta"):  # no memory and no random numbers: every tensor comes from the file
             vit = cls(vit_config(config.get("vision_config", config), folder))  # whole SigLIP, or the tower alone
-        tensors = read_safetensors(folder)
+        tensors = weights.read_safetensors(folder)
         # the hub's files have the prefix, those that transformers 5 saves do not
         prefix = "vision_model." if any(name.startswith("vision_model.") for name in tensors) else ""
         # Left out by name, not by "whatever we do not know": a tensor that we forgot would be an error below.
         for name in [n for n in tensors if n.startswith(("text_model.", "logit_")) or ".head." in f".{n}"]:
             del tensors[name]
-        load_renamed(vit, tensors, SIGLIP_NAMES, prefix, str(folder), device, dtype)
+        weights.load_tensors(vit, tensors, weights.SIGLIP_NAMES, prefix, str(folder), device, dtype)
         return vit
 
 
@@ -228,23 +225,27 @@ def vit_config(config: dict, folder: Path) -> ViTConfig:
     "The hub's vision config, and the folder in which preprocessor_config.json may lie."
     fill = {f.name: config[f.name] for f in fields(ViTConfig) if f.name in config}
     if (folder / "preprocessor_config.json").exists():  # resample: 2 is bilinear, 3 bicubic
-        fill["bicubic"] = read_json(folder / "preprocessor_config.json").get("resample", 3) == 3
+        fill["bicubic"] = weights.read_json(folder / "preprocessor_config.json").get("resample", 3) == 3
     return ViTConfig(**fill)
 
 
-# Ours on the left, the hub's on the right; where several stand on the right, ours is their rows stacked.
-SIGLIP_NAMES = {
-    "patch.weight": ["embeddings.patch_embedding.weight"],  # [D, 3, P, P] there, flattened to [D, 3*P*P] here
-    "patch.bias": ["embeddings.patch_embedding.bias"],
-    "position": ["embeddings.position_embedding.weight"],
-    "norm.*": ["post_layernorm.*"],
-    "blocks.#.norm1.*": ["encoder.layers.#.layer_norm1.*"],
-    "blocks.#.norm2.*": ["encoder.layers.#.layer_norm2.*"],
-    "blocks.#.qkv.*": [f"encoder.layers.#.self_attn.{x}_proj.*" for x in "qkv"],
-    "blocks.#.out.*": ["encoder.layers.#.self_attn.out_proj.*"],
-    "blocks.#.fc1.*": ["encoder.layers.#.mlp.fc1.*"],
-    "blocks.#.fc2.*": ["encoder.layers.#.mlp.fc2.*"],
-}
+def llava_vision(hf: dict, folder: Path) -> tuple[ViTConfig, "BridgeConfig"]:
+    "A LLaVA's config.json -> its encoder, and how its bridge uses it. What we would compute differently is an error."
+    tiled = hf["model_type"] == "llava_onevision"
+    # A missing key means Hugging Face's default, which is not the same for both types.
+    hf = {"vision_feature_select_strategy": "full" if tiled else "default",
+          "vision_feature_layer": -1 if tiled else -2, **hf}
+    for key, ours in (("projector_hidden_act", "gelu"), ("vision_feature_select_strategy", "full"),
+                      ("vision_aspect_ratio", "anyres_max_9")):
+        if hf.get(key, ours) != ours:
+            raise ValueError(f"{folder}/config.json: {key} {hf[key]!r} is not supported, only {ours!r}")
+    vision, layer = vit_config(hf["vision_config"], folder), hf["vision_feature_layer"]
+    vision.pad = tiled
+    if type(layer) is not int:
+        raise ValueError(f"{folder}/config.json: vision_feature_layer {layer} is not supported, only a single number")
+    # Hugging Face counts the embeddings as layer 0, so its layer 26 of 26 is our -1, and its -1 too.
+    layer = layer if layer < 0 else layer - vision.num_hidden_layers - 1
+    return vision, BridgeConfig(kind="mlp", layer=layer, newline=tiled)
 
 
 def init_linears(module: nn.Module, outputs: tuple, depth: int) -> None:
@@ -279,6 +280,10 @@ class BridgeConfig:
         "How many decoder positions one picture takes."
         return {"perceiver": self.num_latents, "pixelshuffle": self.num_patches // 4,
                 "mlp": self.num_patches}[self.kind] + self.newline
+
+    def tokens_of(self, image) -> int:
+        "The same for one picture: uint8 [3, S, S], or Tiles, of which large pictures have more."
+        return image.num_tokens(self.num_patches) if isinstance(image, Tiles) else self.num_tokens
 
     @property
     def norm(self) -> bool:
@@ -467,211 +472,10 @@ def cut_tiles(image: Image.Image, side: int, bicubic: bool = True) -> Tiles:
     return Tiles(torch.stack(pixels), rows, columns, *image.size)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Weights on disk: the safetensors format, and Hugging Face's names
-#
-#   8 bytes   N, the header's length, little-endian
-#   N bytes   JSON: {"name": {"dtype": "BF16", "shape": [2, 3], "data_offsets": [begin, end]}, ...,
-#             "__metadata__": {str: str}}
-#   the rest  the tensors' bytes, row-major, without gap or overlap
-#
-# No code runs when such a file is read (a .pt file is a pickle, which can run anything), and the bytes can be used
-# where they lie.
-
-DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
-          "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
-          "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2}
-MAX_HEADER = 100_000_000  # bytes; the format's own limit
-SEGMENT = 128 * 2 ** 20   # bytes of a file that are mapped at once
-
-
-def read_json(path: Path) -> dict:
-    try:
-        content = json.loads(Path(path).read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ValueError(f"{path}: no such file") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path}: not valid JSON ({error})") from None
-    if not isinstance(content, dict):
-        raise ValueError(f"{path}: a JSON object in braces is expected here")
-    return content
-
-
-def unique_keys(pairs: list) -> dict:
-    "For json.loads: the format forbids a name that stands twice, where JSON would silently take the last."
-    if len(dict(pairs)) != len(pairs):
-        raise ValueError("a key stands twice")
-    return dict(pairs)
-
-
-def read_header(path) -> tuple[dict, dict, int]:
-    """
-    path -> (entries {name: (dtype, shape, begin, end)}, metadata, offset of the data section). A file cut short, or
-    made by an attacker, is a ValueError here and never a crash later.
-    """
-    def bad(why: str) -> ValueError:
-        return ValueError(f"{path}: not a valid safetensors file ({why}); fetch or write it again")
-    size = os.path.getsize(path)
-    with open(path, "rb") as file:
-        first = file.read(8)
-        if len(first) < 8:  # an empty file, left by a full disk or a broken download
-            raise bad("shorter than 8 bytes")
-        length = struct.unpack("<Q", first)[0]
-        # Any 8 bytes make a number, up to 18 million TB. Both checks come before read(length) asks for that memory.
-        if length > MAX_HEADER:
-            raise bad(f"header of {length:,} bytes is over the limit")
-        if 8 + length > size:
-            raise bad(f"header of {length:,} bytes in a file of {size:,}: cut short?")
-        raw = file.read(length)
-    try:
-        text = raw.decode("utf-8")
-        if not text.startswith("{"):  # JSON allows blanks in front, the format does not: one file, one reading
-            raise ValueError("does not begin with {")
-        header = json.loads(text, object_pairs_hook=unique_keys)
-    # UnicodeDecodeError and JSONDecodeError are ValueErrors; a hundred thousand brackets make a RecursionError.
-    except (ValueError, RecursionError) as error:
-        raise bad(f"header: {error}") from None
-    metadata = header.pop("__metadata__", {})  # the one key that is not a tensor
-    if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
-        raise bad("__metadata__ is not a map of strings")
-    entries = {}
-    for name, info in header.items():
-        try:
-            dtype, shape, (begin, end) = info["dtype"], info["shape"], info["data_offsets"]
-        except (TypeError, KeyError, ValueError):
-            raise bad(f"tensor {name!r}: needs dtype, shape and two data_offsets") from None
-        if not isinstance(dtype, str) or dtype not in DTYPES:  # looking up a list would itself fail
-            raise bad(f"tensor {name!r}: dtype {dtype!r} is not supported")
-        # type, not isinstance: JSON's true is an int to isinstance, and -1 would let torch guess a side
-        if not isinstance(shape, list) or any(type(n) is not int or n < 0 for n in shape + [begin, end]):
-            raise bad(f"tensor {name!r}: shape and offsets must be whole numbers from 0")
-        if math.prod(n or 1 for n in shape) >= 2 ** 59:  # one side may be 0, and then the size alone proves nothing
-            raise bad(f"tensor {name!r}: shape {shape} is too large")
-        # The shape must account for every byte: a view can then never reach beyond its own tensor.
-        if end - begin != math.prod(shape) * DTYPES[dtype].itemsize:
-            raise bad(f"tensor {name!r}: {end - begin} bytes for shape {shape} of {dtype}")
-        entries[name] = (DTYPES[dtype], shape, begin, end)
-    # In order of their offsets the tensors must tile the data section exactly. A gap could hide a second file, an
-    # overlap could blow up a small one: a thousand tensors on the same bytes.
-    expected = 0
-    for name, (_, _, begin, end) in sorted(entries.items(), key=lambda item: item[1][2:]):
-        if begin != expected:
-            raise bad(f"tensor {name!r}: begins at {begin}, not at {expected}: a gap or an overlap")
-        expected = end
-    if 8 + length + expected != size:  # the commonest accident: a download that stopped early
-        raise bad(f"{size:,} bytes, but its tensors end at {8 + length + expected:,}: cut short or changed")
-    return entries, metadata, 8 + length
-
-
-def read_metadata(path) -> dict[str, str]:
-    return read_header(path)[1]
-
-
-def read_safetensors(path) -> dict[str, torch.Tensor]:
-    """
-    One file, or a folder with model.safetensors or with shards and their index -> {name: tensor}.
-    The tensors are views of the mapped file: do not write to them.
-    """
-    path = Path(path)
-    if path.is_dir():
-        if (path / "model.safetensors").exists():  # Qwen2.5 up to 1.5B is one file, 3B is two shards and an index
-            return read_safetensors(path / "model.safetensors")
-        index = path / "model.safetensors.index.json"
-        where = read_json(index).get("weight_map")  # {tensor name: file name}
-        if not isinstance(where, dict) or not all(isinstance(file, str) for file in where.values()):
-            raise ValueError(f"{index}: lacks the weight_map of tensor and file names")
-        shards = {file: read_safetensors(path / file) for file in sorted(set(where.values()))}
-        for name, file in where.items():
-            if name not in shards[file]:  # shards of two different downloads
-                raise ValueError(f"{path / file}: lacks {name}, which model.safetensors.index.json says it holds")
-        return {name: shards[file][name] for name, file in where.items()}
-    if not path.exists():
-        raise ValueError(f"{path}: no such file")
-    entries, _, start = read_header(path)
-    tensors, data, first, last = {}, None, 0, 0  # data: the bytes first to last of the file
-    with open(path, "rb") as file:
-        for name, (dtype, shape, begin, end) in sorted(entries.items(), key=lambda item: item[1][2:]):
-            if begin == end:  # a side of 0; neither a mapping nor frombuffer takes nothing
-                tensors[name] = torch.empty(shape, dtype=dtype)
-                continue
-            if start + end > last:
-                # Mapped, not read: the operating system fetches a page when it is first touched, so unused tensors
-                # cost nothing. In segments: one is let go when the last of its tensors is, so that a model that is
-                # copied out of its file, tensor by tensor, never lies in memory twice. Not one mapping for each tensor:
-                # every mapping holds a file open. It must begin at a multiple of the granularity (a page, as a rule).
-                first = (start + begin) // mmap.ALLOCATIONGRANULARITY * mmap.ALLOCATIONGRANULARITY
-                last = min(max(start + end, first + SEGMENT), start + max(e[3] for e in entries.values()))
-                # ACCESS_COPY is private: torch wants writable memory, and a stray write must not reach the disk.
-                data = mmap.mmap(file.fileno(), last - first, access=mmap.ACCESS_COPY, offset=first)
-            tensors[name] = torch.frombuffer(data, dtype=dtype, count=math.prod(shape),
-                                             offset=start + begin - first).view(shape)
-    return {name: tensors[name] for name in entries}
-
-
-def write_safetensors(tensors: dict[str, torch.Tensor], path, metadata: dict[str, str] | None = None) -> None:
-    "The same tensors give the same bytes, in whatever order the dict holds them."
-    names = {dtype: name for name, dtype in DTYPES.items()}
-    # Largest dtype first, then by name: so every tensor starts at a multiple of its element size.
-    order = sorted(tensors, key=lambda n: (-tensors[n].element_size(), n))
-    header, offset = {"__metadata__": metadata} if metadata else {}, 0
-    for name in order:
-        end = offset + tensors[name].numel() * tensors[name].element_size()
-        header[name] = {"dtype": names[tensors[name].dtype], "shape": list(tensors[name].shape),
-                        "data_offsets": [offset, end]}
-        offset = end
-    raw = json.dumps(header, separators=(",", ":")).encode()
-    raw += b" " * (-len(raw) % 8)  # to a multiple of 8 bytes, so that the data section starts at one too
-    with open(path, "wb") as file:
-        file.write(struct.pack("<Q", len(raw)) + raw)
-        for name in order:  # one tensor at a time on the host: the whole model never lies there twice
-            # .view(uint8): numpy has no bfloat16, so the bytes are handed over as what they are
-            file.write(tensors[name].detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
-        file.flush()
-        os.fsync(file.fileno())  # on disk before anyone renames the file into place
-
-
-def renamed(module: nn.Module, table: dict[str, list[str]], prefix: str) -> dict[str, list[str]]:
-    "{our name: [hub names]} for the parameters of a module. In the table # is a layer's number, * is weight or bias."
-    out = {}
-    for name, _ in module.named_parameters():
-        parts = name.split(".")
-        # "blocks.3.norm1.weight": number 3, last "weight"
-        number, last = next((p for p in parts if p.isdigit()), ""), parts[-1]
-        general = ".".join("#" if p.isdigit() else p for p in parts)
-        # TRAP: a parameter that no pattern fits is skipped and stays as it was, so the tables must be complete.
-        # Tried from the most exact to the most general: the name, "blocks.#.norm1.weight", "blocks.#.norm1.*"
-        for pattern in (name, general, general.removesuffix(last) + "*"):
-            if pattern in table:
-                out[name] = [prefix + hub.replace("#", number).replace("*", last) for hub in table[pattern]]
-                break
-    return out
-
-
-def load_renamed(module: nn.Module, tensors: dict, table: dict, prefix: str, where: str, device="cpu",
-                 dtype=torch.float32) -> None:
-    """
-    Fill a module (on the meta device, or real) from a hub file's tensors, which are taken out of the dict one by one.
-    Missing, unexpected and wrongly shaped tensors are errors: a model that is silently part random still talks, only
-    badly, and nobody finds out why.
-    """
-    parameters = dict(module.named_parameters())
-    for ours, theirs in renamed(module, table, prefix).items():
-        missing = [name for name in theirs if name not in tensors]
-        if missing:
-            raise ValueError(f"{where}: tensor {missing[0]} is missing; is this the right model?")
-        mapped = [tensors.pop(name) for name in theirs]
-        # First to the device, then to the type: the file's 16 bits are half as much to carry as 32.
-        parts = [part.to(device).to(dtype) for part in mapped]
-        value = torch.cat(parts) if len(parts) > 1 else parts[0]
-        if value is mapped[0]:  # training writes to parameters, and nothing may write to a mapped file's tensors
-            value = value.clone()
-        # Size and rows, not the whole shape: SigLIP's patch weight is [D, 3, P, P] and becomes [D, 3*P*P] below.
-        if value.numel() != parameters[ours].numel() or len(value) != len(parameters[ours]):
-            raise ValueError(f"{where}: {theirs[0]} has shape {list(value.shape)}, "
-                             f"config.json asks for {list(parameters[ours].shape)}")
-        owner, _, last = ours.rpartition(".")
-        # A new parameter, as one on the meta device cannot be filled. TRAP: make optimizers only after loading.
-        setattr(module.get_submodule(owner), last, nn.Parameter(value.reshape(parameters[ours].shape)))
-    # Layers or biases that we would not compute make it another model.
-    if tensors:
-        raise ValueError(f"{where}: {len(tensors)} tensors are not part of this model, first {min(tensors)}")
+def encode_tiled(vit_features, bridge: Bridge, images: list, device) -> torch.Tensor:
+    "Pictures, each uint8 [3, S, S] or Tiles -> the image tokens of all of them in one row [K, H]."
+    # Tiled pictures one by one: 37 tiles fill any device. The others, all of one size, go in one batch.
+    plain = [image for image in images if not isinstance(image, Tiles)]
+    encoded = iter(bridge(vit_features(torch.stack(plain).to(device))) if plain else [])
+    return torch.cat([bridge.stitch(vit_features(image.pixels.to(device)), image) if isinstance(image, Tiles)
+                      else next(encoded) for image in images])

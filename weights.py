@@ -1,0 +1,743 @@
+"""
+Weights as files: how they are stored, named, replaced and downloaded. This file contains no model. In reading order:
+  errors       two helpers that turn a user's wrong file into one clear line
+  safetensors  the file format of the weights: a JSON header, then the bytes of all tensors
+  names        a tensor has one name in our modules and another in Hugging Face's files
+  folders      a checkpoint folder is replaced all at once, so that a crash never leaves half of one
+  downloads    published weights and tokenizers from the Hugging Face hub: resumed and verified
+
+Left out: pickled files (.pt, .bin), because reading one can run any code. Several connections for one download: a file
+with holes could not be resumed from its length alone. Connections that stay open between requests: we make about ten.
+"""
+import contextlib
+import csv
+import errno
+import hashlib
+import io
+import json
+import math
+import mmap
+import os
+import re
+import shutil
+import sys
+import tarfile
+import time
+import zipfile
+import zlib
+from dataclasses import dataclass, replace
+from pathlib import Path
+from urllib.parse import quote, urljoin, urlsplit
+
+import requests
+import torch
+import torch.nn as nn
+from tqdm import tqdm
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Errors
+
+# What Python raises for a file that is missing, cut short, or of another kind than its name says.
+BROKEN = (OSError, EOFError, zlib.error, zipfile.BadZipFile, tarfile.TarError, csv.Error, UnicodeDecodeError,
+          json.JSONDecodeError)
+
+
+def require(condition, problem: str) -> None:
+    if not condition:  # not `assert`: `python -O` removes those
+        raise ValueError(problem)
+
+
+@contextlib.contextmanager
+def named_errors(path):
+    "Python's errors rarely say which file is missing, cut short or not text. Inside this block they do."
+    try:
+        yield
+    except BROKEN as error:  # a plain ValueError is passed on: it already names the file
+        raise ValueError(f"{path}: cannot be read ({error}); is it there, complete, and in UTF-8?") from None
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Safetensors
+#
+#   8 bytes   N, the header's length, little-endian
+#   N bytes   JSON: {"name": {"dtype": "BF16", "shape": [2, 3], "data_offsets": [begin, end]}, ...,
+#             "__metadata__": {str: str}}
+#   the rest  the tensors' bytes, row-major, without gap or overlap; offsets count from here
+
+DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
+          "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
+          "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2}
+MAX_HEADER = 100_000_000  # bytes; the format's own limit
+SEGMENT = 128 * 2 ** 20   # bytes of a file that are mapped into memory at once
+SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"  # one file, or the index of several shards
+
+
+def read_json(path) -> dict:
+    with named_errors(path):
+        content = json.loads(Path(path).read_text(encoding="utf-8"))
+    require(isinstance(content, dict), f"{path}: a JSON object in braces is expected here")
+    return content
+
+
+def read_index(path) -> dict[str, str]:
+    "The index of a model in several shards -> {tensor name: file name}."
+    with named_errors(path):
+        index = json.loads(Path(path).read_text(encoding="utf-8"))
+    names = index.get("weight_map") if isinstance(index, dict) else None
+    # Plain file names only: a downloaded index must not make us write to ../../.bashrc.
+    require(isinstance(names, dict) and names and all(
+        isinstance(name, str) and re.fullmatch(r"\w[\w.-]*", name) for name in names.values()),
+        f"{path}: lacks the weight_map from tensor names to plain file names; use another repository")
+    return names
+
+
+def unique_keys(pairs: list) -> dict:
+    "For json.loads: the format forbids a name that occurs twice, and json.loads would silently take the last one."
+    require(len(dict(pairs)) == len(pairs), "a key occurs twice")
+    return dict(pairs)
+
+
+def entry_is_valid(info) -> bool:
+    "One entry of a header has all fields, of the right types, and its shape accounts for every byte."
+    try:
+        dtype, shape, (begin, end) = info["dtype"], info["shape"], info["data_offsets"]
+        # type(), not isinstance(): JSON's `true` is an int to isinstance. torch would read -1 as "guess this side".
+        # Sides of 0 are counted as 1 in the limit: [0, 2^40, 2^40] has no bytes, but torch's strides would overflow.
+        return (isinstance(shape, list) and all(type(n) is int and n >= 0 for n in [*shape, begin, end])
+                and math.prod(n or 1 for n in shape) < 2 ** 59
+                and end - begin == math.prod(shape) * DTYPES[dtype].itemsize)  # so a view stays within its own tensor
+    except (TypeError, KeyError, ValueError):
+        return False
+
+
+def parse_header(read, size: int, where) -> tuple[dict, dict, int]:
+    """
+    -> (entries {name: {"dtype", "shape", "data_offsets"}}, metadata, offset of the data section in the file).
+    read(n) gives the next n bytes of a file of `size` bytes, which may also be on a server. A file that was cut short,
+    or made by an attacker, is a ValueError here and never a crash later.
+    """
+    def check(condition, why: str) -> None:
+        require(condition, f"{where}: not a valid safetensors file ({why}); fetch or write it again")
+
+    check(size >= 8, "shorter than 8 bytes")  # an empty file, after a full disk or a broken download
+    # Any 8 bytes are a number, up to 18 million TB. This check comes before we allocate that much memory.
+    length = int.from_bytes(read(8), "little")
+    check(2 <= length <= min(MAX_HEADER, size - 8), f"header of {length:,} bytes in a file of {size:,}: cut short?")
+    raw = read(length)
+    try:
+        require(raw.startswith(b"{"), "does not begin with {")  # JSON allows blanks in front, the format does not
+        entries = json.loads(raw.decode("utf-8"), object_pairs_hook=unique_keys)
+    # Wrong UTF-8 and wrong JSON are ValueErrors too; a hundred thousand open brackets are a RecursionError.
+    except (ValueError, RecursionError) as error:
+        check(False, f"header: {error}")
+    metadata = entries.pop("__metadata__", {})  # the only key that is not a tensor
+    check(isinstance(metadata, dict) and all(isinstance(value, str) for value in metadata.values()),
+          "__metadata__ is not a map of strings")
+    for name, info in entries.items():
+        check(entry_is_valid(info), f"tensor {name!r}: needs a dtype of {', '.join(DTYPES)}, and a shape and "
+                                    "data_offsets that agree")
+    # Sorted by offset, the tensors must fill the data section exactly. A gap could hide a second file. With overlaps
+    # a small file could describe a thousand large tensors, all on the same bytes.
+    position = 0
+    for name, info in sorted(entries.items(), key=lambda item: item[1]["data_offsets"]):
+        begin, end = info["data_offsets"]
+        check(begin == position, f"tensor {name!r}: begins at {begin}, not at {position}: a gap or an overlap")
+        position = end
+    check(8 + length + position == size,  # the most common accident: a download that stopped early
+          f"{size:,} bytes, but its tensors end at {8 + length + position:,}: cut short or changed")
+    return entries, metadata, 8 + length
+
+
+def read_header(path) -> tuple[dict, dict, int]:
+    with open(path, "rb") as file:
+        return parse_header(file.read, os.path.getsize(path), path)
+
+
+def read_metadata(path) -> dict[str, str]:
+    return read_header(path)[1]
+
+
+def read_safetensors(path) -> dict[str, torch.Tensor]:
+    """
+    One file, or a folder with model.safetensors or with shards and their index -> {name: tensor}.
+    The tensors are views of the mapped file: do not write to them.
+    """
+    path = Path(path)
+    if (path / SINGLE).exists():  # Qwen2.5 up to 1.5B is one file, 3B is two shards and an index
+        return read_safetensors(path / SINGLE)
+    if path.is_dir():
+        index = read_index(path / INDEX)
+        shards = {file: read_safetensors(path / file) for file in sorted(set(index.values()))}
+        for name, file in index.items():  # fails for shards of two different downloads
+            require(name in shards[file], f"{path / file}: lacks {name}, which {INDEX} says it holds")
+        return {name: shards[file][name] for name, file in index.items()}
+    require(path.exists(), f"{path}: no such file")
+    entries, _, start = read_header(path)
+    size, tensors = os.path.getsize(path), {}
+    data, first, last = None, 0, 0  # data: the file's bytes from first to last, mapped
+    with open(path, "rb") as file:
+        for name, info in sorted(entries.items(), key=lambda item: item[1]["data_offsets"]):
+            dtype, shape, (begin, end) = DTYPES[info["dtype"]], info["shape"], info["data_offsets"]
+            if begin == end:  # one side is 0: neither mmap nor frombuffer accepts zero bytes
+                tensors[name] = torch.empty(shape, dtype=dtype)
+                continue
+            if start + end > last:
+                # Mapped, not read: the operating system loads a page when it is first used, so unused tensors cost
+                # nothing. A segment is freed with the last of its tensors: while a model is copied out of its file,
+                # tensor by tensor, it is never in memory twice. One mapping for each tensor would need too many open
+                # files. TRAP: a mapping must begin at a multiple of the granularity (usually one page).
+                first = (start + begin) // mmap.ALLOCATIONGRANULARITY * mmap.ALLOCATIONGRANULARITY
+                last = min(max(start + end, first + SEGMENT), size)
+                # ACCESS_COPY is private: torch wants writable memory, and an accidental write must not reach the disk.
+                data = mmap.mmap(file.fileno(), last - first, access=mmap.ACCESS_COPY, offset=first)
+            tensors[name] = torch.frombuffer(data, dtype=dtype, count=math.prod(shape),
+                                             offset=start + begin - first).view(shape)
+    return {name: tensors[name] for name in entries}
+
+
+def pack_header(header: dict) -> bytes:
+    "The start of a file: the length, then the JSON, padded so that the data section begins at a multiple of 8 bytes."
+    raw = json.dumps(header, separators=(",", ":")).encode()
+    raw += b" " * (-len(raw) % 8)
+    return len(raw).to_bytes(8, "little") + raw
+
+
+def write_safetensors(tensors: dict[str, torch.Tensor], path, metadata: dict[str, str] | None = None) -> None:
+    "The same tensors give the same bytes, in any order of the dict."
+    dtype_names = {dtype: name for name, dtype in DTYPES.items()}
+    # Largest dtype first, then by name: every tensor then starts at a multiple of its element size.
+    order = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))
+    header, offset = {"__metadata__": metadata} if metadata else {}, 0
+    for name in order:
+        tensor, begin = tensors[name], offset
+        offset += tensor.numel() * tensor.element_size()
+        header[name] = {"dtype": dtype_names[tensor.dtype], "shape": list(tensor.shape),
+                        "data_offsets": [begin, offset]}
+    with open(path, "wb") as file:
+        file.write(pack_header(header))
+        for name in order:  # one tensor at a time is copied to the host, never the whole model
+            # .view(uint8): numpy has no bfloat16, so it gets plain bytes.
+            file.write(tensors[name].detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+        file.flush()
+        os.fsync(file.fileno())  # on the disk before anyone renames the file
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Names: ours on the left, Hugging Face's on the right. Several names on the right: our tensor is their rows stacked.
+# "#" is a layer's number, "*" is weight or bias.
+
+SIGLIP_NAMES = {
+    "patch.weight": ["embeddings.patch_embedding.weight"],  # [D, 3, P, P] there, flattened to [D, 3*P*P] here
+    "patch.bias": ["embeddings.patch_embedding.bias"],
+    "position": ["embeddings.position_embedding.weight"],
+    "norm.*": ["post_layernorm.*"],
+    "blocks.#.norm1.*": ["encoder.layers.#.layer_norm1.*"],
+    "blocks.#.norm2.*": ["encoder.layers.#.layer_norm2.*"],
+    "blocks.#.qkv.*": [f"encoder.layers.#.self_attn.{x}_proj.*" for x in "qkv"],
+    "blocks.#.out.*": ["encoder.layers.#.self_attn.out_proj.*"],
+    "blocks.#.fc1.*": ["encoder.layers.#.mlp.fc1.*"],
+    "blocks.#.fc2.*": ["encoder.layers.#.mlp.fc2.*"],
+}
+QWEN_NAMES = {
+    "embed.weight": ["model.embed_tokens.weight"],
+    "norm.weight": ["model.norm.weight"],
+    "head.weight": ["lm_head.weight"],  # only in models whose head is not tied to the embedding
+    "blocks.#.norm1.*": ["model.layers.#.input_layernorm.*"],
+    "blocks.#.norm2.*": ["model.layers.#.post_attention_layernorm.*"],  # before the MLP, in spite of its name
+    "blocks.#.attention.qkv.*": [f"model.layers.#.self_attn.{x}_proj.*" for x in "qkv"],
+    "blocks.#.attention.out.*": ["model.layers.#.self_attn.o_proj.*"],
+    "blocks.#.mlp.gate_up.*": ["model.layers.#.mlp.gate_proj.*", "model.layers.#.mlp.up_proj.*"],
+    "blocks.#.mlp.down.*": ["model.layers.#.mlp.down_proj.*"],
+}
+LLAVA_NAMES = {
+    **{f"vit.{ours}": [f"vision_tower.vision_model.{n}" for n in theirs] for ours, theirs in SIGLIP_NAMES.items()},
+    **{f"gpt.{ours}": [f"language_model.{n}" for n in theirs] for ours, theirs in QWEN_NAMES.items()},
+    "bridge.fc1.*": ["multi_modal_projector.linear_1.*"],
+    "bridge.fc2.*": ["multi_modal_projector.linear_2.*"],
+    "bridge.newline": ["image_newline"],
+}
+
+
+def hub_names(module: nn.Module, table: dict[str, list[str]], prefix: str) -> dict[str, list[str]]:
+    'blocks.3.norm1.weight -> {"blocks.3.norm1.weight": ["encoder.layers.3.layer_norm1.weight"]}, for all parameters.'
+    names = {}
+    for name, _ in module.named_parameters():
+        parts = name.split(".")  # "blocks.3.norm1.weight": number 3, last "weight"
+        number, last = next((part for part in parts if part.isdigit()), ""), parts[-1]
+        general = ".".join("#" if part.isdigit() else part for part in parts)
+        # TRAP: a parameter that is not in the table is skipped and keeps its values, so the tables must be complete.
+        # From the most exact pattern to the most general: the name, "blocks.#.norm1.weight", "blocks.#.norm1.*"
+        for pattern in (name, general, general.removesuffix(last) + "*"):
+            if pattern in table:
+                names[name] = [prefix + hub.replace("#", number).replace("*", last) for hub in table[pattern]]
+                break
+    return names
+
+
+def load_tensors(module: nn.Module, tensors: dict, table: dict, prefix: str, where: str, device="cpu",
+                 dtype=torch.float32) -> None:
+    """
+    Fill a module (on the meta device, or real) from a file's tensors, which are removed from the dict one by one.
+    Missing, unexpected and wrongly shaped tensors are errors: a model that is partly random still writes text, only
+    worse, and nobody finds out why.
+    """
+    parameters = dict(module.named_parameters())
+    for ours, theirs in hub_names(module, table, prefix).items():
+        missing = [name for name in theirs if name not in tensors]
+        require(not missing, f"{where}: tensor {', '.join(missing[:1])} is missing; is this the right model?")
+        mapped = [tensors.pop(name) for name in theirs]
+        # First to the device, then to the dtype: 16 bits from the file are half as much to copy as 32.
+        parts = [part.to(device).to(dtype) for part in mapped]
+        value = torch.cat(parts) if len(parts) > 1 else parts[0]
+        if value is mapped[0]:  # still the mapped file, but training writes to parameters
+            value = value.clone()
+        # Size and rows, not the whole shape: SigLIP's patch weight [D, 3, P, P] becomes [D, 3*P*P] below.
+        shape = parameters[ours].shape
+        require(value.numel() == shape.numel() and len(value) == shape[0],
+                f"{where}: {theirs[0]} has shape {list(value.shape)}, config.json asks for {list(shape)}")
+        owner, _, last = ours.rpartition(".")
+        # A new parameter, because one on the meta device cannot be filled. TRAP: create optimizers after loading.
+        setattr(module.get_submodule(owner), last, nn.Parameter(value.reshape(shape)))
+    # With layers or biases that we do not compute it is another model.
+    require(not tensors, f"{where}: {len(tensors)} tensors are not part of this model, first "
+                         f"{min(tensors, default='')}")
+
+
+def read_llava(folder) -> dict[str, torch.Tensor]:
+    "A LLaVA folder of any age -> its tensors under the names of LLAVA_NAMES."
+    tensors = {}
+    for name, tensor in read_safetensors(folder).items():
+        # language_model.model.norm.weight in the hub's files, model.language_model.norm.weight from transformers 5
+        part, _, rest = name.removeprefix("model.").partition(".")
+        inner = {"vision_tower": "vision_model.", "language_model": "model."}.get(part, "")
+        if part == "lm_head":
+            part, rest, inner = "language_model", name, ""
+        if not rest.startswith((inner, "lm_head.")):
+            rest = inner + rest
+        if ".head." not in rest:  # SigLIP's pooling head, which some files still contain
+            tensors[f"{part}.{rest}".removesuffix(".")] = tensor
+    return tensors
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Folders that are replaced all at once
+
+def recover(folder) -> Path:
+    "If the last save stopped between its two renames, the only checkpoint is called FOLDER.old: give it its name back."
+    folder = Path(folder)
+    old = folder.with_name(folder.name + ".old")
+    # FOLDER.new is never used: we cannot tell whether it is complete. At most one save is lost.
+    if not folder.exists() and old.exists():
+        os.rename(old, folder)
+    return folder
+
+
+@contextlib.contextmanager
+def replace_folder(folder, drop=()):
+    """
+    Gives an empty FOLDER.new to be filled. After the block it takes the old folder's place, together with the old files
+    that it lacks, except those in `drop`. After an error in the block, or a crash, the old folder is as it was.
+    """
+    # First recover, then remove leftovers: after an interrupted save the only whole folder may be the one named .old.
+    folder = recover(folder)
+    new, old = folder.with_name(folder.name + ".new"), folder.with_name(folder.name + ".old")
+    for leftover in (new, old):
+        shutil.rmtree(leftover, ignore_errors=True)
+    new.mkdir(parents=True)
+    yield new  # an error in the block is raised here, and the rest of this function does not run
+    if folder.exists():
+        for file in folder.iterdir():  # such as log.jsonl, samples.png
+            if not (new / file.name).exists() and file.name not in drop:
+                (shutil.copytree if file.is_dir() else shutil.copy2)(file, new / file.name)
+        # Two renames, because one rename cannot replace a folder that has files in it. Each is done completely or not
+        # at all. Between them the whole folder is called .old, and recover() finds it.
+        os.rename(folder, old)
+    os.rename(new, folder)
+    shutil.rmtree(old, ignore_errors=True)  # last: up to here there was always one whole folder
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Downloads from the Hugging Face hub, by plain HTTP
+# Connections break during gigabytes, and a weight with one wrong bit loads without an error. So a file grows under the
+# name FILE.part, which any later process can resume, and gets its own name only after its hash was found right.
+#   fetch      returns at once if all files are there; else, with the folder locked:
+#     plan       asks the server for the size and hash of each missing file; of a SigLIP, selects the vision tensors
+#     announce   prints sizes and licence, and checks that the disk has room
+#     download   receive, with retries; then the hash; then the rename
+
+ANY = None, None  # size and sha256 that this table does not know: the commit is fixed, so the server's word is enough
+CONFIGS = dict.fromkeys(["config.json", "generation_config.json", "preprocessor_config.json", "tokenizer_config.json",
+                         "added_tokens.json"], ANY)
+QWEN = dict.fromkeys(["config.json", "generation_config.json", "tokenizer_config.json"], ANY) | {
+    "tokenizer.json": (7_031_645, "c0382117ea329cdf097041132f6d735924b697924d6f6fc3945713e96ce87539")}
+LLAVA = CONFIGS | {
+    "vocab.json": (2_776_833, "ca10d7e9fb3ed18575dd1e277a2579c16d108e32f27439684afa0e10b1440910"),
+    "merges.txt": (1_671_853, "8831e4f1a044471340f7c0a83d7bd71306a5b867e95fd870f74d0c5308a904d5")}
+SIGLIP = dict.fromkeys(["config.json", "preprocessor_config.json"], ANY)
+RESEARCH = "Qwen Research licence: non-commercial use only"
+DEFAULT_VISION = "siglip2-large-patch16-256"  # the encoder that a Qwen gets unless another is named
+TOWER = "vision_model."  # the rest of a SigLIP file, more than half of it, is a text encoder that we never use
+
+
+@dataclass(frozen=True)
+class Repository:
+    hub: str           # Org/Name
+    revision: str      # a commit, which fixes every byte, or a branch, of which we take the newest commit
+    files: dict        # {name: (bytes, sha256)} in the order of downloading; {}: ask the server which files there are
+    licence: str = "Apache-2.0"
+    prefix: str = ""   # take only the tensors of model.safetensors whose names begin with this
+
+
+def pin(hub: str, revision: str, small: dict, *weights: tuple, **more) -> Repository:
+    "weights: (bytes, sha256) of the one file, or of each shard."
+    n = len(weights)
+    names = [f"model-{i:05}-of-{n:05}.safetensors" for i in range(1, n + 1)] if n > 1 else [SINGLE]
+    return Repository(hub, revision, small | ({INDEX: ANY} if n > 1 else {}) | dict(zip(names, weights)), **more)
+
+
+REPOSITORIES = {repository.hub.split("/")[1].lower(): repository for repository in (
+    pin("Qwen/Qwen2.5-0.5B", "060db6499f32faf8b98477b0a26969ef7d8b9987", QWEN,
+        (988_097_824, "88c142557820ccad55bb59756bfcfcf891de9cc6202816bd346445188a0ed342")),
+    pin("Qwen/Qwen2.5-0.5B-Instruct", "7ae557604adf67be50417f59c2c2f167def9a775", QWEN,
+        (988_097_824, "fdf756fa7fcbe7404d5c60e26bff1a0c8b8aa1f72ced49e7dd0210fe288fb7fe")),
+    pin("Qwen/Qwen2.5-1.5B", "8faed761d45a263340a0528343f099c05c9a4323", QWEN,
+        (3_087_467_144, "a961db72e75d52b18e6b0c9d379e51a26973b233385e0e127fdda7d648aec796")),
+    pin("Qwen/Qwen2.5-1.5B-Instruct", "989aa7980e4cf806f80c7fef2b1adb7bc71aa306", QWEN,
+        (3_087_467_144, "dd924a11b4c220f385b51ffa522daea7c9f3d850e31b162bb5661df483c6d3ee")),
+    pin("Qwen/Qwen2.5-3B", "3aab1f1954e9cc14eb9509a215f9e5ca08227a9b", QWEN,
+        (3_968_658_944, None), (2_203_268_048, None), licence=RESEARCH),
+    pin("Qwen/Qwen2.5-3B-Instruct", "aa8e72537993ba99e69dfaafa59ed015b17504d1", QWEN,
+        (3_968_658_944, "67347b23fb4165b652eb6611f5e1f2a06dfcddba8e909df1b2b0b1857bee06c2"),
+        (2_203_268_048, "a40d941d0e7e0b966ad8b62bb6d6b7c88cce1299197b599d9d0a4ce59aabfc1d"), licence=RESEARCH),
+    pin("google/siglip2-large-patch16-256", "787800c8990e6f058423089178e718139608408c", SIGLIP,
+        (3_526_204_360, "fa34f822f016dbb167d8d0e3a8af99b5e199aa28573360d4295252b9ec418e2a"), prefix=TOWER),
+    pin("google/siglip-large-patch16-256", "d0da9f876e7d66b4e250cd2450c3ba2ce735e447", SIGLIP, ANY, prefix=TOWER),
+    pin("google/siglip2-base-patch16-224", "75de2d55ec2d0b4efc50b3e9ad70dba96a7b2fa2", SIGLIP,
+        (1_500_800_904, "612923381c76ec5a9bed335d1c48827e3f2e506ac31b044b63b2031fadee6a0b"), prefix=TOWER),
+    pin("google/siglip-base-patch16-224", "7fd15f0689c79d79e38b1c2e2e2370a7bf2761ed", SIGLIP,
+        (812_672_320, "2c63cb7d1f2e95ba501893cbb8faeb4ea9a3af295498d35097126228659c2af8"), prefix=TOWER),
+    pin("google/siglip-so400m-patch14-224", "d04cf29fca7b6374f74d8bea1969314492266b5e", SIGLIP, ANY, prefix=TOWER),
+    pin("google/siglip-so400m-patch14-384", "9fdffc58afc957d1a03a25b10dba0329ab15c2a3", SIGLIP,
+        (3_511_950_624, "ea2abad2b7f8a9c1aa5e49a244d5d57ffa71c56f720c94bc5d240ef4d6e1d94a"), prefix=TOWER),
+)} | {"llava-ov-0.5b":
+    pin("llava-hf/llava-onevision-qwen2-0.5b-ov-hf", "74dd0bf867a4cda7950c17663794267c60cf4b40", LLAVA,
+        (1_787_445_680, "07b3362c3412de79baf2379e44e5b0b2a8f4b965ebebd11d7b5b3eb4450fe96e")),
+}
+
+CHUNK = 2 ** 16              # bytes that a broken connection can lose
+TIMEOUT = 10, 30             # seconds to connect, seconds without a byte
+ATTEMPTS, BACKOFF = 5, 0.5   # failures in a row without a new byte; seconds to wait, doubled after each
+CURABLE = requests.ConnectionError, requests.Timeout, requests.exceptions.ChunkedEncodingError  # try these again
+TRY_AGAIN = 408, 429, 500, 502, 503, 504  # and these statuses: the server is overloaded, or restarts
+REMEDIES = {401: "missing, private or gated: check the name, or set HF_TOKEN to a token that may read it",
+            403: "not allowed: accept the licence on the repository's page, with the account that HF_TOKEN belongs to",
+            404: "no such file: is this a model in safetensors?",
+            (404, "RepoNotFound"): "no such repository: check the name",
+            (404, "RevisionNotFound"): "no such revision: check what follows the @"}
+
+
+@dataclass(frozen=True)
+class RemoteFile:
+    "A file on the server, or the range of its bytes that we want, with a header that we write ourselves."
+    repository: Repository
+    name: str
+    etag: str = ""     # of a large file its sha256, 64 hex digits; of a small one git's hash, 40
+    total: int = 0     # bytes on the server
+    size: int = 0      # bytes on our disk: our own header, if any, then the range
+    head: bytes = b""  # that header
+    offset: int = 0    # our byte i is byte i + offset on the server
+
+    def __str__(self) -> str:
+        return f"{self.repository.hub}, {self.name}"
+
+
+def note(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+def setting(variable: str, default) -> Path:
+    return Path(os.environ.get(variable) or default).expanduser()
+
+
+def endpoint() -> str:
+    url = (os.environ.get("HF_ENDPOINT") or "https://huggingface.co").rstrip("/")
+    require(url.startswith(("https://", "http://")), f"HF_ENDPOINT={url}: expected an address such as https://NAME")
+    return url
+
+
+def at_hub(url: str) -> bool:
+    return urlsplit(url)[:2] == urlsplit(endpoint())[:2]  # the scheme, and the host with its port
+
+
+def find_repository(name: str) -> Repository:
+    known = REPOSITORIES | {repository.hub: repository for repository in REPOSITORIES.values()}
+    if name in known:
+        return known[name]
+    match = re.fullmatch(r"(\w[\w.-]*/\w[\w.-]*)(?:@(\S+))?", name)  # neither part may begin with a dot: ../../x
+    require(match, f"{name!r}: no such repository; known are {', '.join(REPOSITORIES)}, and any other as Org/Name or "
+                   "Org/Name@revision")
+    return Repository(match[1], match[2] or "main", {}, f"see {endpoint()}/{match[1]}")
+
+
+def folders(repository: Repository) -> tuple[Path, Path]:
+    "-> (our cache, huggingface_hub's cache: users of transformers need not download the same files again)."
+    name, revision = repository.hub.replace("/", "--"), repository.revision
+    # The revision is part of our folder's name: two of them never share one. A branch may be called refs/pr/1.
+    short = revision[:12] if re.fullmatch("[0-9a-f]{40}", revision) else revision.replace("/", "--")
+    theirs = setting("HF_HUB_CACHE", setting("HF_HOME", "~/.cache/huggingface") / "hub") / f"models--{name}"
+    with contextlib.suppress(OSError):  # in their cache, a branch is a small file that contains its commit
+        revision = (theirs / "refs" / revision).read_text().strip()
+    return setting("GHOSTVIS_CACHE", "~/.cache/ghostvis") / f"{name}@{short}", theirs / "snapshots" / revision
+
+
+def missing_files(repository: Repository, folder: Path) -> list[str]:
+    files = repository.files
+    if not files:  # optional files are downloaded before the weights: if the weights are there, all is there
+        sharded = (folder / INDEX).exists() and not (folder / SINGLE).exists()
+        files = dict.fromkeys(["config.json", *(read_index(folder / INDEX).values() if sharded else [SINGLE])], ANY)
+    # In our folder, selected tensors make a smaller file than the table says; it was verified before it got its name.
+    selected = SINGLE if repository.prefix and folder == folders(repository)[0] else None
+    return [name for name, (size, _) in files.items() if not (folder / name).is_file()
+            or name != selected and size not in (None, (folder / name).stat().st_size)]
+
+
+def authorize(request):
+    "requests calls this before each request. The token is for the hub: a storage host must not see it."
+    path = setting("HF_TOKEN_PATH", setting("HF_HOME", "~/.cache/huggingface") / "token")
+    token = (os.environ.get("HF_TOKEN") or (path.read_text() if path.is_file() else "")).strip()
+    if token and at_hub(request.url):
+        request.headers["Authorization"] = f"Bearer {token}"
+    return request
+
+
+def request(method: str, remote: RemoteFile, headers: dict, accept=()) -> tuple:
+    "-> (the reply, the headers of the hub's own replies on the way to it). Statuses from 400 are errors."
+    url = f"{endpoint()}/{remote.repository.hub}/resolve/{quote(remote.repository.revision, safe='')}/{remote.name}"
+    hub = requests.structures.CaseInsensitiveDict()
+    headers = {"Accept-Encoding": "identity"} | headers  # small files would be compressed: no length, another ETag
+    # We follow redirects ourselves, to see the hub's own headers. For large files the hub redirects to a storage host,
+    # with a signature in the address that is valid only for minutes: every attempt has to start at the hub.
+    for _ in range(10):  # redirects in a circle end here
+        # TRAP: without an auth function, requests reads ~/.netrc and replaces our token by what it finds there.
+        reply = requests.request(method, url, headers=headers, auth=authorize, timeout=TIMEOUT,
+                                 stream=method == "GET", allow_redirects=False)
+        hub.update(reply.headers if at_hub(url) else {})  # the storage host has other ETags
+        url = urljoin(url, reply.headers.get("Location", ""))
+        if not reply.is_redirect or method == "HEAD" and not at_hub(url):  # the hub's headers say all we need
+            break
+        reply.close()
+    hub["ETag"] = (hub.get("X-Linked-Etag") or hub.get("ETag") or "").removeprefix("W/").strip('"')
+    status, kind = reply.status_code, (reply.status_code, reply.headers.get("X-Error-Code"))
+    if status in TRY_AGAIN:
+        raise requests.ConnectionError(f"the server answers {status}", response=reply)
+    require(status < 400 or status in accept, f"{remote}: the server answers {status}, " + (
+        REMEDIES.get(kind) or REMEDIES.get(status) or f"{reply.reason}; check HF_ENDPOINT ({endpoint()}) and proxies"))
+    return reply, hub
+
+
+def retry(remote: RemoteFile, attempt, progress=lambda: 0):
+    "The result of attempt(). A failure counts only if progress() has not grown: a slow line may break a hundred times."
+    # Not urllib3.Retry: it repeats a request, but cannot resume a body that breaks after the first gigabyte.
+    failures, most = 0, progress()  # most: bytes
+    while True:
+        try:
+            return attempt()
+        except CURABLE as error:
+            # "HTTPSConnectionPool(...): Max retries exceeded ...: [Errno 111] Connection refused'))": keep the end
+            reason = str(error).rsplit(": ", 1)[-1].split("', ")[0].strip("')\".")[:90]
+            headers = {} if error.response is None else error.response.headers
+        # Compared with the most ever, not with the last attempt: some server may start from zero each time.
+        failures, most = (0, progress()) if progress() > most else (failures + 1, most)
+        require(failures < ATTEMPTS, f"{remote}: {reason}, {failures} times in a row; check the connection to "
+                                     f"{endpoint()} and run again: the download will resume from here")
+        # ratelimit: "api";r=0;t=55 or Retry-After: 55. One second more, because the two clocks differ.
+        named = re.search(r"\bt=(\d+)", headers.get("ratelimit", "")) \
+            or re.fullmatch(r"(\d+)", headers.get("Retry-After", ""))
+        seconds = int(named[1]) + 1 if named else BACKOFF * 2 ** failures
+        note(f"{remote}: {reason}; next attempt in {seconds:g} s")
+        time.sleep(seconds)
+
+
+def look_up(repository: Repository, name: str, optional=False) -> RemoteFile | None:
+    "What the server says about a file, compared with the table before a byte is downloaded. None: no such file."
+    remote = RemoteFile(repository, name)
+    reply, hub = retry(remote, lambda: request("HEAD", remote, {}, [404] if optional else []))
+    if reply.status_code == 404:  # only for optional files: all others raise
+        return None
+    # TRAP: the Content-Length of a redirect is the length of the redirect itself.
+    length = hub.get("X-Linked-Size") or ("" if reply.is_redirect else hub.get("Content-Length", ""))
+    etag, commit, (size, sha256) = hub["ETag"], hub.get("X-Repo-Commit"), repository.files.get(name, ANY)
+    # The login page of a hotel's network has status 200 too, and would be stored as config.json.
+    require(commit and etag and length.isdecimal(), f"{remote}: a proxy's page answers here, not a Hugging Face "
+            f"hub; log in to this network, or check HF_ENDPOINT ({endpoint()})")
+    total = int(length)  # a small file's ETag is not a sha256: such a file is compared with the table after download
+    require(size in (None, total) and (sha256 in (None, etag) or len(etag) != 64), f"{remote}: {endpoint()} has "
+            f"{total:,} bytes with hash {etag}, expected are {size or total:,} with {sha256 or etag}; the file was "
+            "replaced, or the mirror is wrong: check HF_ENDPOINT")
+    return RemoteFile(replace(repository, revision=commit), name, etag, total, total)
+
+
+def receive(remote: RemoteFile, file) -> None:
+    "One connection: appends the bytes that come to `file`, which may also be in memory."
+    start, resumed = file.tell() + remote.offset, file.tell() > len(remote.head)
+    whole = remote.size == remote.total  # not a range
+    asked = {} if whole and not resumed else {"Range": f"bytes={start}-{remote.size + remote.offset - 1}"}
+    reply, hub = request("GET", remote, asked, [416] if resumed else [])
+    with reply:  # only the headers are here yet
+        # Two versions must not be mixed where we cannot check a hash of the whole. TRAP: the header If-Range does not
+        # help: the storage host has an ETag of its own, never agrees, and sends the whole file each time.
+        require(whole or hub["ETag"] == remote.etag, f"{remote}: replaced on the server just now; run again")
+        # 200: the whole file, whatever we asked for. 416: no such range, so our bytes are of another file.
+        given = re.match(r"bytes (\d+)-", reply.headers.get("Content-Range", ""))
+        begin = int(given[1]) if given else 0 if reply.status_code == 200 else math.inf
+        if begin > start:  # does not continue what we have: the next attempt starts from the beginning
+            file.truncate(len(remote.head))
+            file.seek(0, os.SEEK_END)
+            raise requests.ConnectionError("the server sent another part than was asked for")
+        skip = start - begin  # bytes in front of the range that we want
+        for chunk in reply.iter_content(CHUNK):
+            chunk, skip = chunk[skip:], max(0, skip - len(chunk))
+            file.write(chunk[:remote.size - file.tell()])
+            if file.tell() == remote.size:  # the reply may be longer than our range
+                return
+    raise requests.ConnectionError("the connection closed early")
+
+
+def select_tensors(remote: RemoteFile) -> RemoteFile:
+    "Only the tensors with the repository's prefix, if their bytes are one range. (SigLIP's are sorted by name.)"
+    prefix = remote.repository.prefix
+    if not prefix or remote.name != SINGLE:
+        return remote
+    file = io.BytesIO()  # the first bytes of the file on the server
+
+    def read(n: int) -> bytes:
+        begin = file.tell()
+        part = replace(remote, size=begin + n)
+        retry(remote, lambda: receive(part, file), file.tell)
+        return file.getvalue()[begin:]
+
+    entries, metadata, start = parse_header(read, remote.total, remote)
+    entries = {name: info for name, info in entries.items() if name.startswith(prefix)}
+    begins, ends = zip(*(info["data_offsets"] for info in entries.values())) if entries else ([0], [0])
+    begin, size = min(begins), sum(ends) - sum(begins)
+    if not entries or size != max(ends) - begin:  # another tensor is in between: take the whole file
+        return remote
+    for info in entries.values():  # the offsets of a data section that begins with our first tensor
+        info["data_offsets"] = [offset - begin for offset in info["data_offsets"]]
+    # With the ETag in the header, a .part of another version of the file is recognised by its first bytes.
+    head = pack_header({"__metadata__": metadata | {"etag": remote.etag}} | entries)
+    return replace(remote, size=len(head) + size, head=head, offset=start + begin - len(head))
+
+
+def plan(repository: Repository, folder: Path) -> list[RemoteFile]:
+    "What has to be downloaded, the weights last. Only headers, and the index of shards, are downloaded here already."
+    record = folder / "commit"  # of a branch
+    with contextlib.suppress(OSError):
+        # A branch moves on, and files of two commits must not be mixed. So the first commit is recorded and used from
+        # then on; delete the folder to get a newer one.
+        repository = replace(repository, revision=record.read_text() or repository.revision)
+    if repository.files:
+        return [select_tensors(look_up(repository, name)) for name in missing_files(repository, folder)]
+    config = look_up(repository, "config.json")
+    repository = config.repository
+    record.write_text(repository.revision)
+
+    def find(*names: str) -> list[RemoteFile]:
+        return [remote for name in names if (remote := look_up(repository, name, optional=True))]
+
+    # Older repositories have the tokenizer in two files.
+    found = [config, *find(*list(CONFIGS)[1:]), *(find("tokenizer.json") or find("vocab.json", "merges.txt"))]
+    weights = find(SINGLE)
+    if not weights:  # then there are shards, and only the index knows how many
+        download(look_up(repository, INDEX), folder)
+        weights = [look_up(repository, name) for name in sorted(set(read_index(folder / INDEX).values()))]
+    return [remote for remote in found + weights if not (folder / remote.name).exists()]
+
+
+def announce(repository: Repository, remotes: list[RemoteFile], folder: Path) -> None:
+    "Sizes and licence before the download starts; and no start if the disk would be full before the end."
+    commit, free, left = (remotes[0].repository if remotes else repository).revision, shutil.disk_usage(folder).free, 0
+    note(f"{repository.hub}, revision {commit[:12]}, licence: {repository.licence}")
+    for remote in remotes:
+        part = folder / f"{remote.name}.part"
+        here = part.stat().st_size if part.exists() else 0  # bytes
+        left += max(0, remote.size - here)
+        note(f"{remote.size / 1e6:12,.1f} MB  {remote.name}" + f", {here / 1e6:,.1f} MB are here already" * bool(here)
+             + f" (only {repository.prefix}* of {remote.total / 1e6:,.1f} MB)" * bool(remote.head))
+    note(f"{left / 1e6:12,.1f} MB  to come, to {folder}, where {free / 1e6:,.1f} MB are free")
+    require(left <= free, f"{folder}: {left:,} bytes are to come and {free:,} are free; make room, or set "
+                          "GHOSTVIS_CACHE to a folder on another disk")
+
+
+def check_hash(path: Path, expected: str) -> None:
+    "64 digits are a sha256; 40 are the sha1 by which git names a file, which starts with the file's size."
+    digest = hashlib.sha256() if len(expected) == 64 else hashlib.sha1(b"blob %d\0" % path.stat().st_size)
+    with open(path, "rb") as file:
+        while block := file.read(2 ** 20):
+            digest.update(block)
+    if digest.hexdigest() != expected:
+        path.unlink()  # we cannot know which byte is wrong
+        raise ValueError(f"{path}: hash {digest.hexdigest()}, expected {expected}: damaged on the way; it was deleted, "
+                         "run again to fetch it anew")
+
+
+def download(remote: RemoteFile, folder: Path) -> None:
+    target, part = folder / remote.name, folder / f"{remote.name}.part"
+    try:
+        with open(part, "a+b") as file:  # another process may have begun it
+            file.seek(0)
+            if file.read(len(remote.head)) != remote.head or file.seek(0, os.SEEK_END) > remote.size:
+                file.truncate(0)  # begun with another version
+                file.write(remote.head)
+            file.seek(0, os.SEEK_END)
+            # The bar counts the bytes that are written. disable=None: only on a terminal, not in a log file.
+            with tqdm.wrapattr(file, "write", total=remote.size, initial=file.tell(), desc=remote.name,
+                               disable=None) as counted:
+                if file.tell() < remote.size:
+                    retry(remote, lambda: receive(remote, counted), file.tell)
+            file.flush()
+            os.fsync(file.fileno())  # before the rename: else a power cut could leave the name without the bytes
+    except OSError as error:
+        require(error.errno not in (errno.ENOSPC, errno.EDQUOT),
+                f"{target}: the disk is full; make room and run again: it will resume from here")
+        raise  # requests' errors are OSErrors too
+    # We have no hash of a range: that the server's ETag was the table's sha256 has to be enough. ETags of another form
+    # than these two say nothing about the content.
+    expected = remote.repository.files.get(remote.name, ANY)[1] or remote.etag  # the table's, or the server's
+    if not remote.head and re.fullmatch("[0-9a-f]{40}|[0-9a-f]{64}", expected):
+        check_hash(part, expected)
+    os.replace(part, target)  # all at once: nobody ever sees half a file under this name
+    note(f"{remote.name}: complete")
+
+
+def lock(file, folder: Path) -> None:
+    "One process at a time: all ranks of a run ask for the same weights. The lock ends when the file is closed."
+    if os.name == "posix":  # there is no fcntl on Windows
+        import fcntl
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            note(f"another process downloads to {folder}: waiting for it")
+            fcntl.flock(file, fcntl.LOCK_EX)
+
+
+def fetch(name: str) -> Path:
+    """"qwen2.5-1.5b", or any "Org/Name@revision" -> the folder with its files; missing files are downloaded first."""
+    repository = find_repository(name)
+    folder, theirs = folders(repository)
+    for ready in folder, theirs:
+        if not missing_files(repository, ready):
+            return ready
+    offline = [variable for variable in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE")
+               if os.environ.get(variable, "").upper() in ("1", "ON", "YES", "TRUE")]
+    require(not offline, f"{folder}: lacks {', '.join(missing_files(repository, folder))}, and {''.join(offline[:1])} "
+                         f"is set; run python data.py --download={name} once without it")
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / ".lock", "w") as file:
+        lock(file, folder)
+        if missing_files(repository, folder):  # a process that had to wait for the lock finds all files there
+            remotes = plan(repository, folder)
+            announce(repository, remotes, folder)
+            for remote in remotes:
+                download(remote, folder)
+    return folder
