@@ -5,16 +5,10 @@ The model: a Qwen2.5 decoder, a vision-language model (VLM) around it, the loss,
       L x ( RMSNorm -> attention (RoPE, grouped queries) -> +  RMSNorm -> SwiGLU -> + )
       RMSNorm -> head -> logits [B, T, V]
 
-Reading order: RMSNorm and RoPE, Attention, MLP, Block, GPT (a complete language model), TokenLoss, VLM (the same with
-pictures), generation (prefill, then decode token by token). The layers compute exactly what Hugging Face's Qwen2
-computes (arXiv 2412.15115): the released weights load into them and give the same logits. Two sections only save time
-or memory; they say so, and a first reader can skip them.
-
+The layers compute exactly what Hugging Face's Qwen2 computes (arXiv 2412.15115): same weights, same logits. Two sections
+only save time or memory; they say so, and a first reader can skip them.
 Axis letters: B rows, T tokens in a row, H the decoder's width, d a head's width, V vocabulary, n pictures, M image
-tokens of each picture.
-
-Left out: sliding windows (no released Qwen2.5 uses them), dropout (none of the recipes uses it), YaRN for very long
-texts.
+tokens of each picture. Left out: sliding windows (no released Qwen2.5 uses them), dropout, YaRN for very long texts.
 """
 import copy
 import inspect
@@ -62,11 +56,6 @@ class VLMConfig:
     preset: str = "tiny"              # also the folder of its checkpoints under --out_dir
     generation: dict = field(default_factory=dict)  # the publisher's temperature, top_k, ...; ours: empty, greedy
     lora_rank: int = 0                # above 0: the decoder is frozen, and thin matrices beside its own are trained
-
-    @classmethod
-    def from_dict(cls, d: dict) -> "VLMConfig":
-        return cls(**(d | {"vision": ViTConfig(**d["vision"]), "bridge": BridgeConfig(**d["bridge"]),
-                           "decoder": GPTConfig(**d["decoder"])}))
 
 
 PRESETS = {
@@ -117,7 +106,7 @@ def preset(name: str, bridge: str = "") -> VLMConfig:
 
 
 def check_name(model: str) -> None:
-    "Before anything is loaded: --model must be a preset, or may be a hub id or a path."
+    "--model must be a preset, a hub id or a path."
     if model not in PRESETS and "/" not in model:
         raise ValueError(f"--model={model}: unknown; choose from {', '.join(PRESETS)}, or give a hub id, Org/Name")
 
@@ -306,13 +295,11 @@ class GPT(nn.Module):
                 x = block(x, rope, documents)
         return self.norm(x)
 
-    def logits(self, h: torch.Tensor) -> torch.Tensor:
-        "h [..., H] after the last norm -> [..., V]."
+    def logits(self, h: torch.Tensor) -> torch.Tensor:  # h [..., H] -> [..., V]
         return F.linear(h, self.head_weight)
 
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
-        "ids [B, T] -> logits [B, T, V]."
-        # Training uses hidden() and token_loss instead: it never needs all logits at once.
+        "ids [B, T] -> logits [B, T, V]. Training uses hidden() and token_loss: it never needs all logits at once."
         return self.logits(self.hidden(self.embed(ids)))
 
     @classmethod
@@ -507,14 +494,11 @@ class VLM(nn.Module):
         return self.bridge(self.vit_features(pixels))
 
     def embed(self, ids, image_tokens=None, image_positions=None) -> torch.Tensor:
-        """
-        ids [B, T] -> [B, T, H]. At image_positions [K] of ids.flatten() the text embeddings, of <|image_pad|>, are
-        replaced by image_tokens [K, H].
-        """
+        "ids [B, T] -> [B, T, H]; at image_positions [K] of ids.flatten() image_tokens [K, H] replace the embeddings."
         x = self.gpt.embed(ids)
         if image_tokens is None:
             return x
-        # index_copy, not an assignment in place: gradients flow to the image tokens. pack has checked the counts.
+        # index_copy, not an assignment in place: gradients flow to the image tokens.
         return x.flatten(0, 1).index_copy(0, image_positions, image_tokens.to(x.dtype)).view_as(x)
 
     def forward(self, batch: dict) -> torch.Tensor:
@@ -550,10 +534,7 @@ class VLM(nn.Module):
     # Generation: prefill computes all prompts in one forward pass, then decode adds one token per row and step
 
     def batch_prompts(self, prompts: list, images: list) -> tuple[int, list]:
-        """
-        -> (the longest prompt's tokens, prefill's inputs: ids [B, T], lengths [B], image positions in ids.flatten()
-        [K], and the pictures).
-        """
+        "-> (the longest prompt's tokens, inputs of prefill: ids [B, T], lengths [B], image positions [K], pictures)."
         # Padded on the right: no token attends to later ones, so padding changes nothing and needs no mask. On a GPU
         # the width is rounded up, so that few different shapes occur.
         device = self.gpt.embed.weight.device
@@ -583,14 +564,14 @@ class VLM(nn.Module):
         """
         if images is not None and images.dtype == torch.uint8:
             images = self.encode_images(images).flatten(0, 1)
-        cache.start_prefill(ids.shape[1])
+        cache.start(ids.shape[1])
         h = self.gpt.hidden(self.embed(ids, images, image_positions), cache=cache)                   # [B, T, H]
         cache.next.copy_(lengths)
         return self.gpt.logits(h[torch.arange(len(ids), device=ids.device), lengths - 1])
 
     def decode(self, cache: "KVCache", token) -> torch.Tensor:
         "token [B] -> the logits of what follows it [B, V]."
-        cache.start_decode()
+        cache.start()
         h = self.gpt.hidden(self.gpt.embed(token[:, None]), cache.next[:, None], cache=cache)[:, 0]  # [B, H]
         cache.next += 1
         return self.gpt.logits(h)
@@ -603,8 +584,7 @@ class VLM(nn.Module):
         """
         Prompts of any lengths, as tokenizer.render gives them, with all their pictures in order, each uint8 [3, S, S]
         or Tiles. Yields, for each new position, one id per row, None for rows that have ended (the stop token itself is
-        still yielded). With samples = n every prompt is prefilled once and answered n times: rows i*n to i*n+n-1.
-        temperature 0 takes the most likely token.
+        still yielded). samples = n: every prompt is prefilled once and answered n times, in rows i*n to i*n+n-1.
         """
         longest, inputs = self.batch_prompts(prompts, images)
         cache, logits = self.prefill_cache(inputs, longest + max_new_tokens, samples)
@@ -673,10 +653,7 @@ class LayerCache(NamedTuple):
 
 
 class KVCache:
-    """
-    Keys and values of all tokens so far, so that a new token computes only its own. Allocated once for the longest
-    answer: nothing grows or moves while decoding. All rows begin in column 0.
-    """
+    "Keys and values of all tokens so far. Allocated once for the longest answer; all rows begin in column 0."
 
     def __init__(self, config: GPTConfig, batch: int, width: int, device, dtype):
         # Qwen2.5-1.5B in bfloat16: 2 x 28 layers x 2 heads x 128 channels x 2 bytes = 28 KiB for each token of a row.
@@ -688,11 +665,10 @@ class KVCache:
         self.decoding = False
         self.graphs, self.key = {}, None  # see run_graph and VLM.take_cache
 
-    def start_prefill(self, T: int) -> None:
-        self.decoding, self.used = False, self.used if self.kv.is_cuda else T
-
-    def start_decode(self) -> None:
-        self.decoding, self.used = True, self.used if self.kv.is_cuda else self.used + 1
+    def start(self, T: int = 0) -> None:
+        "Before a prefill of T columns, or (0) before decoding one more."
+        self.decoding = not T
+        self.used = self.used if self.kv.is_cuda else T or self.used + 1
 
     def layers(self) -> list[LayerCache]:
         if not self.decoding:
@@ -708,7 +684,7 @@ class KVCache:
         "Row i of a prefilled cache becomes rows i*n to i*n+n-1 of this one. T: tokens of the longest prompt."
         self.kv[:, :, :, :, :T] = other.kv[:, :, :, :, :T].repeat_interleave(n, dim=2)
         self.next.copy_(other.next.repeat_interleave(n))
-        self.start_prefill(T)
+        self.start(T)
 
 
 def attend_with_cache(q, k, v, cache: LayerCache) -> torch.Tensor:
@@ -730,8 +706,7 @@ def store_token(k, v, cache: LayerCache) -> None:
     cache.kv[:, rows, :, cache.columns] = torch.stack([k, v])[:, :, 0].transpose(0, 1)               # [B, 2, kv, d]
 
 
-def sample(logits, noise, present, temperature: float, top_k: int, top_p: float,
-           repetition_penalty: float) -> torch.Tensor:
+def sample(logits, noise, present, temperature, top_k, top_p, repetition_penalty) -> torch.Tensor:
     "logits [B, V], noise [B] uniform in 0 to 1, present [B, V] -> ids [B]. The filters come in Hugging Face's order."
     if temperature != 0 or repetition_penalty != 1.0:  # sums over V need float32; argmax does not
         logits = logits.float()
@@ -774,8 +749,8 @@ def respond(vlm: VLM, tokenizer, conversations: list, images: list, **options) -
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Generation, faster on a GPU (skip at first reading: nothing here changes a result)
-# A decoding step is a thousand short kernels. Three things keep the GPU busy: the whole step is recorded as one CUDA
-# graph, the next step is launched before the CPU waits for this one's tokens, and the blocks are compiled for decoding.
+# A decoding step is a thousand short kernels. To keep the GPU busy, the step is recorded as one CUDA graph, the next
+# one is launched before the CPU waits for this one's tokens, and the blocks are compiled for decoding.
 
 def run_graph(function, cache: KVCache, *inputs) -> torch.Tensor:
     "function(cache, *inputs); on a GPU as a CUDA graph: recorded once per input shape, then launched as one."
@@ -855,8 +830,7 @@ LLAVA = ("llava_onevision", "llava")  # Hugging Face's model types: with and wit
 
 def newest_checkpoint(out_dir, model: str, before: str = "") -> Path | None:
     "The checkpoint of the latest stage (of those before a given one) under OUT_DIR/MODEL, if there is any."
-    stages = STAGES[:STAGES.index(before)] if before else STAGES
-    folders = [Path(out_dir) / run_name(model) / stage for stage in stages]
+    folders = [Path(out_dir) / run_name(model) / stage for stage in STAGES[:STAGES.index(before) if before else None]]
     # .old counts too: after an interrupted save it is the only one, and load_checkpoint puts it back in place
     return next((f for f in reversed(folders)
                  if (f / "config.json").exists() or f.with_name(f.name + ".old").exists()), None)
@@ -868,7 +842,7 @@ def load_checkpoint(folder, device="cpu", dtype=torch.float32) -> VLM:
     and Qwen2. ValueError if anything is missing, cut short or of another shape.
     """
     folder = weights.recover(folder)
-    path, hf = folder / "config.json", weights.read_json(folder / "config.json")
+    hf = weights.read_json(path := folder / "config.json")
     if hf.get("model_type") in LLAVA:
         tensors, names, source = weights.read_llava(folder), weights.LLAVA_NAMES, folder
         vision, bridge = llava_vision(hf, folder)
@@ -878,7 +852,8 @@ def load_checkpoint(folder, device="cpu", dtype=torch.float32) -> VLM:
                                    generation=generation_config(folder)))
     elif hf.pop("model_type", "") == "ghostvis":
         try:
-            config = VLMConfig.from_dict(hf)
+            config = VLMConfig(**hf | {"vision": ViTConfig(**hf["vision"]), "bridge": BridgeConfig(**hf["bridge"]),
+                                       "decoder": GPTConfig(**hf["decoder"])})
         except (KeyError, TypeError) as error:
             raise ValueError(f"{path}: does not fit this version of the code ({error})") from None
         source, names = folder / "model.safetensors", None
@@ -896,8 +871,7 @@ def load_checkpoint(folder, device="cpu", dtype=torch.float32) -> VLM:
 
 def generation_config(folder) -> dict:
     "How the publisher samples: options of `generate`."
-    path = Path(folder) / "generation_config.json"
-    hf = weights.read_json(path) if path.exists() else {}
+    hf = weights.read_json(path) if (path := Path(folder) / "generation_config.json").exists() else {}
     # TRAP: without do_sample the other entries are leftovers, for the checkpoint is greedy; the penalty still counts.
     keys = ("temperature", "top_k", "top_p", "repetition_penalty") if hf.get("do_sample") else ("repetition_penalty", )
     return {key: hf[key] for key in keys if hf.get(key) is not None}
@@ -909,21 +883,18 @@ def load_pretrained(name: str, vision: str = "", bridge: str = "", device="cpu",
     Released weights -> (model, the folder with its tokenizer). name: a preset, a hub id or a folder with a Qwen2 or a
     LLaVA. A Qwen gets a released vision encoder and a new bridge, which chapter 2 trains; text_only: it gets neither.
     """
-    def find(source: str) -> Path:
-        return Path(source) if Path(source).is_dir() else weights.fetch(source)
-    folder = find(name)
+    folder = Path(name) if Path(name).is_dir() else weights.fetch(name)
     if weights.read_json(folder / "config.json").get("model_type") in LLAVA:
         vlm = load_checkpoint(folder, device, dtype)
     else:
         gpt = GPT.from_pretrained(folder, device, dtype)
         vision = vision or weights.DEFAULT_VISION
-        vit = None if text_only else ViT.from_pretrained(find(vision), device, dtype)
+        vit = None if text_only else ViT.from_pretrained(
+            Path(vision) if Path(vision).is_dir() else weights.fetch(vision), device, dtype)
         config = VLMConfig(vit and vit.config, BridgeConfig(kind=bridge or "perceiver"), gpt.config,
                            pretrained_vision=vision, generation=generation_config(folder))
         with torch.device("meta"):
             vlm = VLM(config if text_only else connect(config))
-        vlm.vit, vlm.gpt = vit, gpt
-        if not text_only:
-            vlm.bridge = Bridge(config.bridge).to(device, dtype)
+        vlm.vit, vlm.gpt, vlm.bridge = vit, gpt, None if text_only else Bridge(config.bridge).to(device, dtype)
     vlm.config.preset = run_name(name)
     return vlm, folder

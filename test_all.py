@@ -1778,7 +1778,7 @@ def test_cached_decoding_equals_uncached():
         cache.used = 10
         for i in range(14):
             cache.next.copy_(lengths + i)
-            cache.start_decode()
+            cache.start()
             one = gpt.hidden(gpt.embed(ids[torch.arange(3), lengths + i][:, None]), cache.next[:, None], cache=cache)
             assert far(one[:, 0], whole[torch.arange(3), lengths + i]) < 1e-5
 
