@@ -5,8 +5,8 @@ The model: a Qwen2.5 decoder, a vision-language model (VLM) around it, the loss,
       L x ( RMSNorm -> attention (RoPE, grouped queries) -> +  RMSNorm -> SwiGLU -> + )
       RMSNorm -> head -> logits [B, T, V]
 
-The layers compute exactly what Hugging Face's Qwen2 computes (arXiv 2412.15115): same weights, same logits. Two sections
-only save time or memory; they say so, and a first reader can skip them.
+The layers compute exactly what Hugging Face's Qwen2 computes (arXiv 2412.15115): same weights, same logits. Two
+sections only save time or memory; they say so, and a first reader can skip them.
 Axis letters: B rows, T tokens in a row, H the decoder's width, d a head's width, V vocabulary, n pictures, M image
 tokens of each picture. Left out: sliding windows (no released Qwen2.5 uses them), dropout, YaRN for very long texts.
 """
