@@ -115,7 +115,7 @@ def matmul_ceiling(setup) -> float:
     "FLOP/s of large matrix products here and now, one after another: what no training step can exceed."
     # So large that computing outweighs launching the kernel and reading memory: 1.1 TFLOP on a GPU, 2.1 GFLOP on a CPU.
     n, times = (8192, 300) if setup.device.type == "cuda" else (1024, 1)
-    # In the type that the step computes in: a float32 step held against bfloat16's ceiling would look worse than it is.
+    # In the dtype of the step: a float32 step compared with bfloat16's ceiling would look worse than it is.
     a, b = (torch.randn(n, n, device=setup.device, dtype=setup.dtype) for _ in range(2))
     # Each of the n^2 results is a sum of n products: n multiplications and n additions, 2 n FLOP. On a GPU for half a
     # second at a stretch: a single product runs faster than the card's power allows for long.
@@ -180,7 +180,7 @@ class Step:
 
     def __init__(self, flags, setup, vlm: VLM, tokenizer, stage: str):
         task, self.trained = STAGES[stage]
-        vlm.float().train()  # what the optimizer's masters are made of
+        vlm.float().train()  # the optimizer's master weights start from these
         torch.compiler.reset()  # TRAP: code compiled for a frozen decoder would be used again, and give it no gradients
         self.vlm, self.setup, self.params = vlm, setup, freeze_all_but(vlm, self.trained)
         # A step's work does not depend on the rate. A real rate, again and again on one batch, could drive the weights,
@@ -253,11 +253,11 @@ def bench_speed(flags) -> dict:
 
 
 def bench_rl(flags, setup, vlm: VLM, tokenizer: Tokenizer) -> dict:
-    "Chapter 4's step, 16 questions x 16 answers: how long it asks, and how long it learns from the answers."
+    "Chapter 4's step, 16 questions x 16 answers: the time of the rollouts and of the update."
     ours = argparse.Namespace(**{name: default for name, (default, _) in train_rl.FLAGS.items()} | vars(flags))
     records, step = [World("exam")[i] for i in range(16)], Step(flags, setup, vlm, None, "sft")
 
-    def ask() -> tuple[list, list]:
+    def roll_out() -> tuple[list, list]:
         return train_rl.rollout(vlm, tokenizer, records, ours, 0)
 
     def learn() -> None:
@@ -266,11 +266,11 @@ def bench_rl(flags, setup, vlm: VLM, tokenizer: Tokenizer) -> dict:
                                                            lambda record, ids, tokenizer: ids[0] % 2)
         step.batches = train_rl.pack_all(documents, flags.micro_batch_size or 4, flags.seq_len, vlm)
         step()
-    prompts, groups = ask()
-    asking, learning = (clock(work, min(flags.steps, 5), setup.device) for work in (ask, learn))
-    setup.print(f"rl: 16 x 16 answers of {ours.max_new_tokens} tokens in {asking * 1e3:.0f} ms, the update in "
-              f"{learning * 1e3:.0f} ms: rollouts take {asking / (asking + learning):.0%} of the step")
-    return {"rollout_ms": asking * 1e3, "update_ms": learning * 1e3, "rollout_share": asking / (asking + learning)}
+    prompts, groups = roll_out()
+    rolling, learning = (clock(work, min(flags.steps, 5), setup.device) for work in (roll_out, learn))
+    setup.print(f"rl: 16 x 16 answers of {ours.max_new_tokens} tokens in {rolling * 1e3:.0f} ms, the update in "
+              f"{learning * 1e3:.0f} ms: rollouts take {rolling / (rolling + learning):.0%} of the step")
+    return {"rollout_ms": rolling * 1e3, "update_ms": learning * 1e3, "rollout_share": rolling / (rolling + learning)}
 
 
 def bench_decode(flags, setup, vlm: VLM) -> dict:
@@ -351,8 +351,8 @@ def pad(batch: dict, M: int) -> list[dict]:
 def bench_ladder(flags) -> dict:
     "Real tokens per second of chapter 3's step on each rung. A rung keeps what those below it have."
     flags.compile, rows = "False", []
-    rungs = ["one conversation a row, float32", "bfloat16 over float32 masters", "packed rows",
-             "only supervised tokens meet the head, in chunks", "torch.compile", "float8"]
+    rungs = ["one conversation a row, float32", "bfloat16 over float32 master weights", "packed rows",
+             "head and loss for supervised tokens only, in chunks", "torch.compile", "float8"]
     gpu, fused = Setup(flags).device.type == "cuda", model.token_loss
     # the last two are for GPUs, and float8 for those that have it
     for i, rung in enumerate(rungs[:4 if not gpu else 5 if torch.cuda.get_device_capability() < (8, 9) else 6]):
@@ -393,7 +393,7 @@ def chart(bars: list[tuple[str, float]], path: str) -> None:
 
 
 def saved_bytes(module, compiled: bool, *inputs) -> int:
-    "Bytes that autograd keeps of one call in bfloat16 for the way back."
+    "Bytes that autograd stores of one call in bfloat16 for the backward pass."
     module.to(torch.bfloat16)
     own, pieces, alive = {p.untyped_storage().data_ptr() for p in module.parameters()}, {}, []
 
@@ -419,9 +419,9 @@ def line(measure, a: int, b: int) -> tuple[float, float]:
 
 def predict(flags, stage: str, lora: int):
     """
-    A function: rows per forward pass, with activation checkpointing or not -> GiB that a stage needs at its peak, by
-    part. bfloat16 over float32 masters, compiled. Small inputs go through one real layer of each kind, on the CPU; the
-    rest is arithmetic.
+    A function: (rows per forward pass, with activation checkpointing?) -> GiB that a stage needs at its peak, by part,
+    in bfloat16, with float32 master weights, compiled. Measured are one layer of each kind with small inputs, on the
+    CPU; the rest is arithmetic.
     """
     config = preset(flags.model, flags.bridge)
     config.lora_rank, decoder, vision = lora, config.decoder, config.vision
@@ -453,14 +453,14 @@ def predict(flags, stage: str, lora: int):
         tokens = micro * flags.seq_len
         pictures = tokens / (config.bridge.num_tokens + 256)  # LLaVA's conversations
         one = per_token * tokens
-        # With checkpointing every layer keeps its input alone, and on the way back one layer at a time makes the rest.
+        # With checkpointing each layer stores only its input; the backward pass computes the rest, layer by layer.
         stored = layers * fixed + layers * (tokens * H * 2 if thrift else one) + bridge + per_picture * pictures
         # There one layer's gradients come and go, mostly those of gate and up; but by then the logits are gone.
         returning = 8 * tokens * decoder.intermediate_size + (one if thrift else 0)
         # token_loss: a chunk's logits and their gradient; the head's gradient in float32, and once more in bfloat16.
         logits = 4 * V * min(4096, tokens if stage == "base" else tokens / 2)
         loss = max(0, logits - returning) + 6 * V * H * vlm.gpt.embed.weight.requires_grad
-        # Everything in bfloat16; masters and moments, two by AdamW, one by Muon, in float32.
+        # All in bfloat16; master weights and moments, two by AdamW, one by Muon, in float32.
         own = learn / flags.gpus  # each GPU keeps those of its share
         out = {"weights": 2 * total, "gradients": 2 * learn, "masters": 4 * own,
                "optimizer": (4 if flags.model in FROM_SCRATCH else 8) * own,

@@ -7,7 +7,7 @@ People's files -> records -> packed batches. The way of one record to the loss, 
     pack            documents of all lengths -> rows of one fixed shape     [rows, seq_len]
     collate         these rows as tensors, with the pictures' pixels        -> VLM.forward(batch) in model.py -> loss
 
-`Loader` calls the last three for each batch. Used as a script, this file looks at data and fetches weights:
+`Loader` calls the last three for each batch. Used as a script, this file checks data and downloads weights:
 
     python data.py                           # draw a contact sheet of the built-in world: world.png
     python data.py --data=my.json            # check your own records: read all, open every picture, show three

@@ -269,7 +269,7 @@ def main() -> None:
     step = state.get("step", 0)  # above 0 with --resume
 
     # Data. New: conversations, and a curriculum. The world starts with 90 % captions, which train the ViT word by word;
-    # after 15,000 records mostly questions follow, which teach more once the picture is understood.
+    # from record 12,000 on 10 % are captions and 90 % questions, which teach more once the picture is understood.
     world = World("chat", seed=flags.seed, caption_share=lambda i: max(0.1, 0.9 - i / 15_000))
     # Held out are single questions, about new scenes and about pairs of colour and kind that training never shows.
     # seed=1, whatever --seed is: all runs answer the same questions.

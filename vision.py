@@ -150,7 +150,7 @@ def sincos_positions(side: int, D: int) -> torch.Tensor:
 
 
 class ViTBlock(nn.Module):
-    "Pre-norm transformer block; attention runs in both directions, as every patch may look at every other."
+    "Pre-norm transformer block; attention is not causal: every patch attends to every other."
 
     def __init__(self, config: ViTConfig):
         super().__init__()
@@ -292,14 +292,14 @@ class BridgeConfig:
 
 
 class PerceiverLayer(nn.Module):
-    "Latents look at the features and at each other, then think: cross-attention and an MLP, both with norms in front."
+    "Cross-attention from the latents to the features and to each other, then an MLP; both with norms in front."
 
     def __init__(self, config: BridgeConfig):
         super().__init__()
         D = config.vision_size
         self.num_heads = config.num_heads
         self.norm_latents, self.norm_features, self.norm_mlp = nn.LayerNorm(D), nn.LayerNorm(D), nn.LayerNorm(D)
-        self.q = nn.Linear(D, D, bias=False)  # only the latents ask: M queries, so M vectors come out
+        self.q = nn.Linear(D, D, bias=False)  # queries from the latents only: M queries, so M vectors come out
         self.kv = nn.Linear(D, 2 * D, bias=False)
         self.out = nn.Linear(D, D, bias=False)
         self.fc1 = nn.Linear(D, 4 * D, bias=False)
@@ -314,7 +314,7 @@ class PerceiverLayer(nn.Module):
     def forward(self, latents: torch.Tensor, features: torch.Tensor) -> torch.Tensor:
         B, M, D = latents.shape
         x = self.norm_latents(latents)                                                               # [B, M, D]
-        # Keys from features and latents: so the latents can also agree on who summarises what.
+        # Keys from features and latents: a latent also attends to the others, so that they can divide the work.
         kv = self.kv(torch.cat([self.norm_features(features), x], dim=1))                            # [B, N+M, 2D]
         q = self.q(x).view(B, M, self.num_heads, -1).transpose(1, 2)                            # [B, heads, M, D/heads]
         k, v = (part.view(B, kv.shape[1], self.num_heads, -1).transpose(1, 2)
@@ -355,7 +355,7 @@ class Perceiver(nn.Module):
         latents = self.latents.expand(len(features), -1, -1)                                         # [B, M, D]
         if self.seed is not None:
             latents = latents + self.seed(pixel_shuffle(features))                                   # M = N/4 here
-        for layer in self.layers:  # each looks at the picture again, now knowing better what to look for
+        for layer in self.layers:  # every layer attends to the same features again
             latents = layer(latents, features)
         return self.norm(latents)
 
