@@ -68,22 +68,29 @@ DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF1
           "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
           "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2}
 MAX_HEADER = 100_000_000  # bytes; the format's own limit
+MAX_SIDES = 64            # of a tensor; torch's own limit for most operations
 SEGMENT = 128 * 2 ** 20   # bytes of a file that are mapped into memory at once
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"  # one file, or the index of several shards
 
 
+def parse_json(text: str | bytes, where, **options):
+    "json.loads, with one kind of error: a hundred thousand open brackets are a RecursionError, 5,000 digits another."
+    try:
+        return json.loads(text, **options)
+    except (ValueError, RecursionError) as error:  # UnicodeDecodeError is a ValueError too
+        raise ValueError(f"{where}: not valid JSON ({error}); is the file complete, and in UTF-8?") from None
+
+
 def read_json(path) -> dict:
     with named_errors(path):
-        content = json.loads(Path(path).read_text(encoding="utf-8"))
+        content = parse_json(Path(path).read_bytes(), path)
     require(isinstance(content, dict), f"{path}: a JSON object in braces is expected here")
     return content
 
 
 def read_index(path) -> dict[str, str]:
     "The index of a model in several shards -> {tensor name: file name}."
-    with named_errors(path):
-        index = json.loads(Path(path).read_text(encoding="utf-8"))
-    names = index.get("weight_map") if isinstance(index, dict) else None
+    names = read_json(path).get("weight_map")
     # Plain file names only: a downloaded index must not make us write to ../../.bashrc.
     require(isinstance(names, dict) and names and all(
         isinstance(name, str) and re.fullmatch(r"\w[\w.-]*", name) for name in names.values()),
@@ -102,8 +109,10 @@ def entry_is_valid(info) -> bool:
     try:
         dtype, shape, (begin, end) = info["dtype"], info["shape"], info["data_offsets"]
         # type(), not isinstance(): JSON's `true` is an int to isinstance. torch would read -1 as "guess this side".
+        # The limits come before the product: 2,000 sides of 4,300 digits would take minutes to multiply.
         # Sides of 0 are counted as 1 in the limit: [0, 2^40, 2^40] has no bytes, but torch's strides would overflow.
-        return (isinstance(shape, list) and all(type(n) is int and n >= 0 for n in [*shape, begin, end])
+        return (isinstance(shape, list) and len(shape) <= MAX_SIDES
+                and all(type(n) is int and 0 <= n < 2 ** 59 for n in [*shape, begin, end])
                 and math.prod(n or 1 for n in shape) < 2 ** 59
                 and end - begin == math.prod(shape) * DTYPES[dtype].itemsize)  # so a view stays within its own tensor
     except (TypeError, KeyError, ValueError):
@@ -116,35 +125,34 @@ def parse_header(read, size: int, where) -> tuple[dict, dict, int]:
     read(n) gives the next n bytes of a file of `size` bytes, which may also be on a server. A file that was cut short,
     or made by an attacker, is a ValueError here and never a crash later.
     """
-    def check(condition, why: str) -> None:
-        require(condition, f"{where}: not a valid safetensors file ({why}); fetch or write it again")
-
-    check(size >= 8, "shorter than 8 bytes")  # an empty file, after a full disk or a broken download
+    where = f"{where}: not a valid safetensors file"
+    remedy = "fetch or write it again"
+    require(size >= 8, f"{where} (shorter than 8 bytes); {remedy}")  # after a full disk or a broken download
     # Any 8 bytes are a number, up to 18 million TB. This check comes before we allocate that much memory.
     length = int.from_bytes(read(8), "little")
-    check(2 <= length <= min(MAX_HEADER, size - 8), f"header of {length:,} bytes in a file of {size:,}: cut short?")
+    require(2 <= length <= min(MAX_HEADER, size - 8),
+            f"{where} (header of {length:,} bytes in a file of {size:,}: cut short?); {remedy}")
     raw = read(length)
-    try:
-        require(raw.startswith(b"{"), "does not begin with {")  # JSON allows blanks in front, the format does not
-        entries = json.loads(raw.decode("utf-8"), object_pairs_hook=unique_keys)
-    # Wrong UTF-8 and wrong JSON are ValueErrors too; a hundred thousand open brackets are a RecursionError.
-    except (ValueError, RecursionError) as error:
-        check(False, f"header: {error}")
+    require(raw.startswith(b"{"), f"{where} (header: does not begin with {{); {remedy}")  # JSON allows blanks in front
+    entries = parse_json(raw, where, object_pairs_hook=unique_keys)
     metadata = entries.pop("__metadata__", {})  # the only key that is not a tensor
-    check(isinstance(metadata, dict) and all(isinstance(value, str) for value in metadata.values()),
-          "__metadata__ is not a map of strings")
+    require(isinstance(metadata, dict) and all(isinstance(value, str) for value in metadata.values()),
+            f"{where} (__metadata__ is not a map of strings); {remedy}")
     for name, info in entries.items():
-        check(entry_is_valid(info), f"tensor {name!r}: needs a dtype of {', '.join(DTYPES)}, and a shape and "
-                                    "data_offsets that agree")
+        if not entry_is_valid(info):  # [:100]: a name may be as long as the header
+            raise ValueError(f"{where} (tensor {name[:100]!r}: needs a dtype of {', '.join(DTYPES)}, and a shape and "
+                             f"data_offsets that agree); {remedy}")
     # Sorted by offset, the tensors must fill the data section exactly. A gap could hide a second file. With overlaps
     # a small file could describe a thousand large tensors, all on the same bytes.
     position = 0
     for name, info in sorted(entries.items(), key=lambda item: item[1]["data_offsets"]):
         begin, end = info["data_offsets"]
-        check(begin == position, f"tensor {name!r}: begins at {begin}, not at {position}: a gap or an overlap")
+        if begin != position:
+            raise ValueError(f"{where} (tensor {name[:100]!r}: begins at {begin}, not at {position}: a gap or an "
+                             f"overlap); {remedy}")
         position = end
-    check(8 + length + position == size,  # the most common accident: a download that stopped early
-          f"{size:,} bytes, but its tensors end at {8 + length + position:,}: cut short or changed")
+    require(8 + length + position == size,  # the most common accident: a download that stopped early
+            f"{where} ({size:,} bytes, its tensors end at {8 + length + position:,}: cut short or changed); {remedy}")
     return entries, metadata, 8 + length
 
 
@@ -167,6 +175,8 @@ def read_safetensors(path) -> dict[str, torch.Tensor]:
         return read_safetensors(path / SINGLE)
     if path.is_dir():
         index = read_index(path / INDEX)
+        for file in sorted(set(index.values())):  # a folder would be read as another model, perhaps this one again
+            require((path / file).is_file(), f"{path / file}: no such file, though {INDEX} names it; fetch it again")
         shards = {file: read_safetensors(path / file) for file in sorted(set(index.values()))}
         for name, file in index.items():  # fails for shards of two different downloads
             require(name in shards[file], f"{path / file}: lacks {name}, which {INDEX} says it holds")
@@ -365,18 +375,10 @@ def replace_folder(folder, drop=()):
 #     announce   prints sizes and licence, and checks that the disk has room
 #     download   receive, with retries; then the hash; then the rename
 
-ANY = None, None  # size and sha256 that this table does not know: the commit is fixed, so the server's word is enough
-CONFIGS = dict.fromkeys(["config.json", "generation_config.json", "preprocessor_config.json", "tokenizer_config.json",
-                         "added_tokens.json"], ANY)
-QWEN = dict.fromkeys(["config.json", "generation_config.json", "tokenizer_config.json"], ANY) | {
-    "tokenizer.json": (7_031_645, "c0382117ea329cdf097041132f6d735924b697924d6f6fc3945713e96ce87539")}
-LLAVA = CONFIGS | {
-    "vocab.json": (2_776_833, "ca10d7e9fb3ed18575dd1e277a2579c16d108e32f27439684afa0e10b1440910"),
-    "merges.txt": (1_671_853, "8831e4f1a044471340f7c0a83d7bd71306a5b867e95fd870f74d0c5308a904d5")}
-SIGLIP = dict.fromkeys(["config.json", "preprocessor_config.json"], ANY)
-RESEARCH = "Qwen Research licence: non-commercial use only"
+ANY = None, None  # size and sha256 that the table does not know: the commit is fixed, so the server's word is enough
+CONFIGS = ["config.json", "generation_config.json", "preprocessor_config.json", "tokenizer_config.json",
+           "added_tokens.json"]
 DEFAULT_VISION = "siglip2-large-patch16-256"  # the encoder that a Qwen gets unless another is named
-TOWER = "vision_model."  # the rest of a SigLIP file, more than half of it, is a text encoder that we never use
 
 
 @dataclass(frozen=True)
@@ -384,45 +386,14 @@ class Repository:
     hub: str           # Org/Name
     revision: str      # a commit, which fixes every byte, or a branch, of which we take the newest commit
     files: dict        # {name: (bytes, sha256)} in the order of downloading; {}: ask the server which files there are
-    licence: str = "Apache-2.0"
-    prefix: str = ""   # take only the tensors of model.safetensors whose names begin with this
+    licence: str
+    prefix: str = ""   # take only the tensors of model.safetensors whose names begin with this. The rest of a SigLIP
+                       # file, more than half of it, is a text encoder that we never use.
 
 
-def pin(hub: str, revision: str, small: dict, *weights: tuple, **more) -> Repository:
-    "weights: (bytes, sha256) of the one file, or of each shard."
-    n = len(weights)
-    names = [f"model-{i:05}-of-{n:05}.safetensors" for i in range(1, n + 1)] if n > 1 else [SINGLE]
-    return Repository(hub, revision, small | ({INDEX: ANY} if n > 1 else {}) | dict(zip(names, weights)), **more)
-
-
-REPOSITORIES = {repository.hub.split("/")[1].lower(): repository for repository in (
-    pin("Qwen/Qwen2.5-0.5B", "060db6499f32faf8b98477b0a26969ef7d8b9987", QWEN,
-        (988_097_824, "88c142557820ccad55bb59756bfcfcf891de9cc6202816bd346445188a0ed342")),
-    pin("Qwen/Qwen2.5-0.5B-Instruct", "7ae557604adf67be50417f59c2c2f167def9a775", QWEN,
-        (988_097_824, "fdf756fa7fcbe7404d5c60e26bff1a0c8b8aa1f72ced49e7dd0210fe288fb7fe")),
-    pin("Qwen/Qwen2.5-1.5B", "8faed761d45a263340a0528343f099c05c9a4323", QWEN,
-        (3_087_467_144, "a961db72e75d52b18e6b0c9d379e51a26973b233385e0e127fdda7d648aec796")),
-    pin("Qwen/Qwen2.5-1.5B-Instruct", "989aa7980e4cf806f80c7fef2b1adb7bc71aa306", QWEN,
-        (3_087_467_144, "dd924a11b4c220f385b51ffa522daea7c9f3d850e31b162bb5661df483c6d3ee")),
-    pin("Qwen/Qwen2.5-3B", "3aab1f1954e9cc14eb9509a215f9e5ca08227a9b", QWEN,
-        (3_968_658_944, None), (2_203_268_048, None), licence=RESEARCH),
-    pin("Qwen/Qwen2.5-3B-Instruct", "aa8e72537993ba99e69dfaafa59ed015b17504d1", QWEN,
-        (3_968_658_944, "67347b23fb4165b652eb6611f5e1f2a06dfcddba8e909df1b2b0b1857bee06c2"),
-        (2_203_268_048, "a40d941d0e7e0b966ad8b62bb6d6b7c88cce1299197b599d9d0a4ce59aabfc1d"), licence=RESEARCH),
-    pin("google/siglip2-large-patch16-256", "787800c8990e6f058423089178e718139608408c", SIGLIP,
-        (3_526_204_360, "fa34f822f016dbb167d8d0e3a8af99b5e199aa28573360d4295252b9ec418e2a"), prefix=TOWER),
-    pin("google/siglip-large-patch16-256", "d0da9f876e7d66b4e250cd2450c3ba2ce735e447", SIGLIP, ANY, prefix=TOWER),
-    pin("google/siglip2-base-patch16-224", "75de2d55ec2d0b4efc50b3e9ad70dba96a7b2fa2", SIGLIP,
-        (1_500_800_904, "612923381c76ec5a9bed335d1c48827e3f2e506ac31b044b63b2031fadee6a0b"), prefix=TOWER),
-    pin("google/siglip-base-patch16-224", "7fd15f0689c79d79e38b1c2e2e2370a7bf2761ed", SIGLIP,
-        (812_672_320, "2c63cb7d1f2e95ba501893cbb8faeb4ea9a3af295498d35097126228659c2af8"), prefix=TOWER),
-    pin("google/siglip-so400m-patch14-224", "d04cf29fca7b6374f74d8bea1969314492266b5e", SIGLIP, ANY, prefix=TOWER),
-    pin("google/siglip-so400m-patch14-384", "9fdffc58afc957d1a03a25b10dba0329ab15c2a3", SIGLIP,
-        (3_511_950_624, "ea2abad2b7f8a9c1aa5e49a244d5d57ffa71c56f720c94bc5d240ef4d6e1d94a"), prefix=TOWER),
-)} | {"llava-ov-0.5b":
-    pin("llava-hf/llava-onevision-qwen2-0.5b-ov-hf", "74dd0bf867a4cda7950c17663794267c60cf4b40", LLAVA,
-        (1_787_445_680, "07b3362c3412de79baf2379e44e5b0b2a8f4b965ebebd11d7b5b3eb4450fe96e")),
-}
+# The table of what we know by name: commits, sizes, hashes and licences.
+REPOSITORIES = {name: Repository(**entry) for name, entry in
+                read_json(Path(__file__).with_name("assets") / "hub.json").items()}
 
 CHUNK = 2 ** 16              # bytes that a broken connection can lose
 TIMEOUT = 10, 30             # seconds to connect, seconds without a byte
@@ -646,7 +617,7 @@ def plan(repository: Repository, folder: Path) -> list[RemoteFile]:
         return [remote for name in names if (remote := look_up(repository, name, optional=True))]
 
     # Older repositories have the tokenizer in two files.
-    found = [config, *find(*list(CONFIGS)[1:]), *(find("tokenizer.json") or find("vocab.json", "merges.txt"))]
+    found = [config, *find(*CONFIGS[1:]), *(find("tokenizer.json") or find("vocab.json", "merges.txt"))]
     weights = find(SINGLE)
     if not weights:  # then there are shards, and only the index knows how many
         download(look_up(repository, INDEX), folder)
