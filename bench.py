@@ -292,7 +292,7 @@ def bench_decode(flags, setup, vlm: VLM) -> dict:
         rows[f"decode_{batch}"] = {"first_token_ms": first * 1e3, "tokens_per_s": speed,
                                    "weights_gb_per_s": moved / 1e9}
         setup.print(f"decode, {batch} at once: first token after {first * 1e3:.1f} ms, then {speed:,.0f} tokens/s, "
-                  f"weights at {moved / 1e9:,.0f} GB/s")
+                  f"weights at {moved / 1e9:,.{0 if moved > 1e10 else 2}f} GB/s")
     return rows
 
 
@@ -354,8 +354,11 @@ def bench_ladder(flags) -> dict:
     rungs = ["one conversation a row, float32", "bfloat16 over float32 master weights", "packed rows",
              "head and loss for supervised tokens only, in chunks", "torch.compile", "float8"]
     gpu, fused = Setup(flags).device.type == "cuda", model.token_loss
-    # the last two are for GPUs, and float8 for those that have it
-    for i, rung in enumerate(rungs[:4 if not gpu else 5 if torch.cuda.get_device_capability() < (8, 9) else 6]):
+    # bfloat16 and the last two are for GPUs, and float8 for those that have it
+    skipped = (1, 4, 5) if not gpu else (5,) if torch.cuda.get_device_capability() < (8, 9) else ()
+    for i, rung in enumerate(rungs):
+        if i in skipped:
+            continue
         flags.dtype, flags.float8 = "float32" if i == 0 else "auto", i == 5
         model.token_loss = plain_loss if i < 3 else fused
         setup = Setup(flags)
@@ -504,7 +507,7 @@ def say(text: str) -> None:
 
 
 def main() -> None:
-    flags = parse_flags(__doc__, FLAGS, BY_MODEL)
+    flags = parse_flags(__doc__, "bench", FLAGS, BY_MODEL)
     jobs = {"eval": bench_eval, "speed": bench_speed, "ladder": bench_ladder, "profile": bench_profile,
             "memory": bench_memory}
     if flags.what not in jobs:

@@ -374,7 +374,9 @@ def parse_mixture(text: str) -> list[tuple[str, float]]:
 
 
 def picture_key(source) -> str:
-    """The same text for the same picture: data sets often contain copies under other names."""
+    """The same key for the same picture: data sets often contain copies under other names."""
+    if isinstance(source, Scene):
+        return source
     if isinstance(source, tuple):  # a zip's directory has the checksums: no picture is read for them
         info = open_zip(source[0], os.getpid()).getinfo(source[1])
         return f"{info.CRC} {info.file_size}"
@@ -574,6 +576,7 @@ def collate(arrays: dict, packed: list[Document], load_pixels) -> dict:
     pixels = list(run(load_pixels, sources, [record for _, record in sources.values()]))
     batch["pixels"] = torch.stack(pixels) if pixels else None   # uint8 [n, 3, S, S]: a quarter of float32 to transfer
     batch["image_index"] = torch.tensor(image_index, dtype=torch.long)  # [m]: which of the n each slot shows
+    batch["records"] = [doc.record["id"] for doc in packed]  # for messages
     return batch
 
 
@@ -633,14 +636,16 @@ class Loader:
         arrays, packed, waiting = pack(documents, self.rows, self.seq_len, self.image_tokens)
         batch = collate(arrays, packed, self.load_pixels)
         if self.pin:  # from page-locked memory the copy to the GPU runs in the background; from other memory it blocks
-            batch = {name: value if value is None else value.pin_memory() for name, value in batch.items()}
+            batch = {name: value.pin_memory() if torch.is_tensor(value) else value
+                     for name, value in batch.items()}
         return batch, at, waiting
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Flags, for every script
 
-POSITIVE = ("batch_size", "seq_len", "steps", "lr", "eval_size", "samples", "max_new_tokens", "gpus")
+POSITIVE = ("batch_size", "seq_len", "steps", "lr", "eval_size", "samples", "max_new_tokens", "gpus", "keep",
+            "max_bad_steps")
 NOT_NEGATIVE = ("micro_batch_size", "lora_rank", "temperature", "warmup", "cooldown", "top_k")
 
 
@@ -711,6 +716,7 @@ def run(main) -> None:
             bar.close()  # else the message would be printed on the progress bar's line
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:
+        print("stopped", file=sys.stderr)
         sys.exit(130)  # the shells' number for Ctrl-C: 128 + SIGINT (2)
     finally:
         if torch.distributed.is_initialized():  # else PyTorch warns of connections left open
@@ -732,18 +738,19 @@ def pick_device(name: str) -> str:
 # ----------------------------------------------------------------------------------------------------------------------
 # python data.py
 
-def draw_sheet(path, sources: list, captions: list[list[tuple[str, str]]], columns: int = 4, px: int = 240,
-               lines: int = 7) -> None:
-    "A contact sheet of pictures, each with its lines below it, (text, colour): wrapped at 34 letters, `lines` at most."
-    height, font = px + 18 * lines + 10 * bool(lines), ImageFont.load_default(14)
+def draw_sheet(path, sources: list, captions: list[list[tuple[str, str]]], columns: int = 4, px: int = 240) -> None:
+    "A contact sheet of pictures, each with its lines below it, (text, colour), wrapped at 34 letters."
+    wrapped = [[(line, colour) for text, colour in texts for line in textwrap.wrap(text, 34)[:20]]
+               for texts in captions]
+    lines, font = max(map(len, wrapped)), ImageFont.load_default(14)  # 20: an answer without end is cut
+    height = px + 18 * lines + 10 * bool(lines)
     sheet = Image.new("RGB", (columns * px, -(-len(sources) // columns) * height), "white")
     pen = ImageDraw.Draw(sheet)
-    for i, (source, texts) in enumerate(zip(sources, captions)):
+    for i, (source, texts) in enumerate(zip(sources, wrapped)):
         x, y = i % columns * px, i // columns * height
         if source is not None:  # a text-only record has no picture
             sheet.paste(open_source(source, px - 8).resize((px - 8, px - 8)), (x + 4, y + 4))
-        wrapped = [(line, colour) for text, colour in texts for line in textwrap.wrap(text, 34)[:3]]
-        for row, (line, colour) in enumerate(wrapped[:lines]):
+        for row, (line, colour) in enumerate(texts):
             pen.text((x + 6, y + px + 18 * row), line, fill=colour, font=font)
     sheet.save(path)
 
@@ -751,7 +758,7 @@ def draw_sheet(path, sources: list, captions: list[list[tuple[str, str]]], colum
 def show_world(path: str) -> None:
     "A contact sheet of scenes, and one printed example of each kind of question."
     captions, exam = World("captions"), World("exam", "scenes")
-    draw_sheet(path, [captions[i]["images"][0] for i in range(20)], [[]] * 20, columns=5, lines=0)
+    draw_sheet(path, [captions[i]["images"][0] for i in range(20)], [[]] * 20, columns=5)
     for i, kind in enumerate(QUESTIONS):  # record i of an exam is of the i-th kind
         question, answer = (message["content"] for message in exam[i]["messages"])
         print(f"{kind:>9}: {question.removeprefix('<image>').strip()!r} -> {answer}")

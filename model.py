@@ -12,6 +12,7 @@ tokens of each picture. Left out: sliding windows (no released Qwen2.5 uses them
 """
 import copy
 import inspect
+import re
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Iterator, NamedTuple
@@ -23,7 +24,8 @@ from torch.nn.attention.varlen import varlen_attn
 from torch.utils.checkpoint import checkpoint
 
 import weights
-from vision import SIGLIP, Bridge, BridgeConfig, Tiles, ViT, ViTConfig, encode_tiled, init_linears, llava_vision
+from vision import (SIGLIP, Bridge, BridgeConfig, Tiles, ViT, ViTConfig, check_sizes, encode_tiled, init_linears,
+                    llava_vision)
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Configurations
@@ -56,6 +58,7 @@ class VLMConfig:
     preset: str = "tiny"              # also the folder of its checkpoints under --out_dir
     generation: dict = field(default_factory=dict)  # the publisher's temperature, top_k, ...; ours: empty, greedy
     lora_rank: int = 0                # above 0: the decoder is frozen, and thin matrices beside its own are trained
+    run: dict = field(default_factory=dict)  # what trained it: chapters so far, stage, step, data, time (training.save)
 
 
 PRESETS = {
@@ -328,8 +331,9 @@ def gpt_config(hf: dict, folder: Path) -> GPTConfig:
     if hf.get("use_sliding_window") or rope.get("rope_type", rope.get("type", "default")) != "default":
         raise ValueError(f"{folder}/config.json: sliding windows and scaled RoPE are not supported")
     config = GPTConfig(**{f.name: hf[f.name] for f in fields(GPTConfig) if f.name in hf})
+    check_sizes(config, folder)
     heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
-    if min(heads, kv_heads) < 1 or config.hidden_size % heads or heads % kv_heads:
+    if config.hidden_size % heads or heads % kv_heads:
         raise ValueError(f"{folder}/config.json: hidden_size {config.hidden_size}, {heads} heads and {kv_heads} key "
                          "and value heads do not divide; is the file whole?")
     return config
@@ -828,12 +832,20 @@ STAGES = ["base", "align", "sft", "rl"]  # each starts from the one before
 LLAVA = ("llava_onevision", "llava")  # Hugging Face's model types: with and without a newline token and tiles
 
 
-def newest_checkpoint(out_dir, model: str, before: str = "") -> Path | None:
-    "The checkpoint of the latest stage (of those before a given one) under OUT_DIR/MODEL, if there is any."
-    folders = [Path(out_dir) / run_name(model) / stage for stage in STAGES[:STAGES.index(before) if before else None]]
-    # .old counts too: after an interrupted save it is the only one, and load_checkpoint puts it back in place
-    return next((f for f in reversed(folders)
-                 if (f / "config.json").exists() or f.with_name(f.name + ".old").exists()), None)
+def checkpoints(out_dir, model: str) -> list[tuple[Path, dict]]:
+    "All under OUT_DIR/MODEL -> [(folder, the run that made it)], last written first. STAGE.1: the run before STAGE."
+    found = []
+    for path in Path(out_dir, run_name(model)).glob("*/config.json"):
+        # .old counts too: after an interrupted save it is the only one, and load_checkpoint puts it back in place
+        if name := re.fullmatch(r"((\w+)(\.\d+)?)(\.old)?", path.parent.name):
+            # A copied folder has new file times, so the run's own clock counts; older checkpoints do not have it.
+            run = {"saved": path.stat().st_mtime, **weights.read_json(path).get("run", {}), "stage": name[2]}
+            found += [(path.parent.with_name(name[1]), run)] if name[2] in STAGES else []
+    return sorted(found, key=lambda one: -one[1]["saved"])
+
+
+def newest_checkpoint(out_dir, model: str) -> Path | None:
+    return next((folder for folder, _ in checkpoints(out_dir, model)), None)
 
 
 def load_checkpoint(folder, device="cpu", dtype=torch.float32) -> VLM:
@@ -849,11 +861,13 @@ def load_checkpoint(folder, device="cpu", dtype=torch.float32) -> VLM:
         decoder = gpt_config(hf["text_config"], folder)
         decoder.tie_word_embeddings = "language_model.lm_head.weight" not in tensors
         config = connect(VLMConfig(vision, bridge, decoder, pretrained_vision=hf["model_type"], preset="",
-                                   generation=generation_config(folder)))
+                                   generation=generation_config(folder), run={"chapters": STAGES[:3]}))
     elif hf.pop("model_type", "") == "ghostvis":
         try:
             config = VLMConfig(**hf | {"vision": ViTConfig(**hf["vision"]), "bridge": BridgeConfig(**hf["bridge"]),
                                        "decoder": GPTConfig(**hf["decoder"])})
+            for part in (config.vision, config.bridge, config.decoder, GPTConfig(vocab_size=config.lora_rank + 1)):
+                check_sizes(part, folder)
         except (KeyError, TypeError) as error:
             raise ValueError(f"{path}: does not fit this version of the code ({error})") from None
         source, names = folder / "model.safetensors", None
@@ -892,7 +906,7 @@ def load_pretrained(name: str, vision: str = "", bridge: str = "", device="cpu",
         vit = None if text_only else ViT.from_pretrained(
             Path(vision) if Path(vision).is_dir() else weights.fetch(vision), device, dtype)
         config = VLMConfig(vit and vit.config, BridgeConfig(kind=bridge or "perceiver"), gpt.config,
-                           pretrained_vision=vision, generation=generation_config(folder))
+                           pretrained_vision=vision, generation=generation_config(folder), run={"chapters": ["base"]})
         with torch.device("meta"):
             vlm = VLM(config if text_only else connect(config))
         vlm.vit, vlm.gpt, vlm.bridge = vit, gpt, None if text_only else Bridge(config.bridge).to(device, dtype)

@@ -8,11 +8,12 @@ Use a trained model: ask about one picture, chat, answer about a whole folder, o
     python sample.py --model=llava-ov-0.5b --image photo.jpg          # a finished public model, downloaded once
     python sample.py --model=qwen2.5-0.5b-instruct --chat             # a language model without vision
     python sample.py --export=my_llava                                # the model as a Hugging Face folder, for serving
+    python sample.py --slim=my_model                                  # the checkpoint in a quarter of its bytes
 
 Standard output contains the answer alone, so that it can be piped; everything else goes to standard error. The
-checkpoint is --init, or the latest stage of --model under --out_dir, or --model's released weights; without --model the
-tiny one, or, before that is trained, llava-ov-0.5b. The prompt is made by the same `render` as in training: a prompt
-that differs even slightly from what a model was trained on is the most common reason for bad answers.
+checkpoint is --init, or the one written last of --model's under --out_dir, or --model's released weights; before you
+have trained anything, a tiny one that comes with the code. The prompt is made by the same `render` as in training: a
+prompt that differs even slightly from what a model was trained on is the most common reason for bad answers.
 
 Left out: a cache from one turn of a chat to the next; every answer computes the whole conversation again.
 """
@@ -20,6 +21,7 @@ import argparse
 import json
 import math
 import sys
+import time
 from dataclasses import asdict, fields
 from pathlib import Path
 
@@ -28,15 +30,16 @@ import torch.nn as nn
 
 import weights
 from data import parse_flags, pick_device, run
-from model import (FROM_SCRATCH, PRESETS, Attention, LoRALinear, VLM, VLMConfig, check_name, load_checkpoint,
-                   load_pretrained, newest_checkpoint, respond)
+from model import (FROM_SCRATCH, PRESETS, STAGES, Attention, LoRALinear, VLM, VLMConfig, check_name, checkpoints,
+                   load_checkpoint, load_pretrained, respond)
 from tokenizer import Tokenizer
 from vision import MOST_TILES, MOST_TOKENS, ViTConfig, cut_tiles, load_image, preprocess
+from weights import note
 
 # A folder often contains other files too. They are recognised by their names: opening each one would take long.
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff"}
 
-TRAIN = "train one by `python train_align.py` and then `python train_sft.py`, a quarter of an hour on two CPU cores"
+TINY = Path(__file__).with_name("assets") / "tiny"  # a small trained checkpoint that comes with the code
 
 FLAGS = {  # name: (default, meaning); a type instead of a default: not given
     "image": ([], "picture to ask about; may be given several times"),
@@ -44,8 +47,8 @@ FLAGS = {  # name: (default, meaning); a type instead of a default: not given
     "question": ("Describe the picture.", "what to ask"),
     "chat": (False, "talk on the terminal"),
     "out": ("answers.jsonl", "with --images; pictures that it already answers are skipped"),
-    "init": ("", "checkpoint folder; empty: the latest stage under OUT_DIR/MODEL"),
-    "model": ("", f"{', '.join(PRESETS)}, or a hub id, Org/Name; empty: tiny, or llava-ov-0.5b"),
+    "init": ("", "checkpoint folder; empty: the one written last under OUT_DIR/MODEL"),
+    "model": ("", f"{', '.join(PRESETS)}, or a hub id, Org/Name; empty: tiny"),
     "out_dir": ("out", "where the stages keep their checkpoints"),
     "anyres": ("auto", "True: cut a large picture into tiles, ten times the tokens, and small print becomes legible "
                        "(only models like llava-ov-0.5b can); False; or auto: on a GPU"),
@@ -60,6 +63,7 @@ FLAGS = {  # name: (default, meaning); a type instead of a default: not given
     "device": ("auto", "auto, cpu, cuda or mps"),
     "export": ("", "write the model into this new folder, in Hugging Face's form and bfloat16; no question is asked"),
     "decoder_only": (False, "with --export: the language model alone, as a Qwen2"),
+    "slim": ("", "write the checkpoint into this new folder, in bfloat16 and without what only training needs"),
 }
 
 
@@ -81,26 +85,43 @@ def load(flags) -> tuple[VLM, Tokenizer]:
     device = pick_device(flags.device)
     # Half the bytes, and an answer is as fast as the weights can be read. Not on CPUs: most are far slower in bfloat16.
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
-    folder = flags.init or newest_checkpoint(flags.out_dir, flags.model or "tiny")
+    found = [] if flags.init else checkpoints(flags.out_dir, flags.model or "tiny")
+    folder = flags.init or (found[0][0] if found else "" if flags.model else TINY)
     if folder:
         vlm = load_checkpoint(folder, device, dtype)
     elif flags.model in FROM_SCRATCH:  # training would begin with random weights; their answers are noise
-        raise ValueError(f"no trained model under {flags.out_dir}/{flags.model}; {TRAIN}, or name a checkpoint folder "
-                         "by --init=")
-    else:
-        try:
-            # text_only: an untrained bridge would give the decoder noise instead of the picture.
-            vlm, folder = load_pretrained(flags.model or "llava-ov-0.5b", device=device, dtype=dtype, text_only=True)
-        except (ValueError, OSError) as error:
-            if flags.model:
-                raise
-            raise ValueError(f"no trained model under {flags.out_dir}/tiny; {TRAIN}. A public model could not be had "
-                             f"either: {error}") from None
+        raise ValueError(f"no trained model under {flags.out_dir}/{flags.model}: train one by `python train_sft.py "
+                         f"--model={flags.model}`, or name a checkpoint folder by --init=")
+    else:  # text_only: an untrained bridge would give the decoder noise instead of the picture
+        vlm, folder = load_pretrained(flags.model, device=device, dtype=dtype, text_only=True)
     # The tokenizer is in the folder of the weights: with another one's ids the same weights would write noise.
     tokenizer = Tokenizer.from_pretrained(folder)
-    # Which of several stages answers is easily mistaken, so it is printed; to standard error, as it is not the answer.
-    print(f"({folder}, {device})", file=sys.stderr)
+    # Which of several models answers is easily mistaken, so it is printed; to standard error, as it is not the answer.
+    run = vlm.config.run
+    made = f": {run['stage']}, step {run['step']} of {run['steps']}, trained on {run['data']}, " \
+           f"{time.strftime('%Y-%m-%d %H:%M', time.localtime(run['saved']))}" if "saved" in run else ""
+    note(f"({folder}{made}; {device})")
+    if folder == TINY:
+        note(f"(nothing is trained under {flags.out_dir}/tiny yet: this small model comes with the code)")
+    for older, its in found[1:]:
+        if STAGES.index(its["stage"]) > STAGES.index(found[0][1]["stage"]) and older.name in STAGES:
+            note(f"({older} is older: it did not start from this one; --init={older} asks it)")
+    check_ability(vlm, folder, flags)
     return vlm.eval(), tokenizer
+
+
+def check_ability(vlm: VLM, folder, flags) -> None:
+    "One line instead of noise, where a model is asked for what it has not learned."
+    asks, shows = flags.question != FLAGS["question"][0], bool(flags.image or flags.images)
+    run = vlm.config.run
+    learned, scratch = set(run.get("chapters", STAGES)), vlm.config.preset in FROM_SCRATCH
+    if not learned & {"align", "sft", "rl"} and (shows or scratch):
+        raise ValueError(f"{folder} has read text only and cannot see: run train_align.py and train_sft.py")
+    if scratch and not learned & {"sft", "rl"} and (asks or flags.chat):
+        raise ValueError(f"{folder} has learned to describe pictures, not to answer: run train_sft.py, or leave "
+                         "--question out")
+    if not (shows or flags.chat or flags.export or flags.slim) and (not asks or scratch and run.get("data") == "world"):
+        raise ValueError("no picture to ask about: give one by --image=PATH (cat.jpg is there to try)")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -262,6 +283,17 @@ def export(folder, vlm: VLM, tokenizer, decoder_only: bool = False, dtype=torch.
                       {"format": "pt"})
 
 
+def slim(folder, vlm: VLM, tokenizer: Tokenizer) -> None:
+    "A checkpoint to share: bfloat16 instead of float32, no optimizer. It answers, and training can start from it."
+    if Path(folder).exists() and any(Path(folder).iterdir()):
+        raise ValueError(f"{folder}: is not empty; give --slim= a new folder")
+    with weights.replace_folder(folder) as new:
+        (new / "config.json").write_text(json.dumps({"model_type": "ghostvis", **asdict(vlm.config)}, indent=2) + "\n")
+        tokenizer.save(new)
+        weights.write_safetensors({name: p.bfloat16() for name, p in vlm.named_parameters()},
+                                  new / "model.safetensors", {"format": "pt"})
+
+
 def hub_tensors(module: nn.Module, table: dict, prefix: str = "") -> dict[str, torch.Tensor]:
     "The inverse of weights.load_tensors: the module's weights under the hub's names and in its shapes."
     tensors, parameters = {}, dict(module.named_parameters())
@@ -316,7 +348,10 @@ def main() -> None:
     vlm, tokenizer = load(flags)
     if flags.export:
         export(flags.export, vlm, tokenizer, flags.decoder_only)
-        print(f"wrote {flags.export}", file=sys.stderr)
+        note(f"wrote {flags.export}")
+    elif flags.slim:
+        slim(flags.slim, vlm, tokenizer)
+        note(f"wrote {flags.slim}")
     elif flags.images:
         answer_folder(vlm, tokenizer, flags)
     elif flags.chat:

@@ -67,13 +67,13 @@ def caption_losses(vlm, documents: list, setup: Setup, seq_len: int) -> dict[str
         # "blind" is what a caption's grammar tells; only the distance from there to "own" comes from the picture.
         # "shuffled" is above "blind" once the model relies on the picture: a wrong one then misleads it.
         nats, tokens = held_out_loss(vlm, documents, setup, seq_len, image)
-        out[image] = nats / tokens
-    setup.print("caption loss: " + ", ".join(f"{value:.3f} {name}" for name, value in out.items()))
+        out[image] = nats / tokens if tokens else None  # shuffled, where there is only one picture
+    setup.print("caption loss: " + ", ".join(f"{value:.3f} {name}" for name, value in out.items() if value is not None))
     return out
 
 
 def main() -> None:
-    flags = parse_flags(__doc__, SHARED_FLAGS, BY_MODEL)
+    flags = parse_flags(__doc__, STAGE, SHARED_FLAGS, BY_MODEL)
     setup = Setup(flags)
     # From chapter 1 if it was run; else from random weights: then a decoder that knows no words is frozen.
     vlm, tokenizer, state, moments = load_start(flags, setup, STAGE)
@@ -90,7 +90,6 @@ def main() -> None:
     loaders = make_loaders(flags, setup, vlm, tokenizer, dataset, state)
     records = next(iter(held_out.values()))
     documents = make_documents(records, vlm, tokenizer, flags.seq_len)
-    log, interrupt = Log(flags, setup, STAGE), Interrupt()
     # Say what is trained: to train the wrong part is the most common mistake, and the loss alone does not show it.
     trained = {name.split(".")[0] for name in params}
     counts = {name: sum(p.numel() for p in part.parameters()) for name, part in vlm.parts().items()}
@@ -99,6 +98,7 @@ def main() -> None:
     show_captions(vlm, tokenizer, records[:3], setup, "before")  # chapter 1's text, about nothing in particular
 
     vlm.train()
+    log, interrupt = Log(flags, setup, STAGE), Interrupt()
     started, bar = time.time(), tqdm(total=flags.steps, initial=step, disable=not setup.is_main, desc=STAGE,
                                      unit="step")
     while step < flags.steps and not interrupt.requested(setup):
@@ -119,9 +119,12 @@ def main() -> None:
         if flags.save_every > 0 and step % flags.save_every == 0:
             save(flags, setup, STAGE, vlm, tokenizer, optimizer, loaders, step)
     bar.close()
+    interrupt.close()
 
     # Save before anything else: an error in the evaluation must not cost the run.
     folder = save(flags, setup, STAGE, vlm, tokenizer, optimizer, loaders, step)
+    if interrupt.interrupted and not flags.eval_on_stop:
+        return finish(setup, log, stage=STAGE, step=step, checkpoint=str(folder), interrupted=True)
     show_captions(vlm, tokenizer, records[:3], setup, "after")
     # nats per token: e^-0.6 = 0.55 is then the probability, on average, that the model gives to a caption's next token
     losses = caption_losses(vlm, documents, setup, flags.seq_len)

@@ -45,7 +45,7 @@ def bits_per_byte(vlm, tokenizer, documents: list, setup: Setup, seq_len: int) -
 
 
 def main() -> None:
-    flags = parse_flags(__doc__, SHARED_FLAGS, BY_MODEL)
+    flags = parse_flags(__doc__, STAGE, SHARED_FLAGS, BY_MODEL)
     setup = Setup(flags)
     vlm, tokenizer, state, moments = load_start(flags, setup, STAGE)
     params = freeze_all_but(vlm, ["decoder"])  # ViT and bridge wait for chapter 2
@@ -60,7 +60,6 @@ def main() -> None:
                                        flags.val, read)
     loaders = make_loaders(flags, setup, vlm, tokenizer, dataset, state, supervise_all=True)
     documents = make_documents(next(iter(held_out.values())), vlm, tokenizer, flags.seq_len, supervise_all=True)
-    log, interrupt = Log(flags, setup, STAGE), Interrupt()
     # The derived numbers, before the time is spent: a wrong --batch_size shows here.
     setup.print(f"{sum(p.numel() for p in params.values()):,} parameters, {flags.batch_size * flags.seq_len:,} tokens "
                 f"a step, {flags.steps} steps on {setup.world_size} x {setup.device.type} in {setup.dtype}")
@@ -68,6 +67,7 @@ def main() -> None:
     before = bits_per_byte(vlm, tokenizer, documents, setup, flags.seq_len)
 
     vlm.train()
+    log, interrupt = Log(flags, setup, STAGE), Interrupt()
     started, bar = time.time(), tqdm(total=flags.steps, initial=step, disable=not setup.is_main, desc=STAGE,
                                      unit="step")
     while step < flags.steps and not interrupt.requested(setup):
@@ -89,9 +89,12 @@ def main() -> None:
         if flags.save_every > 0 and step % flags.save_every == 0:
             save(flags, setup, STAGE, vlm, tokenizer, optimizer, loaders, step)
     bar.close()
+    interrupt.close()
 
     # Save before anything else: an error in the evaluation must not cost the run.
     folder = save(flags, setup, STAGE, vlm, tokenizer, optimizer, loaders, step)
+    if interrupt.interrupted and not flags.eval_on_stop:
+        return finish(setup, log, stage=STAGE, step=step, checkpoint=str(folder), interrupted=True)
     after = bits_per_byte(vlm, tokenizer, documents, setup, flags.seq_len)
     setup.print(f"bits per byte on held-out text: {before:.3f} before, {after:.3f} after")
     # 0.7 is a little bolder than the most likely token, which soon repeats itself.

@@ -163,7 +163,7 @@ def compare(before: dict, after: dict, records: list, kinds: list, setup: Setup)
 
 
 def main() -> None:
-    flags = parse_flags(__doc__, FLAGS, BY_MODEL)
+    flags = parse_flags(__doc__, STAGE, FLAGS, BY_MODEL)
     setup = Setup(flags)
     vlm, tokenizer, state, moments = load_start(flags, setup, STAGE)
     params = freeze_all_but(vlm, ["bridge", "decoder", "vit"])  # the same parts as in chapter 3
@@ -177,7 +177,6 @@ def main() -> None:
     exams = {split: World("exam", split, seed=1) for split in ("scenes", "pairs")}
     dataset, held_out = data.load_data(flags.data, World("exam", seed=flags.seed, kinds=kinds), exams, flags.seed,
                                    flags.eval_size, flags.val)
-    log, interrupt = Log(flags, setup, STAGE), Interrupt()
     # A resumed run compares with where it began, not with where it was interrupted.
     before = state.get("before") or {name: evaluate(vlm, tokenizer, records, setup)
                                      for name, records in held_out.items()}
@@ -187,6 +186,7 @@ def main() -> None:
 
     rows = flags.micro_batch_size or largest_micro_batch(
         vlm, setup, 16, lambda n: full_batch(n, dataset, flags, vlm, tokenizer))
+    log, interrupt = Log(flags, setup, STAGE), Interrupt()
     started, bar = time.time(), tqdm(total=flags.steps, initial=step, disable=not setup.is_main, desc=STAGE,
                                      unit="step")
     while step < flags.steps and not interrupt.requested(setup):
@@ -216,8 +216,11 @@ def main() -> None:
         if flags.save_every > 0 and step % flags.save_every == 0:
             save(flags, setup, STAGE, vlm, tokenizer, optimizer, [], step, before=before)
     bar.close()
+    interrupt.close()
     seconds = time.time() - started
     folder = save(flags, setup, STAGE, vlm, tokenizer, optimizer, [], step, before=before)
+    if interrupt.interrupted and not flags.eval_on_stop:
+        return finish(setup, log, stage=STAGE, step=step, checkpoint=str(folder), interrupted=True)
     # All kinds again, also those not trained on: a policy may forget what is not rewarded.
     results = {}
     for name, records in held_out.items():

@@ -179,9 +179,20 @@ def wilson(k: float, n: int) -> tuple[float, float]:
 # ----------------------------------------------------------------------------------------------------------------------
 # Evaluation: the model's answers to held-out questions, scored, beside the blind and the shuffled baseline
 
+def exchange_pictures(records: list) -> list | None:
+    "The same questions, each about the next picture that is another one. None if all are the same picture."
+    flat = [source for record in records for source in record["images"]]
+    # Five questions about one photo follow each other: the next record's picture is often the same one.
+    keys, n = [data.picture_key(source) for source in flat], len(flat)
+    if len(set(keys)) < 2:
+        return None
+    others = iter([next(flat[(i + k) % n] for k in range(1, n) if keys[(i + k) % n] != keys[i]) for i in range(n)])
+    return [{**record, "images": [next(others) for _ in record["images"]]} for record in records]
+
+
 @torch.no_grad()
-def answers(vlm, tokenizer, records: list, image: str = "own", batch: int = 100) -> list[str]:
-    "The model's answers to the records' last questions. image: own, blind (grey pictures) or shuffled (exchanged)."
+def answers(vlm, tokenizer, records: list, blind: bool = False, batch: int = 100) -> list[str]:
+    "The model's answers to the records' last questions. blind: about grey pictures."
     # Greedy, the most likely token each time: two evaluations differ only by what was learned, not by chance.
     load_pixels, out = data.pixel_loader(vlm.config.vision), []
     # A few tokens more than the longest right answer: longer ones are wrong anyway, and cost time.
@@ -190,14 +201,8 @@ def answers(vlm, tokenizer, records: list, image: str = "own", batch: int = 100)
     for at in range(0, len(records), batch):
         rows = records[at:at + batch]
         pixels = [[load_pixels(source, record) for source in record["images"]] for record in rows]
-        if image == "blind":  # mid-grey, which normalises to about 0
+        if blind:  # mid-grey, which normalises to about 0
             pixels = [[torch.full_like(p, 128) for p in group] for group in pixels]
-        if image == "shuffled":
-            # The next record's pictures, as many as the record has slots. TRAP: a record alone in its batch gets its
-            # own picture back.
-            flat = [p for group in pixels for p in group]
-            flat = iter(flat[len(pixels[0]):] + flat[:len(pixels[0])])
-            pixels = [[next(flat) for _ in group] for group in pixels]
         out += respond(vlm, tokenizer, [r["messages"][:-1] for r in rows], pixels, max_new_tokens=min(128, length + 4))
     vlm.train()
     return out
@@ -209,11 +214,11 @@ def score_answer(record: dict, text: str) -> float:
                  record.get("choices"))
 
 
-def evaluate(vlm, tokenizer, records: list, setup: Setup, image: str = "own") -> dict:
+def evaluate(vlm, tokenizer, records: list, setup: Setup, blind: bool = False) -> dict:
     "-> {n, accuracy, ci95, by_kind: {kind: accuracy}, right: [0 to 1 for each record]}."
     # Decoding takes most of an evaluation's time, so the ranks share it: rank 1 of 4 answers questions 1, 5, 9, ...
     mine = records[setup.rank::setup.world_size]
-    texts = answers(vlm, tokenizer, mine, image) if mine else []
+    texts = answers(vlm, tokenizer, mine, blind) if mine else []
     right = setup.gather([score_answer(record, text) for record, text in zip(mine, texts)])
     kinds = {}  # a total hides that one kind is mastered and another is guessed
     for record, value in zip(records, right):
@@ -228,28 +233,39 @@ def evaluate_with_baselines(vlm, tokenizer, held_out: dict, setup: Setup) -> dic
     # time. What counts is the distance from "own" to the other two.
     results = {}
     for name, records in held_out.items():
-        own, blind, shuffled = (evaluate(vlm, tokenizer, records, setup, image)
-                                for image in ("own", "blind", "shuffled"))
-        setup.print(f"\n{name:<12}{'own':>8}{'blind':>8}{'shuffled':>10}   ({own['n']} questions, "
-                    f"95 % interval of the total {own['ci95'][0]:.1%} to {own['ci95'][1]:.1%})")
-        for kind in own["by_kind"]:
-            setup.print(f"  {kind:<10}" + "".join(f"{r['by_kind'][kind]:>8.1%}" for r in (own, blind))
-                        + f"{shuffled['by_kind'][kind]:>10.1%}")
-        setup.print(f"  {'all':<10}{own['accuracy']:>8.1%}{blind['accuracy']:>8.1%}{shuffled['accuracy']:>10.1%}")
+        exchanged = exchange_pictures(records)
+        columns = {"own": evaluate(vlm, tokenizer, records, setup),
+                   "blind": evaluate(vlm, tokenizer, records, setup, blind=True)}
+        if exchanged:
+            columns["shuffled"] = evaluate(vlm, tokenizer, exchanged, setup)
+        own, few = columns["own"], len(records) < 50
+        interval = f"{own['n']} questions, 95 % interval of the total {own['ci95'][0]:.1%} to {own['ci95'][1]:.1%}"
+        if few:  # "100 %" of 4 questions may be 51 % of a thousand
+            setup.print(f"\n{name}: only {interval}; hold out more by --val= to know it better")
+        setup.print(f"\n{name:<12}" + "".join(f"{title:>10}" for title in columns) + f"   ({interval})" * (not few))
+        for kind in own["by_kind"] if len(own["by_kind"]) > 1 else ():
+            setup.print(f"  {kind:<10}" + "".join(f"{column['by_kind'][kind]:>10.1%}" for column in columns.values()))
+        setup.print(f"  {'all':<10}" + "".join(f"{column['accuracy']:>10.1%}" for column in columns.values()))
+        if not exchanged:
+            setup.print("  no shuffled baseline: all of these questions are about the same picture")
         results[name] = {"n": own["n"], "accuracy": own["accuracy"], "ci95": own["ci95"], "by_kind": own["by_kind"],
-                         "blind_accuracy": blind["accuracy"], "shuffled_accuracy": shuffled["accuracy"]}
+                         "blind_accuracy": columns["blind"]["accuracy"],
+                         "shuffled_accuracy": columns["shuffled"]["accuracy"] if exchanged else None}
     return results
 
 
 def save_samples(path, vlm, tokenizer, held_out: dict) -> None:
     "samples.png: question, the model's answer (green if right, red if not), the right answer, 8 of each held-out set."
-    records, lines = [record for records in held_out.values() for record in records[:8]][:16], []
-    for record, text in zip(records, answers(vlm, tokenizer, records)):
-        # A vote among several right answers gives parts of a point: above one half counts as right.
-        colour = "green" if score_answer(record, text) > 0.5 else "firebrick"
-        question = record["messages"][-2]["content"].replace("<image>", "").strip()
-        lines.append([(question, "black"), (f"model: {text}", colour),
-                      (f"right: {record['messages'][-1]['content']}", "grey")])
+    chosen, lines = [(name, record) for name, records in held_out.items() for record in records[:8]][:16], []
+    records = [record for _, record in chosen]
+    for (name, record), text in zip(chosen, answers(vlm, tokenizer, records)):
+        question, right = (message["content"].replace("<image>", "").strip() for message in record["messages"][-2:])
+        # A vote among several right answers gives parts of a point: above one half counts as right. Sentences are
+        # hardly ever equal word by word, and are left to the reader.
+        colour = "black" if "metric" not in record and len(right.split()) > 4 else \
+            "green" if score_answer(record, text) > 0.5 else "firebrick"
+        lines.append([(f"{name} {record.get('kind', '')}", "grey"), (question, "black"), (f"model: {text}", colour),
+                      (f"right: {right}", "grey")])
     data.draw_sheet(path, [next(iter(record["images"]), None) for record in records], lines)
 
 
@@ -257,7 +273,7 @@ def save_samples(path, vlm, tokenizer, held_out: dict) -> None:
 # The chapter
 
 def main() -> None:
-    flags = parse_flags(__doc__, FLAGS, BY_MODEL)
+    flags = parse_flags(__doc__, STAGE, FLAGS, BY_MODEL)
     setup = Setup(flags)
     vlm, tokenizer, state, moments = load_start(flags, setup, STAGE)
     # New: all parts are trained. The decoder must be: to answer, it has to find a thing among the image tokens by the
@@ -277,12 +293,12 @@ def main() -> None:
     dataset, held_out = data.load_data(flags.data, world, exams, flags.seed, flags.eval_size, flags.val)
     loaders = make_loaders(flags, setup, vlm, tokenizer, dataset, state)
     first = next(iter(held_out.values()))
-    log, interrupt = Log(flags, setup, STAGE), Interrupt()
     setup.print(f"{sum(p.numel() for p in params.values()):,} parameters are trained, {flags.batch_size} rows x "
                 f"{flags.seq_len} tokens a step, {flags.steps} steps on {setup.world_size} x {setup.device.type} in "
                 f"{setup.dtype}")
 
     vlm.train()
+    log, interrupt = Log(flags, setup, STAGE), Interrupt()
     started, bar = time.time(), tqdm(total=flags.steps, initial=step, disable=not setup.is_main, desc=STAGE,
                                      unit="step")
     while step < flags.steps and not interrupt.requested(setup):
@@ -306,17 +322,20 @@ def main() -> None:
         if flags.save_every > 0 and step % flags.save_every == 0:
             save(flags, setup, STAGE, vlm, tokenizer, optimizer, loaders, step)
     bar.close()
+    interrupt.close()
     seconds = time.time() - started
 
     # Save before evaluating: an error there must not cost the run.
     folder = save(flags, setup, STAGE, vlm, tokenizer, optimizer, loaders, step)
+    if interrupt.interrupted and not flags.eval_on_stop:
+        return finish(setup, log, stage=STAGE, step=step, checkpoint=str(folder), interrupted=True)
     # New: accuracy beside its baselines. A number without the blind one proves nothing: "yes" alone is often right.
     results = evaluate_with_baselines(vlm, tokenizer, held_out, setup)
     # Long answers are never equal word by word; for them the loss with and without the picture tells more.
     documents = make_documents(first, vlm, tokenizer, flags.seq_len)
     for name, image in (("loss", "own"), ("blind_loss", "blind"), ("shuffled_loss", "shuffled")):
         nats, tokens = held_out_loss(vlm, documents, setup, flags.seq_len, image)
-        results[next(iter(held_out))][name] = nats / max(tokens, 1)
+        results[next(iter(held_out))][name] = nats / tokens if tokens else None
     # Look at them: which mistakes it makes says more than their number.
     if setup.is_main:
         save_samples(folder / "samples.png", vlm, tokenizer, held_out)

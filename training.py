@@ -6,7 +6,9 @@ Left out: gradient clipping (Muon's updates have a fixed size, AdamW's a largest
 weights (every GPU holds the whole model; only master weights and optimizer state are shared out among the ranks).
 """
 import json
+import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -17,13 +19,14 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from torch.nn.utils import get_total_norm
 from tqdm import tqdm
 
 import data
 import weights
 from data import pick_device, run
-from model import (FROM_SCRATCH, PRESETS, VLM, check_name, connect, load_checkpoint, load_pretrained, newest_checkpoint,
-                   preset, run_name)
+from model import (FROM_SCRATCH, PRESETS, STAGES, VLM, check_name, checkpoints, connect, load_checkpoint,
+                   load_pretrained, preset, run_name)
 from tokenizer import Tokenizer
 from vision import SIGLIP, ViT
 
@@ -34,7 +37,8 @@ SHARED_FLAGS = {  # name: (default, meaning); None = a default that depends on t
     # What is trained, and on what. The first to change: --data, to your own; then --model, once you have a GPU.
     "model": ("tiny", f"{', '.join(PRESETS)}, or a Qwen2's hub id (Org/Name) or folder"),
     "vision": ("", f"encoder in place of the preset's, with its released weights: {', '.join(SIGLIP)}"),
-    "bridge": ("", "perceiver, pixelshuffle or mlp, in place of the preset's"),
+    "bridge": ("", "perceiver, pixelshuffle or mlp, in place of the preset's; only with mlp can the trained model be "
+                   "exported for other engines (sample.py --export)"),
     "init": ("", "checkpoint folder to start from; empty: the newest earlier stage under --out_dir, else from scratch"),
     "out_dir": ("out", "checkpoints go to OUT_DIR/MODEL/STAGE"),
     "data": ("world", "world, or files (see data.py), comma-separated, each with an optional :weight"),
@@ -60,21 +64,35 @@ SHARED_FLAGS = {  # name: (default, meaning); None = a default that depends on t
     "compile": ("auto", "torch.compile the transformer blocks: auto (on cuda), True or False"),  # three values: text
     "seed": (0, "of weights, data order and sampling"),
     # Stopping, saving, evaluating. An evaluation costs as much as several steps.
-    "resume": (False, "continue from the stage's last checkpoint"),
+    "resume": (False, "continue the stage's last run, with that run's flags"),
     "eval_every": (-1, "steps between evaluations; -1: only at the end"),
+    "eval_on_stop": (False, "evaluate also after Ctrl-C, not only at the end"),
     "save_every": (-1, "steps between checkpoints; -1: only at the end and on Ctrl-C"),
+    "keep": (3, "earlier runs of the stage that are kept, as STAGE.1 (the one before), STAGE.2, ..."),
+    "max_bad_steps": (10, "stop after so many steps in a row whose loss or gradient is not a finite number"),
     # 600 questions: the 95 % interval around one half reaches 4 points to each side. Half of that takes 2,400.
     "eval_size": (600, "held-out questions (or texts) per evaluation"),
 }
 
 
-def parse_flags(doc: str, flags: dict, by_model: dict, argv=None):
-    "As data.parse_flags, with the names of models and optimizers checked."
+def parse_flags(doc: str, stage: str, flags: dict, by_model: dict, argv=None):
+    "As data.parse_flags, with names checked. After --resume, flags that are not given are those of the run."
     out = data.parse_flags(doc, flags, by_model, argv)
     check_name(out.model)
+    if getattr(out, "resume", False):
+        given = {text[2:].split("=")[0] for text in (sys.argv[1:] if argv is None else argv)} | {"resume"}
+        folder = weights.recover(stage_folder(out, stage))
+        weights.require((folder / "state.json").exists(), f"--resume: there is no checkpoint to resume in {folder}; an "
+                        f"earlier run ({folder}.1) is resumed under that name: move it there")
+        saved = weights.read_json(folder / "state.json").get("flags", {})
+        vars(out).update((name, saved[name]) for name in saved.keys() & flags.keys() - given)
     if getattr(out, "optimizer", "") == "auto":
         out.optimizer = "muon" if out.model in FROM_SCRATCH else "adamw"
     return out
+
+
+def stage_folder(flags, stage: str) -> Path:
+    return Path(flags.out_dir, run_name(flags.model), stage)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -107,6 +125,7 @@ class Setup:
                 raise ValueError("--float8: needs a GPU that multiplies 8-bit numbers (Nvidia's Ada, Hopper, later), "
                                  f"--dtype=bfloat16, and a multiple of 16 as --seq_len, not {flags.seq_len}")
         self.compile = {"auto": name == "cuda", "True": True, "False": False}[str(flags.compile)]
+        self.bad_steps, self.max_bad_steps = 0, getattr(flags, "max_bad_steps", 10)  # in a row, see train_step
         # The same seed everywhere: all ranks draw the same first weights and then make the same updates. What must
         # differ between ranks, their data, does not come from this generator.
         torch.manual_seed(flags.seed)
@@ -134,8 +153,8 @@ class Setup:
         return [parts[i % self.world_size][i // self.world_size] for i in range(sum(map(len, parts)))]
 
     def to_device(self, batch: dict) -> dict:
-        # None: the pixels of a batch without pictures
-        return {name: value if value is None else value.to(self.device, non_blocking=True)
+        # others: None, the pixels of a batch without pictures; and the records' names
+        return {name: value.to(self.device, non_blocking=True) if torch.is_tensor(value) else value
                 for name, value in batch.items()}
 
 
@@ -145,7 +164,7 @@ class Setup:
 # These may change on --resume: they say where and how, not what is computed (dtype and device up to rounding).
 # micro_batch_size too, as long as a step has the same number of micro-batches: make_loaders checks that.
 MAY_CHANGE = ("init", "out_dir", "micro_batch_size", "activation_checkpointing", "device", "dtype", "compile", "resume",
-              "eval_every", "save_every")
+              "eval_every", "eval_on_stop", "save_every", "keep", "max_bad_steps")
 
 
 def read_resume(flags, folder: Path) -> tuple[dict, dict]:
@@ -157,7 +176,7 @@ def read_resume(flags, folder: Path) -> tuple[dict, dict]:
     if "step" not in state or steps != {str(state["step"])}:
         raise ValueError(f"{folder}: weights, optimizer and state are of different steps; start again without --resume")
     for name, value in state.get("flags", {}).items():  # with another --steps, say, the schedule would jump half-way
-        if getattr(flags, name) != value:
+        if name not in MAY_CHANGE and getattr(flags, name) != value:
             raise ValueError(f"--resume with --{name}={getattr(flags, name)}, but the run was started with {value}; "
                              f"give --{name}={value}, or start anew without --resume")
     return state, moments
@@ -182,6 +201,20 @@ def without_checkpoint(flags, setup: Setup) -> tuple[VLM, Tokenizer, str]:
     return vlm, tokenizer, f"random weights, the encoder from {flags.vision}"
 
 
+def find_start(flags, stage: str) -> tuple[Path | None, str]:
+    "-> (the checkpoint from which a new run of the stage starts, why this one); None: there is no earlier stage."
+    found, before = checkpoints(flags.out_dir, flags.model), STAGES[:STAGES.index(stage)]
+    earlier = [folder for name in reversed(before) for folder, run in found if run["stage"] == name]
+    last = next((run for _, run in found if run["stage"] == stage), {})
+    if last.get("data", flags.data) == flags.data:  # no other data. A fine-tuning that is repeated starts where it did.
+        again = [folder for folder, run in found if run["stage"] not in before and run["saved"] == last.get("start")]
+        return next(iter(again + earlier), None), ""
+    # On other data, their own, people expect to go on with what the model has learned so far.
+    finished = [folder for folder, run in found if run.get("step") == run.get("steps")]
+    return next(iter(finished + earlier), None), (f", the newest finished model, since the last run had other data: "
+                                                  f"{last['data']} (--init= chooses another)")
+
+
 def load_start(flags, setup: Setup, stage: str) -> tuple[VLM, Tokenizer, dict, dict]:
     """
     The model a stage starts from -> (model on its device, tokenizer, resume state, optimizer tensors): the first that
@@ -189,21 +222,26 @@ def load_start(flags, setup: Setup, stage: str) -> tuple[VLM, Tokenizer, dict, d
     """
     # A broken source is an error and never falls through to the next: training would run from random weights and look
     # healthy, only worse.
-    state, moments = {}, {}
+    state, moments, why = {}, {}, ""
     if flags.resume:
         # 1. --resume: this stage's own last checkpoint, with its optimizer and its position in the data.
-        source = weights.recover(Path(flags.out_dir) / run_name(flags.model) / stage)
+        source = weights.recover(stage_folder(flags, stage))
         state, moments = read_resume(flags, source)
     else:
-        # 2. --init: that folder.  3. The newest earlier stage under --out_dir.
-        source = flags.init or newest_checkpoint(flags.out_dir, flags.model, before=stage)
+        # 2. --init: that folder.  3. The newest earlier stage under --out_dir; for fine-tuning the newest model.
+        source, why = (flags.init, "") if flags.init else find_start(flags, stage)
     if source:
         # The tokenizer comes with the weights: ids mean nothing without it.
         vlm, tokenizer = load_checkpoint(source, setup.device), Tokenizer.from_pretrained(source)
         vlm.config.preset = vlm.config.preset or run_name(flags.model)  # a LLaVA folder of Hugging Face's has none
+        vlm.config.run.setdefault("chapters", STAGES[:3])  # older checkpoints do not say
     else:
         # 4. The released weights of --model, or, for the presets that have none, random ones.
         vlm, tokenizer, source = without_checkpoint(flags, setup)
+    if not flags.resume:
+        start = vlm.config.run
+        vlm.config.run = {"chapters": list(dict.fromkeys([*start.get("chapters", []), stage])), "stage": stage,
+                          "start": start.get("saved"), "steps": flags.steps, "data": flags.data}
     for name, asked, found in (("model", run_name(flags.model), vlm.config.preset),
                                ("vision", flags.vision, vlm.config.pretrained_vision),
                                ("bridge", flags.bridge, vlm.config.bridge.kind),
@@ -215,7 +253,7 @@ def load_start(flags, setup: Setup, stage: str) -> tuple[VLM, Tokenizer, dict, d
     vlm.gpt.activation_checkpointing = flags.activation_checkpointing
     vlm.gpt.set_float8(flags.float8)
     setup.print(f"{'resuming' if flags.resume else 'starting'} {stage} from {source}"
-                + (f" at step {state['step']}" if flags.resume else ""))
+                + (f" at step {state['step']}" if flags.resume else why))
     vlm.to(setup.device)
     if setup.compile:
         vlm.compile_parts()
@@ -399,6 +437,10 @@ def make_documents(records: list[dict], vlm: VLM, tokenizer: Tokenizer, seq_len:
     return [document for document in documents if document]
 
 
+SMALLER = ("--activation_checkpointing, --lora_rank=16, or a shorter --seq_len (bench.py --what=memory tells what each "
+           "saves)")
+
+
 def largest_micro_batch(vlm: VLM, setup: Setup, share: int, make_batch) -> int:
     """
     The most rows per forward pass for which the GPU has the memory, of the divisors of `share`, a rank's rows in a
@@ -425,8 +467,7 @@ def largest_micro_batch(vlm: VLM, setup: Setup, share: int, make_batch) -> int:
         if setup.all_reduce(fits) == setup.world_size:  # all ranks take the same
             setup.print(f"--micro_batch_size={rows}: the most rows of {share} that fit into this GPU's memory at once")
             return rows
-    raise ValueError("not even one row fits into this GPU's memory: give --activation_checkpointing, --lora_rank=16, "
-                     "or a shorter --seq_len (bench.py --what=memory tells what each saves)")
+    raise ValueError(f"not even one row fits into this GPU's memory; give {SMALLER}")
 
 
 def make_loaders(flags, setup: Setup, vlm: VLM, tokenizer: Tokenizer, dataset, state: dict, **options) -> list:
@@ -452,6 +493,11 @@ def make_loaders(flags, setup: Setup, vlm: VLM, tokenizer: Tokenizer, dataset, s
                          f"now there are {count}; give --micro_batch_size={flags.batch_size // len(saved)}")
     # Cut conversations train without any error, and the model never learns how they end: say how many there are.
     whole = [make_document(record, i, seq_len=10 ** 9) for i in range(100) if "messages" in (record := dataset[i])]
+    sets = getattr(dataset, "sets", [])
+    if whole and len(sets) == 1 and isinstance(sets[0], data.Shuffled):
+        n, tokens = len(sets[0].records), sum(len(document.ids) for document in whole if document) / len(whole)
+        setup.print(f"{n:,} records train; {flags.steps} steps are about "
+                    f"{flags.steps * flags.batch_size * flags.seq_len / (n * max(tokens, 1)):.1f} epochs")
     cut = sum(len(document.ids) - 1 > flags.seq_len for document in whole if document)
     if cut:
         setup.print(f"{cut} of {len(whole)} conversations are longer than --seq_len={flags.seq_len} and are cut at "
@@ -465,7 +511,14 @@ def make_loaders(flags, setup: Setup, vlm: VLM, tokenizer: Tokenizer, dataset, s
 
 def count_supervised(batches: list[dict], setup: Setup) -> float:
     "Supervised tokens of the step, over all micro-batches and ranks."
-    return setup.all_reduce(sum(len(batch["supervised"]) for batch in batches))
+    tokens = setup.all_reduce(sum(len(batch["supervised"]) for batch in batches))
+    weights.require(tokens, f"no token of this step is supervised; its records: {record_names(batches)}")
+    return tokens
+
+
+def record_names(batches: list[dict]) -> str:
+    names = [str(name) for batch in batches for name in batch["records"]]
+    return ", ".join(names[:20]) + f" and {len(names) - 20} more" * (len(names) > 20)
 
 
 def count_images(batches: list[dict], setup: Setup) -> int:
@@ -483,13 +536,31 @@ def train_step(vlm: VLM, batches: list[dict], tokens: float, optimizer: Optimize
     # tokens, however they are split. TRAP: a mean of means would give a token in a short micro-batch more weight.
     total = 0.0
     for batch in batches:
-        loss = vlm(setup.to_device(batch)) / tokens
-        if loss.requires_grad:  # in alignment a micro-batch without pictures trains nothing
-            loss.backward()
+        try:
+            loss = vlm(setup.to_device(batch)) / tokens
+            if loss.requires_grad:  # in alignment a micro-batch without pictures trains nothing
+                loss.backward()
+        except torch.OutOfMemoryError:
+            rows = len(batch["ids"])
+            raise ValueError(f"out of GPU memory with {rows} rows a forward pass; give " + (
+                f"--micro_batch_size={next(n for n in range(rows - 1, 0, -1) if rows % n == 0)}" if rows > 1 else
+                SMALLER)) from None
         total += loss.detach()  # a tensor on the GPU: its value here would make the CPU wait
+    # 0 * norm is 0, and NaN if any gradient is not finite: one update with it, and all weights would be lost.
+    total += 0 * get_total_norm([p.grad for p in optimizer.params.values() if p.grad is not None])
     total = setup.all_reduce(float(total))  # the one place where the CPU waits; it goes on while the optimizer works
-    optimizer.step(scale)
-    return total
+    if math.isfinite(total):
+        setup.bad_steps = 0
+        optimizer.step(scale)
+        return total
+    for p in optimizer.params.values():
+        p.grad = None
+    setup.bad_steps += 1
+    problem = f"loss or gradient is not a finite number ({setup.bad_steps} in a row; {record_names(batches)})"
+    weights.require(setup.bad_steps < setup.max_bad_steps, f"{problem}: stopped, and the last checkpoint is as "
+                    "it was; look at these records, or give a lower --lr")
+    setup.print(f"step skipped: {problem}")
+    return math.nan
 
 
 @torch.no_grad()
@@ -503,8 +574,10 @@ def held_out_loss(vlm: VLM, documents: list, setup: Setup, seq_len: int, image: 
         batch = data.collate(arrays, packed, data.pixel_loader(vlm.config.vision))
         if image == "blind" and batch["pixels"] is not None:
             batch["pixels"] = torch.full_like(batch["pixels"], 128)
-        if image == "shuffled":
-            batch["image_index"] = batch["image_index"].roll(1)
+        if image == "shuffled" and batch["pixels"] is not None:
+            if len(batch["pixels"]) == 1:  # there is no other picture: left out
+                continue
+            batch["image_index"] = (batch["image_index"] + 1) % len(batch["pixels"])
         total += vlm(setup.to_device(batch)).item()
         tokens += len(batch["supervised"])
     return setup.all_reduce(total), int(setup.all_reduce(tokens))
@@ -513,45 +586,84 @@ def held_out_loss(vlm: VLM, documents: list, setup: Setup, seq_len: int, image: 
 # ----------------------------------------------------------------------------------------------------------------------
 # Log, Ctrl-C, checkpoint, samples
 
+def set_aside(folder: Path, keep: int) -> bool:
+    "Before a new run: the stage's folder becomes STAGE.1, that of the run before STAGE.2, and so on -> whether it did."
+    folder = weights.recover(folder)
+    if not (folder / "config.json").exists():  # a run that never saved: at most its log
+        shutil.rmtree(folder, ignore_errors=True)
+        return False
+    names = [folder, *(folder.with_name(f"{folder.name}.{i}") for i in range(1, keep + 1))]
+    free = next((i for i, name in enumerate(names) if not name.exists()), keep)
+    shutil.rmtree(names[free], ignore_errors=True)  # the oldest, if all names are taken
+    for i in range(free, 0, -1):
+        os.rename(names[i - 1], names[i])
+    return True
+
+
 class Log:
-    "One JSON object per line, in log.jsonl beside the checkpoint."
+    "One JSON object per line, in log.jsonl beside the checkpoint; each run has its own."
 
     def __init__(self, flags, setup: Setup, stage: str):
-        self.path, self.is_main = Path(flags.out_dir) / run_name(flags.model) / stage / "log.jsonl", setup.is_main
+        self.path, self.is_main, self.usual = stage_folder(flags, stage) / "log.jsonl", setup.is_main, None
+        self.keep = 0 if flags.resume else flags.keep
         # The first line says what was run, and on what: months later nothing else tells two curves apart. A resumed run
         # adds its own. A downloaded archive has no .git, and so no commit to name.
         here = Path(__file__).parent
         git = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True,
                              cwd=here).stdout.strip() if (here / ".git").exists() else ""
-        self.write(command=" ".join(sys.argv), flags=vars(flags), device=str(setup.device), world_size=setup.world_size,
-                   dtype=str(setup.dtype), torch=torch.__version__, python=sys.version.split()[0], commit=git,
-                   time=time.strftime("%Y-%m-%d %H:%M:%S"))
+        self.waiting = [dict(
+            command=" ".join(sys.argv), flags=vars(flags), device=str(setup.device), world_size=setup.world_size,
+            dtype=str(setup.dtype), torch=torch.__version__, python=sys.version.split()[0], commit=git,
+            time=time.strftime("%Y-%m-%d %H:%M:%S"))]
 
     def write(self, **values) -> None:
-        if self.is_main:
-            # TRAP: opened again for each line. A save puts a new folder in the old one's place: an open file would
-            # write into the deleted one.
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            with open(self.path, "a", encoding="utf-8") as file:
-                file.write(json.dumps(values) + "\n")
+        loss = values.get("loss")
+        if loss is not None and math.isfinite(loss):
+            values |= {"spike": True} if self.usual and loss > 2 * self.usual else {}
+            self.usual = loss if self.usual is None else 0.9 * self.usual + 0.1 * loss  # a mean of some 10 steps
+        elif loss is not None:  # a skipped step; JSON has no NaN
+            values["loss"] = None
+        if not self.is_main:
+            return
+        # Only now, after a whole step: a run that fails at once leaves the run before it as it was.
+        if self.keep and set_aside(self.path.parent, self.keep):
+            tqdm.write(f"{self.path.parent} of the run before is now {self.path.parent}.1 (--keep={self.keep})",
+                       file=sys.stderr)
+        # TRAP: opened again for each line. A save puts a new folder in the old one's place: an open file would write
+        # into the deleted one.
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with open(self.path, "a", encoding="utf-8") as file:
+            file.write("".join(json.dumps(line) + "\n" for line in [*self.waiting, values]))
+        self.keep, self.waiting = 0, []
 
 
 class Interrupt:
-    "Ctrl-C once: finish the step, save, stop. Twice: stop at once."
+    "Ctrl-C, SIGTERM (a machine that is taken back) or SIGHUP: finish the step, save, stop. Ctrl-C again: stop at once."
 
     def __init__(self):
-        self.interrupted = False
-        self.old = signal.signal(signal.SIGINT, self.handle)
+        self.interrupted, self.first = False, 0.0
+        signals = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
+        self.old = {number: signal.signal(number, self.handle) for number in signals
+                    if signal.getsignal(number) != signal.SIG_IGN}  # as nohup wishes
 
-    def handle(self, *_):
+    def handle(self, number, _):
         # Only a flag for the loop: raising here could stop a step half-way, with some weights updated.
-        self.interrupted = True
-        signal.signal(signal.SIGINT, self.old)
+        if not self.interrupted:
+            self.interrupted, self.first = True, time.time()
+            print("\nstopping: finishing this step and saving (Ctrl-C again: at once)", file=sys.stderr, flush=True)
+        # TRAP: the terminal and torchrun both pass a Ctrl-C on: the second within a second is the same one.
+        elif number == signal.SIGINT and time.time() - self.first > 1:
+            raise KeyboardInterrupt
 
     def requested(self, setup: Setup) -> bool:
         # On any rank, and then on all: one that stopped alone would leave the others waiting for its gradients.
         self.interrupted = setup.all_reduce(float(self.interrupted)) > 0
         return self.interrupted
+
+    def close(self) -> None:
+        "After the loop signals have their usual meaning again: there is nothing left to save."
+        for number, handler in self.old.items():
+            signal.signal(number, handler)
 
 
 def save_checkpoint(folder, vlm: VLM, tokenizer: Tokenizer, moments: dict | None = None, state: dict | None = None,
@@ -561,12 +673,15 @@ def save_checkpoint(folder, vlm: VLM, tokenizer: Tokenizer, moments: dict | None
     JSON only: nothing is ever unpickled. All or nothing: a crash at any moment leaves a whole checkpoint.
     """
     # log.jsonl and samples.png of the old folder are carried over; an old optimizer beside new weights must not be.
+    tensors = dict(vlm.named_parameters()) | (master_weights or {})
+    for name, tensor in tensors.items():
+        weights.require(tensor.isfinite().all(), f"{folder}: not saved, because {name} holds NaN or Inf; a checkpoint "
+                        "that is there stays as it was. Start again with a lower --lr")
     with weights.replace_folder(folder, drop=("optimizer.safetensors", "state.json")) as new:
         (new / "config.json").write_text(json.dumps({"model_type": "ghostvis", **asdict(vlm.config)}, indent=2) + "\n")
         tokenizer.save(new)  # with the weights: another tokenizer's ids would mean other words
         stamp = {"step": str((state or {}).get("step", 0))}  # proves that all files belong to one moment
-        weights.write_safetensors(dict(vlm.named_parameters()) | (master_weights or {}), new / "model.safetensors",
-                                  {"format": "pt", **stamp})
+        weights.write_safetensors(tensors, new / "model.safetensors", {"format": "pt", **stamp})
         if moments is not None:
             weights.write_safetensors(moments, new / "optimizer.safetensors", stamp)
             (new / "state.json").write_text(json.dumps(state, indent=2) + "\n")
@@ -575,15 +690,17 @@ def save_checkpoint(folder, vlm: VLM, tokenizer: Tokenizer, moments: dict | None
 def save(flags, setup: Setup, stage: str, vlm: VLM, tokenizer: Tokenizer, optimizer: Optimizer, loaders: list,
          step: int, **more) -> Path:
     "The stage's checkpoint, with all that --resume needs -> its folder. `more` goes into state.json."
-    folder = Path(flags.out_dir) / run_name(flags.model) / stage
+    folder = stage_folder(flags, stage)
+    vlm.config.run |= {"step": step, "saved": time.time()}
     # Weights alone are not the run: without optimizer state the first steps are poor, without positions in the data
     # records are used twice. TRAP: all ranks must call save(), though one writes: each has only its own part.
     positions = setup.gather([loader.state() for loader in loaders])  # a handful of integers each
     moments, master_weights = optimizer.state()
     if setup.is_main:
-        fixed = {name: value for name, value in vars(flags).items() if name not in MAY_CHANGE}
-        save_checkpoint(folder, vlm, tokenizer, moments, {"step": step, "data": positions, "flags": fixed, **more},
-                        master_weights)
+        kept = {name: value for name, value in vars(flags).items()
+                if name not in ("init", "out_dir", "resume", "micro_batch_size")}  # these are found anew
+        state = {"step": step, "data": positions, "flags": kept, **more}
+        save_checkpoint(folder, vlm, tokenizer, moments, state, master_weights)
     return folder
 
 
