@@ -193,7 +193,7 @@ def without_checkpoint(flags, setup: Setup) -> tuple[VLM, Tokenizer, str]:
     config = preset(flags.model, flags.bridge)
     tokenizer = Tokenizer.train(data.tokenizer_texts(flags.data, flags.seed), config.decoder.vocab_size)
     if not flags.vision:
-        return VLM(config), tokenizer, "random weights"
+        return VLM(config), tokenizer, "random weights (the first loss is near 15, not ln V = 7: see GPT's embed)"
     vit = ViT.from_pretrained(weights.fetch(flags.vision))
     config.vision, config.pretrained_vision = vit.config, flags.vision
     vlm = VLM(connect(config))
@@ -700,7 +700,11 @@ def save(flags, setup: Setup, stage: str, vlm: VLM, tokenizer: Tokenizer, optimi
         kept = {name: value for name, value in vars(flags).items()
                 if name not in ("init", "out_dir", "resume", "micro_batch_size")}  # these are found anew
         state = {"step": step, "data": positions, "flags": kept, **more}
-        save_checkpoint(folder, vlm, tokenizer, moments, state, master_weights)
+        try:
+            save_checkpoint(folder, vlm, tokenizer, moments, state, master_weights)
+        except OSError as error:  # a full disk, a network folder that is gone; Python does not name the file
+            raise ValueError(f"{folder}: step {step} could not be saved ({error}); what was saved before is whole: make "
+                             "room and continue it by --resume") from None
     return folder
 
 
