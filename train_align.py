@@ -22,9 +22,9 @@ from tqdm import tqdm
 
 import data
 from model import respond
+from train_base import held_out_loss, make_documents
 from training import (SHARED_FLAGS, Interrupt, Log, Optimizer, Setup, count_images, count_supervised, finish,
-                      freeze_all_but, held_out_loss, load_start, lr_scale, make_documents, make_loaders, parse_flags,
-                      run, save, train_step)
+                      freeze_all_but, load_start, lr_scale, make_loaders, parse_flags, run, save, train_step)
 from world import World
 
 STAGE = "align"

@@ -17,12 +17,14 @@ import math
 import time
 from functools import partial
 
+import torch
 from tqdm import tqdm
 
 import data
+from model import VLM
+from tokenizer import Tokenizer
 from training import (SHARED_FLAGS, Interrupt, Log, Optimizer, Setup, count_supervised, finish, freeze_all_but,
-                      held_out_loss, load_start, lr_scale, make_documents, make_loaders, parse_flags, run, save,
-                      train_step)
+                      load_start, lr_scale, make_loaders, parse_flags, run, save, train_step)
 from world import World
 
 STAGE = "base"
@@ -34,6 +36,36 @@ BY_MODEL = {"tiny": {"batch_size": 16, "seq_len": 256, "steps": 100, "lr": 0.002
             "released": {"batch_size": 16, "seq_len": 2048, "steps": 1000, "lr": 1e-5}}
 
 
+# ----------------------------------------------------------------------------------------------------------------------
+# The loss on held-out text: the chapters that follow use it too
+
+def make_documents(records: list[dict], vlm: VLM, tokenizer: Tokenizer, seq_len: int, **options) -> list:
+    "Held-out records -> the documents that fit into a row, for held_out_loss."
+    documents = (data.make_document(record, i, tokenizer, vlm.config.bridge.num_tokens, seq_len, **options)
+                 for i, record in enumerate(records))
+    return [document for document in documents if document]
+
+
+@torch.no_grad()
+def held_out_loss(vlm: VLM, documents: list, setup: Setup, seq_len: int, image: str = "own") -> tuple[float, int]:
+    "Documents -> (summed loss in nats, supervised tokens). image: own, blind (grey pictures) or shuffled (exchanged)."
+    total, tokens, waiting = 0.0, 0, documents[setup.rank::setup.world_size]
+    # Ranks may need different numbers of rounds: no all_reduce inside this loop, or they would wait for each other.
+    while waiting:
+        # 16 rows at once. It ends, as make_document leaves out what is longer than a row.
+        arrays, packed, waiting = data.pack(waiting, 16, seq_len, vlm.config.bridge.num_tokens)
+        batch = data.collate(arrays, packed, data.pixel_loader(vlm.config.vision))
+        if image == "blind" and batch["pixels"] is not None:
+            batch["pixels"] = torch.full_like(batch["pixels"], 128)
+        if image == "shuffled" and batch["pixels"] is not None:
+            if len(batch["pixels"]) == 1:  # there is no other picture: left out
+                continue
+            batch["image_index"] = (batch["image_index"] + 1) % len(batch["pixels"])
+        total += vlm(setup.to_device(batch)).item()
+        tokens += len(batch["supervised"])
+    return setup.all_reduce(total), int(setup.all_reduce(tokens))
+
+
 def bits_per_byte(vlm, tokenizer, documents: list, setup: Setup, seq_len: int) -> float:
     "How many bits the model needs to encode one byte of held-out text."
     # A loss per token falls when text is merely cut into more and shorter tokens. Bytes do not depend on the tokenizer:
@@ -43,6 +75,9 @@ def bits_per_byte(vlm, tokenizer, documents: list, setup: Setup, seq_len: int) -
     # ids[1:]: the first id is given, not predicted, so its bytes do not count
     return nats / math.log(2) / sum(len(tokenizer.decode_bytes(doc.ids[1:])) for doc in documents)
 
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The chapter
 
 def main() -> None:
     flags = parse_flags(__doc__, STAGE, SHARED_FLAGS, BY_MODEL)

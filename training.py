@@ -430,13 +430,6 @@ def lr_scale(step: int, flags) -> float:
 # ----------------------------------------------------------------------------------------------------------------------
 # Data: records -> packed micro-batches (data.py), for this model and these ranks
 
-def make_documents(records: list[dict], vlm: VLM, tokenizer: Tokenizer, seq_len: int, **options) -> list:
-    "Held-out records -> the documents that fit into a row, for held_out_loss."
-    documents = (data.make_document(record, i, tokenizer, vlm.config.bridge.num_tokens, seq_len, **options)
-                 for i, record in enumerate(records))
-    return [document for document in documents if document]
-
-
 SMALLER = ("--activation_checkpointing, --lora_rank=16, or a shorter --seq_len (bench.py --what=memory tells what each "
            "saves)")
 
@@ -507,7 +500,7 @@ def make_loaders(flags, setup: Setup, vlm: VLM, tokenizer: Tokenizer, dataset, s
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# The training step, and the loss on held-out documents
+# The training step
 
 def count_supervised(batches: list[dict], setup: Setup) -> float:
     "Supervised tokens of the step, over all micro-batches and ranks."
@@ -561,26 +554,6 @@ def train_step(vlm: VLM, batches: list[dict], tokens: float, optimizer: Optimize
                     "it was; look at these records, or give a lower --lr")
     setup.print(f"step skipped: {problem}")
     return math.nan
-
-
-@torch.no_grad()
-def held_out_loss(vlm: VLM, documents: list, setup: Setup, seq_len: int, image: str = "own") -> tuple[float, int]:
-    "Documents -> (summed loss in nats, supervised tokens). image: own, blind (grey pictures) or shuffled (exchanged)."
-    total, tokens, waiting = 0.0, 0, documents[setup.rank::setup.world_size]
-    # Ranks may need different numbers of rounds: no all_reduce inside this loop, or they would wait for each other.
-    while waiting:
-        # 16 rows at once. It ends, as make_document leaves out what is longer than a row.
-        arrays, packed, waiting = data.pack(waiting, 16, seq_len, vlm.config.bridge.num_tokens)
-        batch = data.collate(arrays, packed, data.pixel_loader(vlm.config.vision))
-        if image == "blind" and batch["pixels"] is not None:
-            batch["pixels"] = torch.full_like(batch["pixels"], 128)
-        if image == "shuffled" and batch["pixels"] is not None:
-            if len(batch["pixels"]) == 1:  # there is no other picture: left out
-                continue
-            batch["image_index"] = (batch["image_index"] + 1) % len(batch["pixels"])
-        total += vlm(setup.to_device(batch)).item()
-        tokens += len(batch["supervised"])
-    return setup.all_reduce(total), int(setup.all_reduce(tokens))
 
 
 # ----------------------------------------------------------------------------------------------------------------------
