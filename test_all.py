@@ -4141,7 +4141,7 @@ def test_50_kills_at_random_moments_and_resumed_each_time_is_never_killed(traine
     flags = ["--steps=200", "--batch_size=4", "--micro_batch_size=2", "--device=cpu", "--lr=0.01", "--eval_size=4",
              "--save_every=1", f"--init={trained[0] / 'tiny' / START[stage]}"]
     flags += ["--compile=True"] if stage == "base" and ranks == 1 else []
-    launcher = ["-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=0"] if ranks == 2 else []
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"] if ranks == 2 else []
 
     def start(name, *more):
         return subprocess.Popen([sys.executable, *launcher, str(HERE / f"{CHAPTERS[stage]}.py"), *flags,
@@ -4158,8 +4158,8 @@ def test_50_kills_at_random_moments_and_resumed_each_time_is_never_killed(traine
             process.wait(chance.uniform(3, 9) if kills < 50 else None)
             break
         except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
+            subprocess.run(["pkill", "-KILL", "-f", f"out_dir={tmp_path / 'killed'}( |$)"])
+            process.wait()  # torchrun and its workers, which have sessions of their own
             kills += 1
     print(f"{stage}, {ranks} ranks: {kills} kills")
     assert process.returncode == 0 and kills > 5
