@@ -4070,6 +4070,20 @@ def test_a_spike_of_the_loss_is_marked_in_the_log(tmp_path):
     assert [row.get("spike", False) for row in rows] == [False, False, True, False]
 
 
+def test_wandb_gets_what_the_log_gets_if_asked_and_if_it_is_there(tmp_path, monkeypatch):
+    sent = []
+    fake = SimpleNamespace(init=lambda **options: sent.append(options) or SimpleNamespace(log=sent.append))
+    flags = training.parse_flags("", "sft", train_sft.FLAGS, train_sft.BY_MODEL, [f"--out_dir={tmp_path}"])
+    monkeypatch.setitem(sys.modules, "wandb", fake)
+    training.Log(flags, setup(), "sft").write(loss=1.0)
+    assert not sent  # nothing is sent unless it is asked for
+    flags.wandb = "mine"
+    training.Log(flags, setup(), "sft").write(loss=2.0)
+    assert sent[0]["project"] == "mine" and sent[1] == {"loss": 2.0}
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    fails(lambda: training.Log(flags, setup(), "sft"), "--wandb=mine", "pip install wandb")
+
+
 def test_out_of_memory_names_the_flags_that_would_fit():
     def full(batch):
         raise torch.OutOfMemoryError("CUDA out of memory")

@@ -115,7 +115,8 @@ def main() -> None:
                   seconds=time.time() - started)
         # once in a while
         if flags.eval_every > 0 and step % flags.eval_every == 0:
-            caption_losses(vlm, documents, setup, flags.seq_len)
+            losses = caption_losses(vlm, documents, setup, flags.seq_len)
+            log.write(step=step, caption_loss=losses["own"], blind_loss=losses["blind"])
         if flags.save_every > 0 and step % flags.save_every == 0:
             save(flags, setup, STAGE, vlm, tokenizer, optimizer, loaders, step)
     bar.close()

@@ -119,8 +119,9 @@ def main() -> None:
         log.write(step=step, loss=loss, lr=flags.lr * lr_scale(step - 1, flags), seconds=time.time() - started)
         # once in a while
         if flags.eval_every > 0 and step % flags.eval_every == 0:
-            setup.print(f"step {step}: {bits_per_byte(vlm, tokenizer, documents, setup, flags.seq_len):.3f} "
-                        "bits per byte")
+            now = bits_per_byte(vlm, tokenizer, documents, setup, flags.seq_len)
+            setup.print(f"step {step}: {now:.3f} bits per byte")
+            log.write(step=step, bits_per_byte=now)
         if flags.save_every > 0 and step % flags.save_every == 0:
             save(flags, setup, STAGE, vlm, tokenizer, optimizer, loaders, step)
     bar.close()

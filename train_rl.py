@@ -212,7 +212,9 @@ def main() -> None:
                   seconds=time.time() - started)
         if flags.eval_every > 0 and step % flags.eval_every == 0:
             for name, records in held_out.items():
-                setup.print(f"step {step}: {name} {evaluate(vlm, tokenizer, records, setup)['accuracy']:.1%}")
+                result = evaluate(vlm, tokenizer, records, setup)
+                setup.print(f"step {step}: {name} {result['accuracy']:.1%}")
+                log.write(step=step, split=name, accuracy=result["accuracy"], accuracy_by_kind=result["by_kind"])
         if flags.save_every > 0 and step % flags.save_every == 0:
             save(flags, setup, STAGE, vlm, tokenizer, optimizer, [], step, before=before)
     bar.close()

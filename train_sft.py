@@ -319,6 +319,7 @@ def main() -> None:
             result = evaluate(vlm, tokenizer, first, setup)
             kinds = ", ".join(f"{kind} {value:.0%}" for kind, value in result["by_kind"].items())
             setup.print(f"step {step}: held-out accuracy {result['accuracy']:.1%} ({kinds})")
+            log.write(step=step, accuracy=result["accuracy"], accuracy_by_kind=result["by_kind"])
         if flags.save_every > 0 and step % flags.save_every == 0:
             save(flags, setup, STAGE, vlm, tokenizer, optimizer, loaders, step)
     bar.close()

@@ -68,6 +68,7 @@ SHARED_FLAGS = {  # name: (default, meaning); None = a default that depends on t
     "eval_every": (-1, "steps between evaluations; -1: only at the end"),
     "eval_on_stop": (False, "evaluate also after Ctrl-C, not only at the end"),
     "save_every": (-1, "steps between checkpoints; -1: only at the end and on Ctrl-C"),
+    "wandb": ("", "project on wandb.ai that gets what log.jsonl gets; empty: nothing is sent"),
     "keep": (3, "earlier runs of the stage that are kept, as STAGE.1 (the one before), STAGE.2, ..."),
     "max_bad_steps": (10, "stop after so many steps in a row whose loss or gradient is not a finite number"),
     # 600 questions: the 95 % interval around one half reaches 4 points to each side. Half of that takes 2,400.
@@ -164,7 +165,7 @@ class Setup:
 # These may change on --resume: they say where and how, not what is computed (dtype and device up to rounding).
 # micro_batch_size too, as long as a step has the same number of micro-batches: make_loaders checks that.
 MAY_CHANGE = ("init", "out_dir", "micro_batch_size", "activation_checkpointing", "device", "dtype", "compile", "resume",
-              "eval_every", "eval_on_stop", "save_every", "keep", "max_bad_steps")
+              "eval_every", "eval_on_stop", "save_every", "keep", "max_bad_steps", "wandb")
 
 
 def read_resume(flags, folder: Path) -> tuple[dict, dict]:
@@ -578,7 +579,13 @@ class Log:
 
     def __init__(self, flags, setup: Setup, stage: str):
         self.path, self.is_main, self.usual = stage_folder(flags, stage) / "log.jsonl", setup.is_main, None
-        self.keep = 0 if flags.resume else flags.keep
+        self.keep, self.wandb = 0 if flags.resume else flags.keep, None
+        if flags.wandb and setup.is_main:
+            try:
+                import wandb
+            except ImportError:
+                raise ValueError(f"--wandb={flags.wandb}: the package is not there; pip install wandb") from None
+            self.wandb = wandb.init(project=flags.wandb, name=f"{flags.model}-{stage}", config=vars(flags))
         # The first line says what was run, and on what: months later nothing else tells two curves apart. A resumed run
         # adds its own. A downloaded archive has no .git, and so no commit to name.
         here = Path(__file__).parent
@@ -608,6 +615,8 @@ class Log:
         with open(self.path, "a", encoding="utf-8") as file:
             file.write("".join(json.dumps(line) + "\n" for line in [*self.waiting, values]))
         self.keep, self.waiting = 0, []
+        if self.wandb:
+            self.wandb.log(values)
 
 
 class Interrupt:
