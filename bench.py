@@ -9,14 +9,20 @@ How good, and how fast: measured on the real code, never on a copy of it.
     python bench.py --what=ladder --model=qwen2.5-1.5b --batch_size=8 --micro_batch_size=4  # what each idea is worth
     python bench.py --what=profile --model=small                      # which kernels a step spends its time in
     python bench.py --what=memory --model=qwen2.5-3b --gpus=8         # what each stage will need; no GPU is asked
+    python bench.py --what=serve                                      # 1 to 64 clients of a real server
 
 The last line of standard output is one JSON object; tables go to standard error.
 """
 import argparse
+import base64
+import http.client
+import io
 import json
 import math
+import multiprocessing
 import random
 import sys
+import threading
 import time
 
 import numpy as np
@@ -26,6 +32,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 import data
 import model
+import sample
 import train_rl
 from model import PRESETS, VLM, Block, add_lora, newest_checkpoint, preset, rope_table
 from tokenizer import Tokenizer
@@ -42,7 +49,8 @@ BY_MODEL = {"tiny": {"batch_size": 32, "seq_len": 128}, "small": {"batch_size": 
             "released": {"batch_size": 32, "seq_len": 2048}}
 CARDS = (8, 12, 16, 24, 40, 80, 141)  # GiB
 FLAGS = {
-    "what": ("eval", "eval, speed, ladder, profile or memory"),
+    "what": ("eval", "eval, speed, ladder, profile, memory or serve"),
+    "clients": ("1,8,32,64", "serve: how many at once, one number after another"),
     "model": ("tiny", f"{', '.join(PRESETS)}, or a hub id (Org/Name) or folder"),
     "vision": ("", "speed: encoder in place of the preset's"),
     "bridge": ("", "speed: perceiver, pixelshuffle or mlp, in place of the preset's"),
@@ -502,6 +510,102 @@ def bench_memory(flags) -> dict:
     return {"what": "memory", "model": flags.model, "batch_size": flags.batch_size, "seq_len": flags.seq_len, **rows}
 
 
+# ----------------------------------------------------------------------------------------------------------------------
+# Serving: clients of a real server, over real sockets
+
+def make_bodies(n: int) -> list[bytes]:
+    "n requests: a picture of 100 to 1,000 pixels a side and 40 words each, answers of 32 to 256 tokens."
+    bodies, rng = [], random.Random(0)
+    for i in range(n):
+        file = io.BytesIO()
+        World("captions", seed=i)[0]["images"][0].draw(rng.choice([100, 250, 500, 1000])).save(file, "PNG")
+        url = "data:image/png;base64," + base64.b64encode(file.getvalue()).decode()
+        text = " ".join(rng.choice(["what", "is", "the", "cat", "red"]) for _ in range(40))
+        bodies.append(json.dumps({"stream": True, "stream_options": {"include_usage": True}, "seed": i, "messages": [
+            {"role": "user", "content": [{"type": "image_url", "image_url": {"url": url}}, {"type": "text", "text": text}]
+             }], "max_tokens": rng.choice([32, 96, 160, 256])}).encode())
+    return bodies
+
+
+def ask(port: int, body: bytes) -> tuple[float, list[float], int]:
+    "One request -> (when it was sent, when its pieces of text came, tokens)."
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=300)
+    sent, times, tokens = time.perf_counter(), [], 0
+    connection.request("POST", "/v1/chat/completions", body, {"Content-Type": "application/json"})
+    answer = connection.getresponse()
+    if answer.status != 200:
+        raise ValueError(f"the server answered {answer.status}: {answer.read()[:200]}")
+    for line in answer:
+        if b'"content": "' in line and b'"role"' not in line:
+            times.append(time.perf_counter())
+        elif b'"usage"' in line:
+            tokens = json.loads(line[6:])["usage"]["completion_tokens"]
+    connection.close()
+    return sent, times, tokens
+
+
+def clients(port: int, n: int, each: int, out) -> None:
+    "n clients, a thread each, in a process of their own: every one sends its next request when it has its answer."
+    bodies, results = make_bodies(n * each), []
+
+    def client(i: int) -> None:
+        for k in range(each):
+            results.append((k, *ask(port, bodies[k * n + i])))
+    threads = [threading.Thread(target=client, args=(i, )) for i in range(n)]
+    started = time.perf_counter()
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    out.put((time.perf_counter() - started, results))
+
+
+def quantiles(values: list[float]) -> dict[str, float]:
+    values = sorted(values) or [math.nan]
+    return {"p50_ms": values[len(values) // 2] * 1e3, "p95_ms": values[int(len(values) * 0.95)] * 1e3}
+
+
+def bench_serve(flags) -> dict:
+    "1, 8, 32 and 64 clients at once; a single one sends its requests one after another."
+    setup, rows = Setup(flags), {}
+    if flags.model in FROM_SCRATCH or flags.init:
+        vlm, tokenizer = load(flags, setup)
+    else:
+        vlm, tokenizer = random_model(flags, setup), Tokenizer.train(["user\nassistant\n"], 300)
+        if setup.compile:
+            vlm.compile_parts()
+    server = sample.Server(vlm.eval(), tokenizer, data.parse_flags("", sample.FLAGS, argv=["--port=0"]))
+    server.stop = set()  # every answer is as long as it was asked to be
+    sample.Handler.log_message = lambda *_: None
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    process = multiprocessing.get_context("spawn")  # clients in this process would compete for its interpreter
+    setup.print(f"{'clients':>8}{'tokens/s':>10}{'first token ms, p50':>21}{'p95':>8}{'next ms, p50':>14}{'p95':>8}")
+    counts = [int(n) for n in flags.clients.split(",")]
+    for n in [max(counts), *counts]:  # once before, to compile and to record what will be needed
+        out = process.Queue()
+        worker = process.Process(target=clients, args=(server.server_port, n, max(4, 16 // n), out))
+        worker.start()
+        seconds, results = out.get()
+        worker.join()
+        # Of the first requests all arrive at the same moment. Those that follow are newcomers among others at work.
+        first = quantiles([times[0] - sent for k, sent, times, _ in results if k and times])
+        after = quantiles([b - a for _, _, times, _ in results for a, b in zip(times, times[1:])])
+        rows[str(n)] = {"tokens_per_s": sum(tokens for *_, tokens in results) / seconds, "first_token": first,
+                        "next_token": after, "requests": len(results)}
+    for n, row in rows.items():
+        setup.print(f"{n:>8}{row['tokens_per_s']:>10,.0f}{row['first_token']['p50_ms']:>21.1f}"
+                    f"{row['first_token']['p95_ms']:>8.1f}{row['next_token']['p50_ms']:>14.1f}"
+                    f"{row['next_token']['p95_ms']:>8.1f}")
+    server.shutdown()
+    # The same without sockets: 32 rows of generate, prompts and pictures included, 136 tokens each, the mean above.
+    prompt, picture = data.Document(0, [1] * (vlm.config.bridge.num_tokens + 60), [], [0], {}), noise(vlm)
+    seconds = clock(lambda: list(vlm.generate([prompt] * 32, [picture(None, None) for _ in range(32)],
+                                              max_new_tokens=136)), 3, setup.device)
+    setup.print(f"generate, 32 rows: {32 * 136 / seconds:,.0f} tokens/s")
+    return {"what": "serve", "model": flags.model, "device": setup.device.type, "clients": rows,
+            "generate_32_tokens_per_s": 32 * 136 / seconds}
+
+
 def say(text: str) -> None:
     print(text, file=sys.stderr)
 
@@ -509,7 +613,7 @@ def say(text: str) -> None:
 def main() -> None:
     flags = parse_flags(__doc__, "bench", FLAGS, BY_MODEL)
     jobs = {"eval": bench_eval, "speed": bench_speed, "ladder": bench_ladder, "profile": bench_profile,
-            "memory": bench_memory}
+            "memory": bench_memory, "serve": bench_serve}
     if flags.what not in jobs:
         raise ValueError(f"--what={flags.what}: choose {', '.join(jobs)}")
     print(json.dumps(jobs[flags.what](flags)))

@@ -10,12 +10,17 @@ sections only save time or memory; they say so, and a first reader can skip them
 Axis letters: B rows, T tokens in a row, H the decoder's width, d a head's width, V vocabulary, n pictures, M image
 tokens of each picture. Left out: sliding windows (no released Qwen2.5 uses them), dropout, YaRN for very long texts.
 """
+import bisect
+import contextlib
 import copy
 import inspect
+import itertools
 import re
+from collections import deque
 from dataclasses import dataclass, field, fields, replace
+from functools import partial
 from pathlib import Path
-from typing import Iterator, NamedTuple
+from typing import Iterable, Iterator, NamedTuple
 
 import torch
 import torch.nn as nn
@@ -24,7 +29,7 @@ from torch.nn.attention.varlen import varlen_attn
 from torch.utils.checkpoint import checkpoint
 
 import weights
-from vision import (SIGLIP, Bridge, BridgeConfig, Tiles, ViT, ViTConfig, check_sizes, encode_tiled, init_linears,
+from vision import (SIGLIP, Bridge, BridgeConfig, PictureCache, ViT, ViTConfig, check_sizes, digest, init_linears,
                     llava_vision)
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -278,7 +283,7 @@ class GPT(nn.Module):
         # Not stored at construction: a stored tied head would still be the old matrix after weights are loaded.
         return self.embed.weight if self.config.tie_word_embeddings else self.head.weight            # [V, H]
 
-    def hidden(self, x: torch.Tensor, positions=None, documents=None, cache: "KVCache | None" = None) -> torch.Tensor:
+    def hidden(self, x: torch.Tensor, positions=None, documents=None, cache: "list[LayerCache]" = ()) -> torch.Tensor:
         """
         Embeddings x [B, T, H] -> hidden states [B, T, H] after the last norm. positions [B, T] count from 0 in each
         document; documents: see attend; without both, each row is one document. cache: for generation, see KVCache.
@@ -286,12 +291,11 @@ class GPT(nn.Module):
         if positions is None:
             positions = torch.arange(x.shape[1], device=x.device)[None]                              # [1, T]
         rope = rope_table(positions, self.config)
-        layers = cache.layers() if cache is not None else None
         for i, block in enumerate(self.blocks):
-            if cache is not None:
+            if cache:
                 # Prefill runs uncompiled: every new prompt length would be compiled again.
-                run = self.compiled_decode.get(len(x) == 1, Block.forward) if cache.decoding else Block.forward
-                x = run(block, x, rope, None, layers[i])
+                run = self.compiled_decode.get(len(x) == 1, Block.forward) if x.shape[1] == 1 else Block.forward
+                x = run(block, x, rope, None, cache[i])
             elif self.activation_checkpointing and torch.is_grad_enabled():
                 # Only a block's input is stored; the backward pass computes the rest again: a third more work, and
                 # memory for one block's activations instead of all blocks'.
@@ -477,7 +481,7 @@ class VLM(nn.Module):
         self.bridge = Bridge(config.bridge) if config.vision else None
         self.gpt = GPT(config.decoder)
         self.cross_entropy = cross_entropy
-        self.idle_caches = {}  # see take_cache
+        self.idle_caches = {}  # see take_cache, Engine.close
         if config.lora_rank:
             self.add_lora(config.lora_rank)
 
@@ -537,179 +541,92 @@ class VLM(nn.Module):
         self.cross_entropy = torch.compile(cross_entropy)
 
     # ------------------------------------------------------------------------------------------------------------------
-    # Generation: prefill computes all prompts in one forward pass, then decode adds one token per row and step
+    # Generation: prefill computes whole prompts in one forward pass, then decode adds one token per row and step
 
-    def batch_prompts(self, prompts: list, images: list) -> tuple[int, list]:
-        "-> (the longest prompt's tokens, inputs of prefill: ids [B, T], lengths [B], image positions [K], pictures)."
-        # Padded on the right: no token attends to later ones, so padding changes nothing and needs no mask. On a GPU
-        # the width is rounded up, so that few different shapes occur.
-        device = self.gpt.embed.weight.device
-        limit, longest = self.config.decoder.max_position_embeddings, max(len(p.ids) for p in prompts)
-        if longest > limit:  # it would answer, but worse and worse
-            raise ValueError(f"a conversation of {longest:,} tokens; this model was trained on up to {limit:,}: "
-                             "shorten it, or show fewer or smaller pictures")
-        T = -(-longest // 64) * 64 if device.type == "cuda" else longest
-        ids = torch.tensor([list(p.ids) + [0] * (T - len(p.ids)) for p in prompts], device=device)   # [B, T]
-        lengths = torch.tensor([len(p.ids) for p in prompts], device=device)                         # [B]
-        starts = [b * T + slot for b, p in enumerate(prompts) for slot in p.slots]
-        if len(starts) != len(images):
-            raise ValueError(f"{len(starts)} places for images in the prompts, but {len(images)} images")
-        positions = [start + i for start, image in zip(starts, images)
-                     for i in range(self.config.bridge.tokens_of(image))]
-        inputs = [ids, lengths, torch.tensor(positions, device=device, dtype=torch.long)]
-        if images:  # tiled pictures differ in size and are encoded first; others go through prefill as pixels
-            inputs.append(encode_tiled(self.vit_features, self.bridge, images, device)
-                          if any(isinstance(image, Tiles) for image in images)
-                          else torch.stack(images).to(device))
-        return longest, inputs
+    def prefill(self, kv, S: int, ids, rows, starts, lengths, image_positions, image_tokens=None) -> torch.Tensor:
+        """
+        Texts ids [B, T], of which lengths [B] tokens count, go into columns starts [B] and following of the cache's
+        rows [B]; image_tokens [K, H] -> the logits of each one's next token [B, V]. S: see layer_caches.
+        """
+        # Padding is on the right: no token attends to later ones. What it leaves in the cache is overwritten before it
+        # is seen; where it would not fit, it goes into the last column, which no prompt reaches.
+        columns = (starts[:, None] + torch.arange(ids.shape[1], device=ids.device)).clamp(max=kv.shape[4] - 1)
+        h = self.gpt.hidden(self.embed(ids, image_tokens, image_positions), columns,
+                            cache=layer_caches(kv, rows[:, None], columns, S))                       # [B, T, H]
+        last = torch.arange(len(ids) if h.is_cuda else whole(len(ids), ROWS), device=ids.device) % len(ids)
+        return self.gpt.logits(h[last, lengths[last] - 1])[:len(ids)]
 
-    def prefill(self, cache: "KVCache", ids, lengths, image_positions, images=None) -> torch.Tensor:
-        """
-        All prompts in one pass: ids [B, T], of which lengths [B] count; images: pixels uint8 [n, 3, S, S] or image
-        tokens [K, H] -> the logits of each row's next token [B, V].
-        """
-        if images is not None and images.dtype == torch.uint8:
-            images = self.encode_images(images).flatten(0, 1)
-        cache.start(ids.shape[1])
-        h = self.gpt.hidden(self.embed(ids, images, image_positions), cache=cache)                   # [B, T, H]
-        cache.next.copy_(lengths)
-        return self.gpt.logits(h[torch.arange(len(ids), device=ids.device), lengths - 1])
+    def decode(self, kv, S: int, token, columns) -> torch.Tensor:
+        "token [B], one for each of the first B rows, and its column [B] -> the logits of what follows it [B, V]."
+        rows, columns = torch.arange(len(token), device=token.device)[:, None], columns[:, None]     # [B, 1] each
+        h = self.gpt.hidden(self.gpt.embed(token[:, None]), columns, cache=layer_caches(kv, rows, columns, S))
+        return self.gpt.logits(h[:, 0])
 
-    def decode(self, cache: "KVCache", token) -> torch.Tensor:
-        "token [B] -> the logits of what follows it [B, V]."
-        cache.start()
-        h = self.gpt.hidden(self.gpt.embed(token[:, None]), cache.next[:, None], cache=cache)[:, 0]  # [B, H]
-        cache.next += 1
-        return self.gpt.logits(h)
-
-    @torch.no_grad()
-    def generate(self, prompts: list, images: list = (), *, max_new_tokens: int = 128, stop: set[int] = frozenset(),
-                 samples: int = 1, temperature: float = 0.0, top_k: int = 0, top_p: float = 1.0,
-                 repetition_penalty: float = 1.0, vocab_used: int = 0,
-                 seeds: list[int] | None = None) -> Iterator[list[int | None]]:
+    def generate(self, prompts: list, images: list = (), *, samples: int = 1, vocab_used: int = 0,
+                 seeds: list[int] | None = None, **options) -> Iterator[list[int | None]]:
         """
-        Prompts of any lengths, as tokenizer.render gives them, with all their pictures in order, each uint8 [3, S, S]
-        or Tiles. Yields, for each new position, one id per row, None for rows that have ended (the stop token itself is
-        still yielded). samples = n: every prompt is prefilled once and answered n times, in rows i*n to i*n+n-1.
+        Prompts of any lengths, as tokenizer.render gives them, with all their pictures in order; options: see Request.
+        Yields, for each new position, one id per row, None for rows that have ended (the stop token itself is still
+        yielded). samples = n: every prompt is prefilled once and answered n times, in rows i*n to i*n+n-1.
         """
-        longest, inputs = self.batch_prompts(prompts, images)
-        cache, logits = self.prefill_cache(inputs, longest + max_new_tokens, samples)
-        B, V = len(logits), vocab_used or logits.shape[1]  # the embedding's padding rows are not tokens
-        # From each row's own seed: its answer does not depend on its neighbours. Drawn on the CPU, so that every device
-        # gets the same numbers, and all at once: step i uses column i.
-        noise = torch.stack([torch.rand(max_new_tokens, generator=torch.Generator().manual_seed(seed))
-                             for seed in seeds or range(B)]).to(logits.device)             # [B, max_new_tokens]
-        present = torch.zeros(B, logits.shape[1], dtype=torch.bool, device=logits.device)   # tokens in each row so far
-        if repetition_penalty != 1.0:
-            for row, prompt in zip(present, (p for p in prompts for _ in range(samples))):
-                row[torch.tensor(prompt.ids, device=row.device)] = True
-        ended = [False] * B
-        try:
-            for i in range(max_new_tokens):
-                token = sample(logits[:, :V], noise[:, i], present[:, :V], temperature, top_k, top_p,
-                               repetition_penalty)                                                   # [B]
-                if repetition_penalty != 1.0:
-                    present.scatter_(1, token[:, None], True)
-                step = NextStep(self, cache, token, last=i == max_new_tokens - 1)
-                row = step.token_ids()
-                yield [None if end else id_ for end, id_ in zip(ended, row)]
-                # Rows that have ended are still computed, and ignored, until all have ended.
-                ended = [end or id_ in stop for end, id_ in zip(ended, row)]
-                if all(ended) or step.last:
+        if (places := sum(len(prompt.slots) for prompt in prompts)) != len(images):
+            raise ValueError(f"{places} places for images in the prompts, but {len(images)} images")
+        images = iter(images)
+        shown = [[next(images) for _ in prompt.slots] for prompt in prompts]
+        requests = [Request(prompts[i // samples], shown[i // samples], seed=seed, **options)
+                    for i, seed in enumerate(seeds or range(len(prompts) * samples))]
+        with contextlib.closing(Engine(self, requests, vocab_used=vocab_used)) as engine:
+            for i in itertools.count():
+                if not engine.busy:
                     return
-                logits = step.logits()
-        finally:
-            self.return_cache(cache)
+                engine.step()
+                yield [r.answer[i] if i < len(r.answer) else None for r in requests]
 
-    def prefill_cache(self, inputs: list, width: int, samples: int) -> tuple["KVCache", torch.Tensor]:
-        "-> (the prompts' keys and values, with room for `width` tokens a row; the logits of each row's next token)."
-        B, T = inputs[0].shape
-        cache = self.take_cache(B, max(T, width))
-        # A long prompt keeps a GPU busy without a graph, and its shape seldom comes again.
-        logits = run_graph(self.prefill, cache, *inputs) if B * T <= 2048 else self.prefill(cache, *inputs)
-        if samples == 1:
-            return cache, logits
-        # Repeated only now: the expensive part, pictures and prompts, was computed once for all samples.
-        repeated = self.take_cache(B * samples, max(T, width))
-        repeated.copy_rows(cache, T, samples)
-        self.return_cache(cache)
-        return repeated, logits.repeat_interleave(samples, dim=0)
 
-    def take_cache(self, batch: int, width: int) -> "KVCache":
-        "A cache for `batch` rows of `width` tokens or more. On a GPU an earlier one is reused, with its CUDA graphs."
-        weight = self.gpt.embed.weight
-        if not weight.is_cuda:
-            return KVCache(self.config.decoder, batch, width, weight.device, weight.dtype)
-        # Widths are rounded up to powers of two: few different graphs. TRAP: a graph remembers the weights' addresses.
-        key = (batch, max(256, 1 << (width - 1).bit_length()), weight.data_ptr(), weight.dtype)
-        cache = self.idle_caches.pop(key, None) or KVCache(self.config.decoder, *key[:2], weight.device, weight.dtype)
-        cache.key = key
-        return cache
+# On a CPU, products of a few rows add in another order than those of many, and attention to 9 columns in another than
+# to 16. With rows and columns rounded up, a request's numbers are the same, bit for bit, whoever else is there.
+ROWS, COLUMNS = 4, 16
 
-    def return_cache(self, cache: "KVCache") -> None:
-        if cache.key:
-            self.idle_caches[cache.key] = cache
+
+def whole(n: int, step: int) -> int:
+    return -(-n // step) * step
 
 
 class LayerCache(NamedTuple):
-    "One layer's part of a KVCache."
-    kv: torch.Tensor              # [2, B, kv heads, S, d]: keys and values of S columns
-    columns: torch.Tensor | None  # [B]: the column of each row's new token; None: prefill, which fills the first T
-    mask: torch.Tensor | None     # [B, 1, 1, S]: added to the scores when decoding
+    "One layer's keys and values, and where this call's tokens belong."
+    kv: torch.Tensor            # [2, R, kv heads, W, d]: R rows, one for each request, of W columns
+    rows: torch.Tensor          # [B, 1]
+    columns: torch.Tensor       # [B, T]: the column of each new token
+    mask: torch.Tensor | None   # [B, 1, T, S]: added to the scores of the first S columns; None: whole prompts
 
 
-class KVCache:
-    "Keys and values of all tokens so far. Allocated once for the longest answer; all rows begin in column 0."
-
-    def __init__(self, config: GPTConfig, batch: int, width: int, device, dtype):
-        # Qwen2.5-1.5B in bfloat16: 2 x 28 layers x 2 heads x 128 channels x 2 bytes = 28 KiB for each token of a row.
-        # zeros, not empty: a stray NaN would survive a multiplication with weight zero.
-        self.kv = torch.zeros(config.num_hidden_layers, 2, batch, config.num_key_value_heads, width, config.head_dim,
-                              device=device, dtype=dtype)
-        self.next = torch.zeros(batch, device=device, dtype=torch.long)  # [B]: the column of each row's next token
-        self.used = width      # attention covers this many columns; on a GPU always all, so that shapes stay the same
-        self.decoding = False
-        self.graphs, self.key = {}, None  # see run_graph and VLM.take_cache
-
-    def start(self, T: int = 0) -> None:
-        "Before a prefill of T columns, or (0) before decoding one more."
-        self.decoding = not T
-        self.used = self.used if self.kv.is_cuda else T or self.used + 1
-
-    def layers(self) -> list[LayerCache]:
-        if not self.decoding:
-            return [LayerCache(kv, None, None) for kv in self.kv]
-        return [LayerCache(kv[:, :, :, :self.used], self.next, mask) for mask in [self.mask()] for kv in self.kv]
-
-    def mask(self) -> torch.Tensor:
-        "-> [B, 1, 1, S], added to the scores of each row's new token: -inf for columns that are still empty."
-        empty = torch.arange(self.used, device=self.next.device) > self.next[:, None]                # [B, S]
-        return torch.zeros_like(empty, dtype=self.kv.dtype).masked_fill_(empty, -torch.inf)[:, None, None]
-
-    def copy_rows(self, other: "KVCache", T: int, n: int) -> None:
-        "Row i of a prefilled cache becomes rows i*n to i*n+n-1 of this one. T: tokens of the longest prompt."
-        self.kv[:, :, :, :, :T] = other.kv[:, :, :, :, :T].repeat_interleave(n, dim=2)
-        self.next.copy_(other.next.repeat_interleave(n))
-        self.start(T)
+def layer_caches(kv, rows, columns, S: int) -> list[LayerCache]:
+    "kv [L, 2, R, kv heads, W, d]. S: how many columns are attended to; 0: the new tokens are all there is."
+    mask = None
+    if S:  # -inf hides columns that come later than a token, or are still empty
+        later = torch.arange(S, device=columns.device) > columns[..., None]                          # [B, T, S]
+        mask = torch.zeros_like(later, dtype=kv.dtype).masked_fill_(later, -torch.inf)[:, None]
+    return [LayerCache(layer, rows, columns, mask) for layer in kv]
 
 
 def attend_with_cache(q, k, v, cache: LayerCache) -> torch.Tensor:
-    "As attend, with this layer's cache: k and v are stored, and a new token attends to all columns so far."
-    B, T = q.shape[:2]
-    if cache.columns is None:  # prefill; keys are stored rotated: their positions never change
-        cache.kv[:, :, :, :T] = torch.stack([k, v]).transpose(2, 3)                                  # [2, B, kv, T, d]
+    "As attend, with this layer's cache: k and v are stored, and new tokens attend to all columns so far."
+    (B, T, _, d), kv_heads = q.shape, k.shape[2]
+    store(k, v, cache)
+    if cache.mask is None:
         return attend(q, k, v)
-    store_token(k, v, cache)
+    S = cache.mask.shape[-1]
+    keys, values = cache.kv[:, :B, :, :S] if T == 1 else cache.kv[:, cache.rows[:, 0], :, :S]        # [B, kv, S, d]
     # The query heads that share a kv head take the place of tokens: they use the same keys, in one product.
-    q = q.view(B, k.shape[2], -1, q.shape[-1])                                                       # [B, kv, group, d]
-    y = F.scaled_dot_product_attention(q, cache.kv[0], cache.kv[1], attn_mask=cache.mask)
-    return y.reshape(B, 1, -1, q.shape[-1])                                                          # [B, 1, heads, d]
+    q = q.view(B, T, kv_heads, -1, d).permute(0, 2, 3, 1, 4)                                         # [B,kv,group,T,d]
+    mask = cache.mask if T == 1 else cache.mask.repeat(1, 1, q.shape[2], 1)                          # [B,1,group*T,S]
+    y = F.scaled_dot_product_attention(q.flatten(2, 3), keys, values, attn_mask=mask)                # [B,kv,group*T,d]
+    return y.view(B, kv_heads, -1, T, d).permute(0, 3, 1, 2, 4).flatten(2, 3)                        # [B, T, heads, d]
 
 
-def store_token(k, v, cache: LayerCache) -> None:
-    "k and v [B, 1, kv heads, d] -> column cache.columns[b] of every row b."
-    rows = torch.arange(len(k), device=k.device)
-    cache.kv[:, rows, :, cache.columns] = torch.stack([k, v])[:, :, 0].transpose(0, 1)               # [B, 2, kv, d]
+def store(k, v, cache: LayerCache) -> None:
+    "k and v [B, T, kv heads, d] -> their rows and columns. Keys are stored rotated: their positions never change."
+    cache.kv[:, cache.rows, :, cache.columns] = torch.stack([k, v]).permute(1, 2, 0, 3, 4)           # [B, T, 2, kv, d]
 
 
 def sample(logits, noise, present, temperature, top_k, top_p, repetition_penalty) -> torch.Tensor:
@@ -737,20 +654,214 @@ def sample(logits, noise, present, temperature, top_k, top_p, repetition_penalty
     return (index if order is None else order.gather(1, index))[:, 0]
 
 
-def respond(vlm: VLM, tokenizer, conversations: list, images: list, **options) -> list[str]:
+@dataclass(eq=False)
+class Request:
+    "One answer to be generated: what is asked, how, and what has been said so far."
+    prompt: object                   # ids, and slots: where its pictures' image tokens begin (tokenizer.Rendered)
+    images: list = ()                # uint8 [3, S, S] or Tiles
+    max_new_tokens: int = 128
+    stop: set[int] = frozenset()     # ids that end the answer
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    repetition_penalty: float = 1.0
+    seed: int = 0
+    answer: list[int] = field(default_factory=list)  # ids, the stop token too
+    finish: str = ""                 # "stop" or "length"; whoever writes "cancelled" here frees the row
+    reused: int = 0                  # tokens of the prompt whose keys and values were still there
+
+    def __post_init__(self):
+        # Drawn on the CPU from its own seed: every device gets the same numbers, whoever else is there.
+        self.noise = torch.rand(self.max_new_tokens, generator=torch.Generator().manual_seed(self.seed)).tolist()
+        self.keys = list(self.prompt.ids)  # what tells one prompt from another: at the place of a picture, its digest
+        for slot, image in zip(self.prompt.slots, self.images):
+            self.keys[slot] = digest(image)
+
+    def __len__(self) -> int:
+        return len(self.prompt.ids) + len(self.answer)
+
+
+class Engine:
     """
-    Chat messages and each one's list of pictures (uint8 [3, S, S] or Tiles) -> the assistant's next words. `options`
-    are those of generate; with samples = n there are n answers in a row for each conversation.
+    Continuous batching (Orca, OSDI 2022): requests join and leave between two tokens, each in a row of its own.
+
+        engine = Engine(vlm, rows=32, width=2048); engine.submit(request); engine.step() -> the requests that ended
+
+    What a request says does not depend on who shares the batch. The keys and values of a prompt stay when its request
+    ends, and a conversation that goes on is prefilled from there. A picture seen before is not encoded again.
     """
-    prompts = [tokenizer.render(messages, list(map(vlm.config.bridge.tokens_of, group)), add_generation_prompt=True)
-               for messages, group in zip(conversations, images)]
-    rows = [[] for _ in range(len(prompts) * options.get("samples", 1))]
-    for column in vlm.generate(prompts, [image for group in images for image in group], stop=set(tokenizer.stop_ids),
-                               vocab_used=tokenizer.vocab_size, **options):
-        for row, token in zip(rows, column):
-            if token is not None and token not in tokenizer.stop_ids:
-                row.append(token)
-    return [tokenizer.decode(row).strip() for row in rows]
+
+    def __init__(self, vlm: VLM, requests: Iterable[Request] = (), rows: int = 0, width: int = 0, vocab_used: int = 0):
+        weight, requests = vlm.gpt.embed.weight, list(requests)
+        rows, width = rows or len(requests), width or max(len(r) + r.max_new_tokens for r in requests)
+        self.vlm, self.device, self.gpu = vlm, weight.device, weight.is_cuda
+        self.kv, self.graphs, self.key = take_cache(vlm, rows, width)
+        self.rows, self.width = self.kv.shape[2], self.kv.shape[4]
+        self.waiting, self.running = deque(), {}            # running: {row: request}
+        self.free, self.kept = list(range(self.rows)), {}   # kept: {free row: Request.keys that its columns hold}
+        self.vocab_used = vocab_used or len(weight)         # the embedding's padding rows are not tokens
+        self.logits = weight.new_zeros(self.rows, len(weight))                     # [R, V], of each row's next token
+        self.present = torch.zeros_like(self.logits, dtype=torch.bool)             # [R, V], tokens in each row so far
+        self.pictures = PictureCache(vlm.vit_features, vlm.bridge, self.device, self.run_encoder)
+        for request in requests:
+            self.submit(request)
+
+    def submit(self, request: Request) -> None:
+        # Beyond what it was trained on it would answer, but worse and worse.
+        limit = min(self.vlm.config.decoder.max_position_embeddings, self.width - request.max_new_tokens)
+        if len(request) > limit:
+            raise ValueError(f"a conversation of {len(request):,} tokens; this model can read {limit:,} here: shorten "
+                             "it, or show fewer or smaller pictures")
+        self.waiting.append(request)
+
+    @property
+    def busy(self) -> bool:
+        return bool(self.waiting or self.running)
+
+    def run(self, requests: Iterable[Request] = ()) -> Iterator[Request]:
+        "Requests from any iterator -> each as soon as it is answered; rows that end early make room for the next."
+        requests = iter(requests)
+        while True:
+            for request in itertools.islice(requests, max(0, len(self.free) - len(self.waiting))):
+                self.submit(request)
+            if not self.busy:
+                return
+            yield from self.step()
+
+    @torch.no_grad()
+    def step(self) -> list[Request]:
+        "Prefill those that wait, as far as there are free rows; then one token more for all -> those that ended."
+        self.admit()
+        if not self.running:
+            return []
+        # On a GPU always all rows, one graph. On a CPU the first ones: free rows are given out from the lowest on.
+        B = self.rows if self.gpu else whole(max(self.running) + 1, ROWS)
+        S = self.columns(max(map(len, self.running.values())) + 1)
+        # Free rows are computed too. Their tokens go behind what is kept, and nobody looks.
+        columns = self.upload([len(self.running.get(row, self.kept.get(row, ()))) for row in range(B)])      # [B]
+        token = self.choose(B)
+
+        def decode():
+            self.logits[:B] = run_graph(self.graphs, ("decode", S), partial(self.vlm.decode, self.kv, S), token, columns)
+        ids, copied = token.to("cpu", non_blocking=True), self.gpu and torch.cuda.current_stream().record_event()
+        if self.gpu and any(len(r.answer) + 1 < r.max_new_tokens for r in self.running.values()):
+            decode()  # launched before the CPU waits for this step's tokens
+        if self.gpu:
+            copied.synchronize()
+        ended = [request for (row, request), id_ in zip(list(self.running.items()), ids[list(self.running)].tolist())
+                 if self.extend(row, request, id_)]
+        if self.running and not self.gpu:
+            decode()
+        return ended
+
+    def extend(self, row: int, request: Request, token: int) -> str:
+        "One token more -> why the request has ended, or an empty string."
+        request.answer.append(token)
+        request.finish = request.finish or (
+            "stop" if token in request.stop else "length" if len(request.answer) == request.max_new_tokens else "")
+        if request.finish:
+            # The answer's own columns do not count as kept. They differ in the last bits from what prefill would give:
+            # the next answer would depend on whether this row was still there.
+            self.kept[row] = self.running.pop(row).keys
+            bisect.insort(self.free, row, key=lambda r: 0 if self.gpu else r // ROWS)  # the oldest is used first
+        return request.finish
+
+    def choose(self, B: int) -> torch.Tensor:
+        "-> token [B]. Rows with the same options are sampled together; what free rows get is ignored."
+        groups, noise = {}, [0.0] * B
+        for row, r in self.running.items():
+            groups.setdefault((r.temperature, r.top_k, r.top_p, r.repetition_penalty), []).append(row)
+            noise[row] = r.noise[len(r.answer)]
+        inputs = self.logits[:B, :self.vocab_used], self.upload(noise), self.present[:B, :self.vocab_used]
+        if len(groups) == 1:
+            token = sample(*inputs, *next(iter(groups)))
+        else:
+            token = torch.zeros(B, dtype=torch.long, device=self.device)
+            for options, rows in groups.items():
+                rows = self.upload(rows)
+                token[rows] = sample(*(t[rows] for t in inputs), *options)
+        if any(penalty != 1.0 for *_, penalty in groups):
+            self.present[:B].scatter_(1, token[:, None], True)
+        return token
+
+    def pick_row(self, request: Request) -> tuple[int, int]:
+        "-> (a free row, how many of its columns already hold this request's first tokens)."
+        row, start, keys = self.free[0], 0, request.keys
+        for other, kept in self.kept.items():
+            n = bisect.bisect_left(range(min(len(kept), len(keys))), True, key=lambda i: kept[:i + 1] != keys[:i + 1])
+            if n > start and 2 * n >= len(kept):  # else it is another conversation that only begins alike
+                row, start = other, n
+        self.free.remove(row)
+        self.kept.pop(row, None)
+        return row, min(start, len(request) - 1)  # the last token is computed in any case: its logits are needed
+
+    def admit(self) -> None:
+        "Requests that wait -> free rows."
+        batches, leaders, twins = {}, {}, []
+        while self.waiting and self.free:
+            request = self.waiting.popleft()
+            if request.finish:  # cancelled
+                continue
+            row, start = self.pick_row(request)
+            self.running[row], request.reused = request, start
+            if request.repetition_penalty != 1.0:
+                self.present[row] = False
+                self.present[row, self.upload(list(request.prompt.ids))] = True
+            leader = leaders.setdefault(id(request.prompt), row)
+            if leader != row:  # another answer to the same prompt: pictures and prompt are computed once
+                twins.append((leader, row))
+            else:  # On a CPU prompts go together by their own length, so that nothing depends on the others' length.
+                T = 0 if self.gpu else whole(len(request) - start, COLUMNS)
+                batches.setdefault((T, start > 0), []).append((row, start, request))
+        for batch in batches.values():
+            self.prefill(*zip(*batch))
+        if twins:
+            (a, b), T = self.upload(twins).t(), max(map(len, self.running.values()))
+            self.kv[:, :, b, :, :T], self.logits[b] = self.kv[:, :, a, :, :T], self.logits[a]
+
+    def prefill(self, rows, starts, requests) -> None:
+        "The prompts of some requests, each from its column `start` on, in one pass."
+        texts = [r.prompt.ids[start:] for start, r in zip(starts, requests)]
+        T = whole(max(map(len, texts)), 64 if self.gpu else COLUMNS)  # on a GPU few shapes, see run_graph
+        places = [(b * T + slot - start, image) for b, (start, r) in enumerate(zip(starts, requests))
+                  for slot, image in zip(r.prompt.slots, r.images) if slot >= start]
+        shown = self.pictures([image for _, image in places])
+        inputs = [list(text) + [0] * (T - len(text)) for text in texts], rows, starts, list(map(len, texts)), [
+            at + i for (at, _), tokens in zip(places, shown) for i in range(len(tokens))]
+        inputs = [*map(self.upload, inputs), *([torch.cat(shown)] if shown else [])]
+        # On a GPU whole prompts take the fastest kernels, which know no mask. On a CPU equal bits come first.
+        S = self.columns(max(starts) + T) if any(starts) or not self.gpu else 0
+        compute, short = partial(self.vlm.prefill, self.kv, S), len(texts) * T <= 2048
+        # A long prompt keeps a GPU busy without a graph, and its shape seldom comes again.
+        self.logits[inputs[1]] = run_graph(self.graphs, ("prefill", S), compute, *inputs) if short else compute(*inputs)
+
+    def run_encoder(self, function, pixels) -> torch.Tensor:
+        few = len(pixels) * self.vlm.config.vision.num_patches <= 2048
+        return run_graph(self.graphs, ("encode", ), function, pixels).clone() if few else function(pixels)
+
+    def columns(self, n: int) -> int:
+        "n rounded up; on a GPU so that few graphs are recorded."
+        return min(power_of_two(n) if self.gpu else whole(n, COLUMNS), self.width)
+
+    def upload(self, values: list) -> torch.Tensor:
+        "-> a tensor on the device; on a GPU without waiting."
+        values = torch.tensor(values, dtype=None if values else torch.long, pin_memory=self.gpu)
+        return values.to(self.device, non_blocking=True)
+
+    def close(self) -> None:
+        if self.key:
+            self.vlm.idle_caches[self.key] = self.kv, self.graphs
+
+
+def respond(vlm: VLM, tokenizer, conversations: list, images: list, seeds: list[int] | None = None,
+            **options) -> list[str]:
+    "Chat messages and each one's list of pictures (uint8 [3, S, S] or Tiles) -> the assistant's next words."
+    requests = [Request(tokenizer.render(messages, list(map(vlm.config.bridge.tokens_of, group)), True), group,
+                        stop=set(tokenizer.stop_ids), seed=seed, **options)
+                for messages, group, seed in zip(conversations, images, seeds or itertools.count())]
+    with contextlib.closing(Engine(vlm, requests, vocab_used=tokenizer.vocab_size)) as engine:
+        list(engine.run())
+    return [tokenizer.decode(token for token in r.answer if token not in r.stop).strip() for r in requests]
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -758,58 +869,55 @@ def respond(vlm: VLM, tokenizer, conversations: list, images: list, **options) -
 # A decoding step is a thousand short kernels. To keep the GPU busy, the step is recorded as one CUDA graph, the next
 # one is launched before the CPU waits for this one's tokens, and the blocks are compiled for decoding.
 
-def run_graph(function, cache: KVCache, *inputs) -> torch.Tensor:
-    "function(cache, *inputs); on a GPU as a CUDA graph: recorded once per input shape, then launched as one."
-    if not cache.kv.is_cuda:
-        return function(cache, *inputs)
-    key = (function.__name__, *(tuple(t.shape) for t in inputs))
-    if key not in cache.graphs:  # The first call runs as it is: what must be compiled is compiled now.
-        cache.graphs[key] = None
-        return function(cache, *inputs)
-    if cache.graphs[key] is None:  # The second call is recorded. A prompt shape that occurs only once never is.
+def power_of_two(n: int) -> int:
+    return max(256, 1 << (n - 1).bit_length())
+
+
+def take_cache(vlm: VLM, rows: int, width: int) -> tuple[torch.Tensor, dict, tuple | None]:
+    "-> (keys and values of `rows` rows or more, CUDA graphs that use them, where Engine.close leaves both)."
+    weight, c = vlm.gpt.embed.weight, vlm.config.decoder
+    # Widths are rounded up to powers of two: few different graphs. TRAP: a graph remembers the weights' addresses.
+    key = (rows, power_of_two(width), weight.data_ptr(), weight.dtype) if weight.is_cuda else None
+    if key in vlm.idle_caches:
+        return *vlm.idle_caches.pop(key), key
+    rows, width = key[:2] if key else (whole(rows, ROWS), whole(width, COLUMNS))
+    # Qwen2.5-1.5B in bfloat16: 2 x 28 layers x 2 heads x 128 channels x 2 bytes = 28 KiB for each token of a row.
+    # zeros, not empty: a stray NaN would survive a multiplication with weight zero.
+    return weight.new_zeros(c.num_hidden_layers, 2, rows, c.num_key_value_heads, width, c.head_dim), {}, key
+
+
+def run_graph(graphs: dict, name: tuple, function, *inputs) -> torch.Tensor:
+    "function(*inputs); on a GPU as a CUDA graph: recorded once per name and input shapes, then launched as one."
+    if not inputs[0].is_cuda:
+        return function(*inputs)
+    key = (*name, *(tuple(t.shape) for t in inputs))
+    if key not in graphs:  # The first call runs as it is: what must be compiled is compiled now.
+        graphs[key] = None
+        return function(*inputs)
+    if graphs[key] is None:  # The second call is recorded. A prompt shape that occurs only once never is.
         static, graph = [t.clone() for t in inputs], torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, capture_error_mode="thread_local"):  # another thread may fetch data meanwhile
-            result = function(cache, *static)
-        cache.graphs[key] = graph, static, result
+            result = function(*static)
+        graphs[key] = graph, static, result
     # TRAP: a graph always uses the same memory: inputs must be copied there, and the next call overwrites the result.
-    graph, static, result = cache.graphs[key]
+    graph, static, result = graphs[key]
     for mine, given in zip(static, inputs):
         mine.copy_(given)
     graph.replay()
     return result
 
 
-class NextStep:
-    "The decoding step after `token` [B]: computed when logits() is called on a CPU, launched at once on a GPU."
-
-    def __init__(self, vlm: VLM, cache: KVCache, token: torch.Tensor, last: bool):
-        self.compute, self.last = lambda: run_graph(vlm.decode, cache, token), last
-        self.launched, self.copied = None, None
-        self.ids = token.to("cpu", non_blocking=True)
-        if token.is_cuda:
-            self.copied = torch.cuda.Event()
-            self.copied.record()  # marks the end of the copy; the next step runs after it
-            self.launched = None if last else self.compute()
-
-    def token_ids(self) -> list[int]:
-        if self.copied:
-            self.copied.synchronize()
-        return self.ids.tolist()
-
-    def logits(self) -> torch.Tensor:
-        return self.compute() if self.launched is None else self.launched
-
-
 def one_row_block(block: Block, x, rope, documents, cache: LayerCache) -> torch.Tensor:
     "Block.forward for one new token of a single row, written so that the compiler makes fast kernels from it."
     q, k, v = block.attention.project(block.norm1(x), rope)
-    store_token(k, v, cache)
+    store(k, v, cache)
     q = q.view(1, k.shape[2], -1, q.shape[-1])                                                   # [1, kv, group, d]
+    keys, values = cache.kv[:, :, :, :cache.mask.shape[-1]]                                      # [1, kv, S, d] each
     # SDPA's kernels go through the keys of a row one after the other, which leaves most of a GPU idle. The compiler
     # spreads these sums over all of it, and never stores the tensors of 5 axes.
-    scores = (q.float()[:, :, :, None] * cache.kv[0][:, :, None]).sum(-1) * q.shape[-1] ** -0.5  # [1, kv, group, S]
+    scores = (q.float()[:, :, :, None] * keys[:, :, None]).sum(-1) * q.shape[-1] ** -0.5  # [1, kv, group, S]
     shares = (scores + cache.mask).softmax(-1)
-    y = (shares[..., None] * cache.kv[1][:, :, None]).sum(-2).to(q.dtype)                        # [1, kv, group, d]
+    y = (shares[..., None] * values[:, :, None]).sum(-2).to(q.dtype)                        # [1, kv, group, d]
     x = x + block.attention.out(y.reshape(1, 1, -1))
     gate, up = block.mlp.gate_up(block.norm2(x)).chunk(2, dim=-1)
     y = F.silu(gate) * up

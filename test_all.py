@@ -30,6 +30,7 @@ import resource
 import runpy
 import shutil
 import signal
+import socket
 import struct
 import subprocess
 import sys
@@ -47,6 +48,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import requests
 import tiktoken
 import torch
 import torch.nn.functional as F
@@ -149,7 +151,7 @@ def prompts(vlm: VLM, chats: list) -> list[Rendered]:
 
 
 def image_tokens(vlm: VLM, images: list) -> torch.Tensor:
-    return vision.encode_tiled(vlm.vit_features, vlm.bridge, images, "cpu")
+    return torch.cat(vision.PictureCache(vlm.vit_features, vlm.bridge, "cpu")(images))
 
 
 def say(vlm: VLM, asked: list, images: list = (), **options) -> list[list[int]]:
@@ -3016,35 +3018,32 @@ def test_chunks_of_the_loss_do_not_change_it():
 # model.py: generation
 
 def test_cached_decoding_equals_uncached():
-    gpt = tiny_vlm().gpt
-    ids = torch.randint(0, 300, (3, 24))
+    vlm = tiny_vlm()
+    gpt, ids = vlm.gpt, torch.randint(0, 300, (3, 24))
     lengths = torch.tensor([10, 3, 7])  # each row goes on where its prompt ends; what lies behind that is not seen
     with torch.no_grad():
         whole = gpt.hidden(gpt.embed(ids))
-        cache = model.KVCache(gpt.config, 3, 24, "cpu", torch.float32)
-        first = gpt.hidden(gpt.embed(ids[:, :10]), cache=cache)
-        assert all(far(first[b, :n], whole[b, :n]) < 1e-5 for b, n in enumerate(lengths))
-        cache.used = 10
+        kv, rows = model.take_cache(vlm, 3, 24)[0], torch.arange(3)[:, None]
+        columns = torch.arange(10).expand(3, 10)
+        for S in (0, 16):  # without and with a mask
+            first = gpt.hidden(gpt.embed(ids[:, :10]), columns, cache=model.layer_caches(kv, rows, columns, S))
+            assert all(far(first[b, :n], whole[b, :n]) < 1e-5 for b, n in enumerate(lengths))
         for i in range(14):
-            cache.next.copy_(lengths + i)
-            cache.start()
-            one = gpt.hidden(gpt.embed(ids[torch.arange(3), lengths + i][:, None]), cache.next[:, None], cache=cache)
+            columns = (lengths + i)[:, None]
+            one = gpt.hidden(gpt.embed(ids.gather(1, columns)), columns, cache=model.layer_caches(kv, rows, columns, 32))
             assert far(one[:, 0], whole[torch.arange(3), lengths + i]) < 1e-5
 
 
 def test_one_row_decodes_alike_when_compiled():
     # A single row has attention of its own then, written out for the compiler.
     gpt = tiny_vlm().gpt
-    caches = [model.KVCache(gpt.config, 1, 16, "cpu", torch.float32) for _ in range(2)]
-    x, block = torch.randn(1, 1, 32), gpt.blocks[0]
-    rope = model.rope_table(torch.tensor([[5]]), gpt.config)
+    kvs = [torch.randn(2, 2, 1, 2, 16, 8, generator=torch.Generator().manual_seed(0)) for _ in range(2)]
+    x, block, column = torch.randn(1, 1, 32), gpt.blocks[0], torch.tensor([[5]])
+    rope = model.rope_table(column, gpt.config)
     with torch.no_grad():
-        for cache in caches:
-            cache.kv.copy_(torch.randn(cache.kv.shape, generator=torch.Generator().manual_seed(0)))
-            cache.decoding, cache.next[:] = True, 5
-        plain = block(x, rope, None, caches[0].layers()[0])
-        written_out = model.one_row_block(block, x, rope, None, caches[1].layers()[0])
-    assert far(written_out, plain) < 1e-5 and torch.equal(caches[0].kv, caches[1].kv)
+        layers = [model.layer_caches(kv, torch.zeros_like(column), column, 12)[0] for kv in kvs]
+        plain, written_out = block(x, rope, None, layers[0]), model.one_row_block(block, x, rope, None, layers[1])
+    assert far(written_out, plain) < 1e-5 and torch.equal(*kvs)
 
 
 def test_generation_equals_reading_everything_anew_for_each_token():
@@ -3122,6 +3121,130 @@ def test_respond_gives_the_text_without_special_tokens():
     texts = model.respond(vlm, tokenizer(), [c["messages"] for c in RAGGED], pixels, max_new_tokens=8)
     assert len(texts) == 5 and not any("<|" in text for text in texts)
     assert texts[2] == model.respond(vlm, tokenizer(), [RAGGED[2]["messages"]], pixels[2:3], max_new_tokens=8)[0]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# model.py: the engine
+
+def request(vlm: VLM, number: int, **more) -> model.Request:
+    "One of the ragged prompts, with options and a length of its own."
+    chat = RAGGED[number % 5]
+    options = [{}, {"temperature": 0.9, "top_k": 30}, {"repetition_penalty": 1.3}, {"temperature": 1.2}][number % 4]
+    return model.Request(prompts(vlm, [chat])[0], [picture(i) for i in chat["images"]],
+                         **{"max_new_tokens": 5 + number, "seed": number, **options, **more})
+
+
+def logits_of(vlm: VLM, requests: list, rows: int, joins=lambda step: 99) -> list:
+    "Runs them, joins(step) more of them before each step -> for each the logits that its tokens were chosen from."
+    engine, waiting, seen = model.Engine(vlm, rows=rows, width=160), list(requests), {r: [] for r in requests}
+    choose = engine.choose
+
+    def watched(B):
+        for row, r in engine.running.items():
+            seen[r].append(engine.logits[row].clone())
+        return choose(B)
+    engine.choose = watched
+    for step in itertools.count():
+        for r in waiting[:joins(step)]:
+            engine.submit(r)
+        del waiting[:joins(step)]
+        if not (waiting or engine.busy):
+            return [torch.stack(seen[r]) for r in requests]
+        engine.step()
+
+
+@pytest.mark.parametrize("rows", [1, 3, 8, 20])
+def test_a_request_is_the_same_bit_for_bit_alone_and_among_others_that_join_and_leave(rows):
+    vlm = tiny_vlm()
+    alone, among = [request(vlm, i) for i in range(20)], [request(vlm, i) for i in range(20)]
+    expected = [logits_of(vlm, [r], 1)[0] for r in alone]
+    for r, a, b in zip(among, expected, logits_of(vlm, among, rows, joins=lambda step: step % 3)):
+        assert torch.equal(a, b) and len(b) == r.max_new_tokens and r.finish == "length"
+    assert [r.answer for r in among] == [r.answer for r in alone] and len({tuple(r.answer) for r in alone}) == 20
+
+
+def test_a_finished_row_is_free_at_once_and_a_cancelled_one_too():
+    vlm = tiny_vlm()
+    engine, requests = model.Engine(vlm, rows=4, width=64), [request(vlm, 0, max_new_tokens=n) for n in (1, 9, 9, 9, 9)]
+    for r in requests:
+        engine.submit(r)
+    assert engine.step() == requests[:1] and len(engine.running) == 3 and len(engine.waiting) == 1
+    assert engine.step() == [] and len(engine.running) == 4 and len(requests[4].answer) == 1
+    requests[1].finish = "cancelled"
+    assert engine.step() == [requests[1]] and len(engine.free) == 1
+    gone = request(vlm, 1)
+    gone.finish = "cancelled"  # before it got a row
+    engine.submit(gone)
+    assert set(engine.run()) == set(requests[2:]) and not gone.answer and len(engine.free) == 4
+    # From an endless source only as many are taken as there are rows.
+    taken = []
+    endless = (taken.append(i) or request(vlm, i % 5) for i in itertools.count())
+    assert len(list(itertools.islice(engine.run(endless), 6))) == 6 and len(taken) < 16
+
+
+def test_a_conversation_that_goes_on_is_not_read_again_and_answered_alike():
+    vlm, calls = tiny_vlm(), []
+    vlm.vit.register_forward_hook(lambda *_: calls.append(1))
+    turns = chat_model("<image>what is this?", "a red cat", "and <image>this?", "a blue dog", "one two", images=[1, 2])
+    images, parts = [picture(1), picture(2)], [turns["messages"][:n] for n in (1, 3, 5)]
+    asked = [tokenizer().render(part, 4, add_generation_prompt=True) for part in parts]
+    engine, shown = model.Engine(vlm, rows=4, width=256), (1, 2, 2)
+    for i, (prompt, n) in enumerate(zip(asked, shown)):
+        again = model.Request(prompt, images[:n], max_new_tokens=8)
+        fresh = model.Request(prompt, images[:n], max_new_tokens=8)
+        other = request(vlm, i, max_new_tokens=3)  # someone else, in between
+        engine.submit(again), engine.submit(other)
+        list(engine.run())
+        assert torch.equal(*(logits_of(vlm, [model.Request(prompt, images[:n], max_new_tokens=8)], 1)[0]
+                             for _ in range(2)))
+        list(model.Engine(vlm, [fresh]).run())
+        assert again.answer == fresh.answer
+        # all but what the last answer and the new question add
+        assert again.reused == (len(asked[i - 1].ids) if i else 0) and not fresh.reused
+    # The start of another conversation keeps its own row, and an edited turn goes on from what is equal.
+    edited = model.Request(tokenizer().render([*parts[1][:2], {"role": "user", "content": "a dog?"}], 4, True),
+                           images[:1], max_new_tokens=8)
+    engine.submit(edited)
+    list(engine.run())
+    assert len(asked[0].ids) <= edited.reused < len(edited.prompt.ids)
+    assert edited.answer == say(vlm, [edited.prompt], [1], max_new_tokens=8)[0]
+    # Another picture in the same place is another conversation.
+    swapped = model.Request(asked[0], [picture(9)], max_new_tokens=8)
+    engine.submit(swapped)
+    list(engine.run())
+    assert swapped.reused <= asked[0].slots[0] and swapped.answer == say(vlm, [asked[0]], [9], max_new_tokens=8)[0]
+
+
+def test_continued_logits_equal_fresh_ones_bit_for_bit():
+    vlm = tiny_vlm()
+    engine = model.Engine(vlm, rows=2, width=128)
+    for n in (12, 29, 60):  # one prompt, ever longer
+        r = model.Request(Rendered(list(range(n)), [0] * n, []), max_new_tokens=1)
+        seen = []
+        choose, engine.choose = engine.choose, lambda B: seen.append(engine.logits[next(iter(engine.running))].clone()) \
+            or torch.zeros(B, dtype=torch.long)
+        engine.submit(r)
+        engine.step()
+        engine.choose = choose
+        fresh = logits_of(vlm, [model.Request(r.prompt, max_new_tokens=1)], 1)[0][0]
+        assert torch.equal(seen[0], fresh) and r.reused == {12: 0, 29: 12, 60: 29}[n]
+
+
+def test_a_picture_seen_before_is_not_encoded_again():
+    vlm, seen = tiny_vlm(), []
+    vlm.vit.register_forward_hook(lambda module, inputs, out: seen.append(len(inputs[0])))
+    engine = model.Engine(vlm, rows=4, width=64)
+    for numbers in ([1], [1], [2, 1], [2, 1]):
+        words = " ".join("<image>" for _ in numbers) + "one two"[:len(seen)]
+        prompt = tokenizer().render([{"role": "user", "content": words}], 4, add_generation_prompt=True)
+        engine.submit(model.Request(prompt, [picture(i) for i in numbers], max_new_tokens=2))
+        list(engine.run())
+    assert len(seen) == 2
+    engine.pictures.SIZE = 1  # the oldest goes
+    engine.pictures([picture(1)])
+    assert list(engine.pictures.known) == [vision.digest(picture(1))] and len(seen) == 2
+    a, b = (vision.Tiles(torch.zeros(3, 3, 2, 2, dtype=torch.uint8), *shape, 7, 7) for shape in ((1, 2), (2, 1)))
+    assert vision.digest(a) != vision.digest(b)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -4389,6 +4512,9 @@ WRONG = {
     "image_huge": (["sample"], lambda f, t: one_image(f, "huge")),
     "images_missing": (["sample"], lambda f, t: (f"--images={f / 'none'}", f / "none")),
     "images_none_there": (["sample"], lambda f, t: (f"--images={f}", f)),
+    "attention_alone": (["sample"], lambda f, t: (f"--attention={f / 'a.png'}", "--image")),
+    "port": (["sample"], lambda f, t: (["--serve", "--port=99999"], "--port=99999")),
+    "max_requests": (["sample"], lambda f, t: (["--serve", "--max_requests=0"], "--max_requests=0")),
 }
 CASES = [pytest.param(script, name, id=f"{script}-{name}", marks=NO_GPU if name == "no_gpu" else ())
          for name, (scripts, _) in WRONG.items() for script in scripts]
@@ -4521,24 +4647,47 @@ def test_special_words_in_a_question_stay_plain_text(trained, photo):
     assert ran.code == 0
 
 
+def talk(trained, *lines, flags=(), **more) -> Ran:
+    return run("sample", f"--out_dir={trained[0]}", "--chat", "--device=cpu", "--max_new_tokens=4", *flags,
+               stdin="\n".join(lines), main=sample.main, **more)
+
+
 def test_chat_shows_pictures_and_survives_a_slip(trained, photo, monkeypatch):
     seen = []
 
-    def answer(vlm, tokenizer, messages, pixels, flags):
-        prompt = tokenizer.render(messages, image_tokens=vlm.config.bridge.num_tokens, add_generation_prompt=True)
-        seen.append((len(messages), len(pixels), len(prompt.slots)))
+    def answer(engine, tokenizer, request):
+        seen.append((len(request.images), len(request.prompt.slots)))
+        request.finish = "cancelled"
         print("A cat.")
         return "A cat."
     monkeypatch.setattr(sample, "stream", answer)
-    lines = ["Hello?", f"/image {photo}", "What is <image> it?", "", "/image nowhere.png", f"/image {photo}",
-             "And this?", "/reset", "Again?", "/quit", "no"]
-    ran = run("sample", f"--out_dir={trained[0]}", "--chat", "--device=cpu", stdin="\n".join(lines), main=sample.main)
+    ran = talk(trained, "Hello?", f"/image {photo}", "What is <image> it?", "", "/image nowhere.png", f"/image '{photo}'",
+               "And this?", "/frobnicate", "/reset", "/help", "Again?", "/quit", "no")
     assert ran.code == 0 and ran.out == "A cat.\n" * 4  # no prompts, no notes: they go to standard error
-    assert seen == [(1, 0, 0), (3, 1, 1), (5, 2, 2), (1, 0, 0)]  # messages, pictures, places
-    assert "error: nowhere.png" in ran.err
-    real = run("sample", f"--out_dir={trained[0]}", "--chat", "--device=cpu", "--max_new_tokens=4",
-               stdin=f"/image {photo}\nWhat is it?")
+    assert seen == [(0, 0), (1, 1), (2, 2), (0, 0)]  # pictures, places
+    assert "error: nowhere.png" in ran.err and "error: /frobnicate: no such command" in ran.err and "/undo" in ran.err
+    monkeypatch.undo()
+    real = talk(trained, f"/image {photo}", "What is it?", "/exit", "And?")
     assert real.code == 0 and real.out.strip() == ask(trained[0], "What is it?", photo, new=4)
+
+
+def test_chat_goes_on_from_its_cache_and_is_undone_drawn_and_saved(trained, photo, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path))  # ~ is there, as in a shell
+    read, prefill = [], model.Engine.prefill
+    monkeypatch.setattr(model.Engine, "prefill", lambda self, rows, starts, requests: read.append(
+        (starts[0], len(requests[0].prompt.ids))) or prefill(self, rows, starts, requests))
+    ran = talk(trained, "/image ~/photo.png", "What is it?", "Why?", "Who?", "/undo", "Who?", "/draw", "And this?",
+               "/save ~/talk.json", "/undo", "/undo", "/undo", "/undo", "/undo", "/save")
+    assert ran.code == 0 and "error: nothing to take back" in ran.err and "error: /save FILE" in ran.err
+    for (start, _), (_, before) in list(zip(read[1:], read))[:2]:
+        assert start == before  # only the last answer and the new question
+    assert read[3][1] == read[2][1]
+    assert [line for line in ran.out.splitlines()][2] == ran.out.splitlines()[3]
+    (record, ) = data.read_records(str(tmp_path / "talk.json"))
+    assert [len(record["messages"]), len(record["images"])] == [8, 2] and (tmp_path / "scene1.png").exists()
+    assert record["messages"][1]["content"] == ran.out.splitlines()[0]
+    assert [m["content"].split("\n")[-1] for m in record["messages"][::2]] == ["What is it?", "Why?", "Who?", "And this?"]
 
 
 def test_a_folder_of_pictures_is_answered_and_gone_on_with(trained, photo, tmp_path):
@@ -4637,6 +4786,505 @@ def test_the_model_of_the_world_is_scored_right_when_it_is_right(trained, monkey
     result = train_sft.evaluate_with_baselines(None, None, {"scenes": records}, setup)["scenes"]
     assert result["accuracy"] == 1 and result["blind_accuracy"] == sum(answer == "yes" for answer in right) / 20
     assert set(result["by_kind"]) == set(world.QUESTIONS)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# sample.py: where the model looked
+
+@pytest.mark.parametrize("kind, seeded", [("perceiver", True), ("perceiver", False), ("pixelshuffle", True), ("mlp", True)])
+def test_every_image_token_is_shared_out_over_the_patches(kind, seeded):
+    vlm = tiny_vlm(kind)
+    if not seeded:
+        vlm.bridge.perceiver.seed = None
+    features = vlm.vit_features(picture(1)[None])[0]
+    shares = sample.patch_shares(vlm.bridge, features)
+    assert shares.shape == (vlm.config.bridge.num_tokens, 16) and shares.min() >= 0
+    assert torch.allclose(shares.sum(1), torch.ones(len(shares)), atol=1e-5)
+    if kind != "perceiver":  # a patch that changes changes the tokens that have a share of it, and no other
+        other = features.clone()
+        other[5] += 1
+        moved = (vlm.bridge.project(other[None]) - vlm.bridge.project(features[None]))[0].abs().sum(1) > 1e-6
+        assert torch.equal(moved, shares[:, 5] > 0)
+
+
+def test_the_overlay_is_the_decoders_own_attention():
+    vlm, chat = tiny_vlm("mlp"), RAGGED[2]
+    asked = tokenizer().render(chat["messages"], 16, add_generation_prompt=True)
+    images = [picture(2), picture(3)]
+    answer = say(vlm, [asked], [2, 3], max_new_tokens=6)[0]
+    maps = sample.where_it_looked(vlm, asked, images, answer)
+    assert [m.shape for m in maps] == [(6, 4, 4)] * 2 and all(m.min() >= 0 and m.max() <= 1 for m in maps)
+    # By hand: keys and queries of each block, from hidden states that hooks catch.
+    inputs = []
+    for block in vlm.gpt.blocks:
+        block.register_forward_pre_hook(lambda module, args: inputs.append(args[0]))
+    ids, total = torch.tensor([list(asked.ids) + answer[:-1]]), 0
+    places = torch.cat([torch.arange(16) + slot for slot in asked.slots])
+    with torch.no_grad():
+        vlm.gpt.hidden(vlm.embed(ids, image_tokens(vlm, images), places))
+        rope = model.rope_table(torch.arange(ids.shape[1])[None], vlm.gpt.config)
+        for block, x in zip(vlm.gpt.blocks, inputs):
+            q, k, _ = block.attention.project(block.norm1(x), rope)
+            for head in range(4):
+                scores = q[0, :, head] @ k[0, :, head // 2].t() / 8 ** 0.5
+                total = total + scores.masked_fill(torch.ones_like(scores).triu(1) > 0, -torch.inf).softmax(-1) / 4
+    seen = total[int(places[-1]) + 1:, places[:16]]
+    more = (seen - seen.mean(0)).clamp(min=0)[-6:]
+    most = (more.max() * more.amax(1, keepdim=True)).sqrt().clamp(min=1e-9)
+    assert far(maps[0].flatten(1), more / most) < 1e-4
+    words = sample.words_of(tokenizer(), answer, maps)
+    assert "".join(word for word, _ in words) == tokenizer().decode(answer) and all(len(m) == 2 for _, m in words)
+
+
+def test_the_overlay_of_a_picture_in_tiles_covers_the_whole_picture():
+    vlm = tiny_vlm("mlp")
+    vlm.config.bridge.newline, vlm.bridge.newline = True, torch.nn.Parameter(torch.randn(32))
+    tiles = vision.cut_tiles(Image.effect_noise((70, 40), 80).convert("RGB"), 24)
+    asked = tokenizer().render([{"role": "user", "content": "<image>"}], [vlm.config.bridge.tokens_of(tiles)], True)
+    (grid, ) = sample.where_it_looked(vlm, asked, [tiles], [5, 6, 7])
+    assert grid.shape == (3, 4, 4) and grid.isfinite().all() and grid.max() > 0
+
+
+def test_attention_is_drawn_as_one_sheet(trained, photo, tmp_path):
+    flags = [f"--out_dir={trained[0]}", f"--image={photo}", "--device=cpu", "--max_new_tokens=12"]
+    ran = run("sample", *flags, f"--attention={tmp_path / 'a.png'}")
+    assert ran.code == 0 and ran.out == run("sample", *flags).out  # the answer is the same
+    sheet = Image.open(tmp_path / "a.png")
+    assert sheet.width == 8 * 158 and len(set(sheet.convert("L").getdata())) > 10
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# sample.py: the server
+
+class Served:
+    "A server in this process, over real sockets."
+
+    def __init__(self, trained: Path, *flags):
+        flags = data.parse_flags("", sample.FLAGS, argv=[f"--out_dir={trained}", "--port=0", "--device=cpu", *flags])
+        with contextlib.redirect_stderr(io.StringIO()):
+            self.server = sample.Server(*sample.load(flags), flags)
+        self.address, self.url = ("127.0.0.1", self.server.server_port), f"http://127.0.0.1:{self.server.server_port}"
+        threading.Thread(target=self.server.serve_forever, args=(0.01, ), daemon=True).start()
+
+    def post(self, body: dict, path: str = "/v1/chat/completions", **headers) -> requests.Response:
+        return requests.post(self.url + path, json=body, headers=headers, timeout=30)
+
+    def says(self, messages: list, **more) -> str:
+        answer = self.post({"messages": messages, "max_tokens": 5, **more})
+        assert answer.status_code == 200, answer.text
+        return answer.json()["choices"][0]["message"]["content"]
+
+    def raw(self, *pieces: bytes, half: bool = False) -> bytes:
+        "Bytes on a socket -> all bytes that come back until the server closes it."
+        with socket.create_connection(self.address, timeout=10) as s:
+            with contextlib.suppress(OSError):
+                for piece in pieces:
+                    s.sendall(piece)
+                if half:
+                    s.shutdown(socket.SHUT_WR)
+            out = b""
+            with contextlib.suppress(ConnectionError):
+                while piece := s.recv(65536):
+                    out += piece
+            return out
+
+
+@pytest.fixture(scope="module")
+def served(trained):
+    there = Served(trained[0], "--max_requests=4")
+    yield there
+    there.server.shutdown()
+    there.server.server_close()
+
+
+def uri(image, kind: str = "png") -> str:
+    raw = image if isinstance(image, bytes) else image.read_bytes()
+    return f"data:image/{kind};base64," + base64.b64encode(raw).decode()
+
+
+def user(text: str, *images) -> dict:
+    return {"role": "user", "content": [{"type": "text", "text": text}, *(
+        {"type": "image_url", "image_url": {"url": uri(image)}} for image in images)]}
+
+
+@needs("openai")
+def test_the_openai_client_gets_what_sample_py_says(trained, served, photo, tmp_path):
+    import openai
+    client = openai.OpenAI(base_url=served.url + "/v1", api_key="none")
+    name = client.models.list().data[0].id
+    world.World("captions")[5]["images"][0].draw(90).save(tmp_path / "b.png")
+    flags = ["--seed=3", "--temperature=0.8", "--max_new_tokens=12", f"--out_dir={trained[0]}", "--device=cpu"]
+    two = [f"--image={photo}", f"--image={tmp_path / 'b.png'}"]
+    options = dict(model=name, seed=3, temperature=0.8, max_tokens=12)
+    said = run("sample", *flags, *two, "--question=What is it?")
+    messages = [user("What is it?", photo, tmp_path / "b.png")]
+    lines = ["What is it?", "Why?", "And where?"]
+    chat = run("sample", *flags, *two, "--chat", stdin="\n".join(lines), main=sample.main).out
+    for turn, question in enumerate(lines):
+        if turn:
+            messages.append(user(question))
+        whole = client.chat.completions.create(messages=messages, **options)
+        pieces = list(client.chat.completions.create(messages=messages, stream=True,
+                                                     stream_options={"include_usage": True}, **options))
+        text, streamed = whole.choices[0].message.content, "".join(p.choices[0].delta.content or "" for p in pieces[:-1])
+        assert text == streamed and chat.startswith(text + "\n") and (turn or text + "\n" == said.out)
+        chat = chat[len(text) + 1:]
+        assert pieces[-1].usage.completion_tokens == whole.usage.completion_tokens > 0 and not pieces[-1].choices
+        assert pieces[-2].choices[0].finish_reason == whole.choices[0].finish_reason
+        if turn:  # all but the last answer and question is still in the cache
+            assert whole.usage.prompt_tokens_details.cached_tokens >= 20
+        messages.append({"role": "assistant", "content": text})
+    with pytest.raises(openai.BadRequestError, match="frequency_penalty"):
+        client.chat.completions.create(messages=messages[:1], model=name, frequency_penalty=1.0)
+    with pytest.raises(openai.NotFoundError, match="gpt-4o"):
+        client.chat.completions.create(messages=messages[:1], model="gpt-4o")
+
+
+def test_choices_seeds_and_stop_texts(served, photo):
+    messages = [user("What is it?", photo)]
+    both = served.post({"messages": messages, "max_tokens": 8, "n": 2, "temperature": 1.0, "seed": 5}).json()
+    texts = [choice["message"]["content"] for choice in both["choices"]]
+    assert texts == [served.says(messages, max_tokens=8, temperature=1.0, seed=seed) for seed in (5, 6)]
+    assert both["usage"]["completion_tokens"] <= 16 and [c["index"] for c in both["choices"]] == [0, 1]
+    free = served.says(messages, max_tokens=40, temperature=1.0, seed=5)
+    stop = free[4:6]
+    cut = served.post({"messages": messages, "max_tokens": 40, "temperature": 1.0, "seed": 5, "stop": stop}).json()
+    assert cut["choices"][0] == {**cut["choices"][0], "finish_reason": "stop"}
+    assert cut["choices"][0]["message"]["content"] == free[:free.index(stop)]
+    assert served.post({"messages": messages, "max_tokens": 1}).json()["choices"][0]["finish_reason"] == "length"
+    choice = sample.Choice(tokenizer(), ["abc"])
+    told = [choice.add(tokenizer().encode(piece)) for piece in ("xa", "b", "d", "yab", "c z")]
+    assert "".join(told) == "xabdy" and told[0] == "x" and choice.finish == "stop"  # held back until it is certain
+
+
+BAD = {  # what the body has instead of a good one's; the answer names the parameter or says what is wrong
+    "no_messages": ({"messages": None}, "messages"), "empty": ({"messages": []}, "messages"),
+    "many": ({"messages": [user("x")] * 101}, "messages"), "role": ({"messages": [{"role": "tool", "content": "x"}]}, "role"),
+    "content": ({"messages": [{"role": "user", "content": 7}]}, "content"),
+    "part": ({"messages": [{"role": "user", "content": [{"type": "input_audio"}]}]}, "part 0"),
+    "not_a_message": ({"messages": ["hi"]}, "messages[0]"),
+    "assistant_last": ({"messages": [user("x"), {"role": "assistant", "content": "y"}]}, "assistant"),
+    "assistant_picture": ({"messages": [{**user("x", b"x"), "role": "assistant"}]}, "part 1"),
+    "long": ({"messages": [user("cat " * 3000)]}, "context_length_exceeded"),
+    "no_room": ({"max_tokens": 2048}, "context_length_exceeded"), "tokens_0": ({"max_tokens": 0}, "max_tokens"),
+    "tokens_huge": ({"max_tokens": 10 ** 30}, "max_tokens"), "tokens_text": ({"max_tokens": "5"}, "max_tokens"),
+    "tokens_true": ({"max_tokens": True}, "max_tokens"), "tokens_new": ({"max_completion_tokens": -1}, "max_completion"),
+    "hot": ({"temperature": 99}, "temperature"), "cold": ({"temperature": -0.1}, "temperature"),
+    "top_p": ({"top_p": 0}, "top_p"), "n": ({"n": 100}, "n must be"), "seed": ({"seed": 0.5}, "seed"),
+    "seed_huge": ({"seed": 2 ** 200}, "seed"), "stop": ({"stop": 5}, "stop"), "stops": ({"stop": ["a"] * 5}, "stop"),
+    "stream": ({"stream": "yes"}, "stream"), "stream_options": ({"stream_options": [1]}, "stream_options"),
+    "tools": ({"tools": [{"type": "function"}]}, "tools"), "json": ({"response_format": {"type": "json_object"}}, "response"),
+    "unknown": ({"frobnicate": 1}, "frobnicate"), "bias": ({"logit_bias": {"5": 9}}, "logit_bias"),
+    "http": ({"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "http://x/a.png"}}]}]},
+             "data:"),
+    "file": ({"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": "file:///etc/passwd"}]}]},
+             "data:"),
+    "no_url": ({"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {}}]}]}, "data:"),
+    "broken": ({"messages": [user("x", b"no picture")]}, "not a readable picture"),
+    "eps": ({"messages": [user("x", b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n")]}, "not a readable picture"),
+    "many_pictures": ({"messages": [user("x", *[b"GIF89a\x01\0\x01\0\x80\0\0\0\0\0\xff\xff\xff,\0\0\0\0\x01\0\x01"
+                                                  b"\0\0\x02\x02D\x01\0;"] * 9)]}, "more than 8 pictures"),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_a_wrong_request_is_told_what_is_wrong(served, name):
+    change, culprit = BAD[name]
+    answer = served.post({"messages": [user("What?")], **change})
+    error = answer.json()["error"]
+    assert 400 <= answer.status_code < 500 and culprit in json.dumps(error) and set(error) == {
+        "message", "type", "param", "code"} and len(answer.text) < 800
+
+
+@pytest.mark.parametrize("kind", ["cut", "huge"])
+def test_a_picture_that_is_cut_or_a_bomb_is_refused(served, kind):
+    answer = served.post({"messages": [user("x", bytes_of(kind))]})
+    assert answer.status_code == 400 and "messages[0]" in answer.text
+
+
+def test_a_page_elsewhere_cannot_use_a_local_server(served, photo):
+    good = {"messages": [user("x")], "max_tokens": 1}
+    port = served.address[1]
+    for headers, status in (({"Host": "evil.example"}, 403), ({"Host": f"evil.example:{port}"}, 403), ({"Host": ""}, 403),
+                            ({"Origin": "http://evil.example"}, 403), ({"Origin": "null"}, 403),
+                            ({"Host": f"localhost:{port}"}, 200), ({"Host": "192.168.1.7:1"}, 200),
+                            ({"Host": "[::1]:80"}, 200), ({"Origin": f"http://127.0.0.1:{port}"}, 200)):
+        answer = served.post(good, **headers)
+        assert answer.status_code == status, (headers, answer.text)
+        assert not any(name.lower().startswith("access-control") for name in answer.headers)
+    for kind in ("text/plain", "application/x-www-form-urlencoded", "multipart/form-data"):  # what a form can send
+        answer = requests.post(served.url + "/v1/chat/completions", data=json.dumps(good), headers={"Content-Type": kind})
+        assert answer.status_code == 415
+    assert requests.options(served.url + "/v1/chat/completions", headers={"Origin": "http://evil"}).status_code == 405
+
+
+def test_the_page_and_its_headers(served):
+    page = requests.get(served.url + "/")
+    assert page.status_code == 200 and page.headers["Content-Type"].startswith("text/html")
+    policy = page.headers["Content-Security-Policy"]
+    assert "default-src 'none'" in policy and "unsafe" not in policy and "frame-ancestors 'none'" in policy
+    assert page.headers["X-Content-Type-Options"] == "nosniff" and not re.search(r"https?://(?!www.w3.org)", page.text)
+    assert not re.search(r"\sstyle=|\son\w+=\"", page.text)  # the policy would forbid them
+    assert requests.get(served.url + "/health").json() == {"status": "ok", "running": 0, "waiting": 0}
+    (card, ) = requests.get(served.url + "/v1/models").json()["data"]
+    assert card["id"] == "tiny" and card["sees"] and card["world"]
+    assert Image.open(io.BytesIO(requests.get(served.url + "/draw").content)).size == (320, 320)
+    head = requests.head(served.url + "/")
+    assert head.status_code == 200 and not head.content and int(head.headers["Content-Length"]) == len(page.content)
+    assert requests.get(served.url + "/nowhere").status_code == 404 and requests.get(served.url + "/look").status_code == 405
+
+
+def test_the_page_is_told_where_each_word_looked(served, photo):
+    asked = [user("What is it?", photo), {"role": "assistant", "content": "a red cat"}]
+    words = served.post({"messages": asked}, "/look").json()["words"]
+    assert [word["text"] for word in words] == ["a", " red", " cat"]
+    assert np.array([word["maps"] for word in words]).shape == (3, 1, 6, 6)
+    for wrong in ({"messages": asked[:1]}, {"messages": [user("x"), asked[1]]}, [], {"messages": 5}):
+        assert served.post(wrong, "/look").status_code == 400
+
+
+def test_a_key_is_asked_for(trained):
+    there = Served(trained[0], "--api_key=sesame", "--max_requests=4")
+    good = {"messages": [user("x")], "max_tokens": 1}
+    for headers, status in (({}, 401), ({"Authorization": "Bearer sesam"}, 401), ({"Authorization": "sesame"}, 200),
+                            ({"Authorization": "Bearer sesame"}, 200), ({"Authorization": "Bearer "}, 401)):
+        assert there.post(good, **headers).status_code == status
+    assert [requests.get(there.url + path).status_code for path in ("/", "/health", "/v1/models", "/draw")] == [200, 200, 401, 401]
+    there.server.shutdown()
+
+
+def test_a_client_that_hangs_up_frees_its_row(served):
+    engine = served.server.engine
+    wait_until(lambda: not engine.busy)
+    served.server.stop, kept = set(), served.server.stop
+    try:
+        body = json.dumps({"messages": [user("x")], "max_tokens": 2000}).encode()
+        for stream_ in (b"", b"text/event-stream"):
+            with socket.create_connection(served.address) as s:
+                sent = body[:-1] + (b', "stream": true}' if stream_ else b"}")
+                s.sendall(b"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+                          b"Content-Length: %d\r\n\r\n%s" % (len(sent), sent))
+                wait_until(lambda: engine.running)
+                said = next(iter(engine.running.values()))
+            wait_until(lambda: not engine.running)
+            assert said.finish == "cancelled" and len(said.answer) < 2000
+    finally:
+        served.server.stop = kept
+
+
+def test_too_many_wait_then_429_and_an_answer_has_its_time(served, monkeypatch):
+    engine = served.server.engine
+    wait_until(lambda: not engine.busy)
+    step, gate = engine.step, threading.Event()
+    monkeypatch.setattr(sample, "WAITING", 2)
+    monkeypatch.setattr(sample, "SECONDS", 0.5)
+    monkeypatch.setattr(engine, "step", lambda: (gate.wait(20), step())[1])  # nothing moves
+    late = served.post({"messages": [user("x")], "n": 2})  # it is given up after half a second
+    assert late.status_code == 200 and {c["finish_reason"] for c in late.json()["choices"]} == {"length"}
+    monkeypatch.setattr(sample, "SECONDS", 20)
+    answers = []
+    first = threading.Thread(target=lambda: answers.append(served.post({"messages": [user("x")], "max_tokens": 1, "n": 2})))
+    first.start()
+    wait_until(lambda: len(served.server.inbox) == 2)
+    refused = served.post({"messages": [user("x")]})
+    assert refused.status_code == 429 and int(refused.headers["Retry-After"]) > 0
+    gate.set()
+    first.join()
+    assert answers[0].status_code == 200 and served.says([user("x")]) is not None
+
+
+def test_an_error_in_the_engine_costs_those_it_hits_and_no_other(served, monkeypatch, capfd):
+    engine = served.server.engine
+    wait_until(lambda: not engine.busy)
+    expected = served.says([user("What?")])
+    with monkeypatch.context() as patch:
+        patch.setattr(engine, "choose", lambda B: 1 / 0)
+        assert served.post({"messages": [user("What?")]}).status_code == 500
+    wait_until(lambda: len(engine.free) == 4)
+    assert served.says([user("What?")]) == expected and "ZeroDivisionError" in capfd.readouterr().err
+
+
+def test_idle_and_slow_connections_are_dropped(trained, monkeypatch):
+    monkeypatch.setattr(sample, "IDLE", 0.6)
+    there = Served(trained[0], "--max_requests=4")
+    monkeypatch.setattr(sample, "CONNECTIONS", 3)
+    began = time.monotonic()
+    assert there.raw() == b""  # says nothing
+    with socket.create_connection(there.address, timeout=10) as s:  # a byte now and then
+        with contextlib.suppress(OSError):
+            for letter in b"POST /v1/chat/completions HTTP/1.1\r\n" * 9:
+                s.sendall(bytes([letter]))
+                time.sleep(0.05)
+        with contextlib.suppress(OSError):
+            assert s.recv(9) == b""
+    assert time.monotonic() - began < 6
+    wait_until(lambda: not there.server.connections)
+    held = [socket.create_connection(there.address) for _ in range(3)]
+    wait_until(lambda: len(there.server.connections) == 3)
+    assert there.raw() == b""  # one too many
+    for s in held:
+        s.close()
+    wait_until(lambda: not there.server.connections)
+    assert there.says([user("x")]) is not None
+    there.server.shutdown()
+
+
+def hostile(rng: random.Random, good: bytes) -> list[bytes]:
+    "The pieces of one malformed request."
+    head = b"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+    junk = bytes(rng.randrange(256) for _ in range(rng.randrange(1, 200)))
+    body = bytearray(good)
+    for _ in range(rng.randrange(1, 6)):  # bytes changed, dropped, doubled
+        at = rng.randrange(len(body))
+        body[at:at + rng.randrange(3)] = bytes([rng.randrange(256)] * rng.randrange(3))
+    value = rng.choice([b"NaN", b"Infinity", b"-1e999", b"1" * 5000, b"[" * 100_000, b'{"a":' * 50_000, b'"\\ud800"', b"null",
+                        b"true", b"{}", b"[[]]", b'"' + junk.hex().encode() + b'"'])
+    field = rng.choice([b"messages", b"max_tokens", b"temperature", b"seed", b"n", b"stop", b"stream", b"top_p"])
+    odd = b'{"messages": [{"role": "user", "content": "x"}], "%s": %s}' % (field, value)
+
+    def post(body, length=None):
+        return [head + b"Content-Length: %d\r\n\r\n" % (len(body) if length is None else length), bytes(body)]
+    return rng.choice([
+        lambda: [junk], lambda: post(body), lambda: post(odd), lambda: post(odd), lambda: post(junk),
+        lambda: post(good, len(good) + 50), lambda: post(good, -5), lambda: post(good, 10 ** 15), lambda: post(good, 10 ** 30),
+        lambda: [head + b"Content-Length: 5\r\nContent-Length: 6\r\n\r\n", good], lambda: [head + b"\r\n", good],
+        lambda: [head + b"Transfer-Encoding: chunked\r\n\r\n5\r\nhello\r\n0\r\n\r\n"],
+        lambda: [b"GET / HTTP/1.1\r\n" + b"X-%d: y\r\n" % rng.randrange(99) * 500 + b"\r\n"],
+        lambda: [b"GET /" + b"a" * 70_000 + b" HTTP/1.1\r\n\r\n"], lambda: [b"GET / HTTP/9.9\r\n\r\n"],
+        lambda: [b"GET / HTTP/1.1\r\nHost: localhost\r\nA: " + b"b" * 70_000 + b"\r\n\r\n"],
+        lambda: [b"FROB / HTTP/1.1\r\nHost: localhost\r\n\r\n"], lambda: [b"GET /\r\n"], lambda: [b"GET"],
+        lambda: [b"GET /../../etc/passwd HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n"],
+        lambda: [b"GET /%s HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n" % junk.replace(b"\n", b"")],
+        lambda: [*post(odd), *post(good), b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n"],  # pipelined
+    ])()
+
+
+def test_500_hostile_requests_and_the_next_good_one_is_answered(served, capfd):
+    wait_until(lambda: not served.server.connections)
+    good, rng = json.dumps({"messages": [user("x")], "max_tokens": 1}).encode(), random.Random(0)
+    expected = served.says([user("What?")])
+    for i in range(500):
+        pieces = hostile(rng, good)
+        answer = served.raw(*pieces, half=True)
+        for status in re.findall(rb"^HTTP/1.1 (\d+)", answer, re.M):
+            assert status == b"200" or 400 <= int(status) < 500, (pieces, answer)  # a few mutations are still good
+        if answer and b" 200 " not in answer[:20]:
+            assert b'{"error": {"message": ' in answer, (pieces, answer)
+        if i % 50 == 0:
+            assert served.says([user("What?")]) == expected
+    assert served.says([user("What?")]) == expected
+    wait_until(lambda: not served.server.connections and not served.server.engine.busy)
+    log = capfd.readouterr().err
+    assert "Traceback" not in log and log.replace("\n", "").isprintable()
+
+
+def test_memory_files_and_threads_stay_level(served, photo):
+    def state():
+        import gc
+        gc.collect()
+        return (len(os.listdir("/proc/self/fd")), threading.active_count(),
+                int(re.search(r"VmRSS:\s*(\d+)", Path("/proc/self/status").read_text())[1]) / 1024)
+    body = {"messages": [user("What is it?", photo)], "max_tokens": 1}
+    with requests.Session() as session:
+        for i in range(400):
+            session.post(served.url + "/v1/chat/completions", json={**body, "stream": i % 2 == 0}).content
+            if i == 100:
+                files, threads, mib = state()
+    after = state()
+    assert after[0] <= files + 2 and after[1] <= threads + 2 and after[2] < mib + 30
+    assert len(served.server.engine.pictures.known) <= 256
+
+
+def test_sigterm_lets_running_answers_finish_and_no_new_one_begin(trained):
+    process = subprocess.Popen([sys.executable, str(HERE / "sample.py"), "--serve", "--port=0", f"--out_dir={trained[0]}",
+                                "--device=cpu", "--host=0.0.0.0"], stderr=subprocess.PIPE, text=True)
+    try:
+        lines = []
+        while not (lines and "page" in lines[-1]):
+            lines.append(process.stderr.readline())
+        assert any("warning" in line and "--api_key" in line for line in lines)
+        url = "http://127.0.0.1:" + re.search(r":(\d+)/", lines[-1])[1]
+        with requests.post(url + "/v1/chat/completions", stream=True, json={
+                "messages": [user("x")], "temperature": 2, "seed": 1, "max_tokens": 1000, "stream": True}) as answer:
+            events = answer.iter_lines()
+            next(events)
+            process.send_signal(signal.SIGTERM)
+            time.sleep(0.3)
+            with pytest.raises(requests.ConnectionError):
+                requests.post(url + "/v1/chat/completions", json={"messages": [user("y")]}, timeout=5)
+            rest = [line for line in events if line]
+            assert rest[-1] == b"data: [DONE]" and b'"finish_reason": "' in rest[-2]
+        assert process.wait(15) == 0
+    finally:
+        process.kill()
+
+
+CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+
+
+@needs("playwright")
+@pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium: apt-get install chromium")
+def test_a_browser_shows_the_page_and_talks(served, photo):
+    from playwright.sync_api import expect, sync_playwright
+    with sync_playwright() as play:
+        browser = play.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        page, told, asked = browser.new_page(), [], []
+        page.on("console", lambda message: told.append(message.text))
+        page.on("pageerror", lambda error: told.append(str(error)))
+        page.on("request", lambda r: asked.append(r.url))
+        page.goto(served.url)
+        expect(page.locator("#model")).to_contain_text("tiny")
+        # Dropped, drawn and removed again.
+        page.locator("body").evaluate_handle("""(body, [raw, name]) => {
+            const bytes = Uint8Array.from(atob(raw), c => c.charCodeAt(0)), data = new DataTransfer()
+            data.items.add(new File([bytes], name, {type: "image/png"}))
+            for (const kind of ["dragenter", "dragover", "drop"])
+                document.dispatchEvent(new DragEvent(kind, {dataTransfer: data, bubbles: true, cancelable: true}))
+        }""", [base64.b64encode(photo.read_bytes()).decode(), "photo.png"])
+        expect(page.locator("#waiting figure")).to_have_count(1)
+        page.click("#draw")
+        expect(page.locator("#waiting figure")).to_have_count(2)
+        page.click("#waiting figure:nth-child(2) button")
+        # Words arrive one by one: slowed down, or they would be there at once. Then stopped.
+        engine, step = served.server.engine, served.server.engine.step
+        served.server.stop, kept = set(), served.server.stop
+        engine.step = lambda: time.sleep(0.05) or step()
+        page.fill("#text", "What is it?")
+        page.press("#text", "Enter")
+        text = page.locator(".bot .text")
+        lengths = set()
+        for _ in range(30):
+            lengths.add(len(text.text_content()))
+            time.sleep(0.03)
+        assert len(lengths) > 5
+        page.click("#send")  # now it says stop
+        expect(page.locator(".bot .foot")).to_contain_text("stopped")
+        wait_until(lambda: not engine.running)
+        engine.step, served.server.stop = step, kept
+        # An edited question takes the place of the first.
+        page.click(".user .foot button")
+        expect(page.locator("#text")).to_have_value("What is it?")
+        page.fill("#text", "What is this?")
+        page.press("#text", "Enter")
+        expect(page.locator(".bot .foot")).to_contain_text("tokens")
+        expect(page.locator(".user .text")).to_have_text(["What is this?"])
+        # The words under the pointer, and under the arrow keys, change the overlay.
+        page.hover(".bot .text")
+        expect(page.locator(".bot .text span").first).to_be_visible()
+        page.locator(".bot .text span").first.hover()
+        expect(page.locator("figure canvas.on")).to_have_count(1)
+        seen = page.locator("figure canvas").screenshot()
+        page.mouse.move(1, 1)
+        expect(page.locator("figure canvas.on")).to_have_count(0)
+        time.sleep(0.3)
+        assert page.locator("figure").screenshot() != seen
+        page.focus(".bot .text")
+        page.keyboard.press("ArrowRight")
+        expect(page.locator("figure canvas.on")).to_have_count(1)
+        page.reload()
+        expect(page.locator("#hello")).to_be_visible()
+        browser.close()
+    assert not told and all(url.startswith((served.url, "data:", "blob:")) for url in asked)
 
 
 # ----------------------------------------------------------------------------------------------------------------------

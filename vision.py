@@ -15,6 +15,7 @@ last section cuts a large picture into tiles, as the public model LLaVA-OneVisio
 Left out: SigLIP's text tower and its pooling head (we need every patch, not one vector), dropout (the encoder is frozen
 or small), and NaFlex's variable shapes.
 """
+import hashlib
 import math
 import warnings
 from dataclasses import dataclass, fields
@@ -484,10 +485,36 @@ def cut_tiles(image: Image.Image, side: int, bicubic: bool = True) -> Tiles:
     return Tiles(torch.stack(pixels), rows, columns, *image.size)
 
 
-def encode_tiled(vit_features, bridge: Bridge, images: list, device) -> torch.Tensor:
-    "Pictures, each uint8 [3, S, S] or Tiles -> the image tokens of all of them in one row [K, H]."
-    # Tiled pictures one by one: 37 tiles fill any device. The others, all of one size, go in one batch.
-    plain = [image for image in images if not isinstance(image, Tiles)]
-    encoded = iter(bridge(vit_features(torch.stack(plain).to(device))) if plain else [])
-    return torch.cat([bridge.stitch(vit_features(image.pixels.to(device)), image) if isinstance(image, Tiles)
-                      else next(encoded) for image in images])
+def digest(image) -> bytes:
+    "Equal for equal pictures only, each uint8 [3, S, S] or Tiles."
+    tiled = isinstance(image, Tiles)
+    shape = f"{image.rows} {image.columns} {image.width} {image.height}" if tiled else ""
+    return hashlib.sha256(shape.encode() + (image.pixels if tiled else image).numpy().tobytes()).digest()
+
+
+class PictureCache:
+    "Pictures, each uint8 [3, S, S] or Tiles -> the image tokens of each [K, H]; the last ones are not encoded again."
+    SIZE = 256  # pictures
+
+    def __init__(self, vit_features, bridge: Bridge, device, run=lambda function, pixels: function(pixels)):
+        self.vit_features, self.bridge, self.device, self.run = vit_features, bridge, device, run
+        self.known = {}  # {digest: image tokens}, oldest first
+
+    def __call__(self, images: list) -> list[torch.Tensor]:
+        names = [digest(image) for image in images]
+        new = {name: image for name, image in zip(names, images) if name not in self.known}
+        # Tiled pictures one by one: 37 tiles fill any device. The others, all of one size, go in one batch.
+        plain = [name for name, image in new.items() if not isinstance(image, Tiles)]
+        if plain:
+            # At least 32 vectors: on a CPU, products of a few rows add in another order, and bits would differ.
+            pixels = [new[plain[i % len(plain)]] for i in range(max(len(plain), -(-32 // self.bridge.config.num_tokens)))]
+            self.known |= zip(plain, self.run(lambda p: self.bridge(self.vit_features(p)),
+                                              torch.stack(pixels).to(self.device)))
+        for name in new.keys() - set(plain):
+            self.known[name] = self.bridge.stitch(self.vit_features(new[name].pixels.to(self.device)), new[name])
+        for name in names:  # the youngest are last
+            self.known[name] = self.known.pop(name)
+        out = [self.known[name] for name in names]
+        for name in list(self.known)[:-self.SIZE]:
+            del self.known[name]
+        return out
