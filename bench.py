@@ -521,9 +521,10 @@ def make_bodies(n: int) -> list[bytes]:
         World("captions", seed=i)[0]["images"][0].draw(rng.choice([100, 250, 500, 1000])).save(file, "PNG")
         url = "data:image/png;base64," + base64.b64encode(file.getvalue()).decode()
         text = " ".join(rng.choice(["what", "is", "the", "cat", "red"]) for _ in range(40))
-        bodies.append(json.dumps({"stream": True, "stream_options": {"include_usage": True}, "seed": i, "messages": [
-            {"role": "user", "content": [{"type": "image_url", "image_url": {"url": url}}, {"type": "text", "text": text}]
-             }], "max_tokens": rng.choice([32, 96, 160, 256])}).encode())
+        content = [{"type": "image_url", "image_url": {"url": url}}, {"type": "text", "text": text}]
+        bodies.append(json.dumps({
+            "stream": True, "stream_options": {"include_usage": True}, "seed": i,
+            "messages": [{"role": "user", "content": content}], "max_tokens": rng.choice([32, 96, 160, 256])}).encode())
     return bodies
 
 
@@ -574,7 +575,7 @@ def bench_serve(flags) -> dict:
         vlm, tokenizer = random_model(flags, setup), Tokenizer.train(["user\nassistant\n"], 300)
         if setup.compile:
             vlm.compile_parts()
-    server = sample.Server(vlm.eval(), tokenizer, data.parse_flags("", sample.FLAGS, argv=["--port=0"]))
+    server = sample.Server(vlm.eval(), tokenizer, data.parse_flags("", sample.FLAGS, argv=["--serve", "--port=0"]))
     server.stop = set()  # every answer is as long as it was asked to be
     sample.Handler.log_message = lambda *_: None
     threading.Thread(target=server.serve_forever, daemon=True).start()

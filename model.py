@@ -742,7 +742,8 @@ class Engine:
         token = self.choose(B)
 
         def decode():
-            self.logits[:B] = run_graph(self.graphs, ("decode", S), partial(self.vlm.decode, self.kv, S), token, columns)
+            compute = partial(self.vlm.decode, self.kv, S)
+            self.logits[:B] = run_graph(self.graphs, ("decode", S), compute, token, columns)
         ids, copied = token.to("cpu", non_blocking=True), self.gpu and torch.cuda.current_stream().record_event()
         if self.gpu and any(len(r.answer) + 1 < r.max_new_tokens for r in self.running.values()):
             decode()  # launched before the CPU waits for this step's tokens

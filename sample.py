@@ -5,7 +5,7 @@ Use a trained model: ask about one picture, chat, answer about a whole folder, o
     python sample.py --image cat.jpg --question "What colour is the cat?"
     python sample.py --chat                                           # a conversation; /image PATH shows a picture
     python sample.py --images holiday/ --out answers.jsonl            # a whole folder, one JSON line per picture
-    python sample.py --serve                                          # a page at http://127.0.0.1:8000, and OpenAI's API
+    python sample.py --serve                                          # a page in the browser, and OpenAI's API
     python sample.py --model=llava-ov-0.5b --image photo.jpg          # a finished public model, downloaded once
     python sample.py --model=qwen2.5-0.5b-instruct --chat             # a language model without vision
     python sample.py --export=my_llava                                # the model as a Hugging Face folder, for serving
@@ -195,7 +195,7 @@ def make_request(vlm: VLM, tokenizer: Tokenizer, messages: list, pixels: list, f
 
 
 class Text:
-    "Tokens one after another -> text. A token may be a part of a character (an emoji has 4 bytes): it waits for the rest."
+    "Tokens -> text. One may be a part of a character (an emoji has 4 bytes): it waits for the rest."
 
     def __init__(self, tokenizer: Tokenizer):
         self.tokenizer, self.decoder = tokenizer, codecs.getincrementaldecoder("utf-8")("replace")
@@ -225,7 +225,7 @@ HELP = """/image PATH  show a picture; ask about it with the next question
 
 
 class Chat:
-    "A conversation on the terminal. Answers alone go to standard output, so `--chat < questions.txt > answers.txt` works."
+    "A conversation on the terminal. Answers alone go to standard output: `--chat < questions.txt > answers.txt` works."
 
     def __init__(self, vlm: VLM, tokenizer: Tokenizer, flags):
         self.vlm, self.tokenizer, self.flags = vlm, tokenizer, flags
@@ -405,7 +405,7 @@ def patch_shares(bridge: Bridge, features: torch.Tensor) -> torch.Tensor:
 
 @torch.no_grad()
 def where_it_looked(vlm: VLM, prompt, images: list, answer: list[int]) -> list[torch.Tensor]:
-    "An answered prompt -> for each picture [A, n, n], 0 to 1: where each of the answer's A tokens looked more than usual."
+    "-> for each picture [A, n, n], 0 to 1: where each of the answer's A tokens looked more than usual."
     device, bridge, n = vlm.gpt.embed.weight.device, vlm.bridge, math.isqrt(vlm.config.vision.num_patches)
     encoded = PictureCache(vlm.vit_features, bridge, device)(images)
     columns = [torch.arange(len(tokens), device=device) + slot for slot, tokens in zip(prompt.slots, encoded)]
@@ -631,19 +631,19 @@ class Server(http.server.ThreadingHTTPServer):
                 request.tell(last=True)
 
 
-def number(body: dict, name: str, default, low, high, kind=float):
+def number(body: dict, name: str, default, low, high, kinds=(int, float)):
     value = body.get(name)
     if value is None:
         return default
-    if isinstance(value, bool) or not isinstance(value, (int, float) if kind is float else int) or not low <= value <= high:
-        raise Refused(400, f"{name} must be {'a number' if kind is float else 'an integer'} from {low} to {high}", name)
-    return kind(value)
+    if type(value) not in kinds or not low <= value <= high:  # type: True is no 1
+        raise Refused(400, f"{name} must be {'a number' if float in kinds else 'an integer'} from {low} to {high}", name)
+    return value
 
 
-# What would change the answer and is not built in is refused, never ignored; these change nothing here.
-IGNORED = {"model", "messages", "stream", "stream_options", "max_tokens", "max_completion_tokens", "temperature", "top_p",
-           "top_k", "repetition_penalty", "seed", "stop", "n", "user", "metadata", "store", "service_tier",
-           "safety_identifier", "prompt_cache_key"}
+# What would change the answer and is not built in is refused, never ignored. The last line changes nothing here.
+KNOWN = {"model", "messages", "stream", "stream_options", "max_tokens", "max_completion_tokens", "temperature", "top_p",
+         "top_k", "repetition_penalty", "seed", "stop", "n",
+         "user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key"}
 NEUTRAL = {"frequency_penalty": (0, ), "presence_penalty": (0, ), "logit_bias": ({}, ), "logprobs": (False, ),
            "tools": ([], ), "response_format": ({"type": "text"}, ), "modalities": (["text"], )}
 
@@ -701,7 +701,7 @@ def read_request(server: Server, body) -> tuple[list[Asked], list[str], dict]:
     if not isinstance(body, dict):
         raise Refused(400, "the body must be a JSON object")
     for name, value in body.items():
-        if name not in IGNORED and value is not None and not any(value == neutral for neutral in NEUTRAL.get(name, ())):
+        if name not in KNOWN and value is not None and not any(value == neutral for neutral in NEUTRAL.get(name, ())):
             raise Refused(400, f"{name[:50]} is not supported by this server", name[:50], "unsupported_parameter")
     if body.get("model") not in (None, server.name):
         raise Refused(404, f"the model {str(body['model'])[:50]!r} is not here; this is {server.name}", "model",
@@ -711,23 +711,23 @@ def read_request(server: Server, body) -> tuple[list[Asked], list[str], dict]:
             raise Refused(400, f"{name} must be a {kind.__name__}", name)
     stops = body.get("stop") or []
     stops = [stops] if isinstance(stops, str) else stops
-    if not isinstance(stops, list) or len(stops) > 4 or not all(isinstance(s, str) and 0 < len(s) <= 100 for s in stops):
+    if type(stops) is not list or len(stops) > 4 or not all(type(s) is str and 0 < len(s) <= 100 for s in stops):
         raise Refused(400, "stop must be a text or up to 4 texts, of at most 100 letters", "stop")
     vlm, defaults = server.vlm, options(server.vlm, server.flags)
     given = {"temperature": number(body, "temperature", defaults.get("temperature", 0.0), 0, 2),
              "top_p": number(body, "top_p", defaults.get("top_p", 1.0), 1e-6, 1),
-             "top_k": number(body, "top_k", defaults.get("top_k", 0), 0, 10 ** 6, int),
+             "top_k": number(body, "top_k", defaults.get("top_k", 0), 0, 10 ** 6, (int, )),
              "repetition_penalty": number(body, "repetition_penalty", defaults.get("repetition_penalty", 1.0), 0.1, 10)}
-    n, seed = number(body, "n", 1, 1, CHOICES, int), number(body, "seed", secrets.randbits(31), -2 ** 63, 2 ** 63 - 1, int)
-    width, longest = server.engine.width, number(body, "max_tokens", None, 1, server.engine.width, int)
-    longest = number(body, "max_completion_tokens", longest, 1, width, int)
+    n, width = number(body, "n", 1, 1, CHOICES, (int, )), server.engine.width
+    seed = number(body, "seed", secrets.randbits(31), -2 ** 63, 2 ** 63 - 1, (int, ))
+    longest = number(body, "max_completion_tokens", number(body, "max_tokens", None, 1, width, (int, )), 1, width, (int, ))
     messages, images = read_messages(server, body.get("messages"))
     pixels = [to_pixels(vlm, image, server.flags, alone=len(images) == 1) for image in images]
     prompt = server.tokenizer.render(messages, list(map(vlm.config.bridge.tokens_of, pixels)) if images else 1,
                                      add_generation_prompt=True)
     if len(prompt.ids) + (longest or 1) > width:
-        raise Refused(400, f"a conversation of {len(prompt.ids):,} tokens and an answer of up to {longest or 1:,}: over "
-                      f"the {width:,} that this server has room for", "messages", "context_length_exceeded")
+        raise Refused(400, f"{len(prompt.ids):,} tokens and an answer of up to {longest or 1:,}: over the {width:,} that "
+                      "there is room for", "messages", "context_length_exceeded")
     longest = longest or min(defaults["max_new_tokens"], width - len(prompt.ids))
     out = queue.SimpleQueue()
     return [Asked(prompt, pixels, longest, server.stop, seed=seed + i, index=i, out=out,
@@ -812,8 +812,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     def guard(self) -> None:
         "A page elsewhere must not reach a local server through its visitor's browser."
-        host, _, _ = self.headers.get("Host", "").rpartition(":") if re.search(r":\d+$", self.headers.get("Host", "")) \
-            else (self.headers.get("Host", ""), "", "")
+        host = re.sub(r":\d+$", "", self.headers.get("Host", ""))
         try:  # An attacker's name may point here (DNS rebinding); a bare address cannot be of that kind.
             ipaddress.ip_address(host.strip("[]"))
         except ValueError:
@@ -868,9 +867,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
             routes[command, path]()
         except Refused as error:
             self.refuse(error)
-        except ConnectionError:
-            self.close_connection = True
-        except TimeoutError:
+        except (ConnectionError, TimeoutError):
             self.close_connection = True
         except ValueError as error:  # a conversation that cannot be rendered, a picture that is cut short, ...
             self.refuse(Refused(400, str(error)[:500]))
@@ -891,8 +888,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
     def get_models(self) -> None:
         vlm, flags = self.server.vlm, self.server.flags
         self.send_json({"object": "list", "data": [{
-            "id": self.server.name, "object": "model", "created": 0, "owned_by": "ghostvis", "context": self.server.engine.width,
-            "sees": vlm.vit is not None, "world": vlm.config.preset in FROM_SCRATCH, "most_pictures": PICTURES,
+            "id": self.server.name, "object": "model", "created": 0, "owned_by": "ghostvis",
+            "context": self.server.engine.width, "sees": vlm.vit is not None, "world": vlm.config.preset in FROM_SCRATCH, "most_pictures": PICTURES,
             "parameters": sum(p.numel() for p in vlm.parameters()), "defaults": options(vlm, flags)}]})
 
     def get_scene(self) -> None:
@@ -937,8 +934,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
             self.wfile.write(b"data: [DONE]\n\n")
             return
         self.send_json({**head, "usage": usage, "choices": [{
-            "index": i, "finish_reason": choice.finish, "logprobs": None,
-            "message": {"role": "assistant", "content": choice.content, "refusal": None}} for i, choice in enumerate(choices)]})
+            "index": i, "finish_reason": choice.finish, "logprobs": None, "message": {
+                "role": "assistant", "content": choice.content, "refusal": None}} for i, choice in enumerate(choices)]})
 
     def events(self, chunks) -> None:
         self.wfile.write(b"".join(b"data: " + json.dumps(chunk).encode() + b"\n\n" for chunk in chunks))
@@ -993,7 +990,8 @@ def serve(vlm: VLM, tokenizer: Tokenizer, flags) -> None:
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: end.set())
     threading.Thread(target=server.serve_forever, daemon=True).start()
-    note(f"http://{flags.host}:{server.server_port}/ is a page; the API is under /v1 (model {server.name}); Ctrl-C ends")
+    note(f"http://{flags.host}:{server.server_port}/ is a page; the API is under /v1 (model {server.name}); Ctrl-C "
+         "ends")
     end.wait()
     server.ending = True
     server.shutdown()

@@ -3030,7 +3030,8 @@ def test_cached_decoding_equals_uncached():
             assert all(far(first[b, :n], whole[b, :n]) < 1e-5 for b, n in enumerate(lengths))
         for i in range(14):
             columns = (lengths + i)[:, None]
-            one = gpt.hidden(gpt.embed(ids.gather(1, columns)), columns, cache=model.layer_caches(kv, rows, columns, 32))
+            layers = model.layer_caches(kv, rows, columns, 32)
+            one = gpt.hidden(gpt.embed(ids.gather(1, columns)), columns, cache=layers)
             assert far(one[:, 0], whole[torch.arange(3), lengths + i]) < 1e-5
 
 
@@ -3220,12 +3221,10 @@ def test_continued_logits_equal_fresh_ones_bit_for_bit():
     engine = model.Engine(vlm, rows=2, width=128)
     for n in (12, 29, 60):  # one prompt, ever longer
         r = model.Request(Rendered(list(range(n)), [0] * n, []), max_new_tokens=1)
-        seen = []
-        choose, engine.choose = engine.choose, lambda B: seen.append(engine.logits[next(iter(engine.running))].clone()) \
-            or torch.zeros(B, dtype=torch.long)
         engine.submit(r)
+        engine.admit()
+        seen = [engine.logits[next(iter(engine.running))].clone()]
         engine.step()
-        engine.choose = choose
         fresh = logits_of(vlm, [model.Request(r.prompt, max_new_tokens=1)], 1)[0][0]
         assert torch.equal(seen[0], fresh) and r.reused == {12: 0, 29: 12, 60: 29}[n]
 
@@ -4661,8 +4660,8 @@ def test_chat_shows_pictures_and_survives_a_slip(trained, photo, monkeypatch):
         print("A cat.")
         return "A cat."
     monkeypatch.setattr(sample, "stream", answer)
-    ran = talk(trained, "Hello?", f"/image {photo}", "What is <image> it?", "", "/image nowhere.png", f"/image '{photo}'",
-               "And this?", "/frobnicate", "/reset", "/help", "Again?", "/quit", "no")
+    ran = talk(trained, "Hello?", f"/image {photo}", "What is <image> it?", "", "/image nowhere.png",
+               f"/image '{photo}'", "And this?", "/frobnicate", "/reset", "/help", "Again?", "/quit", "no")
     assert ran.code == 0 and ran.out == "A cat.\n" * 4  # no prompts, no notes: they go to standard error
     assert seen == [(0, 0), (1, 1), (2, 2), (0, 0)]  # pictures, places
     assert "error: nowhere.png" in ran.err and "error: /frobnicate: no such command" in ran.err and "/undo" in ran.err
@@ -4687,7 +4686,8 @@ def test_chat_goes_on_from_its_cache_and_is_undone_drawn_and_saved(trained, phot
     (record, ) = data.read_records(str(tmp_path / "talk.json"))
     assert [len(record["messages"]), len(record["images"])] == [8, 2] and (tmp_path / "scene1.png").exists()
     assert record["messages"][1]["content"] == ran.out.splitlines()[0]
-    assert [m["content"].split("\n")[-1] for m in record["messages"][::2]] == ["What is it?", "Why?", "Who?", "And this?"]
+    asked = [m["content"].split("\n")[-1] for m in record["messages"][::2]]
+    assert asked == ["What is it?", "Why?", "Who?", "And this?"]
 
 
 def test_a_folder_of_pictures_is_answered_and_gone_on_with(trained, photo, tmp_path):
@@ -4791,7 +4791,8 @@ def test_the_model_of_the_world_is_scored_right_when_it_is_right(trained, monkey
 # ----------------------------------------------------------------------------------------------------------------------
 # sample.py: where the model looked
 
-@pytest.mark.parametrize("kind, seeded", [("perceiver", True), ("perceiver", False), ("pixelshuffle", True), ("mlp", True)])
+@pytest.mark.parametrize("kind, seeded", [("perceiver", True), ("perceiver", False), ("pixelshuffle", True),
+                                          ("mlp", True)])
 def test_every_image_token_is_shared_out_over_the_patches(kind, seeded):
     vlm = tiny_vlm(kind)
     if not seeded:
@@ -4860,7 +4861,8 @@ class Served:
     "A server in this process, over real sockets."
 
     def __init__(self, trained: Path, *flags):
-        flags = data.parse_flags("", sample.FLAGS, argv=[f"--out_dir={trained}", "--port=0", "--device=cpu", *flags])
+        flags = ["--serve", f"--out_dir={trained}", "--port=0", "--device=cpu", *flags]
+        flags = data.parse_flags("", sample.FLAGS, argv=flags)
         with contextlib.redirect_stderr(io.StringIO()):
             self.server = sample.Server(*sample.load(flags), flags)
         self.address, self.url = ("127.0.0.1", self.server.server_port), f"http://127.0.0.1:{self.server.server_port}"
@@ -4926,7 +4928,8 @@ def test_the_openai_client_gets_what_sample_py_says(trained, served, photo, tmp_
         whole = client.chat.completions.create(messages=messages, **options)
         pieces = list(client.chat.completions.create(messages=messages, stream=True,
                                                      stream_options={"include_usage": True}, **options))
-        text, streamed = whole.choices[0].message.content, "".join(p.choices[0].delta.content or "" for p in pieces[:-1])
+        text = whole.choices[0].message.content
+        streamed = "".join(p.choices[0].delta.content or "" for p in pieces[:-1])
         assert text == streamed and chat.startswith(text + "\n") and (turn or text + "\n" == said.out)
         chat = chat[len(text) + 1:]
         assert pieces[-1].usage.completion_tokens == whole.usage.completion_tokens > 0 and not pieces[-1].choices
@@ -4959,7 +4962,8 @@ def test_choices_seeds_and_stop_texts(served, photo):
 
 BAD = {  # what the body has instead of a good one's; the answer names the parameter or says what is wrong
     "no_messages": ({"messages": None}, "messages"), "empty": ({"messages": []}, "messages"),
-    "many": ({"messages": [user("x")] * 101}, "messages"), "role": ({"messages": [{"role": "tool", "content": "x"}]}, "role"),
+    "many": ({"messages": [user("x")] * 101}, "messages"),
+    "role": ({"messages": [{"role": "tool", "content": "x"}]}, "role"),
     "content": ({"messages": [{"role": "user", "content": 7}]}, "content"),
     "part": ({"messages": [{"role": "user", "content": [{"type": "input_audio"}]}]}, "part 0"),
     "not_a_message": ({"messages": ["hi"]}, "messages[0]"),
@@ -4968,18 +4972,17 @@ BAD = {  # what the body has instead of a good one's; the answer names the param
     "long": ({"messages": [user("cat " * 3000)]}, "context_length_exceeded"),
     "no_room": ({"max_tokens": 2048}, "context_length_exceeded"), "tokens_0": ({"max_tokens": 0}, "max_tokens"),
     "tokens_huge": ({"max_tokens": 10 ** 30}, "max_tokens"), "tokens_text": ({"max_tokens": "5"}, "max_tokens"),
-    "tokens_true": ({"max_tokens": True}, "max_tokens"), "tokens_new": ({"max_completion_tokens": -1}, "max_completion"),
+    "tokens_true": ({"max_tokens": True}, "max_tokens"),
+    "tokens_new": ({"max_completion_tokens": -1}, "max_completion"),
     "hot": ({"temperature": 99}, "temperature"), "cold": ({"temperature": -0.1}, "temperature"),
     "top_p": ({"top_p": 0}, "top_p"), "n": ({"n": 100}, "n must be"), "seed": ({"seed": 0.5}, "seed"),
     "seed_huge": ({"seed": 2 ** 200}, "seed"), "stop": ({"stop": 5}, "stop"), "stops": ({"stop": ["a"] * 5}, "stop"),
     "stream": ({"stream": "yes"}, "stream"), "stream_options": ({"stream_options": [1]}, "stream_options"),
-    "tools": ({"tools": [{"type": "function"}]}, "tools"), "json": ({"response_format": {"type": "json_object"}}, "response"),
+    "tools": ({"tools": [{"type": "function"}]}, "tools"),
+    "json": ({"response_format": {"type": "json_object"}}, "response"),
     "unknown": ({"frobnicate": 1}, "frobnicate"), "bias": ({"logit_bias": {"5": 9}}, "logit_bias"),
-    "http": ({"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "http://x/a.png"}}]}]},
-             "data:"),
-    "file": ({"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": "file:///etc/passwd"}]}]},
-             "data:"),
-    "no_url": ({"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {}}]}]}, "data:"),
+    **{name: ({"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": url}]}]}, "data:")
+       for name, url in (("http", {"url": "http://x/a.png"}), ("file", "file:///etc/passwd"), ("no_url", {}))},
     "broken": ({"messages": [user("x", b"no picture")]}, "not a readable picture"),
     "eps": ({"messages": [user("x", b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n")]}, "not a readable picture"),
     "many_pictures": ({"messages": [user("x", *[b"GIF89a\x01\0\x01\0\x80\0\0\0\0\0\xff\xff\xff,\0\0\0\0\x01\0\x01"
@@ -5005,7 +5008,8 @@ def test_a_picture_that_is_cut_or_a_bomb_is_refused(served, kind):
 def test_a_page_elsewhere_cannot_use_a_local_server(served, photo):
     good = {"messages": [user("x")], "max_tokens": 1}
     port = served.address[1]
-    for headers, status in (({"Host": "evil.example"}, 403), ({"Host": f"evil.example:{port}"}, 403), ({"Host": ""}, 403),
+    for headers, status in (({"Host": "evil.example"}, 403), ({"Host": f"evil.example:{port}"}, 403),
+                            ({"Host": ""}, 403),
                             ({"Origin": "http://evil.example"}, 403), ({"Origin": "null"}, 403),
                             ({"Host": f"localhost:{port}"}, 200), ({"Host": "192.168.1.7:1"}, 200),
                             ({"Host": "[::1]:80"}, 200), ({"Origin": f"http://127.0.0.1:{port}"}, 200)):
@@ -5013,7 +5017,8 @@ def test_a_page_elsewhere_cannot_use_a_local_server(served, photo):
         assert answer.status_code == status, (headers, answer.text)
         assert not any(name.lower().startswith("access-control") for name in answer.headers)
     for kind in ("text/plain", "application/x-www-form-urlencoded", "multipart/form-data"):  # what a form can send
-        answer = requests.post(served.url + "/v1/chat/completions", data=json.dumps(good), headers={"Content-Type": kind})
+        answer = requests.post(served.url + "/v1/chat/completions", data=json.dumps(good),
+                               headers={"Content-Type": kind})
         assert answer.status_code == 415
     assert requests.options(served.url + "/v1/chat/completions", headers={"Origin": "http://evil"}).status_code == 405
 
@@ -5031,7 +5036,8 @@ def test_the_page_and_its_headers(served):
     assert Image.open(io.BytesIO(requests.get(served.url + "/draw").content)).size == (320, 320)
     head = requests.head(served.url + "/")
     assert head.status_code == 200 and not head.content and int(head.headers["Content-Length"]) == len(page.content)
-    assert requests.get(served.url + "/nowhere").status_code == 404 and requests.get(served.url + "/look").status_code == 405
+    assert requests.get(served.url + "/nowhere").status_code == 404
+    assert requests.get(served.url + "/look").status_code == 405
 
 
 def test_the_page_is_told_where_each_word_looked(served, photo):
@@ -5049,7 +5055,8 @@ def test_a_key_is_asked_for(trained):
     for headers, status in (({}, 401), ({"Authorization": "Bearer sesam"}, 401), ({"Authorization": "sesame"}, 200),
                             ({"Authorization": "Bearer sesame"}, 200), ({"Authorization": "Bearer "}, 401)):
         assert there.post(good, **headers).status_code == status
-    assert [requests.get(there.url + path).status_code for path in ("/", "/health", "/v1/models", "/draw")] == [200, 200, 401, 401]
+    for path, status in (("/", 200), ("/health", 200), ("/v1/models", 401), ("/draw", 401)):
+        assert requests.get(there.url + path).status_code == status
     there.server.shutdown()
 
 
@@ -5083,7 +5090,8 @@ def test_too_many_wait_then_429_and_an_answer_has_its_time(served, monkeypatch):
     assert late.status_code == 200 and {c["finish_reason"] for c in late.json()["choices"]} == {"length"}
     monkeypatch.setattr(sample, "SECONDS", 20)
     answers = []
-    first = threading.Thread(target=lambda: answers.append(served.post({"messages": [user("x")], "max_tokens": 1, "n": 2})))
+    body = {"messages": [user("x")], "max_tokens": 1, "n": 2}
+    first = threading.Thread(target=lambda: answers.append(served.post(body)))
     first.start()
     wait_until(lambda: len(served.server.inbox) == 2)
     refused = served.post({"messages": [user("x")]})
@@ -5137,8 +5145,8 @@ def hostile(rng: random.Random, good: bytes) -> list[bytes]:
     for _ in range(rng.randrange(1, 6)):  # bytes changed, dropped, doubled
         at = rng.randrange(len(body))
         body[at:at + rng.randrange(3)] = bytes([rng.randrange(256)] * rng.randrange(3))
-    value = rng.choice([b"NaN", b"Infinity", b"-1e999", b"1" * 5000, b"[" * 100_000, b'{"a":' * 50_000, b'"\\ud800"', b"null",
-                        b"true", b"{}", b"[[]]", b'"' + junk.hex().encode() + b'"'])
+    value = rng.choice([b"NaN", b"Infinity", b"-1e999", b"1" * 5000, b"[" * 100_000, b'{"a":' * 50_000, b'"\\ud800"',
+                        b"null", b"true", b"{}", b"[[]]", b'"' + junk.hex().encode() + b'"'])
     field = rng.choice([b"messages", b"max_tokens", b"temperature", b"seed", b"n", b"stop", b"stream", b"top_p"])
     odd = b'{"messages": [{"role": "user", "content": "x"}], "%s": %s}' % (field, value)
 
@@ -5146,7 +5154,8 @@ def hostile(rng: random.Random, good: bytes) -> list[bytes]:
         return [head + b"Content-Length: %d\r\n\r\n" % (len(body) if length is None else length), bytes(body)]
     return rng.choice([
         lambda: [junk], lambda: post(body), lambda: post(odd), lambda: post(odd), lambda: post(junk),
-        lambda: post(good, len(good) + 50), lambda: post(good, -5), lambda: post(good, 10 ** 15), lambda: post(good, 10 ** 30),
+        lambda: post(good, len(good) + 50), lambda: post(good, -5), lambda: post(good, 10 ** 15),
+        lambda: post(good, 10 ** 30),
         lambda: [head + b"Content-Length: 5\r\nContent-Length: 6\r\n\r\n", good], lambda: [head + b"\r\n", good],
         lambda: [head + b"Transfer-Encoding: chunked\r\n\r\n5\r\nhello\r\n0\r\n\r\n"],
         lambda: [b"GET / HTTP/1.1\r\n" + b"X-%d: y\r\n" % rng.randrange(99) * 500 + b"\r\n"],
@@ -5196,8 +5205,8 @@ def test_memory_files_and_threads_stay_level(served, photo):
 
 
 def test_sigterm_lets_running_answers_finish_and_no_new_one_begin(trained):
-    process = subprocess.Popen([sys.executable, str(HERE / "sample.py"), "--serve", "--port=0", f"--out_dir={trained[0]}",
-                                "--device=cpu", "--host=0.0.0.0"], stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen([sys.executable, str(HERE / "sample.py"), "--serve", "--port=0", "--host=0.0.0.0",
+                                f"--out_dir={trained[0]}", "--device=cpu"], stderr=subprocess.PIPE, text=True)
     try:
         lines = []
         while not (lines and "page" in lines[-1]):

@@ -507,7 +507,8 @@ class PictureCache:
         plain = [name for name, image in new.items() if not isinstance(image, Tiles)]
         if plain:
             # At least 32 vectors: on a CPU, products of a few rows add in another order, and bits would differ.
-            pixels = [new[plain[i % len(plain)]] for i in range(max(len(plain), -(-32 // self.bridge.config.num_tokens)))]
+            n = max(len(plain), -(-32 // self.bridge.config.num_tokens))
+            pixels = [new[plain[i % len(plain)]] for i in range(n)]
             self.known |= zip(plain, self.run(lambda p: self.bridge(self.vit_features(p)),
                                               torch.stack(pixels).to(self.device)))
         for name in new.keys() - set(plain):
