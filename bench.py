@@ -575,7 +575,7 @@ def bench_serve(flags) -> dict:
         vlm, tokenizer = random_model(flags, setup), Tokenizer.train(["user\nassistant\n"], 300)
         if setup.compile:
             vlm.compile_parts()
-    server = sample.Server(vlm.eval(), tokenizer, data.parse_flags("", sample.FLAGS, argv=["--serve", "--port=0"]))
+    server = sample.Server(vlm.to(setup.dtype).eval(), tokenizer, data.parse_flags("", sample.FLAGS, argv=["--serve", "--port=0"]))
     server.stop = set()  # every answer is as long as it was asked to be
     sample.Handler.log_message = lambda *_: None
     threading.Thread(target=server.serve_forever, daemon=True).start()

@@ -5531,3 +5531,27 @@ def test_on_a_gpu_recorded_decoding_says_what_the_cpu_says(compiled):
 if __name__ == "__main__":
     os.environ |= {"GHOSTVIS_LONG": "1"} if "--long" in sys.argv else {}
     sys.exit(pytest.main([__file__, *(flag for flag in sys.argv[1:] if flag != "--long")]))
+
+
+@on_gpu
+@pytest.mark.parametrize("compiled", [False, True])
+def test_on_a_gpu_requests_that_join_and_leave_say_what_the_cpu_says(compiled):
+    torch.backends.cuda.matmul.allow_tf32 = False
+    vlm = tiny_vlm()
+    there = copy.deepcopy(vlm).cuda()
+    if compiled:
+        there.compile_parts()
+    expected = [request(vlm, i) for i in range(20)]
+    list(model.Engine(vlm, expected).run())
+    engine = model.Engine(there, rows=4, width=300)
+    for _ in range(3):  # as it is, recorded, replayed; the third time each conversation's start is still there
+        asked = [request(vlm, i) for i in range(20)]
+        waiting = list(asked)
+        for step in itertools.count():
+            for r in waiting[:step % 3]:
+                engine.submit(r)
+            del waiting[:step % 3]
+            if not (waiting or engine.busy):
+                break
+            engine.step()
+        assert [r.answer for r in asked] == [r.answer for r in expected]
