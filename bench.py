@@ -24,6 +24,7 @@ import random
 import sys
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import torch
@@ -66,7 +67,7 @@ FLAGS = {
     "activation_checkpointing": (False, "speed, memory: as in training"),
     "float8": (False, "speed, profile: as in training"),
     "gpus": (1, "memory: how many share a step"),
-    "steps": (10, "speed: steps that are timed, after three that are not"),
+    "steps": (10, "speed: steps that are timed, after three that are not; serve: requests of each client"),
     "device": ("auto", "auto, cpu, cuda or mps"),
     "dtype": ("auto", "auto, float32 or bfloat16"),
     "compile": ("auto", "torch.compile the transformer blocks: auto (on cuda), True or False"),
@@ -547,23 +548,17 @@ def ask(port: int, body: bytes) -> tuple[float, list[float], int]:
 
 def clients(port: int, n: int, each: int, out) -> None:
     "n clients, a thread each, in a process of their own: every one sends its next request when it has its answer."
-    bodies, results = make_bodies(n * each), []
-
-    def client(i: int) -> None:
-        for k in range(each):
-            results.append((k, *ask(port, bodies[k * n + i])))
-    threads = [threading.Thread(target=client, args=(i, )) for i in range(n)]
-    started = time.perf_counter()
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    bodies = make_bodies(n * each)
+    with ThreadPoolExecutor(n) as pool:
+        started = time.perf_counter()
+        results = list(pool.map(lambda i: [ask(port, body) for body in bodies[i::n]], range(n)))
     out.put((time.perf_counter() - started, results))
 
 
-def quantiles(values: list[float]) -> dict[str, float]:
+def quantiles(values: list[float]) -> list[float]:
+    "-> [p50, p95], milliseconds."
     values = sorted(values) or [math.nan]
-    return {"p50_ms": values[len(values) // 2] * 1e3, "p95_ms": values[int(len(values) * 0.95)] * 1e3}
+    return [values[int(len(values) * share)] * 1e3 for share in (0.5, 0.95)]
 
 
 def bench_serve(flags) -> dict:
@@ -582,21 +577,18 @@ def bench_serve(flags) -> dict:
     process = multiprocessing.get_context("spawn")  # clients in this process would compete for its interpreter
     setup.print(f"{'clients':>8}{'tokens/s':>10}{'first token ms, p50':>21}{'p95':>8}{'next ms, p50':>14}{'p95':>8}")
     counts = [int(n) for n in flags.clients.split(",")]
-    for n in [max(counts), *counts]:  # once before, to compile and to record what will be needed
+    for n in [max(counts), *counts]:  # the first time compiles, and records what the others replay
         out = process.Queue()
-        worker = process.Process(target=clients, args=(server.server_port, n, max(4, 16 // n), out))
+        worker = process.Process(target=clients, args=(server.server_port, n, flags.steps, out))
         worker.start()
         seconds, results = out.get()
         worker.join()
-        # Of the first requests all arrive at the same moment. Those that follow are newcomers among others at work.
-        first = quantiles([times[0] - sent for k, sent, times, _ in results if k and times])
-        after = quantiles([b - a for _, _, times, _ in results for a, b in zip(times, times[1:])])
-        rows[str(n)] = {"tokens_per_s": sum(tokens for *_, tokens in results) / seconds, "first_token": first,
-                        "next_token": after, "requests": len(results)}
-    for n, row in rows.items():
-        setup.print(f"{n:>8}{row['tokens_per_s']:>10,.0f}{row['first_token']['p50_ms']:>21.1f}"
-                    f"{row['first_token']['p95_ms']:>8.1f}{row['next_token']['p50_ms']:>14.1f}"
-                    f"{row['next_token']['p95_ms']:>8.1f}")
+        # A client's first request arrives together with all others'. Those that follow are newcomers among others.
+        speed = sum(tokens for one in results for *_, tokens in one) / seconds
+        first = quantiles([times[0] - sent for one in results for sent, times, _ in one[1:] if times])
+        after = quantiles([b - a for one in results for _, times, _ in one for a, b in zip(times, times[1:])])
+        rows[str(n)] = {"tokens_per_s": speed, "first_token_ms": first, "next_token_ms": after}
+        setup.print(f"{n:>8}{speed:>10,.0f}{first[0]:>21.1f}{first[1]:>8.1f}{after[0]:>14.1f}{after[1]:>8.1f}")
     server.shutdown()
     # The same without sockets: 32 rows of generate, prompts and pictures included, 136 tokens each, the mean above.
     prompt, picture = data.Document(0, [1] * (vlm.config.bridge.num_tokens + 60), [], [0], {}), noise(vlm)

@@ -615,9 +615,10 @@ class Server(http.server.ThreadingHTTPServer):
                 traceback.print_exc()
                 ended = [*engine.running.values(), *engine.waiting]
                 engine.waiting.clear()
-                for row, request in list(engine.running.items()):
+                for request in ended:
                     request.finish = "error"
-                    engine.extend(row, request, 0)
+                for row, request in list(engine.running.items()):
+                    engine.extend(row, request, 0)  # frees the row
                 engine.kept.clear()
             # To wake a thread for every token of every client would take longer than to compute them: the more clients,
             # the more tokens come at once. A first token is told at once.

@@ -5321,6 +5321,20 @@ def test_the_profile_is_written_and_names_what_takes_long(tmp_path, monkeypatch)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
+# bench.py: serving
+
+def test_bench_serves_clients_of_its_own(trained, monkeypatch):
+    import bench
+    monkeypatch.setattr(bench.sample.Handler, "log_message", lambda *_: None)
+    ran = run("bench", "--what=serve", f"--out_dir={trained[0]}", "--device=cpu", "--clients=1,3", "--steps=2",
+              main=bench.main)
+    assert ran.code == 0, ran.err
+    assert set(ran.result["clients"]) == {"1", "3"} and ran.result["generate_32_tokens_per_s"] > 0
+    for row in ran.result["clients"].values():
+        assert row["tokens_per_s"] > 0 and 0 < row["first_token_ms"][0] <= row["first_token_ms"][1]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
 # bench.py: memory
 
 def test_predicted_memory_is_within_a_tenth_of_what_an_h200_measured():
