@@ -285,13 +285,13 @@ def bench_rl(flags, setup, vlm: VLM, tokenizer: Tokenizer) -> dict:
 def bench_decode(flags, setup, vlm: VLM) -> dict:
     "After a picture and 40 words: time to the first token, and tokens per second after it."
     rows, M, new = {}, vlm.config.bridge.num_tokens, 128
-    # One prompt for all rows. Random words: how long they take does not depend on what they say.
-    prompt = data.Document(0, [1] * (M + 40), [], [0], {})
-    picture = noise(vlm)(None, None)
+    # How long words take does not depend on what they say; but equal prompts and pictures would be computed once.
+    prompts = [data.Document(0, [1] * (M + 39) + [2 + i], [], [0], {}) for i in range(flags.batch_size)]
+    pictures = [noise(vlm)(None, None) for _ in prompts]
     for batch in sorted({1, flags.batch_size}):
         # list() runs the generator to its end: without it nothing would be computed. No stop tokens: all answers are
         # equally long.
-        first, all_ = (clock(lambda: list(vlm.generate([prompt] * batch, [picture] * batch, max_new_tokens=n)),
+        first, all_ = (clock(lambda: list(vlm.generate(prompts[:batch], pictures[:batch], max_new_tokens=n)),
                              min(flags.steps, 5), setup.device)
                        for n in (1, new + 1))
         # The first token waits for ViT, bridge and prompt. The difference of the two times is pure decoding. Every step
@@ -570,7 +570,8 @@ def bench_serve(flags) -> dict:
         vlm, tokenizer = random_model(flags, setup), Tokenizer.train(["user\nassistant\n"], 300)
         if setup.compile:
             vlm.compile_parts()
-    server = sample.Server(vlm.to(setup.dtype).eval(), tokenizer, data.parse_flags("", sample.FLAGS, argv=["--serve", "--port=0"]))
+    asked = data.parse_flags("", sample.FLAGS, argv=["--serve", "--port=0"])
+    server = sample.Server(vlm.to(setup.dtype).eval(), tokenizer, asked)
     server.stop = set()  # every answer is as long as it was asked to be
     sample.Handler.log_message = lambda *_: None
     threading.Thread(target=server.serve_forever, daemon=True).start()
@@ -591,9 +592,9 @@ def bench_serve(flags) -> dict:
         setup.print(f"{n:>8}{speed:>10,.0f}{first[0]:>21.1f}{first[1]:>8.1f}{after[0]:>14.1f}{after[1]:>8.1f}")
     server.shutdown()
     # The same without sockets: 32 rows of generate, prompts and pictures included, 136 tokens each, the mean above.
-    prompt, picture = data.Document(0, [1] * (vlm.config.bridge.num_tokens + 60), [], [0], {}), noise(vlm)
-    seconds = clock(lambda: list(vlm.generate([prompt] * 32, [picture(None, None) for _ in range(32)],
-                                              max_new_tokens=136)), 3, setup.device)
+    prompts = [data.Document(0, [1] * (vlm.config.bridge.num_tokens + 59) + [i], [], [0], {}) for i in range(32)]
+    pictures = [noise(vlm)(None, None) for _ in prompts]
+    seconds = clock(lambda: list(vlm.generate(prompts, pictures, max_new_tokens=136)), 3, setup.device)
     setup.print(f"generate, 32 rows: {32 * 136 / seconds:,.0f} tokens/s")
     return {"what": "serve", "model": flags.model, "device": setup.device.type, "clients": rows,
             "generate_32_tokens_per_s": 32 * 136 / seconds}

@@ -808,8 +808,8 @@ class Engine:
             if request.repetition_penalty != 1.0:
                 self.present[row] = False
                 self.present[row, self.upload(list(request.prompt.ids))] = True
-            leader = leaders.setdefault(id(request.prompt), row)
-            if leader != row:  # another answer to the same prompt: pictures and prompt are computed once
+            leader = leaders.setdefault(tuple(request.keys), row)
+            if leader != row:  # another answer to the same prompt: it is computed once
                 twins.append((leader, row))
             else:  # On a CPU prompts go together by their own length, so that nothing depends on the others' length.
                 T = 0 if self.gpu else whole(len(request) - start, COLUMNS)

@@ -3086,6 +3086,15 @@ def test_samples_of_one_prompt_equal_single_runs_with_their_seeds():
     assert together == alone and len({tuple(row) for row in together}) == 6
 
 
+def test_equal_prompts_are_computed_once_and_not_mixed_up_with_other_pictures():
+    vlm, computed = tiny_vlm(), []
+    (asked,), prefill = prompts(vlm, RAGGED[:1]), vlm.prefill
+    vlm.prefill = lambda kv, S, ids, *rest: computed.append(len(ids)) or prefill(kv, S, ids, *rest)
+    together = say(vlm, [asked] * 4, [1, 2, 1, 2], max_new_tokens=8)
+    assert computed == [2] and together[:2] == together[2:]
+    assert together[:2] == [say(vlm, [asked], [i], max_new_tokens=8)[0] for i in (1, 2)]
+
+
 def test_a_row_ends_after_its_stop_token():
     vlm = tiny_vlm()
     asked = prompts(vlm, RAGGED[:2])
