@@ -637,7 +637,8 @@ def number(body: dict, name: str, default, low, high, kinds=(int, float)):
     if value is None:
         return default
     if type(value) not in kinds or not low <= value <= high:  # type: True is no 1
-        raise Refused(400, f"{name} must be {'a number' if float in kinds else 'an integer'} from {low} to {high}", name)
+        kind = "a number" if float in kinds else "an integer"
+        raise Refused(400, f"{name} must be {kind} from {low} to {high}", name)
     return value
 
 
@@ -721,14 +722,15 @@ def read_request(server: Server, body) -> tuple[list[Asked], list[str], dict]:
              "repetition_penalty": number(body, "repetition_penalty", defaults.get("repetition_penalty", 1.0), 0.1, 10)}
     n, width = number(body, "n", 1, 1, CHOICES, (int, )), server.engine.width
     seed = number(body, "seed", secrets.randbits(31), -2 ** 63, 2 ** 63 - 1, (int, ))
-    longest = number(body, "max_completion_tokens", number(body, "max_tokens", None, 1, width, (int, )), 1, width, (int, ))
+    longest = number(body, "max_tokens", None, 1, width, (int, ))
+    longest = number(body, "max_completion_tokens", longest, 1, width, (int, ))
     messages, images = read_messages(server, body.get("messages"))
     pixels = [to_pixels(vlm, image, server.flags, alone=len(images) == 1) for image in images]
     prompt = server.tokenizer.render(messages, list(map(vlm.config.bridge.tokens_of, pixels)) if images else 1,
                                      add_generation_prompt=True)
     if len(prompt.ids) + (longest or 1) > width:
-        raise Refused(400, f"{len(prompt.ids):,} tokens and an answer of up to {longest or 1:,}: over the {width:,} that "
-                      "there is room for", "messages", "context_length_exceeded")
+        raise Refused(400, f"{len(prompt.ids):,} tokens and an answer of up to {longest or 1:,}: there is room for "
+                      f"{width:,}", "messages", "context_length_exceeded")
     longest = longest or min(defaults["max_new_tokens"], width - len(prompt.ids))
     out = queue.SimpleQueue()
     return [Asked(prompt, pixels, longest, server.stop, seed=seed + i, index=i, out=out,
@@ -890,7 +892,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
         vlm, flags = self.server.vlm, self.server.flags
         self.send_json({"object": "list", "data": [{
             "id": self.server.name, "object": "model", "created": 0, "owned_by": "ghostvis",
-            "context": self.server.engine.width, "sees": vlm.vit is not None, "world": vlm.config.preset in FROM_SCRATCH, "most_pictures": PICTURES,
+            "context": self.server.engine.width, "sees": vlm.vit is not None, "most_pictures": PICTURES,
+            "world": vlm.config.preset in FROM_SCRATCH,
             "parameters": sum(p.numel() for p in vlm.parameters()), "defaults": options(vlm, flags)}]})
 
     def get_scene(self) -> None:
