@@ -71,7 +71,8 @@ FLAGS = {  # name: (default, meaning); a type instead of a default: not given
     "host": ("127.0.0.1", "address to serve; 0.0.0.0: every network, so give --api_key"),
     "port": (8000, "port to serve; 0: any free one"),
     "api_key": ("", "with --serve: what a program must send as its key; empty: none"),
-    "max_requests": (32, "with --serve: answered at once; more have to wait"),
+    "max_requests": (32, "with --serve: answered at once; more wait. Each has 8,192 tokens of memory: a qwen2.5-1.5b's "
+                         "are 0.23 GB"),
     "out": ("answers.jsonl", "with --images; pictures that it already answers are skipped"),
     "init": ("", "checkpoint folder; empty: the one written last under OUT_DIR/MODEL"),
     "model": ("", f"{', '.join(PRESETS)}, or a hub id, Org/Name; empty: tiny"),
@@ -482,6 +483,7 @@ BODY = 20_000_000       # bytes of a request
 PICTURES = 8            # of a request
 PIXELS = 20_000_000     # of a picture
 TURNS = 100             # messages of a request
+LETTERS = 400_000       # of their texts: more cannot fit into CONTEXT, and to cut them into tokens would take long
 CHOICES = 8             # answers to one request (n)
 WAITING = 128           # answers that wait for a row; then 429
 CONNECTIONS = 256
@@ -670,7 +672,7 @@ def read_messages(server: Server, messages) -> tuple[list, list]:
     "OpenAI's messages -> (ours, the pictures)."
     if not isinstance(messages, list) or not 1 <= len(messages) <= TURNS:
         raise Refused(400, f"messages must be a list of 1 to {TURNS}", "messages")
-    out, images = [], []
+    out, images, letters = [], [], 0
     for i, message in enumerate(messages):
         where = f"messages[{i}]"
         role = message.get("role") if isinstance(message, dict) else None
@@ -693,6 +695,9 @@ def read_messages(server: Server, messages) -> tuple[list, list]:
                               f"user) image_url; part {j} is not", where)
         # Pictures first, then the words: the order in which the model has learned them.
         text = "\n".join(texts)
+        letters += len(text)
+        if letters > LETTERS:
+            raise Refused(400, f"more than {LETTERS:,} letters of text", where, "context_length_exceeded")
         out.append(user_message(text, shown) if role == "user" else {
             "role": role.replace("developer", "system"), "content": [{"type": "text", "text": text}]})
     return out, images

@@ -4980,6 +4980,7 @@ BAD = {  # what the body has instead of a good one's; the answer names the param
     "assistant_last": ({"messages": [user("x"), {"role": "assistant", "content": "y"}]}, "assistant"),
     "assistant_picture": ({"messages": [{**user("x", b"x"), "role": "assistant"}]}, "part 1"),
     "long": ({"messages": [user("cat " * 3000)]}, "context_length_exceeded"),
+    "endless": ({"messages": [user("cat " * 200_000)]}, "context_length_exceeded"),
     "no_room": ({"max_tokens": 2048}, "context_length_exceeded"), "tokens_0": ({"max_tokens": 0}, "max_tokens"),
     "tokens_huge": ({"max_tokens": 10 ** 30}, "max_tokens"), "tokens_text": ({"max_tokens": "5"}, "max_tokens"),
     "tokens_true": ({"max_tokens": True}, "max_tokens"),
