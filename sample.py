@@ -38,6 +38,7 @@ import sys
 import threading
 import time
 import traceback
+from concurrent.futures import Future
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 
@@ -583,20 +584,11 @@ class Server(http.server.ThreadingHTTPServer):
 
     def do(self, job):
         "job() in the engine's thread, between two tokens -> its result."
-        done = queue.SimpleQueue()
-
-        def work():
-            try:
-                done.put((job(), None))
-            except Exception as error:  # noqa: BLE001 it is raised again where it was asked for
-                done.put((None, error))
+        done = Future()
         with self.changed:
-            self.jobs.append(work)
+            self.jobs.append((done, job))
             self.changed.notify()
-        result, error = done.get()
-        if error:
-            raise error
-        return result
+        return done.result()
 
     def generate(self) -> None:
         engine, told = self.engine, 0.0
@@ -609,8 +601,11 @@ class Server(http.server.ThreadingHTTPServer):
                 if self.inbox and time.monotonic() - self.inbox[0].came >= patience:
                     engine.waiting.extend(self.inbox)
                     self.inbox = []
-            for job in jobs:
-                job()
+            for done, job in jobs:
+                try:
+                    done.set_result(job())
+                except Exception as error:  # noqa: BLE001 it is raised again where it was asked for
+                    done.set_exception(error)
             try:
                 ended = engine.step() if engine.busy else []
             except Exception:  # noqa: BLE001 out of memory, for one: these answers fail, the next ones need not
