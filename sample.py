@@ -927,6 +927,11 @@ class Handler(http.server.BaseHTTPRequestHandler):
                 if streamed:
                     self.events([{**head, "choices": [{"index": i, "delta": {"content": new} if new else {},
                                                        "finish_reason": finish}]}] if new or finish else [])
+        except Refused as error:
+            if not streamed:
+                raise
+            self.events([error.body])  # the head is sent already; clients read this too
+            return
         finally:
             for request in requests:  # a client that hung up frees its rows
                 request.finish = request.finish or "cancelled"

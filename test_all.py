@@ -5010,6 +5010,13 @@ def test_a_wrong_request_is_told_what_is_wrong(served, name):
         "message", "type", "param", "code"} and len(answer.text) < 800
 
 
+def test_a_body_that_is_too_long_is_refused_before_it_is_read(served):
+    for length, status in ((sample.BODY + 1, b"413"), (10 ** 20, b"411")):
+        answer = served.raw(b"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+                            b"Content-Length: %d\r\n\r\n" % length)
+        assert answer.startswith(b"HTTP/1.1 " + status) and b'"error"' in answer
+
+
 @pytest.mark.parametrize("kind", ["cut", "huge"])
 def test_a_picture_that_is_cut_or_a_bomb_is_refused(served, kind):
     answer = served.post({"messages": [user("x", bytes_of(kind))]})
@@ -5119,6 +5126,8 @@ def test_an_error_in_the_engine_costs_those_it_hits_and_no_other(served, monkeyp
     with monkeypatch.context() as patch:
         patch.setattr(engine, "choose", lambda B: 1 / 0)
         assert served.post({"messages": [user("What?")]}).status_code == 500
+        answer = served.post({"messages": [user("What?")], "stream": True})
+        assert answer.status_code == 200 and b'data: {"error": {"message": ' in answer.content.splitlines()[-2]
     wait_until(lambda: len(engine.free) == 4)
     assert served.says([user("What?")]) == expected and "ZeroDivisionError" in capfd.readouterr().err
 
