@@ -222,7 +222,7 @@ class Attention(nn.Module):
         return rotate(q, *rope), rotate(k, *rope), v
 
     def forward(self, x, rope, documents=None, cache=None) -> torch.Tensor:
-        "x [B, T, H] -> [B, T, H]. documents: see attend. cache: see KVCache; training needs none."
+        "x [B, T, H] -> [B, T, H]. documents: see attend. cache: see LayerCache; training needs none."
         q, k, v = self.project(x, rope)
         y = attend(q, k, v, documents) if cache is None else attend_with_cache(q, k, v, cache)   # [B, T, heads, d]
         return self.out(y.flatten(2))                                                            # [B, T, H]
@@ -286,7 +286,7 @@ class GPT(nn.Module):
     def hidden(self, x: torch.Tensor, positions=None, documents=None, cache: "list[LayerCache]" = ()) -> torch.Tensor:
         """
         Embeddings x [B, T, H] -> hidden states [B, T, H] after the last norm. positions [B, T] count from 0 in each
-        document; documents: see attend; without both, each row is one document. cache: for generation, see KVCache.
+        document; documents: see attend; without both, each row is one document. cache: for generation, see LayerCache.
         """
         if positions is None:
             positions = torch.arange(x.shape[1], device=x.device)[None]                              # [1, T]
