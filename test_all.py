@@ -2672,6 +2672,160 @@ def test_the_shared_texts_are_read_without_loss():
 
 
 # ----------------------------------------------------------------------------------------------------------------------
+# data.py: from the web
+
+class Web:
+    "A plain web server: files {path: bytes}; faults: what goes wrong with the next requests (break, stall, 503, lie)."
+
+    def __init__(self):
+        self.files, self.faults, self.log, self.released = {}, [], [], threading.Event()
+
+        class Handler(http.server.BaseHTTPRequestHandler):
+            protocol_version = "HTTP/1.1"
+
+            def do_GET(handler):
+                self.log.append((handler.command, handler.path))
+                content, fault = self.files.get(handler.path), ""
+                if handler.command == "GET" and self.faults:
+                    fault = self.faults.pop(0)
+                if content is None or fault == "503":
+                    handler.send_response(503 if fault else 404)
+                    handler.send_header("Content-Length", "0")
+                    return handler.end_headers()
+                start, whole = 0, len(content)
+                if wanted := handler.headers.get("Range"):
+                    start = int(re.match(r"bytes=(\d+)", wanted)[1])
+                body = content[start:]
+                handler.send_response(206 if wanted else 200)
+                handler.send_header("Content-Length", str(len(body)))
+                if wanted:
+                    handler.send_header("Content-Range", f"bytes {start}-{whole - 1}/{whole}")
+                handler.end_headers()
+                if handler.command == "HEAD":
+                    return
+                handler.close_connection = bool(fault)
+                with contextlib.suppress(OSError):
+                    if fault == "lie":
+                        body = bytes([body[0] ^ 1]) + body[1:]
+                    handler.wfile.write(body[:len(body) // 2] if fault in ("break", "stall") else body)
+                if fault == "stall":
+                    self.released.wait(20)
+
+            do_HEAD = do_GET
+
+            def log_message(handler, *parts):
+                pass
+        self.server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.server.daemon_threads = True
+        threading.Thread(target=self.server.serve_forever, args=(0.01,), daemon=True).start()
+        self.url = f"http://127.0.0.1:{self.server.server_port}"
+
+
+@pytest.fixture()
+def web(tmp_path, monkeypatch):
+    monkeypatch.setenv("GHOSTVIS_CACHE", str(tmp_path / "cache"))
+    for variable in ("HF_HUB_OFFLINE", "http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY"):
+        monkeypatch.delenv(variable, raising=False)
+    monkeypatch.setattr(weights, "BACKOFF", 0.01)
+    monkeypatch.setattr(weights, "TIMEOUT", (2, 0.5))
+    server = Web()
+    yield server
+    server.released.set()
+    server.server.shutdown()
+    server.server.server_close()
+
+
+def test_pictures_named_by_urls_are_fetched_when_they_are_used_and_only_once(web, tmp_path):
+    web.files["/a.png"] = image_bytes()
+    rows = [llava(f"{web.url}/a.png"), llava(f"{web.url}/none.png", id="r2")]
+    one, two = data.read_records(write(tmp_path / "d.json", rows))
+    assert not web.log
+    web.faults = ["break", "503", "stall"]
+    for _ in range(2):
+        assert data.open_source(one["images"][0]).getpixel((0, 0)) == (255, 0, 0)
+    assert len(web.log) == 4  # three failures, and the one that succeeded
+    assert fails(lambda: data.open_source(two["images"][0]), "/none.png", "404")
+    web.faults = ["503"] * 9
+    web.files["/b.png"] = image_bytes()
+    assert fails(lambda: data.open_source(f"{web.url}/b.png"), "/b.png", "503", "5 times")
+    web.faults = []
+    web.files["/big.png"] = b"\0" * 5000
+    assert fails(lambda: weights.fetch_url(f"{web.url}/big.png", tmp_path / "c", 4000), "4,000 bytes")
+
+
+def test_a_file_of_records_and_tar_shards_come_from_a_url(web, tmp_path):
+    spec = build(tmp_path, "shards")
+    for path in tmp_path.glob("s-*.tar"):
+        web.files[f"/x/{path.name}"] = path.read_bytes()
+    web.faults = ["break", "stall"]
+    records = data.read_records(f"{web.url}/x/s-{{000..001}}.tar")
+    assert [r["messages"] for r in records] == [r["messages"] for r in data.read_records(spec)]
+    asked = len(web.log)
+    assert len(data.read_records(f"{web.url}/x/s-{{000..001}}.tar")) == 4 and len(web.log) == asked  # from the cache
+    assert data.parse_mixture(f"{web.url}/a.jsonl:2,{web.url}/b.jsonl,C:\\a.json") == [
+        (f"{web.url}/a.jsonl", 2), (f"{web.url}/b.jsonl", 1), ("C:\\a.json", 1)]
+    assert fails(lambda: data.read_records(f"{web.url}/none.json"), "none.json", "404")
+
+
+def test_a_recipe_says_its_size_and_licence_and_is_checked_by_its_hash(web, monkeypatch, capsys):
+    content = "".join(json.dumps({"question": f"{i}+1?", "answer": f"Well.\n#### 1,00{i}"}) + "\n" for i in range(8)).encode()
+    recipe = {"stage": "rl", "about": "8 sums", "licence": "MIT, of course", "rows": "gsm8k", "hub": web.url,
+              "revision": "", "files": {"t.jsonl": [len(content), hashlib.md5(content).hexdigest()]}}
+    monkeypatch.setitem(data.RECIPES, "sums", recipe)
+    web.files["/t.jsonl"] = content
+    web.faults = ["lie"]
+    assert fails(lambda: data.read_records("sums"), "t.jsonl", "expected", "run again")
+    records = data.read_records("sums")
+    said = capsys.readouterr().err
+    assert "MIT, of course" in said and " MB  t.jsonl" in said
+    assert [r["messages"][1]["content"] for r in records] == [f"100{i}" for i in range(8)] and records[0]["metric"] == "exact"
+    assert len(data.read_records("sums@0.25")) == 2
+    web.files["/t.jsonl"] = content + b"x"  # another file now, but ours is here
+    assert len(data.read_records("sums")) == 8
+
+
+def test_a_recipes_pictures_come_from_where_it_says(web, monkeypatch, tmp_path):
+    web.files["/train/a.png"], web.files["/d.json"] = image_bytes(), json.dumps([llava("coco/train/a.png"), llava("vg/b.png")]).encode()
+    with zipfile.ZipFile(tmp_path / "images.zip", "w") as file:
+        file.writestr("VG/b.png", image_bytes("blue"))
+    web.files["/vg/images.zip"] = (tmp_path / "images.zip").read_bytes()
+    monkeypatch.setitem(data.RECIPES, "mix", {
+        "stage": "sft", "about": "", "licence": "", "hub": web.url, "revision": "", "files": {"d.json": [None, None]},
+        "images": {"coco/": f"{web.url}/", "vg/": f"{web.url}/vg/images.zip"}})
+    one, two = data.read_records("mix")
+    assert data.open_source(one["images"][0]).getpixel((0, 0)) == (255, 0, 0)
+    assert data.open_source(two["images"][0]).getpixel((0, 0)) == (0, 0, 255)
+
+
+def test_rows_of_public_sets_become_questions_that_can_be_scored(tmp_path):
+    with zipfile.ZipFile(tmp_path / "t.zip", "w") as file:
+        file.writestr("train.json", json.dumps([{"answer": 2, "image": "VG_100K/1.jpg", "question": "How many?", "question_id": 7}]))
+        file.writestr("CLEVR_v1.0/scenes/CLEVR_train_scenes.json", json.dumps(
+            {"scenes": [{"image_filename": "CLEVR_train_000000.png", "objects": [{}, {}, {}]}]}))
+    row, = data.rows_of_tallyqa(str(tmp_path / "t.zip"))
+    assert (row["answer"], row["image"], row["metric"]) == ("2", "VG_100K/1.jpg", "exact")
+    row, = data.rows_of_clevr(str(tmp_path / "t.zip"))
+    assert (row["answer"], row["image"]) == ("3", "images/train/CLEVR_train_000000.png")
+    with tarfile.open(tmp_path / "a.tar.gz", "w:gz") as tar:
+        add_to_tar(tar, "aokvqa_v1p0_train.json", json.dumps([{"image_id": 299207, "question": "What?", "question_id": "x",
+                                                               "choices": ["nine", "two"], "correct_choice_idx": 1}]).encode())
+    row, = data.rows_of_aokvqa(str(tmp_path / "a.tar.gz"))
+    assert (row["answer"], row["image"], row["choices"]) == ("B", "000000299207.jpg", {"A": "nine", "B": "two"})
+
+
+def test_the_table_of_recipes_is_complete():
+    for name, recipe in data.RECIPES.items():
+        assert recipe["stage"] in ("base", "align", "sft", "rl", "benchmark") and recipe["licence"] and recipe["about"]
+        assert recipe["hub"].startswith(("datasets/", "https://")) and recipe["files"], name
+        assert "rows" not in recipe or hasattr(data, f"rows_of_{recipe['rows']}")
+        for size, digest in recipe["files"].values():
+            assert digest is None or len(digest) in (32, 64) and int(digest, 16)
+    assert {n for n, r in data.RECIPES.items() if r["stage"] != "benchmark"} == {
+        "tinystories", "c4", "llava-pretrain", "cc3m-595k", "llava-instruct-150k", "llava-mix665k", "clevr-count",
+        "tallyqa", "a-okvqa", "gsm8k"}
+
+
+# ----------------------------------------------------------------------------------------------------------------------
 # data.py: data sets and packing
 
 def document(ids, mask=None, slots=(), weight=1.0, index=0, images=()) -> data.Document:
@@ -4575,6 +4729,22 @@ def test_a_chapter_learns_from_files_zips_and_tables(trained, tmp_path, own_data
     assert (tmp_path / "out" / "tiny" / stage / "samples.png").exists()
 
 
+def test_a_folder_of_own_photos_is_learned_and_asked(trained, tmp_path):
+    # README's recipe: lay them in a folder for each kind, check, fine-tune, ask.
+    for kind, colour in (("apple", (200, 30, 30)), ("sky", (40, 90, 220))):
+        (tmp_path / "photos" / kind).mkdir(parents=True)
+        for i in range(20):
+            (tmp_path / "photos" / kind / f"{i}.jpg").write_bytes(image_bytes((*colour[:2], colour[2] + i), "JPEG", (40, 30)))
+    assert run("data", "--check", f"--data={tmp_path / 'photos'}", f"--out={tmp_path / 'check.png'}").code == 0
+    ran = run("train_sft", "--steps=120", "--batch_size=16", "--device=cpu", f"--out_dir={tmp_path / 'out'}", "--lr=0.004",
+              f"--init={trained[0] / 'tiny/align'}", f"--data={tmp_path / 'photos'}")
+    assert ran.code == 0 and "32 of 40 records train, 8 questions are held out" in ran.err
+    assert ran.result["accuracy"] == 1 and ran.result["blind_accuracy"] <= 0.5 + 0.2, ran.result
+    (tmp_path / "new.jpg").write_bytes(image_bytes((41, 88, 215), "JPEG", (40, 30)))
+    said = run("sample", f"--out_dir={tmp_path / 'out'}", f"--image={tmp_path / 'new.jpg'}", "--question=What is this?")
+    assert said.code == 0 and said.out.strip() == "sky"
+
+
 def test_alignment_goes_on_where_a_step_shows_no_picture(trained, tmp_path):
     # Among captions there may be text-only records: a micro-batch of them teaches the bridge nothing, and must not stop
     # the run.
@@ -5035,6 +5205,57 @@ def test_bench_says_how_good_a_checkpoint_is(trained, tmp_path, own_data):
                   "--device=cpu")
         # a file is evaluated as a whole
         assert ran.code == 0 and ran.result.keys() >= keys and ran.result["n"] == n, ran.err
+
+
+def test_benchmarks_are_scored_by_their_official_rules():
+    import bench
+
+    def records(answers, ids=None, kind="", picture=None):
+        return [{"id": str(ids[i] if ids else i), "answer": a, "kind": kind, "images": [picture or b"%d" % i]}
+                for i, a in enumerate(answers)]
+    # MMBench: question 1 is right in both rotations, question 2 in one of two
+    assert bench.official_score("MMBench_DEV_EN", records("ABCD", [1, 1000001, 2, 1000002]), [], [1, 1, 1, 0]) == (
+        "circular accuracy", 50)
+    # POPE, by hand: 2 hits, 3 said yes, 4 are yes -> precision 2/3, recall 1/2, F1 4/7
+    texts = ["Yes.", "yes", "Yes", "No", "perhaps", "no"]
+    answers = ["Yes", "Yes", "No", "Yes", "Yes", "No"]
+    assert bench.official_score("POPE", records(answers), texts, [])[1] == pytest.approx(100 * 4 / 7)
+    # MME: 3 of 4 right, one picture of two wholly right -> 75 + 50
+    rows = records(["Yes", "No"], kind="count", picture=b"p") + records(["Yes", "No"], [2, 3], "count", b"q")
+    assert bench.official_score("MME", rows, [], [1, 1, 1, 0])[1] == 125
+    assert bench.official_score("MMStar", rows, [], [1, 0, 0, 0]) == ("accuracy", 25)
+
+
+def test_a_benchmark_is_fetched_by_name_and_goes_on_where_it_stopped(trained, tmp_path, own_data, web, monkeypatch):
+    import bench
+    content = (own_data / "table.tsv").read_bytes()
+    web.files["/MMStar.tsv"] = content
+    monkeypatch.setitem(data.RECIPES, "MMStar", {**data.RECIPES["MMStar"], "hub": web.url, "files": {
+        "MMStar.tsv": [len(content), hashlib.md5(content).hexdigest()]}})
+    asked, real = [], bench.answers
+    monkeypatch.setattr(bench, "answers", lambda vlm, tokenizer, records, **more: asked.append(len(records)) or real(
+        vlm, tokenizer, records, **more))
+    flags = ["--what=eval", f"--init={trained[0] / 'tiny/sft'}", "--data=MMStar", f"--answers={tmp_path / 'a.jsonl'}",
+             "--device=cpu"]
+    ran = run("bench", *flags, main=bench.main)
+    assert ran.code == 0 and ran.result["n"] == 24 and ran.result["score_is"] == "accuracy", ran.err
+    assert "LLaVA-OneVision 0.5B" in ran.err and sum(asked) == 72
+    lines = (tmp_path / "a.jsonl").read_text().splitlines()
+    (tmp_path / "a.jsonl").write_text("\n".join(lines[:30]) + "\n" + lines[30][:20])  # killed while it wrote a line
+    asked.clear()
+    again = run("bench", *flags, main=bench.main)
+    assert again.code == 0 and sum(asked) == 42 and again.result == ran.result
+
+
+def test_bench_measures_the_loader_alone(tmp_path, own_data, monkeypatch):
+    import bench
+    clock = itertools.count()
+    monkeypatch.setattr(bench.time, "perf_counter", lambda: next(clock) * 3.0)
+    for workers in (0, 2):
+        ran = run("bench", "--what=data", f"--data={own_data / 'files.json'}", f"--workers={workers}", "--steps=2",
+                  "--batch_size=4", main=bench.main)
+        assert ran.code == 0 and ran.result["records_per_s"] > 0 and ran.result["workers"] == workers, ran.err
+        assert 0 <= ran.result["padding"] < 0.2
 
 
 def test_bench_says_how_fast_this_machine_is(tmp_path, trained):
