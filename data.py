@@ -21,7 +21,6 @@ of a tar shard, readable by its number, so any order can be had directly, and a 
 """
 import argparse
 import ast
-import atexit
 import base64
 import codecs
 import contextlib
@@ -42,6 +41,7 @@ import sys
 import tarfile
 import textwrap
 import time
+import weakref
 import zipfile
 import zlib
 from array import array
@@ -571,7 +571,10 @@ def parquet_to_tar(path: str) -> str:
     say(f"{path}: its rows are laid out in {target}, once")
     try:
         with parquet.ParquetFile(path) as file, new_file(target) as out, tarfile.open(fileobj=out, mode="w") as tar:
-            for batch in file.iter_batches(batch_size=32):
+            # TRAP: asked for all row groups at once, pyarrow keeps those that it has read: 2 GB for a file of 2 GB
+            for batch in (batch for group in range(file.num_row_groups)
+                          for batch in file.iter_batches(batch_size=32, row_groups=[group])):
+                tar.members = []
                 for row in batch.to_pylist():
                     pictures = row.pop("images", None) or [row.pop("image", None)]
                     pictures = [picture["bytes"] if isinstance(picture, dict) else picture for picture in pictures]
@@ -1236,7 +1239,7 @@ class Loader:
     workers: processes that make the documents and open their pictures; 0: the thread does it. The batches are the same.
     A record that turns out to be bad is left out, named, and counted: more than dataset.max_bad are an error.
     """
-    started = []  # of this process: (loader, its iterator over Prepared), for an error to find whose worker died
+    started = weakref.WeakSet()  # those of this process that have workers, for an error to find whose worker died
 
     def __init__(self, dataset, make_document, load_pixels, rows, seq_len, image_tokens, micro_batch=0, micro_batches=1,
                  state=None, prefetch=True, pin=False, workers=0):
@@ -1275,10 +1278,10 @@ class Loader:
             prepared, batch_size=None, sampler=itertools.count(self.next, self.stride * Prepared.CHUNK),
             num_workers=self.workers, prefetch_factor=4, worker_init_fn=start_worker, multiprocessing_context="fork",
             generator=torch.Generator())  # of its own: else it would draw from the one that samples answers
-        self.iterator = iter(loader)
-        Loader.started.append((self, self.iterator, prepared.current))
-        # TRAP: Python ends its children by SIGTERM, which these ignore, and would wait for them without end.
-        atexit.register(self.iterator._shutdown_workers)
+        self.iterator, self.current = iter(loader), prepared.current
+        # TRAP: at its end Python stops its children by SIGTERM, which these ignore, and would wait for them for ever.
+        weakref.finalize(self, self.iterator._shutdown_workers)
+        Loader.started.add(self)
 
     def open_pictures(self, document):
         if document and document.pixels is None:
@@ -1359,10 +1362,10 @@ class Loader:
 
 def name_dead_worker(error: RuntimeError) -> str:
     "PyTorch's words for a worker process that was killed -> ours, with the record that it was busy with."
-    for loader, iterator, current in Loader.started:
-        for number, process in enumerate(iterator._workers):
+    for loader in Loader.started:
+        for number, process in enumerate(loader.iterator._workers):
             if process.exitcode:
-                record = loader.dataset[int(current[number])]
+                record = loader.dataset[int(loader.current[number])]
                 return (f"record {record.get('id')}: the loader's worker process that worked on it ended with code "
                         f"{process.exitcode} (-9: killed, mostly for want of memory; -7: /dev/shm is full); use fewer "
                         "--workers, or --workers=0")

@@ -1607,7 +1607,7 @@ def test_an_unknown_name_shows_the_known_ones():
 
 def test_download_list_names_all():
     code, out, err = command("--download=list")
-    assert code == 0 and [line.split()[0] for line in out.splitlines()] == list(weights.REPOSITORIES)
+    assert code == 0 and [line.split()[0] for line in out.splitlines()] == [*weights.REPOSITORIES, *data.RECIPES]
     assert out.count("non-commercial") == 2
 
 
@@ -2238,7 +2238,8 @@ def test_an_unreadable_file_is_named_with_the_line(tmp_path):
     (tmp_path / "d.jsonl").write_text('{"question": "q", "answer": "a"}\n{"question": \n')
     assert fails(lambda: data.read_records(tmp_path / "d.jsonl"), "d.jsonl", "line 2")
     assert fails(lambda: data.read_records(tmp_path / "none.json"), "none.json")
-    assert fails(lambda: data.read_records(tmp_path / "d.parquet"), "d.parquet", "unknown kind")
+    assert fails(lambda: data.read_records(tmp_path / "d.doc"), "d.doc", "unknown kind")
+    assert fails(lambda: data.read_records(tmp_path / "d.parquet"), "d.parquet", "is it there")
     path.write_bytes(b'["\xff"]')
     assert fails(lambda: data.read_records(path), path, "UTF-8")
     (tmp_path / "images.zip").write_bytes(b"PK not a zip")
@@ -2983,7 +2984,7 @@ def test_a_bad_record_is_skipped_and_named_and_too_many_end_the_run(capsys):
         for _ in range(60):
             next(loader)
         said = capsys.readouterr().err
-        assert said.count("skipped") == 1 and "record r60" in said and "1 of at most 1" in said
+        assert said.count("record r60:") == 1 and "skipped, 1 of at most 1: record r60" in said
         dataset.max_bad = 0
         strict = loader_of(dataset, workers)
         assert fails(lambda: [next(strict) for _ in range(60)], "record r60", "--max_bad")
