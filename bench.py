@@ -642,8 +642,8 @@ def say(text: str) -> None:
 
 def main() -> None:
     flags = parse_flags(__doc__, "bench", FLAGS, BY_MODEL)
-    jobs = {"eval": bench_eval, "data": bench_data, "speed": bench_speed, "ladder": bench_ladder, "profile": bench_profile,
-            "memory": bench_memory}
+    jobs = {"eval": bench_eval, "data": bench_data, "speed": bench_speed, "ladder": bench_ladder,
+            "profile": bench_profile, "memory": bench_memory}
     if flags.what not in jobs:
         raise ValueError(f"--what={flags.what}: choose {', '.join(jobs)}")
     print(json.dumps(jobs[flags.what](flags)))

@@ -64,8 +64,8 @@ from weights import named_errors, parse_json, require
 from world import QUESTIONS, Scene, World
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Pictures: a source is a path, a URL, a (zip file, member) pair, the bytes of a picture file, or a Scene of the built-in
-# world. It is opened only when its record is used: the 558,000 pictures of LLaVA's first stage would fill 110 GB.
+# Pictures: a source is a path, a URL, a (zip file, member) pair, the bytes of a picture file, or a Scene of the
+# built-in world. It is opened only when its record is used: the 558,000 pictures of LLaVA's first stage fill 110 GB.
 
 PICTURES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp")
 LEADS_OUT = re.compile(r"^[/\\]|^[A-Za-z]:|(^|[/\\])\.\.($|[/\\])|\0")  # /etc/passwd, C:x, ../x
@@ -140,8 +140,8 @@ def pixel_loader(config: ViTConfig):
 def image_finder(folder: str, places: dict = {}):
     """
     -> a function: an image's name in a record -> its source, or None. It opens no image. places: where those are that
-    the folder lacks, {the beginning of their names: another folder, or a URL}. A name that leads out of the folder is a ValueError: a file of records from a
-    stranger must not make us read, and describe, the user's other files.
+    the folder lacks, {the beginning of their names: another folder, or a URL}. A name that leads out of the folder is a
+    ValueError: a file of records from a stranger must not make us read, and describe, the user's other files.
     """
     folder = os.path.abspath(folder)
     true_path = lru_cache(2 ** 14)(os.path.realpath)
@@ -196,7 +196,8 @@ def image_finder(folder: str, places: dict = {}):
                 raise ValueError(f"image {name[:40]!r} is not base64") from None
         if name.startswith(("http://", "https://")):
             return name
-        require(not LEADS_OUT.search(name), f"image {name[:100]!r} leads out of the data's folder {folder}; name it relative to the folder")
+        require(not LEADS_OUT.search(name), f"image {name[:100]!r} leads out of the data's folder {folder}; name it "
+                                            "relative to the folder")
         source = find_in(folder, name, name)
         for start, place in places.items():
             if not source and name.startswith(start):
@@ -348,7 +349,7 @@ class Records:
 
     def __init__(self, make, spans: np.ndarray, keys: np.ndarray, counts: np.ndarray, bad: list = ()):
         self.make, self.spans = make, spans     # make(*spans[i]) -> record i; spans int64 [n, k]
-        self.keys, self.counts = keys, counts   # pictures of all records in a row, uint64; how many are whose, int64 [n]
+        self.keys, self.counts = keys, counts   # hashes of all pictures in a row, uint64; how many of each record [n]
         self.bad = list(bad)                    # what is wrong with rows that are no records
 
     def __len__(self) -> int:
@@ -379,8 +380,8 @@ class Records:
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Reading files. A reader is a generator of (start, end, row): the bytes of the file from which the row can be read again
-# (0, 0 where the row stays in memory). In place of a row there may be a ValueError: this row is bad, the others go on.
+# Reading files. A reader is a generator of (start, end, row): the bytes of the file from which the row can be read
+# again (0, 0 where rows stay in memory). In place of a row there may be a ValueError: it is bad, the others go on.
 
 JSON_SUFFIXES = (".json", ".jsonl", ".json.gz", ".jsonl.gz")
 # Part of a benchmark's file name -> the rule that scores it. The first match wins: DocVQA is not scored like VQA.
@@ -449,8 +450,9 @@ def read_json_list(file, path: str, at: int):
                 text, i = text[i:] + decode.decode(block, final=done), 0
                 continue
             reason = getattr(error, "msg", str(error))
-            raise ValueError(f"{path}, line {line + text.count(chr(10), i, pos)}: not valid JSON ({reason}); expected a list "
-                             "of records or one record per line; fetch the file again if it was cut off") from None
+            line += text.count("\n", i, pos)
+            raise ValueError(f"{path}, line {line}: not valid JSON ({reason}); expected a list of records or one "
+                             "record per line; fetch the file again if it was cut off") from None
         size = len(text[i:end].encode("utf-8", "surrogatepass"))
         yield at, at + size, row
         at, line, i = at + size, line + text.count("\n", i, end), end
@@ -502,9 +504,9 @@ def read_tar(path: str):
     with tarfile.open(path, "r:") as tar:
         while member := tar.next():
             tar.members = []  # TRAP: else the names of all members stay in memory, 1 KB each
-            require((member.isfile() or member.isdir()) and not member.issparse() and not member.name.startswith("/")
-                    and ".." not in member.name.split("/"), f"{path}: member {member.name[:100]!r} is a link, a device, "
-                    "sparse, or leads out of the archive; pack plain files only")
+            plain = (member.isfile() or member.isdir()) and not member.issparse() and not LEADS_OUT.search(member.name)
+            require(plain, f"{path}: member {member.name[:100]!r} is a link, a device, sparse, or leads out of the "
+                           "archive; pack plain files only")
             # Cut at the first dot of the name, not of its folders: v1.0/7.jpg -> v1.0/7 and jpg.
             name = re.match(r".*?[^/.]*(?=\.[^/]*$|$)", member.name)[0]
             if member.isfile() and name != stem:
@@ -961,7 +963,7 @@ def split_by_image(records, fraction: float | None = None, at_most: int = 500) -
 
 
 def questions_of(record: dict) -> list[dict]:
-    "A held-out conversation -> a question to score for each answer in it: all before it, with the pictures shown so far."
+    "A held-out conversation -> a question to score for each answer in it: what was said and shown before it."
     messages = record.get("messages", [])
     turns = [i for i, turn in enumerate(messages) if turn["role"] == "assistant"]
     if len(turns) < 2 or "metric" in record or "answer" in record:  # a benchmark says itself what is asked
@@ -1159,31 +1161,34 @@ def thread_pools(process: int) -> tuple[ThreadPoolExecutor, ThreadPoolExecutor]:
 
 def collate(arrays: dict, packed: list[Document], load_pixels) -> dict:
     """pack's arrays as tensors, and the pictures' pixels. load_pixels(source, record) -> uint8 [3, S, S]."""
-    # {source: (its index in pixels, (a document, which of its pictures it is))}. A picture that several documents
-    # share, as all answers to one question do in chapter 4, is decoded and later encoded once.
+    # {hash of a source: (its index in pixels, a document, which of its pictures it is)}. A picture that several
+    # documents share, as all answers to one question do in chapter 4, is decoded and later encoded once.
+    # TRAP: by hash, since a document from a worker process has hashes in place of its sources, and one that waited in
+    # a checkpoint has not.
     sources = {}
-    image_index = [sources.setdefault(source, (len(sources), doc, k))[0] for doc in packed
-                   for k, source in enumerate(doc.record["images"])]
+    image_index = [sources.setdefault(source if type(source) is int else hash(source), (len(sources), doc, k))[0]
+                   for doc in packed for k, source in enumerate(doc.record["images"])]
     # The last chance to notice: after this, a picture in another's place trains without any error.
     assert len(image_index) == sum(len(doc.slots) for doc in packed), \
         f"pictures and slots disagree near {packed[0].record['id']}"
     batch = {name: None if array is None else torch.from_numpy(array) for name, array in arrays.items()}
 
-    def pixels_of(source) -> torch.Tensor:
-        _, doc, k = sources[source]
-        return doc.pixels[k] if doc.pixels else load_pixels(source, doc.record)
-    pixels = list(map_pictures(pixels_of, sources, sources))
+    def pixels_of(place: tuple) -> torch.Tensor:
+        _, doc, k = place
+        return doc.pixels[k] if doc.pixels else load_pixels(doc.record["images"][k], doc.record)
+    closed = [doc.record["images"][k] for _, doc, k in sources.values() if not doc.pixels]
+    pixels = list(map_pictures(pixels_of, sources.values(), closed))
     batch["pixels"] = torch.stack(pixels) if pixels else None   # uint8 [n, 3, S, S]: a quarter of float32 to transfer
     batch["image_index"] = torch.tensor(image_index, dtype=torch.long)  # [m]: which of the n each slot shows
     batch["records"] = [doc.record["id"] for doc in packed]  # for messages
     return batch
 
 
-def map_pictures(work, items, sources):
-    "map(work, items), in threads where they help."
+def map_pictures(work, items, closed: list):
+    "map(work, items), in threads where they help. closed: the pictures that are not open yet."
     # Pillow releases Python's lock while it decodes and resizes, so threads help, and map keeps the order. The world's
     # drawings are mostly Python, where threads would only slow each other down. A worker process is one of several.
-    alone = torch.utils.data.get_worker_info() or all(isinstance(source, Scene) for source in sources)
+    alone = torch.utils.data.get_worker_info() or all(isinstance(source, Scene) for source in closed)
     return map(work, items) if alone else thread_pools(os.getpid())[1].map(work, items)
 
 
@@ -1192,13 +1197,14 @@ def share_workers(asked: int, device: str, world_size: int, micro_batches: int) 
     forks = hasattr(os, "fork")  # where there is no fork (Windows), processes would have to be sent the whole data set
     require(asked <= 0 or forks, f"--workers={asked}: this system cannot fork processes; give --workers=0")
     if asked < 0:  # on a CPU the training itself needs all cores, and a thread has the next batch ready in time
-        asked = min(8, os.cpu_count() // int(os.environ.get("LOCAL_WORLD_SIZE", 1))) if device == "cuda" and forks else 0
+        cores = os.cpu_count() // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+        asked = min(8, cores) if device == "cuda" and forks else 0
     loaders = max(1, micro_batches // world_size)
     return [asked // loaders + (i < asked % loaders) for i in range(loaders)]
 
 
 class Prepared(torch.utils.data.Dataset):
-    "Records as documents with their pixels, CHUNK of them at once. Its items are made in the loader's worker processes."
+    "Records as documents with their pixels, CHUNK of them at once: what the loader's worker processes make."
     CHUNK = 16  # records sent at once: one message for each would keep the main process busy
 
     def __init__(self, prepare, stride: int, workers: int):
@@ -1249,7 +1255,7 @@ class Loader:
         # Micro-batch 1 of 4 takes records 1, 5, 9, ... Counted by micro-batches, not by GPUs: the data of a step are
         # the same however many GPUs share it.
         self.next, self.stride = (state["next"] if state else micro_batch), micro_batches
-        self.waiting = [self.open_pictures(make_document(dataset[i], i)) for i in state["waiting"]] if state else []
+        self.waiting = [make_document(dataset[i], i) for i in state["waiting"]] if state else []
         self.pending = {}  # {process: the next batch, in preparation}; a forked process finds none of its own
         self.bad, self.max_bad = set(), getattr(dataset, "max_bad", 0)  # what was left out; how many may be
         self.iterator, self.ready = None, deque()  # of the workers; what they have sent and no batch has used yet
@@ -1264,8 +1270,8 @@ class Loader:
     def __next__(self) -> dict:
         # result() raises the thread's error here, and again at every later call: the state has not moved on.
         process = os.getpid()
-        if self.workers and self.iterator is None:  # in the main thread: a thread that forks may leave locks behind, locked
-            self.start_workers()
+        if self.workers and self.iterator is None:
+            self.start_workers()  # in the main thread, and before any other: a fork copies locks as they are, locked
         done = self.pending[process].result() if process in self.pending else self.prepare()
         batch, self.next, self.waiting = done
         if self.prefetch:
@@ -1283,18 +1289,22 @@ class Loader:
         weakref.finalize(self, self.iterator._shutdown_workers)
         Loader.started.add(self)
 
-    def open_pictures(self, document):
-        if document and document.pixels is None:
-            document.pixels = [self.load_pixels(source, document.record) for source in document.record["images"]]
-        return document
+    def open_pictures(self, document: Document):
+        "-> the document, or the ValueError that names the picture that cannot be opened."
+        try:
+            if document.pixels is None:
+                document.pixels = [self.load_pixels(source, document.record) for source in document.record["images"]]
+            return document
+        except ValueError as error:
+            return error
 
     def make(self, index: int, pictures: bool = True):
         "Record `index` -> its document, None where it does not fit, or the ValueError that says what is wrong with it."
         try:
             document = self.make_document(self.dataset[index], index)
-            return self.open_pictures(document) if pictures else document
         except ValueError as error:
             return error
+        return self.open_pictures(document) if pictures and document else document
 
     def take(self, index: int):
         "As make, from the workers if there are any: they are asked for the records in order, and answer in order."
@@ -1332,12 +1342,13 @@ class Loader:
                 at += self.stride
                 # A few records that are too long are normal; if none fits, this loop would never end.
                 skipped = 0 if document else skipped + 1
-                require(skipped <= 1000, f"{skipped} records in a row do not fit into --seq_len={self.seq_len}; raise it")
+                require(skipped <= 1000, f"{skipped} records in a row do not fit into --seq_len={self.seq_len}; raise "
+                                         "it")
                 if document:
                     new.append(document)
                     tokens += len(document.ids)
-            sources = [source for document in new for source in document.record["images"]]
-            for document, opened in zip(new, map_pictures(self.try_pictures, new, sources)):
+            closed = [source for document in new if document.pixels is None for source in document.record["images"]]
+            for document, opened in zip(new, map_pictures(self.open_pictures, new, closed)):
                 if isinstance(opened, ValueError):
                     self.leave_out(opened)
                     tokens -= len(document.ids)
@@ -1352,12 +1363,6 @@ class Loader:
             batch = {name: value.pin_memory() if torch.is_tensor(value) else value
                      for name, value in batch.items()}
         return batch, at, waiting
-
-    def try_pictures(self, document: Document):
-        try:
-            return self.open_pictures(document)
-        except ValueError as error:
-            return error
 
 
 def name_dead_worker(error: RuntimeError) -> str:
@@ -1510,7 +1515,8 @@ def read_any(name: str) -> tuple:
         world = World("chat")
         return [world[i] for i in range(500)], []
     if is_text(name):
-        return [{"id": f"{name} document {i}", "text": text, "images": []} for i, text in enumerate(read_text(name))], []
+        texts = enumerate(read_text(name))
+        return [{"id": f"{name} document {i}", "text": text, "images": []} for i, text in texts], []
     records = read_records(name, 1.0)
     return records, records.bad
 
@@ -1559,7 +1565,7 @@ def check_data(flags) -> dict:
             except ValueError as error:
                 bad.append(str(error) if name in str(error) else f"{name}: {error}")
     if flags.check:
-        draw_check(flags.out.replace("world.png", "check.png"), [r for _, records, _ in parts for r in records[:20]][:20])
+        draw_check(flags.out.replace("world.png", "check.png"), [r for _, some, _ in parts for r in some[:20]][:20])
     print("\n".join(shown + [f"bad: {line}" for line in bad]))
     if lengths:
         print(f"tokens of a record: median {int(np.median(lengths))}, longest {max(lengths)}; {counts['cut']} of "

@@ -549,8 +549,8 @@ def look_up(repository: Repository, name: str, optional=False) -> RemoteFile | N
         etag, commit = "", repository.revision
         require(length.isdecimal(), f"{remote}: the server does not say how long this file is; fetch it by hand")
     # The login page of a hotel's network has status 200 too, and would be stored as config.json.
-    require(is_plain(repository) or commit and etag and length.isdecimal(), f"{remote}: a proxy's page answers here, not a Hugging Face "
-            f"hub; log in to this network, or check HF_ENDPOINT ({endpoint()})")
+    require(is_plain(repository) or commit and etag and length.isdecimal(), f"{remote}: a proxy's page answers here, "
+            f"not a Hugging Face hub; log in to this network, or check HF_ENDPOINT ({endpoint()})")
     total = int(length)  # a small file's ETag is not a sha256: such a file is compared with the table after download
     require(size in (None, total) and (sha256 in (None, etag) or len(etag) != 64), f"{remote}: {endpoint()} has "
             f"{total:,} bytes with hash {etag}, expected are {size or total:,} with {sha256 or etag}; the file was "
