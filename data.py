@@ -829,7 +829,9 @@ def read_text(path):
             for index, row in enumerate(rows):
                 if isinstance(row, ValueError):
                     raise row
-                text = row.get("text") if isinstance(row, dict) else row
+                text = row
+                if isinstance(row, dict):
+                    text = None if row.keys() & {"image", "images", "file_name"} else row.get("text")
                 require(isinstance(text, str), f"{path}, record {index}: neither a string nor an object with a text")
                 if text.strip():
                     found = True
@@ -994,7 +996,7 @@ def tokenizer_texts(spec: str, seed: int, characters: int = 30_000_000) -> list[
 
 
 def is_text(name: str) -> bool:
-    "Chapter 1's kind of data: the first row of the file is a text, not a conversation."
+    "Chapter 1's kind of data: the first row of the file is a text, not a conversation, and no picture's caption."
     try:
         next(read_text(name))
         return True

@@ -2470,6 +2470,7 @@ def test_a_folder_per_class_and_captions_in_a_listing_are_read(tmp_path):
     record, = data.read_records(tmp_path)
     assert record["messages"][0]["content"] == "<image>\nDescribe the image."
     assert record["messages"][1]["content"] == "A red square."
+    assert run("data", f"--data={tmp_path}").result["images"] == 1  # no text, though there is a "text" in it
 
 
 def nested(depth: int = 200_000) -> str:
@@ -2537,7 +2538,8 @@ def test_a_hostile_record_is_refused_in_one_line_that_names_it(tmp_path, name):
 
 @pytest.mark.parametrize("fields, part", [
     ({"name": "/etc/x.jpg"}, "leads out"), ({"name": "a/../../x.jpg"}, "leads out"),
-    ({"type": tarfile.SYMTYPE, "linkname": "/etc/passwd"}, "link"), ({"type": tarfile.LNKTYPE, "linkname": "a"}, "link"),
+    ({"type": tarfile.SYMTYPE, "linkname": "/etc/passwd"}, "link"),
+    ({"type": tarfile.LNKTYPE, "linkname": "a"}, "link"),
     ({"type": tarfile.FIFOTYPE}, "device"), ({"type": tarfile.CHRTYPE}, "device")])
 def test_a_hostile_tar_is_refused_by_name(tmp_path, fields, part):
     with tarfile.open(tmp_path / "s.tar", "w") as tar:
@@ -2568,7 +2570,8 @@ def test_all_bad_records_are_listed_not_only_the_first(tmp_path):
 
 
 def test_a_list_of_any_layout_is_read_block_by_block(tmp_path, monkeypatch):
-    rows = [{"id": i, "question": "q\u00e9\u2028\U0001f600 " * (i % 40), "answer": f'"{i}" [x], {{y}}'} for i in range(300)]
+    rows = [{"id": i, "question": "q\u00e9\u2028\U0001f600 " * (i % 40), "answer": f'"{i}" [x], {{y}}'}
+            for i in range(300)]
     for block, indent, ascii_only in itertools.product((50, 1000, 10 ** 6), (None, 2), (True, False)):
         monkeypatch.setattr(data, "BLOCK", block)
         path = tmp_path / "d.json"
@@ -2605,7 +2608,8 @@ def test_every_answer_of_a_held_out_conversation_becomes_a_question():
     assert [len(r["messages"]) for r in (one, two, three)] == [2, 4, 6]
     assert [r["images"] for r in (one, two, three)] == [[b"1"], [b"1", b"2"], [b"1", b"2"]]
     assert len({r["id"] for r in (one, two, three)}) == 3
-    assert data.questions_of(record | {"metric": "exact", "answer": "f"}) == [record | {"metric": "exact", "answer": "f"}]
+    scored = record | {"metric": "exact", "answer": "f"}
+    assert data.questions_of(scored) == [scored]
     assert data.questions_of({"id": "t", "text": "x", "images": []}) == [{"id": "t", "text": "x", "images": []}]
 
 
@@ -2769,7 +2773,8 @@ def test_a_file_of_records_and_tar_shards_come_from_a_url(web, tmp_path):
 
 
 def test_a_recipe_says_its_size_and_licence_and_is_checked_by_its_hash(web, monkeypatch, capsys):
-    content = "".join(json.dumps({"question": f"{i}+1?", "answer": f"Well.\n#### 1,00{i}"}) + "\n" for i in range(8)).encode()
+    rows = [{"question": f"{i}+1?", "answer": f"Well.\n#### 1,00{i}"} for i in range(8)]
+    content = "".join(json.dumps(row) + "\n" for row in rows).encode()
     recipe = {"stage": "rl", "about": "8 sums", "licence": "MIT, of course", "rows": "gsm8k", "hub": web.url,
               "revision": "", "files": {"t.jsonl": [len(content), hashlib.md5(content).hexdigest()]}}
     monkeypatch.setitem(data.RECIPES, "sums", recipe)
@@ -2779,14 +2784,16 @@ def test_a_recipe_says_its_size_and_licence_and_is_checked_by_its_hash(web, monk
     records = data.read_records("sums")
     said = capsys.readouterr().err
     assert "MIT, of course" in said and " MB  t.jsonl" in said
-    assert [r["messages"][1]["content"] for r in records] == [f"100{i}" for i in range(8)] and records[0]["metric"] == "exact"
+    assert [r["messages"][1]["content"] for r in records] == [f"100{i}" for i in range(8)]
+    assert records[0]["metric"] == "exact"
     assert len(data.read_records("sums@0.25")) == 2
     web.files["/t.jsonl"] = content + b"x"  # another file now, but ours is here
     assert len(data.read_records("sums")) == 8
 
 
 def test_a_recipes_pictures_come_from_where_it_says(web, monkeypatch, tmp_path):
-    web.files["/train/a.png"], web.files["/d.json"] = image_bytes(), json.dumps([llava("coco/train/a.png"), llava("vg/b.png")]).encode()
+    web.files["/train/a.png"] = image_bytes()
+    web.files["/d.json"] = json.dumps([llava("coco/train/a.png"), llava("vg/b.png")]).encode()
     with zipfile.ZipFile(tmp_path / "images.zip", "w") as file:
         file.writestr("VG/b.png", image_bytes("blue"))
     web.files["/vg/images.zip"] = (tmp_path / "images.zip").read_bytes()
@@ -2800,7 +2807,8 @@ def test_a_recipes_pictures_come_from_where_it_says(web, monkeypatch, tmp_path):
 
 def test_rows_of_public_sets_become_questions_that_can_be_scored(tmp_path):
     with zipfile.ZipFile(tmp_path / "t.zip", "w") as file:
-        file.writestr("train.json", json.dumps([{"answer": 2, "image": "VG_100K/1.jpg", "question": "How many?", "question_id": 7}]))
+        file.writestr("train.json", json.dumps([{"answer": 2, "image": "VG_100K/1.jpg", "question": "How many?",
+                                                 "question_id": 7}]))
         file.writestr("CLEVR_v1.0/scenes/CLEVR_train_scenes.json", json.dumps(
             {"scenes": [{"image_filename": "CLEVR_train_000000.png", "objects": [{}, {}, {}]}]}))
     row, = data.rows_of_tallyqa(str(tmp_path / "t.zip"))
@@ -2808,8 +2816,9 @@ def test_rows_of_public_sets_become_questions_that_can_be_scored(tmp_path):
     row, = data.rows_of_clevr(str(tmp_path / "t.zip"))
     assert (row["answer"], row["image"]) == ("3", "images/train/CLEVR_train_000000.png")
     with tarfile.open(tmp_path / "a.tar.gz", "w:gz") as tar:
-        add_to_tar(tar, "aokvqa_v1p0_train.json", json.dumps([{"image_id": 299207, "question": "What?", "question_id": "x",
-                                                               "choices": ["nine", "two"], "correct_choice_idx": 1}]).encode())
+        add_to_tar(tar, "aokvqa_v1p0_train.json", json.dumps([
+            {"image_id": 299207, "question": "What?", "question_id": "x", "choices": ["nine", "two"],
+             "correct_choice_idx": 1}]).encode())
     row, = data.rows_of_aokvqa(str(tmp_path / "a.tar.gz"))
     assert (row["answer"], row["image"], row["choices"]) == ("B", "000000299207.jpg", {"A": "nine", "B": "two"})
 
@@ -3068,7 +3077,8 @@ def test_a_document_is_cut_only_where_its_pictures_stay():
         assert (doc is not None) == (seq_len >= whole.mask.index(1))  # its first picture, and a word of the answer
         if doc:  # both turns, or the first one, of which then the end may be missing
             assert len(doc.slots) == len(doc.record["images"]) == 1 + (seq_len >= len(whole.ids) - 1)
-            assert doc.ids == whole.ids[:min(len(doc.ids), seq_len + 1)] and math.isfinite(vlm(batch_of(vlm, [doc], 1, seq_len)).item())
+            assert doc.ids == whole.ids[:min(len(doc.ids), seq_len + 1)]
+            assert math.isfinite(vlm(batch_of(vlm, [doc], 1, seq_len)).item())
 
 
 def test_an_unreadable_picture_names_its_record(tmp_path):
@@ -4735,15 +4745,27 @@ def test_a_folder_of_own_photos_is_learned_and_asked(trained, tmp_path):
     for kind, colour in (("apple", (200, 30, 30)), ("sky", (40, 90, 220))):
         (tmp_path / "photos" / kind).mkdir(parents=True)
         for i in range(20):
-            (tmp_path / "photos" / kind / f"{i}.jpg").write_bytes(image_bytes((*colour[:2], colour[2] + i), "JPEG", (40, 30)))
+            photo = image_bytes((*colour[:2], colour[2] + i), "JPEG", (40, 30))
+            (tmp_path / "photos" / kind / f"{i}.jpg").write_bytes(photo)
     assert run("data", "--check", f"--data={tmp_path / 'photos'}", f"--out={tmp_path / 'check.png'}").code == 0
-    ran = run("train_sft", "--steps=120", "--batch_size=16", "--device=cpu", f"--out_dir={tmp_path / 'out'}", "--lr=0.004",
-              f"--init={trained[0] / 'tiny/align'}", f"--data={tmp_path / 'photos'}")
+    ran = run("train_sft", "--steps=120", "--batch_size=16", "--device=cpu", f"--out_dir={tmp_path / 'out'}",
+              "--lr=0.004", f"--init={trained[0] / 'tiny/align'}", f"--data={tmp_path / 'photos'}")
     assert ran.code == 0 and "32 of 40 records train, 8 questions are held out" in ran.err
     assert ran.result["accuracy"] == 1 and ran.result["blind_accuracy"] <= 0.5 + 0.2, ran.result
     (tmp_path / "new.jpg").write_bytes(image_bytes((41, 88, 215), "JPEG", (40, 30)))
     said = run("sample", f"--out_dir={tmp_path / 'out'}", f"--image={tmp_path / 'new.jpg'}", "--question=What is this?")
     assert said.code == 0 and said.out.strip() == "sky"
+
+
+def test_the_weights_are_the_same_for_any_number_of_workers(trained, tmp_path, own_data):
+    saved = []
+    for workers in (0, 2):
+        ran = run("train_sft", *QUICK, f"--out_dir={tmp_path / str(workers)}", f"--init={trained[0] / 'tiny/align'}",
+                  f"--data={own_data}/files.json,{own_data}/zip/zip.json,{own_data}/table.tsv,world",
+                  f"--workers={workers}", "--micro_batch_size=1")
+        assert ran.code == 0, ran.err
+        saved.append((tmp_path / str(workers) / "tiny/sft/model.safetensors").read_bytes())
+    assert saved[0] == saved[1]
 
 
 def test_alignment_goes_on_where_a_step_shows_no_picture(trained, tmp_path):
@@ -4968,13 +4990,15 @@ def plant(rows: list, folder: Path) -> dict:
         "picture is a text": file(b"<html>404</html>"), "picture huge": file(bytes_of("huge")),
         "picture of one pixel": file(image_bytes(size=(1, 1))), "picture a mere line": file(image_bytes(size=(900, 4))),
         "picture outside": set_(image="../secret.png"), "picture absolute": set_(image="/etc/hosts"),
-        "two markers": turn(0, value="<image>\n<image>\nWhat?"), "two pictures": set_(image=[picture, rows[4]["image"]]),
+        "two markers": turn(0, value="<image>\n<image>\nWhat?"),
+        "two pictures": set_(image=[picture, rows[4]["image"]]),
         "no picture for a marker": set_(image=None), "marker in the answer": turn(1, value="<image>"),
         "marker moved to the answer": lambda: (user.update(value="What?"), assistant.update(value="<image> red")),
         "answer empty": turn(1, value=""), "answer of blanks": turn(1, value=" \n"), "answer null": turn(1, value=None),
         "answer a number": turn(1, value=7), "answer a list of nothing": turn(1, value=[]),
         "unknown role": turn(1, **{"from": "robot"}), "two questions": turn(1, **{"from": "human"}),
-        "answer first": lambda: rows[5]["conversations"].reverse(), "answer missing": lambda: rows[5]["conversations"].pop(),
+        "answer first": lambda: rows[5]["conversations"].reverse(),
+        "answer missing": lambda: rows[5]["conversations"].pop(),
         "no turns": set_(conversations=[]), "turns are a text": set_(conversations="red"),
         "turns are a number": set_(conversations=3), "role missing": lambda: assistant.pop("from"),
         "text missing": lambda: assistant.pop("value"), "system in the middle": turn(1, **{"from": "system"}),
@@ -4985,7 +5009,8 @@ def plant(rows: list, folder: Path) -> dict:
         "damaged letter": turn(1, value="r\ufffdd"), "control character": turn(1, value="re\x00d"),
         "unknown metric": set_(metric="bleu"), "answer to score a number": set_(answer=4),
         "choices a list": set_(choices=["a"]), "right answer no choice": set_(answer="D", choices={"A": "x"}),
-        "instances a number": set_(instances=4), "line cut off": raw('{"id": "x", "conv'), "line no JSON": raw("red, blue"),
+        "instances a number": set_(instances=4), "line cut off": raw('{"id": "x", "conv'),
+        "line no JSON": raw("red, blue"),
         "nested too deep": raw(nested()), "number too long": raw('{"id": ' + "7" * 5000 + "}"),
     }
 
@@ -4997,7 +5022,8 @@ def check(folder: Path, *more) -> Ran:
 def clean_set(folder: Path) -> list[dict]:
     "Twelve records, of real pictures where there are some."
     (folder / "images").mkdir()
-    rows = [llava(f"{i}.png", id=f"r{i}", question=f"<image>\nWhat is number {i}?", answer=f"number {i}") for i in range(12)]
+    rows = [llava(f"{i}.png", id=f"r{i}", question=f"<image>\nWhat is number {i}?", answer=f"number {i}")
+            for i in range(12)]
     for i, row in enumerate(rows):
         if DATA.is_dir():
             row = rows[i] = json.loads((DATA / "sign_digits" / "train.json").read_text())[i]
@@ -5064,7 +5090,9 @@ def test_data_py_checks_a_file_of_records(tmp_path):
     line, = (line for line in ran.out.splitlines() if line.startswith("bad: "))
     assert ran.code == 1 and str(path) in line and "'r1'" in line and "a.png" in line and "limit" in line
     ran = run("data", f"--out={tmp_path / 'world.png'}")
-    assert ran.code == 0 and Image.open(tmp_path / "world.png").size == (1200, 1504)
+    assert ran.code == 0 and Image.open(tmp_path / "world.png").size[0] == 1200
+    asked = [world.World("exam", "scenes")[i]["messages"][0]["content"].removeprefix("<image>\n") for i in range(10)]
+    assert all(repr(question) in ran.out for question in asked)  # those of the scenes that are drawn
 
 
 def test_zero_means_never_for_the_every_flags(trained, tmp_path):
