@@ -1018,7 +1018,7 @@ def keep_good(records: list[dict], limit: float) -> list[dict]:
         return ""
     problems = list(thread_pools(os.getpid())[1].map(problem, records))  # Pillow works outside of Python's lock
     bad = [line for line in problems if line]
-    require(len(bad) <= limit, bad and bad[0] + f" ({len(bad)} held-out records are bad, see --max_bad)")
+    require(len(bad) <= limit, bad and bad[0] + f" ({len(bad)} of {len(records)} records are bad, see --max_bad)")
     for line in bad:
         say(f"skipped: {line}")
     return [record for record, line in zip(records, problems) if not line]
@@ -1045,6 +1045,8 @@ def load_data(spec: str, world: World, held_out_worlds: dict[str, World], seed: 
         total += len(train)
         held = [question for record in held for question in questions_of(record)][:eval_size]
         held = keep_good(held, max_bad * len(records))  # an error now, not after the training
+        # and the first that train, unless they would have to be fetched: a wrong folder of pictures shows in a second
+        keep_good([r for r in train[:500] if not str(r["images"][:1]).startswith("['http")], max_bad * len(records))
         held_out["held_out"] = held_out.get("held_out", []) + held
         say(f"{name}: {len(train):,} of {len(records):,} records train, {len(held):,} questions are held out"
             + f" in {val}" * bool(val) + (": fewer than 50, so look at the interval of the score, not at the score"
