@@ -1255,7 +1255,7 @@ class Loader:
                  state=None, prefetch=True, pin=False, workers=0):
         self.dataset, self.make_document, self.load_pixels = dataset, make_document, load_pixels
         self.rows, self.seq_len, self.image_tokens = rows, seq_len, image_tokens
-        self.prefetch, self.pin, self.workers = prefetch, pin, workers
+        self.prefetch, self.pin = prefetch, pin
         # Micro-batch 1 of 4 takes records 1, 5, 9, ... Counted by micro-batches, not by GPUs: the data of a step are
         # the same however many GPUs share it.
         self.next, self.stride = (state["next"] if state else micro_batch), micro_batches
@@ -1263,6 +1263,8 @@ class Loader:
         self.pending = {}  # {process: the next batch, in preparation}; a forked process finds none of its own
         self.bad, self.max_bad = set(), getattr(dataset, "max_bad", 0)  # what was left out; how many may be
         self.iterator, self.ready = None, deque()  # of the workers; what they have sent and no batch has used yet
+        if workers:  # at once, and in the main thread: a fork copies the locks of other threads as they are, locked
+            self.start_workers(workers)
 
     def state(self) -> dict:  # {"next": 1201, "waiting": [1181, 1197]}: indices are enough, record i can be made again
         # As of the batches handed out. A prefetched one is not among them: a resumed run makes it again.
@@ -1274,21 +1276,20 @@ class Loader:
     def __next__(self) -> dict:
         # result() raises the thread's error here, and again at every later call: the state has not moved on.
         process = os.getpid()
-        if self.workers and self.iterator is None:
-            self.start_workers()  # in the main thread, and before any other: a fork copies locks as they are, locked
         done = self.pending[process].result() if process in self.pending else self.prepare()
         batch, self.next, self.waiting = done
         if self.prefetch:
             self.pending = {process: thread_pools(process)[0].submit(self.prepare)}
         return batch
 
-    def start_workers(self) -> None:
-        prepared = Prepared(self.make, self.stride, self.workers)
+    def start_workers(self, workers: int) -> None:
+        prepared = Prepared(self.make, self.stride, workers)
         loader = torch.utils.data.DataLoader(
             prepared, batch_size=None, sampler=itertools.count(self.next, self.stride * Prepared.CHUNK),
-            num_workers=self.workers, prefetch_factor=4, worker_init_fn=start_worker, multiprocessing_context="fork",
+            num_workers=workers, prefetch_factor=4, worker_init_fn=start_worker, multiprocessing_context="fork",
             generator=torch.Generator())  # of its own: else it would draw from the one that samples answers
         self.iterator, self.current = iter(loader), prepared.current
+        prepared.prepare = None  # the workers have theirs; here it would keep this loader, and them, for ever
         # TRAP: at its end Python stops its children by SIGTERM, which these ignore, and would wait for them for ever.
         weakref.finalize(self, self.iterator._shutdown_workers)
         Loader.started.add(self)

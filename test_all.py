@@ -2990,6 +2990,9 @@ def test_the_batches_are_the_same_for_any_number_of_workers_and_from_any_state()
             assert equal_batches(next(loader), batch) and loader.state() == state
         resumed = loader_of(dataset, workers, states[3])
         assert all(equal_batches(next(resumed), batch) for batch in expected[4:])
+        processes = [*loader.iterator._workers, *resumed.iterator._workers]
+        del loader, resumed  # and with the loaders their processes
+        wait_until(lambda: not any(process.is_alive() for process in processes), 20)
     assert plain.bad and {int(re.match(r"record r(\d+):", line)[1]) for line in plain.bad} <= set(broken)
 
 
