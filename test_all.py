@@ -2790,7 +2790,7 @@ def test_a_recipe_says_its_size_and_licence_and_is_checked_by_its_hash(web, monk
     assert fails(lambda: data.read_records("sums"), "t.jsonl", "expected", "run again")
     records = data.read_records("sums")
     said = capsys.readouterr().err
-    assert "MIT, of course" in said and " MB  t.jsonl" in said
+    assert "MIT, of course" in said and " MB  t.jsonl" in said and "python data.py --download=sums" in said
     assert [r["messages"][1]["content"] for r in records] == [f"100{i}" for i in range(8)]
     assert records[0]["metric"] == "exact"
     assert len(data.read_records("sums@0.25")) == 2

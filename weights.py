@@ -714,7 +714,8 @@ def fetch(name: str | Repository) -> Path:
     offline = [variable for variable in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE")
                if os.environ.get(variable, "").upper() in ("1", "ON", "YES", "TRUE")]
     require(not offline, f"{folder}: lacks {', '.join(missing_files(repository, folder))}, and {''.join(offline[:1])} "
-                         f"is set; run python data.py --download={name} once without it")
+                         f"is set; run python data.py --download={name if isinstance(name, str) else 'NAME'} once "
+                         "without it")
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / ".lock", "w") as file:
         lock(file, folder)
