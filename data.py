@@ -1212,7 +1212,7 @@ def share_workers(asked: int, device: str, world_size: int, micro_batches: int) 
 
 class Prepared(torch.utils.data.Dataset):
     "Records as documents with their pixels, CHUNK of them at once: what the loader's worker processes make."
-    CHUNK = 16  # records sent at once: one message for each would keep the main process busy
+    CHUNK = 32  # records sent at once: one message for each would keep the main process busy
 
     def __init__(self, prepare, stride: int, workers: int):
         self.prepare, self.stride = prepare, stride
@@ -1289,7 +1289,7 @@ class Loader:
         prepared = Prepared(self.make, self.stride, workers)
         loader = torch.utils.data.DataLoader(
             prepared, batch_size=None, sampler=itertools.count(self.next, self.stride * Prepared.CHUNK),
-            num_workers=workers, prefetch_factor=4, worker_init_fn=start_worker, multiprocessing_context="fork",
+            num_workers=workers, prefetch_factor=2, worker_init_fn=start_worker, multiprocessing_context="fork",
             generator=torch.Generator())  # of its own: else it would draw from the one that samples answers
         self.iterator, self.current = iter(loader), prepared.current
         prepared.prepare = None  # the workers have theirs; here it would keep this loader, and them, for ever
