@@ -497,8 +497,8 @@ def make_loaders(flags, setup: Setup, vlm: VLM, tokenizer: Tokenizer, dataset, s
                     f"{flags.steps * flags.batch_size * flags.seq_len / (n * max(tokens, 1)):.1f} epochs")
     cut = sum(len(document.ids) - 1 > flags.seq_len for document in whole if document)
     if cut:
-        setup.print(f"{cut} of {len(whole)} conversations are longer than --seq_len={flags.seq_len} and are cut at "
-                    "their end")
+        setup.print(f"{cut} of {len(whole)} conversations are longer than --seq_len={flags.seq_len} and are cut: "
+                    "their last turns are left out")
     workers = data.share_workers(getattr(flags, "workers", 0), setup.device.type, setup.world_size, count)
     return [make(rows=micro, micro_batch=i, micro_batches=count, state=saved[i] if saved else None,
                  workers=workers[i // setup.world_size])
