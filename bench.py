@@ -3,7 +3,8 @@ How good, and how fast: measured on the real code, never on a copy of it.
 
     python bench.py --what=eval --init=out/tiny/rl                    # held-out accuracy, blind and shuffled baselines
     python bench.py --what=eval --init=out/tiny/rl --data=test.json   # on your own questions
-    python bench.py --what=eval --init=out/tiny/rl --data=MMStar.tsv  # on a benchmark in VLMEvalKit's format
+    python bench.py --what=eval --init=out/tiny/rl --data=MMStar      # on a public benchmark, fetched first
+    python bench.py --what=data --data=my.json --workers=8            # the loader alone: does it keep up with the step?
     python bench.py --what=speed                                      # this machine: the training step and decoding
     python bench.py --what=speed --model=qwen2.5-1.5b --micro_batch_size=8  # the same of a large model, random weights
     python bench.py --what=ladder --model=qwen2.5-1.5b --batch_size=8 --micro_batch_size=4  # what each idea is worth
@@ -15,6 +16,7 @@ The last line of standard output is one JSON object; tables go to standard error
 """
 import argparse
 import base64
+import functools
 import http.client
 import io
 import json
@@ -25,6 +27,7 @@ import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -37,10 +40,11 @@ import sample
 import train_rl
 from model import PRESETS, VLM, Block, add_lora, newest_checkpoint, preset, rope_table
 from tokenizer import Tokenizer
-from train_sft import evaluate_with_baselines
+from train_sft import answers, evaluate_with_baselines, exchange_pictures, score_answer, wilson, yes_or_no
 from training import (FROM_SCRATCH, Optimizer, Setup, count_supervised, freeze_all_but, largest_micro_batch, load_start,
                       make_loaders, parse_flags, run, train_step)
 from vision import Bridge, ViTBlock
+from weights import named_errors, parse_json
 from world import World
 
 # Its data in the built-in world, and the parts that are trained; chapter 4 trains the same parts as sft.
@@ -50,14 +54,16 @@ BY_MODEL = {"tiny": {"batch_size": 32, "seq_len": 128}, "small": {"batch_size": 
             "released": {"batch_size": 32, "seq_len": 2048}}
 CARDS = (8, 12, 16, 24, 40, 80, 141)  # GiB
 FLAGS = {
-    "what": ("eval", "eval, speed, ladder, profile, memory or serve"),
+    "what": ("eval", "eval, data, speed, ladder, profile, memory or serve"),
     "clients": ("1,8,32,64", "serve: how many at once, one number after another"),
     "model": ("tiny", f"{', '.join(PRESETS)}, or a hub id (Org/Name) or folder"),
     "vision": ("", "speed: encoder in place of the preset's"),
     "bridge": ("", "speed: perceiver, pixelshuffle or mlp, in place of the preset's"),
     "init": ("", "checkpoint folder; empty: the latest stage under --out_dir, for speed else random weights"),
     "out_dir": ("out", "where the stages keep their checkpoints"),
-    "data": ("world", "world, or a file of records: .json, .jsonl, .tsv"),
+    "data": ("world", "world, a benchmark's name (data.py --download=list), or files of records, comma-separated"),
+    "answers": ("", "eval: a .jsonl that keeps the answers; run again to go on"),
+    "workers": (-1, "data: processes that open pictures; -1: up to 8 with a GPU, else 0"),
     # With half of 2,000 questions right, the 95 % interval reaches 2 points to each side; of 100 questions, 10 points.
     "eval_size": (2000, "questions at most"),
     "batch_size": (None, "speed, memory: rows per training step; speed: prompts decoded at once"),
@@ -75,6 +81,100 @@ FLAGS = {
 }
 
 
+# ----------------------------------------------------------------------------------------------------------------------
+# Accuracy: the built-in world, one's own files, and the public benchmarks by their official rules
+
+# Published scores of models of this size, to stand beside ours: their papers and model cards.
+PUBLISHED = {
+    "MMStar": {"LLaVA-OneVision 0.5B": 37.5, "SmolVLM 2.2B": 46.0, "nanoVLM 222M": 35.3, "chance": 24.6},
+    "MMBench_DEV_EN": {"LLaVA-OneVision 0.5B": 52.1, "LLaVA-1.5 7B": 64.3, "TinyLLaVA 1.5B": 55.2},
+    "ScienceQA_TEST": {"LLaVA-OneVision 0.5B": 67.2, "TinyLLaVA Qwen2.5-0.5B": 60.3, "LLaVA-1.5 7B": 66.8},
+    "AI2D_TEST": {"LLaVA-OneVision 0.5B": 57.1},
+    "POPE": {"LLaVA-OneVision 0.5B": 87.2, "TinyLLaVA Qwen2.5-0.5B": 86.1, "LLaVA-1.5 7B": 85.9},
+    "ChartQA_TEST": {"LLaVA-OneVision 0.5B": 61.4},
+    "TextVQA_VAL": {"TinyLLaVA Qwen2.5-0.5B": 48.3, "LLaVA-1.5 7B": 58.2},
+    "RealWorldQA": {"LLaVA-OneVision 0.5B": 55.6},
+    "SEEDBench_IMG": {"LLaVA-OneVision 0.5B": 65.5},
+    "MME": {"LLaVA-OneVision 0.5B": 1478, "TinyLLaVA Qwen2.5-3B, perception only": 1438.7},
+    "GQA_TestDev_Balanced": {"LLaVA-OneVision 0.5B": 58.0, "TinyLLaVA Qwen2.5-0.5B": 59.5, "LLaVA-1.5 7B": 62.0},
+}
+
+
+def official_score(name: str, records: list, texts: list[str], right: list[float]) -> tuple[str, float]:
+    "-> (what the benchmark calls its score, the score), where that is not plain accuracy."
+    if name.startswith("MMBench"):
+        # Circular: each question comes in all rotations of its options, index + n * 1,000,000. Only if all of them are
+        # right it counts: a model that prefers the letter A fails.
+        groups = {}
+        for record, value in zip(records, right):
+            groups.setdefault(int(record["id"]) % 10 ** 6, []).append(value)
+        return "circular accuracy", 100 * sum(map(min, groups.values())) / len(groups)
+    if name.startswith("POPE"):  # F1 of "yes"; an answer that is neither counts as no
+        yes = [(yes_or_no(text) == "yes", record["answer"].lower() == "yes") for record, text in zip(records, texts)]
+        hits, said, true = sum(a and b for a, b in yes), sum(a for a, _ in yes), sum(b for _, b in yes)
+        return "F1", 200 * hits / max(said + true, 1)
+    if name.startswith("MME"):  # per category: accuracy + share of pictures whose two questions are both right, in %
+        categories = {}
+        for record, value in zip(records, right):
+            pictures = categories.setdefault(record["kind"], {})
+            pictures.setdefault(data.picture_key(record["images"][0]), []).append(value)
+        return "sum of accuracy and accuracy+", sum(
+            100 * sum(map(sum, pictures.values())) / sum(map(len, pictures.values()))
+            + 100 * sum(map(min, pictures.values())) / len(pictures) for pictures in categories.values())
+    return "accuracy", 100 * sum(right) / len(right)
+
+
+class Answers:
+    "The answers to one set, in a file of one JSON object per line: a run that was stopped goes on from there."
+
+    def __init__(self, path: str, setup, vlm, tokenizer):
+        self.path, self.setup, self.vlm, self.tokenizer, self.known = path, setup, vlm, tokenizer, {}
+        for file in sorted(Path(path).parent.glob(Path(path).name + "*")) if path else ():
+            with named_errors(file), open(file, encoding="utf-8") as lines:
+                for line in lines:
+                    if line.endswith("\n"):  # else the run was killed in the middle of it
+                        row = parse_json(line, file)
+                        self.known[row["set"], row["image"], row["id"]] = row["text"]
+
+    def __call__(self, name: str, records: list, image: str) -> list[str]:
+        "-> the texts, of all ranks, in order. image: own, blind or shuffled."
+        setup, mine = self.setup, records[self.setup.rank::self.setup.world_size]
+        for at in range(0, len(mine), 100):
+            new = [record for record in mine[at:at + 100] if (name, image, record["id"]) not in self.known]
+            texts = answers(self.vlm, self.tokenizer, new, blind=image == "blind") if new else []
+            self.known |= {(name, image, record["id"]): text for record, text in zip(new, texts)}
+            if self.path and new:
+                with open(f"{self.path}.{setup.rank}" if setup.world_size > 1 else self.path, "a") as file:
+                    file.writelines(json.dumps({"set": name, "image": image, "id": record["id"], "text": text}) + "\n"
+                                    for record, text in zip(new, texts))
+        return setup.gather([self.known[name, image, record["id"]] for record in mine])
+
+
+def evaluate_file(name: str, records: list, ask: Answers) -> dict:
+    "A benchmark or a file of questions -> its official score, accuracy and interval, blind and shuffled beside them."
+    columns = {"own": records, "blind": records, "shuffled": exchange_pictures(records)}
+    results, setup = {}, ask.setup
+    for image, asked in columns.items():
+        if asked:
+            texts = ask(name, asked, image)
+            right = [score_answer(record, text) for record, text in zip(records, texts)]
+            title, score = official_score(name, records, texts, right)
+            results[image] = {"score": score, "accuracy": sum(right) / len(right), "right": right}
+    own, right = results["own"], results["own"]["right"]
+    low, high = wilson(sum(right), len(right))
+    setup.print(f"\n{name}: {title} " + ", ".join(f"{image} {r['score']:.1f}" for image, r in results.items())
+                + f"   ({len(right)} questions, 95 % interval of the accuracy {low:.1%} to {high:.1%})")
+    for model_name, published in PUBLISHED.get(name, {}).items():
+        setup.print(f"  {model_name:<40}{published:>8.1f}")
+    kinds = {}
+    for record, value in zip(records, right):
+        kinds.setdefault(record.get("kind", "all"), []).append(value)
+    return {"n": len(right), "accuracy": own["accuracy"], "ci95": (low, high), "score": own["score"], "score_is": title,
+            "by_kind": {kind: sum(values) / len(values) for kind, values in sorted(kinds.items())},
+            "blind_accuracy": results["blind"]["accuracy"], "blind_score": results["blind"]["score"],
+            "shuffled_accuracy": results["shuffled"]["accuracy"] if "shuffled" in results else None}
+
+
 def bench_eval(flags) -> dict:
     "The same questions three times: with their own picture, with none, and with another's."
     setup = Setup(flags)
@@ -86,14 +186,48 @@ def bench_eval(flags) -> dict:
     if flags.data == "world":
         held_out = {split: [world[i] for i in range(flags.eval_size)] for split in ("scenes", "pairs")
                     for world in [World("exam", split, seed=1)]}
+        results = evaluate_with_baselines(vlm, tokenizer, held_out, setup)
     else:
         # The whole file: nothing is held out, as it is in training. TRAP: on a file that the model was trained on this
         # measures its memory.
-        held_out = {"all": [record for name, _ in data.parse_mixture(flags.data)
-                            for record in data.read_records(name)][:flags.eval_size]}
-    results = evaluate_with_baselines(vlm, tokenizer, held_out, setup)
+        ask, results = Answers(flags.answers, setup, vlm, tokenizer), {}
+        for name, _ in data.parse_mixture(flags.data):
+            records = [question for record in data.read_records(name) for question in data.questions_of(record)]
+            results[Path(name).stem] = evaluate_file(Path(name).stem, records[:flags.eval_size], ask)
     # The first split's numbers stand on top too: a script finds "accuracy" there, whatever the split's name.
     return {"what": "eval", "data": flags.data, **next(iter(results.values())), "splits": results}
+
+
+def bench_data(flags) -> dict:
+    "The loader alone: records, pictures and tokens a second, padding, memory. No model, and no GPU."
+    config, M = preset(flags.model, flags.bridge), preset(flags.model, flags.bridge).bridge.num_tokens
+    tokenizer = Tokenizer.train(data.tokenizer_texts(flags.data, 0, 3_000_000), min(config.decoder.vocab_size, 8192))
+    started = time.perf_counter()
+    dataset, _ = data.load_data(flags.data, World("chat"), {}, flags.seed, 1, max_bad=0.01)
+    opened = time.perf_counter() - started
+    workers, = data.share_workers(flags.workers, "cuda" if torch.cuda.is_available() else "cpu", 1, 1)
+    make = functools.partial(data.make_document, tokenizer=tokenizer, image_tokens=M, seq_len=flags.seq_len)
+    loader = data.Loader(dataset, make, data.pixel_loader(config.vision), flags.batch_size, flags.seq_len, M,
+                         workers=workers)
+    for _ in range(3):  # until the workers are busy and their queues are full
+        next(loader)
+    batches, times = [], [time.perf_counter()]
+    while len(batches) < flags.steps or times[-1] - times[0] < 5:
+        batch = next(loader)
+        times.append(time.perf_counter())
+        batches.append((len(batch["records"]), len(batch["image_index"]), int((batch["document_ids"] > 0).sum())))
+    # What was ready in the queues when the clock began is not paid for here: with few batches, that would flatter.
+    seconds = times[-1] - times[0]
+    records, pictures, tokens = (sum(column) for column in zip(*batches))
+    waste = 1 - tokens / (len(batches) * flags.batch_size * flags.seq_len)
+    import resource  # not on Windows
+    memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2 ** 10
+    say(f"{flags.data}: opened in {opened:.1f} s; {workers} workers: {records / seconds:,.0f} records, "
+        f"{pictures / seconds:,.0f} pictures, {tokens / seconds:,.0f} tokens a second, {waste:.1%} padding, "
+        f"{seconds / len(batches) * 1e3:.0f} ms a batch, {memory:,.0f} MB in the main process")
+    return {"what": "data", "data": flags.data, "model": flags.model, "workers": workers, "open_s": opened,
+            "records_per_s": records / seconds, "pictures_per_s": pictures / seconds, "tokens_per_s": tokens / seconds,
+            "ms_per_batch": seconds / len(batches) * 1e3, "padding": waste, "main_mb": memory}
 
 
 def load(flags, setup) -> tuple[VLM, Tokenizer]:
@@ -606,8 +740,8 @@ def say(text: str) -> None:
 
 def main() -> None:
     flags = parse_flags(__doc__, "bench", FLAGS, BY_MODEL)
-    jobs = {"eval": bench_eval, "speed": bench_speed, "ladder": bench_ladder, "profile": bench_profile,
-            "memory": bench_memory, "serve": bench_serve}
+    jobs = {"eval": bench_eval, "data": bench_data, "speed": bench_speed, "ladder": bench_ladder,
+            "profile": bench_profile, "memory": bench_memory, "serve": bench_serve}
     if flags.what not in jobs:
         raise ValueError(f"--what={flags.what}: choose {', '.join(jobs)}")
     print(json.dumps(jobs[flags.what](flags)))

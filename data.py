@@ -7,37 +7,48 @@ People's files -> records -> packed batches. The way of one record to the loss, 
     pack            documents of all lengths -> rows of one fixed shape     [rows, seq_len]
     collate         these rows as tensors, with the pictures' pixels        -> VLM.forward(batch) in model.py -> loss
 
-`Loader` calls the last three for each batch. Used as a script, this file checks data and downloads weights:
+`Loader` calls the last three for each batch. Used as a script, this file checks data and downloads weights and data:
 
     python data.py                           # draw a contact sheet of the built-in world: world.png
-    python data.py --data=my.json            # check your own records: read all, open every picture, show three
+    python data.py --data=my.json,world      # read all, name every bad record, show three
+    python data.py --check --data=my.json    # the same, and open every picture, count tokens, draw check.png
     python data.py --download=qwen2.5-1.5b   # fetch published weights, and the vision tower for them: 3.1 + 1.3 GB
-    python data.py --download=list           # what has a short name here; anything else is given as Org/Name
+    python data.py --download=gsm8k          # fetch a public data set
+    python data.py --download=list           # what has a short name here; other weights are given as Org/Name
 
-Left out: streaming from object stores, and shuffle buffers: the number i alone says which record it is, so any order
-can be had directly, and a stopped run needs only that number to go on.
+Left out: streaming from object stores, and shuffle buffers. An index of byte offsets makes every record of a file, also
+of a tar shard, readable by its number, so any order can be had directly, and a stopped run needs only that number.
 """
 import argparse
 import ast
 import base64
+import codecs
 import contextlib
 import csv
+import ctypes
 import difflib
 import gzip
 import hashlib
 import io
+import itertools
 import json
 import os
 import random
 import re
+import signal
+import stat
 import sys
 import tarfile
 import textwrap
+import time
+import weakref
 import zipfile
 import zlib
+from array import array
+from collections import Counter, deque
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
-from functools import lru_cache
+from dataclasses import dataclass, replace
+from functools import lru_cache, partial
 from pathlib import Path
 from string import ascii_uppercase
 
@@ -47,51 +58,56 @@ from PIL import Image, ImageDraw, ImageFont
 from tqdm import tqdm
 
 import weights
+from tokenizer import Tokenizer
 from vision import ViTConfig, load_image, preprocess
-from weights import named_errors, require
+from weights import named_errors, parse_json, require
 from world import QUESTIONS, Scene, World
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Reading: whatever the file, one record per conversation
-#   {"id": "7", "messages": [{"role": "user", "content": "<image>\nWhat is it?"}, {"role": "assistant", ...}],
-#    "images": [source], and where the file has them "kind", "answer", "metric", "choices"}
-# A source is a path, a (zip file, member) pair, the bytes of a picture file, or a Scene of the built-in world. It is
-# opened only when its record is used: the 558,000 pictures of LLaVA's first stage would fill 110 GB of memory.
+# Pictures: a source is a path, a URL, a (zip file, member) pair, the bytes of a picture file, or a Scene of the
+# built-in world. It is opened only when its record is used: the 558,000 pictures of LLaVA's first stage fill 110 GB.
 
-ROLES = {"human": "user", "gpt": "assistant", "user": "user", "assistant": "assistant", "system": "system"}
-END = "<|endoftext|>"  # between two documents of a text file
-JSON_SUFFIXES = (".json", ".jsonl", ".json.gz", ".jsonl.gz")
-CAPTION_PROMPT = "Describe the image."  # the question for a picture that comes with a caption only
-CHOICE_PROMPT = "Answer with the option's letter from the given choices directly."  # LLaVA's wording, as is the next:
-SHORT_PROMPT = "Answer the question using a single word or phrase."
-# Part of a benchmark's file name -> the rule that scores it. The first match wins: DocVQA is not scored like VQA.
-FILE_METRICS = {"chartqa": "relaxed", "docvqa": "anls", "infovqa": "anls", "ocrvqa": "exact", "ocrbench": "contains",
-                "vqa": "vqa", "pope": "yesno"}
+PICTURES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp")
+LEADS_OUT = re.compile(r"^[/\\]|^[A-Za-z]:|(^|[/\\])\.\.($|[/\\])|\0")  # /etc/passwd, C:x, ../x
+MAX_PICTURE = 200 * 2 ** 20  # bytes of one picture's file; a larger one is a mistake or an attack (a zip bomb)
 
 
-def read_json_rows(file):
-    """A JSON list, or one JSON value per line -> its items."""
-    # The content decides, not the file's name: POPE's .json files hold one object per line.
-    is_list = file.readline().lstrip().startswith("[")
-    file.seek(0)  # the first line of a list may hold the whole list
-    # Line by line: a shard of C4 unpacks to 800 MB. In a list the JSON parser counts the lines itself.
-    for number, text in [(0, file.read())] if is_list else enumerate(file, 1):
-        try:
-            yield from json.loads(text) if is_list else [json.loads(text)] if text.strip() else []
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{file.name}, line {number or error.lineno}: not JSON ({error.msg}); expected a list of "
-                             "records or one record per line; fetch the file again if it was cut off") from None
+def cache(*parts: str) -> Path:
+    return weights.setting("GHOSTVIS_CACHE", "~/.cache/ghostvis").joinpath(*parts)
 
 
-def open_text(path: str):
-    # Without encoding=, Windows uses an old code page and damages accents. utf-8-sig skips the byte order mark that
-    # Windows editors write first and that a JSON parser refuses.
-    return (gzip.open if path.endswith(".gz") else open)(path, "rt", encoding="utf-8-sig")
+@contextlib.contextmanager
+def new_file(path: Path, mode: str = "wb"):
+    "A file that gets its name when it is complete: no other process ever sees half of it."
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f"{path.name}.{os.getpid()}.part")
+    try:
+        with open(part, mode) as file:
+            yield file
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
 
 
-@lru_cache(maxsize=8)  # stays open: reading the directory of a big zip takes seconds
+def say(text: str) -> None:
+    "To standard error, once for all ranks, and not into the middle of a progress bar."
+    if os.environ.get("RANK", "0") == "0":
+        tqdm.write(text, file=sys.stderr)
+
+
+@lru_cache(maxsize=32)  # stays open: reading the directory of a big zip takes seconds
 def open_zip(path: str, process: int) -> zipfile.ZipFile:
     return zipfile.ZipFile(path)  # one per process: a forked worker would share its parent's file position
+
+
+def read_member(path: str, member: str) -> bytes:
+    file = open_zip(path, os.getpid())
+    size = file.getinfo(member).file_size  # zipfile never unpacks more than this directory entry says
+    require(size <= MAX_PICTURE, f"{member} in {path}: {size:,} bytes are too many for a picture")
+    try:
+        return file.read(member)
+    except (RuntimeError, NotImplementedError) as error:  # encrypted; packed by a method that Python lacks
+        raise zipfile.BadZipFile(str(error)) from None
 
 
 def open_source(source, px: int = 256) -> Image.Image:
@@ -102,82 +118,191 @@ def open_source(source, px: int = 256) -> Image.Image:
     if isinstance(source, tuple):
         name = " in ".join(reversed(source))  # "7.jpg in images.zip"
         with named_errors(name):
-            source = open_zip(source[0], os.getpid()).read(source[1])
+            source = read_member(*source)
+    elif name.startswith(("http://", "https://")):
+        source = weights.fetch_url(name, cache("pictures"), MAX_PICTURE)
     return load_image(io.BytesIO(source) if isinstance(source, bytes) else source, name)
+
+
+def load_pixels(config: ViTConfig, source, record: dict) -> torch.Tensor:
+    try:
+        image = open_source(source, config.image_size)
+    except ValueError as error:
+        raise ValueError(f"record {record['id']}: {error}") from None  # one of a million: say which
+    return preprocess(image, config.image_size, config.bicubic, config.pad)
 
 
 def pixel_loader(config: ViTConfig):
     "-> a function (source, record) -> uint8 [3, S, S], as this ViT needs it; its errors name the record."
-    def load_pixels(source, record: dict) -> torch.Tensor:
+    return partial(load_pixels, config)
+
+
+def image_finder(folder: str, places: dict = {}):
+    """
+    -> a function: an image's name in a record -> its source, or None. It opens no image. places: where those are that
+    the folder lacks, {the beginning of their names: another folder, or a URL}. A name that leads out of the folder is a
+    ValueError: a file of records from a stranger must not make us read, and describe, the user's other files.
+    """
+    folder = os.path.abspath(folder)
+    true_path = lru_cache(2 ** 14)(os.path.realpath)
+    roots = [true_path(os.path.join(root, end)) for root in [folder, *places.values()] for end in ("", "images")]
+
+    def is_file(path: str, name: str) -> bool:
         try:
-            image = open_source(source, config.image_size)
-        except ValueError as error:
-            raise ValueError(f"record {record['id']}: {error}") from None  # one of a million: say which
-        return preprocess(image, config.image_size, config.bicubic, config.pad)
-    return load_pixels
+            linked = stat.S_ISLNK(os.lstat(path).st_mode)
+        except OSError:  # it is not there, or its name is longer than the disk allows
+            return False
+        # realpath takes 30 microseconds, so only links are followed one by one, folders once
+        true = os.path.realpath(path) if linked else os.path.join(true_path(os.path.dirname(path)), "x")
+        require(any(true.startswith(root + os.sep) for root in roots),
+                f"image {name[:100]!r} is a link that leads out of the data's folder {folder}; copy the file there")
+        return os.path.isfile(path)
 
+    @lru_cache
+    def zips(place: str) -> list:
+        # A zip stays packed: half a million small files take hours to unpack, and many disks run out of inodes.
+        # The directory at the zip's end gives each member's position, so one picture is read without the others.
+        names = sorted((entry for entry in os.listdir(place) if entry.endswith(".zip")),
+                       key=lambda entry: (entry != "images.zip", entry)) if os.path.isdir(place) else []
+        out = []
+        for path in (os.path.join(place, name) for name in names):
+            with named_errors(path):
+                # macOS adds a hidden companion of each file. It has the name of a picture, but is none.
+                members = [n for n in open_zip(path, os.getpid()).namelist() if not n.startswith("__MACOSX/")]
+            # Zipping a folder puts its name before all others: the zip has images/004/7.jpg, the records say
+            # 004/7.jpg. Both are found, the full name first.
+            common = os.path.commonprefix(members).split("/")[:-1]
+            prefixes = ["/".join(common[:depth] + [""]) if depth else "" for depth in range(len(common) + 1)]
+            out.append((path, open_zip(path, os.getpid()).NameToInfo, prefixes))
+        return out
 
-def image_finder(path: str):
-    """-> a function: an image's name in this file -> its source, or None. It opens no image."""
-    folder = os.path.dirname(os.path.abspath(path))
-    # A zip stays packed: half a million small files take hours to unpack, and many disks run out of inodes.
-    # The directory at the zip's end gives each member's position, so one picture is read without the others.
-    archive, members = os.path.join(folder, "images.zip"), {}
-    if os.path.exists(archive):
-        with named_errors(archive):
-            # macOS adds a hidden companion of each file. It has the name of a picture, but is none.
-            names = [name for name in open_zip(archive, os.getpid()).namelist() if not name.startswith("__MACOSX/")]
-        # Zipping a folder puts its name before all others: the zip has images/004/7.jpg, the records say 004/7.jpg.
-        # Both are found. The full name is entered last, so it wins where two disagree.
-        for depth in range(os.path.commonprefix(names).count("/"), -1, -1):
-            members.update((name.split("/", depth)[-1], name) for name in names)
+    def find_in(place: str, name: str, whole: str):
+        for archive, members, prefixes in zips(place):
+            for prefix in prefixes:
+                if prefix + name in members:
+                    return archive, prefix + name
+        # Some files say images/7.jpg, others 7.jpg.
+        for path in f"{place}/images/{name}", f"{place}/{name}":
+            if is_file(path, whole):
+                return path
+        first, _, rest = name.partition("/")  # gqa/images/7.jpg may be images/7.jpg in gqa/images.zip
+        return find_in(os.path.join(place, first), rest, whole) if rest else None
 
     def find(name: str):
-        if name in members:
-            return archive, members[name]
-        # Some files say images/7.jpg, others 7.jpg.
-        candidates = os.path.join(folder, "images", name), os.path.join(folder, name)
-        return next(filter(os.path.isfile, candidates), None)
+        if name.startswith("data:"):  # data:image/png;base64,iVBORw0KG...: the picture itself
+            try:
+                return base64.b64decode(name.partition(",")[2], validate=True)
+            except ValueError:
+                raise ValueError(f"image {name[:40]!r} is not base64") from None
+        if name.startswith(("http://", "https://")):
+            return name
+        require(not LEADS_OUT.search(name), f"image {name[:100]!r} leads out of the data's folder {folder}; name it "
+                                            "relative to the folder")
+        source = find_in(folder, name, name)
+        for start, place in places.items():
+            if not source and name.startswith(start):
+                rest = name[len(start):]
+                source = place + rest if "://" in place else find_in(place, rest, name)
+        return source
     return find
 
 
-def to_messages(row: dict) -> list[dict]:
-    """One row, in any of four layouts -> [{"role", "content"}, ...]."""
+# ----------------------------------------------------------------------------------------------------------------------
+# Records: whatever the file, one record per conversation
+#   {"id": "7", "messages": [{"role": "user", "content": "<image>\nWhat is it?"}, {"role": "assistant", ...}],
+#    "images": [source], and where the file has them "kind", "answer", "metric", "choices"}
+
+ROLES = {"human": "user", "gpt": "assistant", "user": "user", "assistant": "assistant", "system": "system"}
+METRICS = ("exact", "yesno", "relaxed", "anls", "contains", "vqa", "choice")  # train_sft.py has the rules
+CAPTION_PROMPT = "Describe the image."  # the question for a picture that comes with a caption only
+CLASS_PROMPT = "What is this?"          # and for one in a folder that is named after what it shows
+CHOICE_PROMPT = "Answer with the option's letter from the given choices directly."  # LLaVA's wording, as is the next:
+SHORT_PROMPT = "Answer the question using a single word or phrase."
+
+
+def flatten(content, images: list):
+    "A turn's content -> its text. OpenAI's later files have a list of parts; their pictures are added to `images`."
+    # [{"type": "text", "text": "What?"}, {"type": "image_url", "image_url": {"url": "7.jpg"}}] -> "What?<image>"
+    if not isinstance(content, list):
+        return content  # make_record checks that it is text
+    texts = []
+    for part in content:
+        if part["type"] == "text":
+            texts.append(part["text"].replace("<image>", ""))  # here the list alone says where pictures are
+        else:
+            require(part["type"] in ("image_url", "image"), f"a part of type {part['type']!r}; use text or image_url")
+            url = part.get("image_url", part.get("image"))
+            images += [] if url is None else [url["url"] if isinstance(url, dict) else url]
+            texts.append("<image>")
+    return "".join(texts)
+
+
+def to_messages(row: dict, images: list) -> list[dict]:
+    """One row, in any of five layouts -> [{"role", "content"}, ...]. Pictures within it are added to `images`."""
     # OpenAI  {"messages": [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": "Hi!"}]}
     # LLaVA   {"conversations": [{"from": "human", "value": "<image>\nWhat is it?"}, {"from": "gpt", "value": "Cat."}]}
     # Alpaca  {"instruction": "Translate into English.", "input": "Haus", "output": "house"}
     # GSM8K   {"question": "Ann has 2 + 3 eggs. How many?", "answer": "2 + 3 = 5\n#### 5"}
+    # caption {"file_name": "7.jpg", "text": "A cat."}, as in a folder's metadata.jsonl
     for turns, role, content in ("messages", "role", "content"), ("conversations", "from", "value"):
         if turns in row:
-            return [{"role": ROLES[turn[role]], "content": turn[content]} for turn in row[turns]]
+            return [{"role": ROLES[turn[role]], "content": flatten(turn[content], images)} for turn in row[turns]]
     if "instruction" in row:
         question, answer = "\n\n".join(filter(None, (row["instruction"], row.get("input")))), row["output"]
+    elif images and "question" not in row and ("text" in row or "caption" in row):
+        question, answer = CAPTION_PROMPT, row.get("text", row.get("caption"))
     else:
         question, answer = row["question"], row["answer"]
     answer = answer[0] if isinstance(answer, list) else answer  # of several right answers, train on the first
     return [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
 
 
+def check_scoring(row: dict, where: str) -> None:
+    "What scoring will use is of the right kind: later it would end an evaluation, or silently score nothing."
+    if not row.keys() & {"answer", "metric", "choices", "kind"}:
+        return
+    answers = row.get("answer", "x")
+    answers = answers if isinstance(answers, list) else [answers]
+    require(answers and all(isinstance(one, str) and one.strip() for one in answers),
+            f"{where}: the answer {str(row.get('answer'))[:40]!r} must be a text, or a list of texts, and not empty")
+    require(row.get("metric", "exact") in METRICS, f"{where}: unknown metric {str(row.get('metric'))[:40]!r}; choose "
+                                                  f"from {', '.join(METRICS)}")
+    choices = row.get("choices", {})
+    require(isinstance(choices, dict) and all(isinstance(text, str) for text in choices.values()),
+            f"{where}: choices must be an object of letters and texts, such as {{\"A\": \"cat\"}}")
+    require(isinstance(row.get("kind", ""), str), f"{where}: the kind must be a text")
+
+
 def make_record(row: dict, where: str, find) -> dict:
     """One row of a file -> a record that nothing later has to check again."""
+    where += f" (id {str(row['id'])[:60]!r})"
+    names = row.get("images", row.get("image", row.get("file_name"))) or []  # null, "" and no key: a text-only record
+    names = list(names) if isinstance(names, list) else [names]
     try:
-        messages = to_messages(row)
-    except (KeyError, TypeError, IndexError) as error:
+        messages = to_messages(row, names)
+    except (KeyError, TypeError, IndexError, AttributeError) as error:
         raise ValueError(f"{where}: missing key or unknown role {error}; expected conversations (from, value), "
                          "messages (role, content), instruction and output, or question and answer") from None
-    # OpenAI's later files have lists here: [{"type": "text", "text": ...}, {"type": "image_url", ...}].
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from None
     require(all(isinstance(turn["content"], str) for turn in messages),
             f"{where}: the content of a turn is not text; list pictures under images, mark their places by <image>")
     roles = [turn["role"] for turn in messages]
     roles = roles[1:] if roles[:1] == ["system"] else roles  # the chat format allows a system message only here
     # Filters that drop single turns leave a question without its answer, or two questions in a row.
     require(roles and roles == ["user", "assistant"] * (len(roles) // 2), f"{where}: the turns are "
-            f"{', '.join(roles) or 'none'}; user and assistant must alternate, the assistant last")
-    names = row.get("images", row.get("image")) or []  # null, "" and no key at all mean a text-only record
-    names = names if isinstance(names, list) else [names]
-    # A .tsv or .tar brings the bytes along. str: a name may be a bare number in JSON.
-    images = [name if isinstance(name, bytes) else find(str(name)) for name in names]
-    missing = [name for name, image in zip(names, images) if image is None]
+            f"{', '.join(roles[:9]) or 'none'}; user and assistant must alternate, the assistant last")
+    empty = [i for i, turn in enumerate(messages) if turn["role"] == "assistant"
+             and (not turn["content"] or turn["content"].isspace())]
+    require(not empty, f"{where}: the answer in turn {empty[:1]} is empty; nothing could be learned from it")
+    # A .tsv or .tar brings the bytes along. A name may be a bare number in JSON, but is no list and no object.
+    if not all(type(name) in (str, int, bytes) for name in names):  # not require(): its message would always be made
+        raise ValueError(f"{where}: an image is no name: {str(names)[:60]}")
+    try:
+        images = [name if isinstance(name, bytes) else find(str(name)) for name in names]
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from None
+    missing = [str(name)[:100] for name, image in zip(names, images) if image is None]
     require(not missing, f"{where}: no image {missing[:1]} in images/ beside the file, in its own folder, or in "
                          "images.zip")
     markers = sum(turn["content"].count("<image>") for turn in messages)
@@ -187,34 +312,153 @@ def make_record(row: dict, where: str, find) -> dict:
     # With one marker too few, every later picture would belong to the wrong question, and no number would look wrong.
     require(markers == len(images),
             f"{where}: {markers} <image> markers, {len(images)} images; write a marker for each")
+    check_scoring(row, where)
     # Keys that scoring needs are kept; other keys of the file (licence, url) are dropped.
     extra = {key: row[key] for key in ("kind", "answer", "metric", "choices") if key in row}
     return {"id": str(row["id"]), "messages": messages, "images": images, **extra}
 
 
-def read_records(path) -> list[dict]:
-    """.json, .jsonl (LLaVA and others), .tsv (VLMEvalKit), .tar (webdataset) -> records. Errors count them from 0."""
-    path, find, records = str(path), None, []
-    with named_errors(path):
-        if path.endswith(JSON_SUFFIXES):
-            with open_text(path) as file:
-                # All in memory (LLaVA's 665,000: a few GB), because a split by picture must look at every record first.
-                rows, find = list(read_json_rows(file)), image_finder(path)
-        else:
-            require(path.endswith((".tsv", ".tar")),
-                    f"{path}: unknown kind of file; give a .json, .jsonl, .tsv or .tar")
-            # Their records contain the pictures themselves, so there is nothing to find.
-            rows = (read_tsv if path.endswith(".tsv") else read_tar)(path)
-    for index, row in enumerate(rows):
-        require(isinstance(row, dict), f"{path}, record {index}: expected an object with keys, found {str(row)[:40]!r}")
-        for instance in row.get("instances") or [{}]:  # Self-Instruct: several inputs under one instruction
-            whole = {"id": index, **row, **instance}  # the row's own id, if it has one, wins
-            records.append(make_record(whole, f"{path}, record {index} (id {whole['id']!r})", find))
-    require(records, f"{path}: the file is empty; was its download cut off?")
-    return records
+def picture_key(source) -> str:
+    """The same text for the same picture: data sets often contain copies under other names."""
+    if isinstance(source, tuple):  # a zip's directory has the checksums: no picture is read for them
+        info = open_zip(source[0], os.getpid()).getinfo(source[1])
+        return f"{info.CRC} {info.file_size}"
+    if isinstance(source, bytes):
+        return f"{zlib.crc32(source)} {len(source)}"
+    if isinstance(source, Scene):
+        return repr(source)
+    # For plain files the name is used, or 100 GB would be read. With one folder's name, because train2017/7.jpg is not
+    # vg/7.jpg; without the folders above, or the split would differ from machine to machine.
+    return "/".join(Path(source).parts[-2:])
 
 
-def read_tsv(path: str) -> list[dict]:
+def hash_key(key: str) -> int:
+    return int.from_bytes(hashlib.sha1(key.encode("utf-8", "surrogatepass")).digest()[:8], "big")
+
+
+def hash_keys(record: dict) -> list[int]:
+    "A record's pictures as 64-bit numbers, the same on every machine. Without a picture its id counts as one."
+    return sorted(map(hash_key, {picture_key(source) for source in record["images"]} or {f"id {record['id']}"}))
+
+
+class Records:
+    """
+    The records of a file: a sequence, whose items are read and made when they are asked for. Per record there are only
+    a few numbers in memory: `spans` (where it is in the file) and the hashes of its pictures, by which a set is split.
+    """
+
+    def __init__(self, make, spans: np.ndarray, keys: np.ndarray, counts: np.ndarray, bad: list = ()):
+        self.make, self.spans = make, spans     # make(*spans[i]) -> record i; spans int64 [n, k]
+        self.keys, self.counts = keys, counts   # hashes of all pictures in a row, uint64; how many of each record [n]
+        self.bad = list(bad)                    # what is wrong with rows that are no records
+
+    def __len__(self) -> int:
+        return len(self.spans)
+
+    def __getitem__(self, i):
+        if isinstance(i, slice):
+            return [self[k] for k in range(*i.indices(len(self)))]
+        return self.make(*self.spans[i].tolist())  # numpy's IndexError ends a `for` over the records
+
+    def select(self, chosen: np.ndarray) -> "Records":
+        "chosen: bool [n]."
+        return Records(self.make, self.spans[chosen], self.keys[np.repeat(chosen, self.counts)], self.counts[chosen])
+
+    @classmethod
+    def join(cls, parts: list) -> "Records":
+        "Several files, such as the shards of one set, as one sequence."
+        if len(parts) == 1:
+            return parts[0]
+        width = max(part.spans.shape[1] for part in parts)
+        spans = [np.pad(np.insert(part.spans, 0, number, axis=1), ((0, 0), (0, width - part.spans.shape[1])))
+                 for number, part in enumerate(parts)]
+
+        def make(number: int, *span):
+            return parts[number].make(*span[:parts[number].spans.shape[1]])
+        return cls(make, np.concatenate(spans), np.concatenate([part.keys for part in parts]),
+                   np.concatenate([part.counts for part in parts]), [line for part in parts for line in part.bad])
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Reading files. A reader is a generator of (start, end, row): the bytes of the file from which the row can be read
+# again (0, 0 where rows stay in memory). In place of a row there may be a ValueError: it is bad, the others go on.
+
+JSON_SUFFIXES = (".json", ".jsonl", ".json.gz", ".jsonl.gz")
+# Part of a benchmark's file name -> the rule that scores it. The first match wins: DocVQA is not scored like VQA.
+FILE_METRICS = {"chartqa": "relaxed", "docvqa": "anls", "infovqa": "anls", "ocrvqa": "exact", "ocrbench": "contains",
+                "vqa": "vqa", "pope": "yesno"}
+BLOCK = 2 ** 24  # bytes of a file that are read at once
+
+
+def open_bytes(path: str):
+    return (gzip.open if path.endswith(".gz") else open)(path, "rb")
+
+
+def read_span(path: str, start: int, end: int) -> bytes:
+    with open(path, "rb") as file:  # opened each time: processes and threads that share a file share its position
+        file.seek(start)
+        return file.read(end - start)
+
+
+def read_json_rows(path: str):
+    """A JSON list, or one JSON value per line -> its items."""
+    with open_bytes(path) as file:
+        begin = 3 if file.read(3) == b"\xef\xbb\xbf" else 0  # Windows editors begin with a byte order mark
+        file.seek(begin)
+        first = file.readline(100)
+        while first.isspace():
+            first = file.readline(100)
+        file.seek(begin)
+        # The content decides, not the file's name: POPE's .json files hold one object per line.
+        if first.lstrip().startswith(b"["):
+            yield from read_json_list(file, path, begin)
+            return
+        at, row = begin, None
+        for number, line in enumerate(file, 1):  # line by line: a shard of C4 unpacks to 800 MB
+            if line.strip():
+                try:
+                    row = parse_json(line, f"{path}, line {number}")
+                except ValueError as error:
+                    row = error
+                yield at, at + len(line), row
+            at += len(line)
+
+
+def read_json_list(file, path: str, at: int):
+    "[{...}, {...}, ...] -> its items, without the whole file in memory. at: the byte at which the list begins."
+    decoder, decode = json.JSONDecoder(), codecs.getincrementaldecoder("utf-8")()
+    text, i, line, done = decode.decode(file.read(BLOCK)), 0, 1, False  # i: up to here text is used up
+    skip, comma = re.compile(r"[\s,]*"), "["
+    i = text.index("[") + 1
+    at, line = at + i, line + text.count("\n", 0, i)
+    while True:
+        gap = skip.match(text, i).end()
+        at, line, i = at + gap - i, line + text.count("\n", i, gap), gap
+        if text.startswith("]", i):
+            return
+        try:
+            row, end = decoder.raw_decode(text, i)
+            if end == len(text) and not done:  # 12 may be the beginning of 123
+                raise json.JSONDecodeError("the text ends", text, end)
+        except (ValueError, RecursionError) as error:
+            # Is the item wrong, or does it only continue in the next block? A string is reported at its start.
+            pos = getattr(error, "pos", i)
+            if not done and isinstance(error, json.JSONDecodeError) and (
+                    pos > len(text) - 2 ** 16 or error.msg.startswith("Unterminated")):
+                block = file.read(max(BLOCK, len(text) - i))  # twice as much each time: a long item stays cheap
+                done = not block
+                text, i = text[i:] + decode.decode(block, final=done), 0
+                continue
+            reason = getattr(error, "msg", str(error))
+            line += text.count("\n", i, pos)
+            raise ValueError(f"{path}, line {line}: not valid JSON ({reason}); expected a list of records or one "
+                             "record per line; fetch the file again if it was cut off") from None
+        size = len(text[i:end].encode("utf-8", "surrogatepass"))
+        yield at, at + size, row
+        at, line, i = at + size, line + text.count("\n", i, end), end
+
+
+def read_tsv(path: str):
     """VLMEvalKit's benchmarks: one question per row."""
     #   index  image        question         A    B    answer
     #   7      /9j/4AAQ...  What is it?      cat  dog  B              the picture in base64: letters for bytes
@@ -224,82 +468,373 @@ def read_tsv(path: str) -> list[dict]:
         rows = list(csv.DictReader(file, delimiter="\t", restval=""))
     missing = {"index", "image", "question", "answer"} - set(rows[0]) if rows else ()
     require(not missing, f"{path}: no column {', '.join(sorted(missing))}; without right answers nothing can be scored")
-    name, out = os.path.basename(path).lower(), []
+    name = os.path.basename(path).lower()
     # A file may have any name (MME, HallusionBench, your own): then the answers tell which rule fits.
     metric = "yesno" if all(row["answer"].lower() in ("yes", "no") for row in rows) else "exact"
     metric = next((rule for part, rule in FILE_METRICS.items() if part in name), metric)
     pictures = {row["index"]: row["image"] for row in rows if len(row["image"]) > 64}  # no picture is that small
     for number, row in enumerate(rows):  # an empty cell, as for options C and D of a two-way question, is ""
         where = f"{path}, record {number} (id {row['index']!r})"
-        image, answer = pictures.get(row["index"]) or pictures.get(row["image"]), row["answer"]
-        require(image, f"{where}: image {row['image']!r} is neither base64 nor the index of a row with a picture")
-        # "['5', 'five']" is two right answers, "[sic" just text. The original calls eval, which would run any code.
-        with contextlib.suppress(ValueError, SyntaxError):
-            answer = [str(one) for one in ast.literal_eval(answer)] if answer.startswith("[") else answer
-        choices = {letter: row[letter] for letter in ascii_uppercase if row.get(letter)}
-        require(answer and (not choices or answer in choices), f"{where}: answer {answer!r} is empty or not an option")
+        try:
+            image, answer = pictures.get(row["index"]) or pictures.get(row["image"]), row["answer"]
+            require(image, f"{where}: image {row['image'][:70]!r} is neither base64 nor the index of a row with one")
+            # "['5', 'five']" is two right answers, "[sic" just text. The original calls eval, which would run any code.
+            with contextlib.suppress(ValueError, SyntaxError, RecursionError, MemoryError):
+                answer = [str(one) for one in ast.literal_eval(answer)] if answer.startswith("[") else answer
+            choices = {letter: row[letter] for letter in ascii_uppercase if row.get(letter)}
+            require(answer and (not choices or answer in choices), f"{where}: answer {answer!r} is empty or no option")
+            with named_errors(where):
+                image = base64.b64decode(image)
+        except ValueError as error:  # binascii's is one, too
+            yield 0, 0, error if where in str(error) else ValueError(f"{where}: the picture is not base64 ({error})")
+            continue
         # Without such a line a model answers in a whole sentence, which "exact" counts as wrong.
         suffix = CHOICE_PROMPT if choices else SHORT_PROMPT if metric != "contains" else ""  # OCRBench adds none
         lines = "<image>", row.get("hint"), row["question"], *map(". ".join, choices.items()), suffix
-        out.append({"id": row["index"], "images": [base64.b64decode(image)], "question": "\n".join(filter(None, lines)),
-                    "answer": answer, "metric": "choice" if choices else metric, "choices": choices,
-                    "kind": row.get("category", "")})
+        yield 0, 0, {"id": row["index"], "images": [image], "question": "\n".join(filter(None, lines)),
+                     "answer": answer, "metric": "choice" if choices else metric, "choices": choices,
+                     "kind": row.get("category", "")}
+
+
+def read_tar(path: str):
+    """webdataset: 7.jpg with 7.json (a record) or 7.txt (a caption) is record 7. Its files are neighbours."""
+    # A tar has no directory like a zip: the headers of all members are read, once, and from then on the index knows
+    # where each record is. "r:": a compressed tar has no such places, and may unpack to any size.
+    stem, start = None, 0
+    with tarfile.open(path, "r:") as tar:
+        while member := tar.next():
+            tar.members = []  # TRAP: else the names of all members stay in memory, 1 KB each
+            plain = (member.isfile() or member.isdir()) and not member.issparse() and not LEADS_OUT.search(member.name)
+            require(plain, f"{path}: member {member.name[:100]!r} is a link, a device, sparse, or leads out of the "
+                           "archive; pack plain files only")
+            # Cut at the first dot of the name, not of its folders: v1.0/7.jpg -> v1.0/7 and jpg.
+            name = re.match(r".*?[^/.]*(?=\.[^/]*$|$)", member.name)[0]
+            if member.isfile() and name != stem:
+                if stem is not None:
+                    yield start, member.offset, parse_sample(read_span(path, start, member.offset), path)
+                stem, start = name, member.offset
+        if stem is not None:
+            yield start, tar.offset, parse_sample(read_span(path, start, tar.offset), path)
+
+
+def parse_sample(raw: bytes, path: str):
+    "The bytes of one record's members -> its row, or the ValueError that says what is wrong with it."
+    files, stem = {}, ""
+    with tarfile.open(fileobj=io.BytesIO(raw), mode="r:") as tar:
+        for member in filter(tarfile.TarInfo.isfile, tar):
+            stem, suffix = re.fullmatch(r"(.*?[^/.]*)\.?([^/]*)", member.name).groups()
+            files[suffix.lower()] = tar.extractfile(member).read()
+    pictures = [files[suffix] for suffix in sorted(files) if ("." + suffix).endswith(PICTURES)]
+    try:
+        row = parse_json(files.get("json", b"{}"), f"{path}, {stem}")
+        require(isinstance(row, dict), f"{path}, {stem}: the .json is no object")
+        require(pictures or "txt" not in files, f"{path}, {stem}: a caption without its .jpg, .png or .webp")
+        if "txt" in files and not {"messages", "conversations", "question"} & row.keys():
+            row = {"caption": files["txt"].decode().strip()}
+    except ValueError as error:
+        return error if stem in str(error) else ValueError(f"{path}, {stem}: not UTF-8 ({error})")
+    return {"id": stem, **row, "images": pictures}
+
+
+def read_folder(path: str):
+    """A folder of pictures with metadata.jsonl, or with one sub-folder for each class."""
+    #   metadata.jsonl   {"file_name": "7.jpg", "text": "A cat."} or {"file_name", "question", "answer"} per line
+    #   cat/7.jpg        "What is this?" -> cat
+    listing = os.path.join(path, "metadata.jsonl")
+    if os.path.exists(listing):
+        yield from ((0, 0, row) for _, _, row in read_json_rows(listing))
+        return
+    for kind in sorted(entry.name for entry in os.scandir(path) if entry.is_dir()):
+        for name in sorted(os.listdir(os.path.join(path, kind))):
+            if name.lower().endswith(PICTURES):
+                name = f"{kind}/{name}"
+                yield 0, 0, {"id": name, "image": name, "question": CLASS_PROMPT, "answer": kind, "metric": "exact"}
+
+
+def parquet_to_tar(path: str) -> str:
+    """A Hugging Face .parquet -> the same records as a .tar in the cache, made once, some rows at a time."""
+    #   FineVision, the_cauldron  images [{bytes, path}], texts [{user, assistant}]
+    #   LLaVA-OneVision-Data      image {bytes, path}, conversations [{from, value}];   captions: image, text or caption
+    # A parquet has no place for a row: columns are compressed over thousands of rows. To read them in any order it
+    # would be unpacked again and again; a tar has them ready.
+    target = cache("parquet", fingerprint(path) + ".tar")
+    if target.exists():
+        return str(target)
+    try:
+        from pyarrow import ArrowException, parquet
+    except ImportError:
+        raise ValueError(f"{path}: reading .parquet needs pyarrow; run pip install pyarrow") from None
+
+    def add(name: str, content: bytes) -> None:
+        info = tarfile.TarInfo(name)
+        info.size = len(content)
+        tar.addfile(info, io.BytesIO(content))
+    number = 0
+    say(f"{path}: its rows are laid out in {target}, once")
+    try:
+        with parquet.ParquetFile(path) as file, new_file(target) as out, tarfile.open(fileobj=out, mode="w") as tar:
+            # TRAP: asked for all row groups at once, pyarrow keeps those that it has read: 2 GB for a file of 2 GB
+            for batch in (batch for group in range(file.num_row_groups)
+                          for batch in file.iter_batches(batch_size=32, row_groups=[group])):
+                tar.members = []
+                for row in batch.to_pylist():
+                    pictures = row.pop("images", None) or [row.pop("image", None)]
+                    pictures = [picture["bytes"] if isinstance(picture, dict) else picture for picture in pictures]
+                    pictures = [picture for picture in pictures if isinstance(picture, bytes)]
+                    if "texts" in row:  # no markers here: the pictures come first
+                        row["messages"] = [{"role": role, "content": turn[role]} for turn in row.pop("texts")
+                                           for role in ("user", "assistant")]
+                        if row["messages"] and "<image>" not in str(row["messages"]):
+                            row["messages"][0]["content"] = "<image>\n" * len(pictures) + row["messages"][0]["content"]
+                    for i, picture in enumerate(pictures):
+                        add(f"{number}.{i:03}.jpg", picture)
+                    add(f"{number}.json", json.dumps(row, default=str).encode())
+                    number += 1
+    except (ArrowException, OSError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{path}, record {number}: not a .parquet of images and texts ({error})") from None
+    return str(target)
+
+
+def fingerprint(*paths: str) -> str:
+    "A name for the present content of files: it changes with their place, size or time."
+    stats = [(os.path.abspath(path), s.st_size, s.st_mtime_ns) for path in paths for s in [os.stat(path)]]
+    return hashlib.sha1(repr((1, stats)).encode()).hexdigest()[:24]  # 1: of what is kept; to be raised when that changes
+
+
+def instances_of(row) -> list:
+    "Self-Instruct: several inputs under one instruction -> a row for each. Every other row is one."
+    several = row.get("instances")
+    if not several:
+        return [row]
+    require(isinstance(several, list) and all(isinstance(one, dict) for one in several),
+            f"instances is {str(several)[:40]!r}; expected a list of objects")
+    return [row | one for one in several]
+
+
+def index_records(path: str, read, reread, find) -> Records:
+    """
+    One file -> its Records. read(path): see above. reread(bytes) -> the row again; None: rows stay in memory.
+    Every row is read and checked once. A large file's index is kept in the cache until the file or a zip beside it
+    changes, so that the next run, and every other rank, starts at once.
+    """
+    folder = Path(path).parent
+    beside = [] if os.path.isdir(path) else [path, *map(str, sorted(folder.glob("*.zip")))]
+    kept, rows = cache("index", fingerprint(*beside) + ".npz"), []
+
+    def make(number: int, start: int, end: int, part: int) -> dict:
+        row = reread(read_span(path, start, end)) if reread else rows[number]
+        where = f"{path}, record {number}"
+        return make_record({"id": number} | instances_of(row)[part], where, find)
+    if reread and kept.exists():
+        with contextlib.suppress(OSError, ValueError, KeyError, zipfile.BadZipFile), np.load(kept) as saved:
+            return Records(make, saved["spans"], saved["keys"], saved["counts"])
+    spans, keys, counts, bad, started = array("q"), array("Q"), array("q"), [], time.time()
+    with named_errors(path):
+        for number, (start, end, row) in enumerate(tqdm(read(path), desc=f"reading {path}", delay=5, disable=None)):
+            if not reread:
+                rows.append(row)
+            try:
+                if isinstance(row, ValueError):
+                    raise row
+                if not isinstance(row, dict):  # TRAP: in require() the message would be made for every good row, too
+                    raise ValueError(f"expected an object with keys, found {str(row)[:40]!r}")
+                parts = instances_of(row)
+            except (ValueError, RecursionError) as error:
+                bad.append(str(error) if path in str(error) else f"{path}, record {number}: {error}")
+                continue
+            for part, whole in enumerate(parts):
+                try:
+                    record = make_record({"id": number} | whole, f"{path}, record {number}", find)
+                    hashes = hash_keys(record)
+                except (ValueError, RecursionError) as error:
+                    bad.append(str(error))
+                    continue
+                spans.extend((number, start, end, part))
+                keys.extend(hashes)
+                counts.append(len(hashes))
+    spans = np.array(spans, dtype=np.int64).reshape(-1, 4)
+    out = Records(make, spans, np.array(keys, dtype=np.uint64), np.array(counts, dtype=np.int64), bad)
+    # Not kept where something is bad: it will be mended, perhaps in a folder whose changes we cannot see from here.
+    if reread and not bad and time.time() - started > 0.5:
+        with contextlib.suppress(OSError):  # a full or read-only disk: then it is made again next time
+            with new_file(kept) as file:
+                np.savez(file, spans=out.spans, keys=out.keys, counts=out.counts)
     return out
 
 
-def read_tar(path: str) -> list[dict]:
-    """webdataset: 7.jpg with 7.json (a record) or 7.txt (a caption) is record 7."""
-    # A tar has no directory like a zip: to find one member, the headers of all before it are read. So this is done
-    # once, and the pictures stay in memory: as large as the shard, usually about 1 GB.
-    samples, rows = {}, []  # samples: {"7": {"jpg": b"...", "txt": b"..."}}
+def read_file(path: str, places: dict = {}) -> Records:
+    "One file, or a folder of pictures."
+    with named_errors(path):
+        if path.endswith(".parquet"):
+            os.stat(path)  # is it there at all?
+            path = parquet_to_tar(path)
+        folder = path if os.path.isdir(path) else os.path.dirname(os.path.abspath(path))
+        find = image_finder(folder, places)
+        if os.path.isdir(path):
+            return index_records(path, read_folder, None, find)
+        if path.endswith(".tar"):
+            def again(raw: bytes):
+                row = parse_sample(raw, path)
+                require(isinstance(row, dict), str(row))
+                return row
+            return index_records(path, read_tar, again, find)
+        if path.endswith(".tsv"):
+            return index_records(path, read_tsv, None, find)
+        require(path.endswith(JSON_SUFFIXES), f"{path}: unknown kind of file; give a .json, .jsonl, .tsv, .tar or "
+                                              ".parquet, or a folder of pictures")
+        # In a compressed file no place can be read alone, so its rows stay in memory.
+        again = None if path.endswith(".gz") else partial(parse_json, where=path)
+        return index_records(path, read_json_rows, again, find)
+
+
+def read_records(name, max_bad: float = 0.0) -> Records:
+    """
+    A file, folder, URL, recipe, or name-{000..127}.tar -> its records. Rows that are no records are left out and named,
+    if they are at most the share max_bad of all; else the first of them is an error.
+    """
+    paths, places = locate(str(name))
+    records = Records.join([read_file(path, places) for path in paths])
+    share, bad = re.search(r"@(0?\.\d+)$", str(name)), records.bad
+    require(len(bad) <= max_bad * (len(bad) + len(records)), bad and bad[0] + (
+        f" (and {len(bad) - 1} more; python data.py --data={name} names all)" if len(bad) > 1 else ""))
+    for line in bad:
+        say(f"skipped: {line}")
+    require(len(records), f"{name}: the file is empty; was its download cut off?")
+    if share:  # the same records every time
+        chosen = random.Random("share").sample(range(len(records)), max(1, round(float(share[1]) * len(records))))
+        records = records.select(np.isin(np.arange(len(records)), chosen))
+    return records
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Data from the web: a URL, or the name of a recipe (assets/recipes.json)
+
+RECIPES = weights.read_json(Path(__file__).with_name("assets") / "recipes.json")
+
+
+def recipe_files(recipe: dict) -> weights.Repository:
+    return weights.Repository(recipe["hub"], recipe["revision"],
+                              {name: tuple(known) for name, known in recipe["files"].items()}, recipe["licence"])
+
+
+def fetch_file(url: str) -> str:
+    "A file on any web server -> its path in the cache."
+    parent, _, name = url.partition("?")[0].rpartition("/")
+    return str(weights.fetch(weights.Repository(parent, "", {name: weights.ANY}, "see the server")) / name)
+
+
+def locate(name: str) -> tuple[list[str], dict]:
+    """
+    A path, URL or recipe, each with an optional share (gsm8k@0.1) -> (its files on this disk, where pictures are that
+    do not lie beside them: {the beginning of their names: a folder or a URL}). What is missing is fetched.
+    """
+    name = re.sub(r"@0?\.\d+$", "", name)
+    if name in RECIPES:
+        recipe = RECIPES[name]
+        repository = recipe_files(recipe)
+        if weights.missing_files(repository, weights.folders(repository)[0]):
+            say(f"{name}: {recipe['about']}; licence: {recipe['licence']}. Ahead of time: python data.py "
+                f"--download={name}")
+        folder, rows = weights.fetch(repository), globals().get("rows_of_" + recipe.get("rows", ""))
+        paths = [str(folder / file) for file in repository.files if not file.endswith(".zip") or rows]
+        if rows:  # laid out as we read it, once
+            listing = folder / f"{name}.jsonl"
+            if not listing.exists():
+                with new_file(listing, "w") as file:
+                    file.writelines(json.dumps(row) + "\n" for row in rows(paths[0]))
+            paths = [str(listing)]
+        places = {prefix: str(Path(fetch_file(place)).parent) if place.endswith(".zip") else place
+                  for prefix, place in recipe.get("images", {}).items()}
+        return paths, places
+    shards = re.search(r"\{(\d+)\.\.(\d+)\}", name)  # name-{000..127}.tar
+    names = [name] if not shards else [name[:shards.start()] + str(i).zfill(len(shards[1])) + name[shards.end():]
+                                       for i in range(int(shards[1]), int(shards[2]) + 1)]
+    return [fetch_file(one) if one.startswith(("http://", "https://")) else one for one in names], {}
+
+
+def rows_of_tallyqa(path: str):
+    #  {"answer": 2, "image": "VG_100K_2/2410408.jpg", "question": "How many people?", "question_id": 30096646, ...}
+    for row in json.loads(read_member(path, "train.json")):
+        yield {"id": row["question_id"], "image": row["image"], "question": f"{row['question']}\n{SHORT_PROMPT}",
+               "answer": str(row["answer"]), "metric": "exact"}
+
+
+def rows_of_aokvqa(path: str):
+    #  {"image_id": 299207, "question": "...", "choices": ["nine", "two", ...], "correct_choice_idx": 1, ...}
     with tarfile.open(path) as tar:
-        for member in filter(tarfile.TarInfo.isfile, tar):
-            # Cut at the first dot of the name, not of its folders: v1.0/7.jpg -> v1.0/7 and jpg.
-            stem, suffix = re.fullmatch(r"(.*?[^/.]*)\.?([^/]*)", member.name).groups()
-            samples.setdefault(stem, {})[suffix.lower()] = tar.extractfile(member).read()
-    for stem, files in samples.items():
-        with named_errors(f"{path}, {stem}"):
-            row = json.loads(files.get("json", "{}"))
-            if "txt" in files and not {"messages", "conversations"} & row.keys():
-                row = {"instruction": CAPTION_PROMPT, "output": files["txt"].decode().strip()}
-        pictures = [files[suffix] for suffix in files if suffix in ("jpg", "jpeg", "png", "webp")]
-        require(pictures or "txt" not in files, f"{path}, {stem}: a caption without its .jpg, .png or .webp")
-        rows.append({**row, "id": stem, "images": pictures})
-    return rows
+        rows = json.load(tar.extractfile(next(m for m in tar if m.name.endswith("aokvqa_v1p0_train.json"))))
+    for row in rows:
+        choices = dict(zip(ascii_uppercase, row["choices"]))
+        yield {"id": row["question_id"], "image": f"{row['image_id']:012}.jpg", "metric": "choice", "choices": choices,
+               "question": "\n".join([row["question"], *map(". ".join, choices.items()), CHOICE_PROMPT]),
+               "answer": ascii_uppercase[row["correct_choice_idx"]]}
 
 
-def cut_documents(file):
+def rows_of_clevr(path: str):
+    #  {"scenes": [{"image_filename": "CLEVR_train_000000.png", "objects": [{"color": "cyan", ...}, ...]}, ...]}
+    with zipfile.ZipFile(path) as file:
+        scenes = json.load(file.open("CLEVR_v1.0/scenes/CLEVR_train_scenes.json"))["scenes"]
+    for scene in scenes:
+        yield {"id": scene["image_filename"], "image": f"images/train/{scene['image_filename']}",
+               "question": f"How many items are there in the image?\n{SHORT_PROMPT}",
+               "answer": str(len(scene["objects"])), "metric": "exact"}
+
+
+def rows_of_gsm8k(path: str):
+    #  {"question": "...", "answer": "48 / 2 = 24, 48 + 24 = 72\n#### 72"}; only the number can be checked
+    for _, _, row in read_json_rows(path):
+        yield {"question": f"{row['question']}\n{SHORT_PROMPT}", "metric": "exact",
+               "answer": row["answer"].rpartition("#### ")[2].replace(",", "")}
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Text, for chapter 1
+
+END = "<|endoftext|>"  # between two documents of a text file
+
+
+def cut_documents(path: str):
     """A text file -> its documents: END separates them; without END, pieces of some thousand characters."""
     # TinyStories has separators, Shakespeare's plays have none. Uncut they would be one document, which can neither be
-    # shuffled nor held out in part.
-    separated = any(END in line for line in file)  # a first pass, which ends at the first separator
-    file.seek(0)
-    lines, size = [], 0  # of the document being collected, in characters
-    for line in file:
-        *ended, line = line.split(END)  # a line can end several documents, or (mostly) none
-        for last in ended:
-            yield "".join(lines + [last]).strip("\n")
-            lines = []
-        lines.append(line)
-        size += len(line)
-        # Cut at a blank line if one comes soon. 4,000 characters of English are about 1,000 of Qwen's tokens.
-        if not separated and size > (16_000 if line.strip() else 4_000):
-            yield "".join(lines).strip("\n")
-            lines, size = [], 0
-    yield "".join(lines).strip("\n")
+    # shuffled nor held out in part. utf-8-sig skips the byte order mark that Windows editors write first.
+    with open(path, encoding="utf-8-sig") as file:
+        separated = any(END in line for line in file)  # a first pass, which ends at the first separator
+        file.seek(0)
+        lines, size = [], 0  # of the document being collected, in characters
+        for line in file:
+            *ended, line = line.split(END)  # a line can end several documents, or (mostly) none
+            for last in ended:
+                yield "".join(lines + [last]).strip("\n")
+                lines = []
+            lines.append(line)
+            size += len(line)
+            # Cut at a blank line if one comes soon. 4,000 characters of English are about 1,000 of Qwen's tokens.
+            if not separated and size > (16_000 if line.strip() else 4_000):
+                yield "".join(lines).strip("\n")
+                lines, size = [], 0
+        yield "".join(lines).strip("\n")
+
+
+def text_files(path: str) -> list[str]:
+    # sorted: a folder lists its files in another order on every disk, and a document is known by its number.
+    paths = sorted(map(str, Path(path).rglob("*"))) if os.path.isdir(path) else locate(path)[0]
+    paths = [one for one in paths if one.endswith((".txt", *JSON_SUFFIXES))]
+    require(paths, f"{path}: no text here; give a .txt, .json, .jsonl or .json.gz file, or a folder of them")
+    return paths
 
 
 def read_text(path):
     """.txt, .jsonl and .json.gz with {"text"}, .json with a list of strings, or a folder of them -> documents."""
-    # sorted: a folder lists its files in another order on every disk, and a document is known by its number.
-    paths = sorted(map(str, Path(path).rglob("*"))) if os.path.isdir(path) else [str(path)]
-    paths = [one for one in paths if one.endswith((".txt", *JSON_SUFFIXES))]
-    require(paths, f"{path}: no text here; give a .txt, .json, .jsonl or .json.gz file, or a folder of them")
-    for path in paths:
+    for path in text_files(str(path)):
         found = False
-        with named_errors(path), open_text(path) as file:
-            for index, row in enumerate((cut_documents if path.endswith(".txt") else read_json_rows)(file)):
-                text = row.get("text") if isinstance(row, dict) else row
+        with named_errors(path):
+            rows = cut_documents(path) if path.endswith(".txt") else (row for _, _, row in read_json_rows(path))
+            for index, row in enumerate(rows):
+                if isinstance(row, ValueError):
+                    raise row
+                text = row
+                if isinstance(row, dict):
+                    text = None if row.keys() & {"image", "images", "file_name"} else row.get("text")
                 require(isinstance(text, str), f"{path}, record {index}: neither a string nor an object with a text")
                 if text.strip():
                     found = True
@@ -307,16 +842,48 @@ def read_text(path):
         require(found, f"{path}: the file is empty; was its download cut off?")
 
 
-def read_text_records(path, encode, end: int, seq_len: int) -> list[dict]:
+def token_file(path: str, encode, end: int) -> tuple[np.ndarray, np.ndarray]:
+    "-> (the ids of all documents one after another, uint32; where each document ends in them)."
+    files, ends = text_files(path), array("q")
+
+    def encoded():
+        with ThreadPoolExecutor(min(16, os.cpu_count())) as pool:  # tiktoken works outside of Python's lock
+            texts = iter(tqdm(read_text(path), desc=f"tokens of {path}", delay=5, disable=None))
+            while some := list(itertools.islice(texts, 1000)):
+                for new in pool.map(encode, some):
+                    ends.append((ends[-1] if ends else 0) + len(new) + 1)
+                    yield np.array(new + [end], dtype=np.uint32)
+    if any(not os.path.exists(file) for file in files) or sum(map(os.path.getsize, files)) < BLOCK:
+        return np.concatenate(list(encoded())), np.array(ends)
+    # The 500 million tokens of TinyStories are 2 GB in a file that is mapped into memory; as Python's ints they would
+    # be 18. Another tokenizer gives other ids: a few words tell them apart.
+    probe = repr(encode("The quick brown fox, 12 dogs; größer. def f(x):\n")) + str(end)
+    kept = cache("tokens", hashlib.sha1((fingerprint(*files) + probe).encode()).hexdigest()[:24])
+    if not kept.with_suffix(".ends").exists():
+        with new_file(kept.with_suffix(".ids")) as file:
+            for new in encoded():
+                file.write(new.data)
+        with new_file(kept.with_suffix(".ends")) as file:
+            file.write(ends)
+    return (np.memmap(kept.with_suffix(".ids"), np.uint32, "r"),
+            np.fromfile(kept.with_suffix(".ends"), np.int64))
+
+
+def read_text_records(path, encode, end: int, seq_len: int) -> Records:
     "Documents cut into records {\"ids\"} of at most seq_len + 1 tokens. `end`: the id that ends every document."
     # The last id of a piece is only a target there and is the first id of the next piece. So every token but a
     # document's first is a target exactly once. The pieces share one record id, so a split never separates them.
-    out = []
-    for number, text in enumerate(read_text(path)):
-        ids = encode(text) + [end]
-        out += [{"id": f"{path} document {number}", "images": [], "ids": ids[at:at + seq_len + 1]}
-                for at in range(0, len(ids) - 1, seq_len)]
-    return out
+    ids, ends = token_file(str(path), encode, end)
+    starts = np.concatenate([[0], ends[:-1]])
+    pieces = -(-(ends - starts - 1) // seq_len)                                 # of each document, rounded up
+    document = np.repeat(np.arange(len(ends)), pieces)                          # of each piece
+    at = starts[document] + (np.arange(len(document)) - np.repeat(np.cumsum(pieces) - pieces, pieces)) * seq_len
+    keys = np.array([hash_key(f"id {path} document {number}") for number in range(len(ends))], dtype=np.uint64)
+
+    def make(number: int, begin: int, stop: int) -> dict:
+        return {"id": f"{path} document {number}", "images": [], "ids": ids[begin:stop].tolist()}
+    return Records(make, np.stack([document, at, np.minimum(at + seq_len + 1, ends[document])], axis=1),
+                   np.repeat(keys, pieces), np.ones(len(document), dtype=np.int64))
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -327,14 +894,14 @@ def read_text_records(path, encode, end: int, seq_len: int) -> list[dict]:
 class Shuffled:
     "Records of a file without end: every epoch in another order."
 
-    def __init__(self, records: list, seed: int):
+    def __init__(self, records, seed: int):
         self.records, self.seed = records, seed
         # Cached, since an order costs a shuffle of the whole file. Two: waiting documents may be of the last epoch.
         self.order = lru_cache(maxsize=2)(self.shuffle)
 
-    def shuffle(self, epoch: int) -> list[int]:
+    def shuffle(self, epoch: int) -> array:
         # The seed is a text: seed + epoch would give epoch 0 of seed 1 the order of epoch 1 of seed 0.
-        return random.Random(f"{self.seed}/{epoch}").sample(range(len(self.records)), len(self.records))
+        return array("I", random.Random(f"{self.seed}/{epoch}").sample(range(len(self.records)), len(self.records)))
 
     def __getitem__(self, i: int) -> dict:
         epoch, at = divmod(i, len(self.records))  # of 3 records, i = 7 is position 1 of epoch 2, both counted from 0
@@ -344,7 +911,7 @@ class Shuffled:
 class Mixture:
     """Several data sets in proportion to their weights: record i is of the set that is furthest behind its share."""
 
-    def __init__(self, parts: list[tuple]):
+    def __init__(self, parts: list[tuple], max_bad: int = 0):
         # Weights 3 and 1 -> sets 0 0 1 0, 0 0 1 0, ... With random draws, all draws before i would have to be repeated
         # to know how far its set has come. A table of 1,000 draws, used again and again, tells it at once.
         # TRAP: a share far below 1/1000 is never drawn.
@@ -354,7 +921,7 @@ class Mixture:
             k = max(range(len(parts)), key=lambda k: parts[k][1] / total * (i + 1) - counts[k])
             self.table.append((k, counts[k]))
             counts[k] += 1
-        self.counts = counts
+        self.counts, self.max_bad = counts, max_bad  # max_bad: how many records may turn out to be broken
 
     def __getitem__(self, i: int) -> dict:
         rounds, at = divmod(i, len(self.table))
@@ -364,84 +931,111 @@ class Mixture:
 
 def parse_mixture(text: str) -> list[tuple[str, float]]:
     """"a.json:2,b.json" -> [("a.json", 2.0), ("b.json", 1.0)]."""
-    # Split from the right: C:\a.json has a colon of its own. TRAP: such a path needs its weight too, C:\a.json:1.
-    pairs = [(part.strip().rsplit(":", 1) + ["1"])[:2] for part in text.split(",")]
-    for name, weight in pairs:
+    pairs = []
+    for part in text.split(","):
+        name, colon, weight = part.strip().rpartition(":")
+        if not colon or "/" in weight or "\\" in weight:  # the colon of https://host/a.json or of C:\a.json
+            name, weight = part.strip(), "1"
         # float() alone would accept "nan" and "inf", and every share would be nan.
         require(name.strip() and re.fullmatch(r"\d*\.?\d+", weight) and float(weight) > 0,
                 f"{text!r}: expected NAME or NAME:WEIGHT, joined by commas, weights above 0; found {name!r}:{weight!r}")
-    return [(name.strip(), float(weight)) for name, weight in pairs]
+        pairs.append((name.strip(), float(weight)))
+    return pairs
 
 
-def picture_key(source) -> str:
-    """The same key for the same picture: data sets often contain copies under other names."""
-    if isinstance(source, Scene):
-        return source
-    if isinstance(source, tuple):  # a zip's directory has the checksums: no picture is read for them
-        info = open_zip(source[0], os.getpid()).getinfo(source[1])
-        return f"{info.CRC} {info.file_size}"
-    if isinstance(source, bytes):
-        return f"{zlib.crc32(source)} {len(source)}"
-    # For plain files the name is used, or 100 GB would be read. With one folder's name, because train2017/7.jpg is not
-    # vg/7.jpg; without the folders above, or the split would differ from machine to machine.
-    return "/".join(Path(source).parts[-2:])
-
-
-def split_by_image(records: list[dict], fraction=0.05, at_most=500) -> tuple[list[dict], list[dict]]:
-    """-> (train, held out), which share no picture."""
+def split_by_image(records, fraction: float | None = None, at_most: int = 500) -> tuple[Records, Records]:
+    """-> (train, held out), which share no picture. fraction: of the pictures."""
     # VQAv2 has five questions about each photo. Split by record, nearly every held-out photo would be in training too,
     # and the score would reward memory. A record without pictures counts as a picture of its own.
-    keys = [{picture_key(source) for source in record["images"]} or {f"id {record['id']}"} for record in records]
+    if isinstance(records, list):
+        hashes = [hash_keys(record) for record in records]
+        records = Records(records.__getitem__, np.arange(len(records))[:, None], np.array(sum(hashes, []), np.uint64),
+                          np.array([len(one) for one in hashes]))
+    if fraction is None:  # 5 % of 100 records would be 5 questions, and 4 of 5 right says nothing
+        fraction = 0.05 if 0.05 * len(records) >= 50 else 0.2
     # In the order of their hashes: as good as random, but independent of the file's order and, unlike Python's hash(),
     # of the process. When records are added later, nearly all others stay on their side.
-    pictures = sorted(set().union(*keys), key=lambda key: hashlib.sha1(key.encode()).hexdigest())
-    chosen = set(pictures[:max(1, round(fraction * len(pictures)))])
-    held = [record for record, key in zip(records, keys) if key & chosen]
+    keys, owner, n = records.keys, np.repeat(np.arange(len(records)), records.counts), len(records)
+    pictures = np.unique(keys)
+    chosen = keys <= pictures[max(1, round(fraction * len(pictures))) - 1]
+    held = np.bincount(owner[chosen], minlength=n) > 0
     # A record with pictures a and b is held out because of a: now b is used, too. Another record with b and c would
     # show b in training; it goes to neither side.
-    used = set().union(*(key for key in keys if key & chosen))
-    train = [record for record, key in zip(records, keys) if not key & used]
-    require(train, f"{len(records)} records with {len(pictures)} pictures are too few to hold some out; "
-                   "give a file by --val=")
-    return train, held[:at_most]
+    train = np.bincount(owner[np.isin(keys, keys[held[owner]])], minlength=n) == 0
+    require(train.any(), f"{n} records with {len(pictures)} pictures are too few to hold some out; give a file by "
+                         "--val=")
+    return records.select(train), records.select(held & (np.cumsum(held) <= at_most))
 
 
-def tokenizer_texts(spec: str, seed: int) -> list[str]:
-    "The texts of --data on which a tokenizer is trained, before a stage starts from random weights."
+def questions_of(record: dict) -> list[dict]:
+    "A held-out conversation -> a question to score for each answer in it: what was said and shown before it."
+    messages = record.get("messages", [])
+    turns = [i for i, turn in enumerate(messages) if turn["role"] == "assistant"]
+    if len(turns) < 2 or "metric" in record or "answer" in record:  # a benchmark says itself what is asked
+        return [record]
+    shown = list(itertools.accumulate(turn["content"].count("<image>") for turn in messages))
+    return [record | {"id": f"{record['id']} turn {i}", "messages": messages[:i + 1],
+                      "images": record["images"][:shown[i]]} for i in turns]
+
+
+def tokenizer_texts(spec: str, seed: int, characters: int = 30_000_000) -> list[str]:
+    "The first texts of --data, on which a tokenizer is trained, before a stage starts from random weights."
     texts = ["user\n", "assistant\n"] * 50  # these occur in every conversation: worth a token each
     for name, _ in parse_mixture(spec):
         if name == "world":  # it has no end; 3,000 records stand for it
             world = World("text", seed=seed)
             records = (world[i] for i in range(3000))
+        elif is_text(name):
+            records = ({"text": text} for text in read_text(name))
         else:
-            try:
-                records = [{"text": text} for text in read_text(name)]
-            except ValueError:  # not text: then it is conversations, or an error that names the file
-                if name.endswith(".txt") or Path(name).is_dir():
-                    raise
-                records = read_records(name)
+            records = read_records(name, 1.0)
+        left = characters  # of a large file a part is enough to find the frequent words
         for record in records:
             texts += [record["text"]] if "text" in record else [m["content"] for m in record["messages"]]
+            left -= len(texts[-1])
+            if left < 0:
+                break
     return texts
 
 
-def check_pictures(records: list[dict], where: str) -> None:
-    "Open every picture, by the same rules as in training; ValueError names the record of one that is broken."
-    for record in records:
-        for source in record["images"]:
-            try:
-                open_source(source)
-            except ValueError as error:
-                raise ValueError(f"{where}record {record['id']}: {error}") from None
+def is_text(name: str) -> bool:
+    "Chapter 1's kind of data: the first row of the file is a text, not a conversation, and no picture's caption."
+    try:
+        next(read_text(name))
+        return True
+    except ValueError:  # not text: then it is conversations, or an error that names the file
+        if name.endswith(".txt"):
+            raise
+        return False
+
+
+def keep_good(records: list[dict], limit: float) -> list[dict]:
+    "The records whose pictures open, by the same rules as in training; the others are named, up to `limit` of them."
+    def problem(record: dict) -> str:
+        try:
+            for source in record["images"]:
+                if not isinstance(source, Scene):
+                    open_source(source)
+        except ValueError as error:
+            return f"record {record['id']}: {error}"
+        return ""
+    problems = list(thread_pools(os.getpid())[1].map(problem, records))  # Pillow works outside of Python's lock
+    bad = [line for line in problems if line]
+    require(len(bad) <= limit, bad and bad[0] + f" ({len(bad)} of {len(records)} records are bad, see --max_bad)")
+    for line in bad:
+        say(f"skipped: {line}")
+    return [record for record, line in zip(records, problems) if not line]
 
 
 def load_data(spec: str, world: World, held_out_worlds: dict[str, World], seed: int, eval_size: int, val: str = "",
-              read=read_records):
+              read=None, max_bad: float = 0.0):
     """
     --data -> (endless training set, {name: at most eval_size held-out records}). Where the text says "world", training
-    takes `world`, and every entry of held_out_worlds becomes a held-out set. Files are read by `read`.
+    takes `world`, and every entry of held_out_worlds becomes a held-out set. Files are read by `read`. max_bad: the
+    share of bad records that is left out; more are an error.
     """
-    parts, held_out = [], {}
+    parts, held_out, total = [], {}, 0
+    read = read or partial(read_records, max_bad=max_bad)
     for name, weight in parse_mixture(spec):
         if name == "world":
             parts.append((world, weight))
@@ -451,9 +1045,16 @@ def load_data(spec: str, world: World, held_out_worlds: dict[str, World], seed: 
         # --val is for data that come with a split of their own. Else a part is held out, by picture.
         train, held = (records, read(val)[:eval_size]) if val else split_by_image(records, at_most=eval_size)
         parts.append((Shuffled(train, seed), weight))
-        check_pictures(held, "")  # an error now, not after the training
+        total += len(train)
+        held = [question for record in held for question in questions_of(record)][:eval_size]
+        held = keep_good(held, max_bad * len(records))  # an error now, not after the training
+        # and the first that train, unless they would have to be fetched: a wrong folder of pictures shows in a second
+        keep_good([r for r in train[:500] if not str(r["images"][:1]).startswith("['http")], max_bad * len(records))
         held_out["held_out"] = held_out.get("held_out", []) + held
-    return Mixture(parts), held_out
+        say(f"{name}: {len(train):,} of {len(records):,} records train, {len(held):,} questions are held out"
+            + f" in {val}" * bool(val) + (": fewer than 50, so look at the interval of the score, not at the score"
+                                          if len(held) < 50 else ""))
+    return Mixture(parts, int(max_bad * total)), held_out
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -468,6 +1069,7 @@ class Document:
     slots: list[int]         # per picture: where its run of image tokens starts in ids
     record: dict
     weight: float = 1.0      # of each of its tokens in the loss; in reinforcement learning the advantage
+    pixels: list | None = None  # of its pictures, uint8 [3, S, S] each, where the loader has opened them already
 
 
 def make_document(record: dict, index: int, tokenizer, image_tokens: int, seq_len: int,
@@ -484,8 +1086,13 @@ def make_document(record: dict, index: int, tokenizer, image_tokens: int, seq_le
         ids, mask, slots = tokenizer.render(record["messages"], image_tokens=image_tokens)
     except ValueError as error:
         raise ValueError(f"record {record['id']}: {error}") from None
-    # A long conversation is cut at its end, where only later turns are lost. + 1: the last id is only ever a target,
-    # it takes no position in the row.
+    # Of a long conversation the last turns are left out; if even the first is too long, its end is cut off. + 1: the
+    # last id is only ever a target, it takes no position in the row.
+    messages = record["messages"]
+    while len(ids) > seq_len + 1 and len(messages) > 3:
+        messages = messages[:-2]
+        ids, mask, slots = tokenizer.render(messages, image_tokens=image_tokens)
+    record = record | {"images": record["images"][:len(slots)]}  # those of the turns that are left
     ids, mask = ids[:seq_len + 1], mask[:seq_len + 1]
     # Not without any supervised token (mask[1:]: the first id has nothing before it to be predicted from), and not with
     # a picture that is cut off.
@@ -561,23 +1168,80 @@ def thread_pools(process: int) -> tuple[ThreadPoolExecutor, ThreadPoolExecutor]:
 
 def collate(arrays: dict, packed: list[Document], load_pixels) -> dict:
     """pack's arrays as tensors, and the pictures' pixels. load_pixels(source, record) -> uint8 [3, S, S]."""
-    # {source: (its index in pixels, a record to name in errors)}. A picture that several documents share, as all
-    # answers to one question do in chapter 4, is decoded and later encoded once.
+    # {hash of a source: (its index in pixels, a document, which of its pictures it is)}. A picture that several
+    # documents share, as all answers to one question do in chapter 4, is decoded and later encoded once.
+    # TRAP: by hash, since a document from a worker process has hashes in place of its sources, and one that waited in
+    # a checkpoint has not.
     sources = {}
-    image_index = [sources.setdefault(source, (len(sources), doc.record))[0] for doc in packed
-                   for source in doc.record["images"]]
+    image_index = [sources.setdefault(source if type(source) is int else hash(source), (len(sources), doc, k))[0]
+                   for doc in packed for k, source in enumerate(doc.record["images"])]
     # The last chance to notice: after this, a picture in another's place trains without any error.
     assert len(image_index) == sum(len(doc.slots) for doc in packed), \
         f"pictures and slots disagree near {packed[0].record['id']}"
     batch = {name: None if array is None else torch.from_numpy(array) for name, array in arrays.items()}
-    # Pillow releases Python's lock while it decodes and resizes, so threads help, and map keeps the order. The world's
-    # drawings are mostly Python, where threads would only slow each other down.
-    run = map if all(isinstance(source, Scene) for source in sources) else thread_pools(os.getpid())[1].map
-    pixels = list(run(load_pixels, sources, [record for _, record in sources.values()]))
+
+    def pixels_of(place: tuple) -> torch.Tensor:
+        _, doc, k = place
+        return doc.pixels[k] if doc.pixels else load_pixels(doc.record["images"][k], doc.record)
+    closed = [doc.record["images"][k] for _, doc, k in sources.values() if not doc.pixels]
+    pixels = list(map_pictures(pixels_of, sources.values(), closed))
     batch["pixels"] = torch.stack(pixels) if pixels else None   # uint8 [n, 3, S, S]: a quarter of float32 to transfer
     batch["image_index"] = torch.tensor(image_index, dtype=torch.long)  # [m]: which of the n each slot shows
     batch["records"] = [doc.record["id"] for doc in packed]  # for messages
     return batch
+
+
+def map_pictures(work, items, closed: list):
+    "map(work, items), in threads where they help. closed: the pictures that are not open yet."
+    # Pillow releases Python's lock while it decodes and resizes, so threads help, and map keeps the order. The world's
+    # drawings are mostly Python, where threads would only slow each other down. A worker process is one of several.
+    alone = torch.utils.data.get_worker_info() or all(isinstance(source, Scene) for source in closed)
+    return map(work, items) if alone else thread_pools(os.getpid())[1].map(work, items)
+
+
+def share_workers(asked: int, device: str, world_size: int, micro_batches: int) -> list[int]:
+    "--workers -> the processes for each of a rank's loaders, one loader per micro-batch."
+    forks = hasattr(os, "fork")  # where there is no fork (Windows), processes would have to be sent the whole data set
+    require(asked <= 0 or forks, f"--workers={asked}: this system cannot fork processes; give --workers=0")
+    if asked < 0:  # on a CPU the training itself needs all cores, and a thread has the next batch ready in time
+        cores = os.cpu_count() // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+        asked = min(8, cores) if device == "cuda" and forks else 0
+    loaders = max(1, micro_batches // world_size)
+    return [asked // loaders + (i < asked % loaders) for i in range(loaders)]
+
+
+class Prepared(torch.utils.data.Dataset):
+    "Records as documents with their pixels, CHUNK of them at once: what the loader's worker processes make."
+    CHUNK = 32  # records sent at once: one message for each would keep the main process busy
+
+    def __init__(self, prepare, stride: int, workers: int):
+        self.prepare, self.stride = prepare, stride
+        # What each worker is busy with, in shared memory: if the system kills it, this is all that is left.
+        self.current = torch.full((max(workers, 1),), -1, dtype=torch.int64).share_memory_()
+
+    def __getitem__(self, first: int) -> tuple[list, torch.Tensor | None]:
+        "-> (for each record a Document, None or a ValueError; the pixels of all their pictures)"
+        out, pixels = [], []
+        for index in range(first, first + self.CHUNK * self.stride, self.stride):
+            self.current[torch.utils.data.get_worker_info().id] = index
+            item = self.prepare(index)
+            if isinstance(item, Document):
+                pixels += item.pixels
+                # The record stays here: it may contain picture files. A hash, which all forks of a process make alike,
+                # still tells which pictures are the same.
+                record = {"id": item.record.get("id"), "images": [hash(source) for source in item.record["images"]]}
+                item = replace(item, ids=np.array(item.ids), mask=np.array(item.mask, dtype=np.int8), record=record,
+                               pixels=len(item.pixels))
+            out.append(item)
+        return out, torch.stack(pixels) if pixels else None
+
+
+def start_worker(worker: int) -> None:
+    # Ctrl-C reaches all processes of a terminal. The main process finishes its step and saves; it still needs batches.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    if sys.platform == "linux":  # PR_SET_PDEATHSIG: if the main process is killed, nothing of it may stay behind
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)
 
 
 class Loader:
@@ -585,10 +1249,13 @@ class Loader:
     An endless iterator of packed batches: the micro-batch number `micro_batch` of each step's `micro_batches`.
     make_document(record, index): see above (None: skip the record). load_pixels(source, record): see collate.
     prefetch: a thread prepares the next batch during a step. pin: into memory that a GPU copies from by itself.
+    workers: processes that make the documents and open their pictures; 0: the thread does it. The batches are the same.
+    A record that turns out to be bad is left out, named, and counted: more than dataset.max_bad are an error.
     """
+    started = weakref.WeakSet()  # those of this process that have workers, for an error to find whose worker died
 
     def __init__(self, dataset, make_document, load_pixels, rows, seq_len, image_tokens, micro_batch=0, micro_batches=1,
-                 state=None, prefetch=True, pin=False):
+                 state=None, prefetch=True, pin=False, workers=0):
         self.dataset, self.make_document, self.load_pixels = dataset, make_document, load_pixels
         self.rows, self.seq_len, self.image_tokens = rows, seq_len, image_tokens
         self.prefetch, self.pin = prefetch, pin
@@ -597,6 +1264,10 @@ class Loader:
         self.next, self.stride = (state["next"] if state else micro_batch), micro_batches
         self.waiting = [make_document(dataset[i], i) for i in state["waiting"]] if state else []
         self.pending = {}  # {process: the next batch, in preparation}; a forked process finds none of its own
+        self.bad, self.max_bad = set(), getattr(dataset, "max_bad", 0)  # what was left out; how many may be
+        self.iterator, self.ready = None, deque()  # of the workers; what they have sent and no batch has used yet
+        if workers:  # at once, and in the main thread: a fork copies the locks of other threads as they are, locked
+            self.start_workers(workers)
 
     def state(self) -> dict:  # {"next": 1201, "waiting": [1181, 1197]}: indices are enough, record i can be made again
         # As of the batches handed out. A prefetched one is not among them: a resumed run makes it again.
@@ -614,24 +1285,85 @@ class Loader:
             self.pending = {process: thread_pools(process)[0].submit(self.prepare)}
         return batch
 
+    def start_workers(self, workers: int) -> None:
+        prepared = Prepared(self.make, self.stride, workers)
+        loader = torch.utils.data.DataLoader(
+            prepared, batch_size=None, sampler=itertools.count(self.next, self.stride * Prepared.CHUNK),
+            num_workers=workers, prefetch_factor=2, worker_init_fn=start_worker, multiprocessing_context="fork",
+            generator=torch.Generator())  # of its own: else it would draw from the one that samples answers
+        self.iterator, self.current = iter(loader), prepared.current
+        prepared.prepare = None  # the workers have theirs; here it would keep this loader, and them, for ever
+        # TRAP: at its end Python stops its children by SIGTERM, which these ignore, and would wait for them for ever.
+        weakref.finalize(self, self.iterator._shutdown_workers)
+        Loader.started.add(self)
+
+    def open_pictures(self, document: Document):
+        "-> the document, or the ValueError that names the picture that cannot be opened."
+        try:
+            if document.pixels is None:
+                document.pixels = [self.load_pixels(source, document.record) for source in document.record["images"]]
+            return document
+        except ValueError as error:
+            return error
+
+    def make(self, index: int, pictures: bool = True):
+        "Record `index` -> its document, None where it does not fit, or the ValueError that says what is wrong with it."
+        try:
+            document = self.make_document(self.dataset[index], index)
+        except ValueError as error:
+            return error
+        return self.open_pictures(document) if pictures and document else document
+
+    def take(self, index: int):
+        "As make, from the workers if there are any: they are asked for the records in order, and answer in order."
+        if self.iterator is None:
+            return self.make(index, pictures=False)  # those of a whole batch follow together, in threads
+        if not self.ready:
+            items, pixels = next(self.iterator)
+            at = 0
+            for item in items:
+                if isinstance(item, Document):
+                    item.pixels, at = list(pixels[at:at + item.pixels]) if item.pixels else [], at + item.pixels
+                self.ready.append(item)
+        return self.ready.popleft()
+
+    def leave_out(self, error: ValueError) -> None:
+        if str(error) not in self.bad:  # in the next epoch the same record has another index
+            self.bad.add(str(error))
+            require(len(self.bad) <= self.max_bad, f"{error} ({len(self.bad)} bad records, {self.max_bad} are allowed: "
+                    "see --max_bad, and python data.py --check)")
+            say(f"skipped, {len(self.bad)} of at most {self.max_bad}: {error}")
+
     def prepare(self) -> tuple[dict, int, list[Document]]:
-        """-> (the next batch, `next` and `waiting` after it). TRAP: it runs in a thread and must not change self."""
+        """-> (the next batch, `next` and `waiting` after it). TRAP: it runs in a thread and must not change those."""
         documents, tokens = list(self.waiting), sum(len(d.ids) for d in self.waiting)
-        at, skipped = self.next, 0
+        first, at, skipped = len(documents), self.next, 0
         # 2 % more than the rows hold: each document's last id takes no position, and a few spare documents fill the
         # gaps at the rows' ends. Many more would only wait longer.
         while tokens < self.rows * self.seq_len * 1.02:
-            document = self.make_document(self.dataset[at], at)
-            at += self.stride
-            # A few records that are too long are normal; if none fits, this loop would never end.
-            skipped = 0 if document else skipped + 1
-            require(skipped <= 1000, f"{skipped} records in a row do not fit into --seq_len={self.seq_len}; raise it")
-            if document:
-                documents.append(document)
-                tokens += len(document.ids)
+            new = []
+            while tokens < self.rows * self.seq_len * 1.02:
+                document = self.take(at)
+                if isinstance(document, ValueError):
+                    self.leave_out(document)
+                    document = None
+                at += self.stride
+                # A few records that are too long are normal; if none fits, this loop would never end.
+                skipped = 0 if document else skipped + 1
+                require(skipped <= 1000, f"{skipped} records in a row do not fit into --seq_len={self.seq_len}; raise "
+                                         "it")
+                if document:
+                    new.append(document)
+                    tokens += len(document.ids)
+            closed = [source for document in new if document.pixels is None for source in document.record["images"]]
+            for document, opened in zip(new, map_pictures(self.open_pictures, new, closed)):
+                if isinstance(opened, ValueError):
+                    self.leave_out(opened)
+                    tokens -= len(document.ids)
+                else:
+                    documents.append(document)
         # Those that waited go first: sorted among the others, a short one could wait without end. Then long before
         # short, since short ones still fit into the gaps that long ones leave.
-        first = len(self.waiting)
         documents = documents[:first] + sorted(documents[first:], key=lambda d: -len(d.ids))
         arrays, packed, waiting = pack(documents, self.rows, self.seq_len, self.image_tokens)
         batch = collate(arrays, packed, self.load_pixels)
@@ -639,6 +1371,18 @@ class Loader:
             batch = {name: value.pin_memory() if torch.is_tensor(value) else value
                      for name, value in batch.items()}
         return batch, at, waiting
+
+
+def name_dead_worker(error: RuntimeError) -> str:
+    "PyTorch's words for a worker process that was killed -> ours, with the record that it was busy with."
+    for loader in Loader.started:
+        for number, process in enumerate(loader.iterator._workers):
+            if process.exitcode:
+                record = loader.dataset[int(loader.current[number])]
+                return (f"record {record.get('id')}: the loader's worker process that worked on it ended with code "
+                        f"{process.exitcode} (-9: killed, mostly for want of memory; -7: /dev/shm is full); use fewer "
+                        "--workers, or --workers=0")
+    return str(error).splitlines()[0]
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -715,6 +1459,10 @@ def run(main) -> None:
         for bar in list(tqdm._instances):
             bar.close()  # else the message would be printed on the progress bar's line
         sys.exit(f"error: {error}")
+    except RuntimeError as error:
+        if "DataLoader worker" not in str(error):
+            raise
+        sys.exit(f"error: {name_dead_worker(error)}")
     except KeyboardInterrupt:
         print("stopped", file=sys.stderr)
         sys.exit(130)  # the shells' number for Ctrl-C: 128 + SIGINT (2)
@@ -756,23 +1504,133 @@ def draw_sheet(path, sources: list, captions: list[list[tuple[str, str]]], colum
 
 
 def show_world(path: str) -> None:
-    "A contact sheet of scenes, and one printed example of each kind of question."
-    captions, exam = World("captions"), World("exam", "scenes")
-    draw_sheet(path, [captions[i]["images"][0] for i in range(20)], [[]] * 20, columns=5)
-    for i, kind in enumerate(QUESTIONS):  # record i of an exam is of the i-th kind
-        question, answer = (message["content"] for message in exam[i]["messages"])
-        print(f"{kind:>9}: {question.removeprefix('<image>').strip()!r} -> {answer}")
+    "A contact sheet of scenes, one question of each kind about the first ten of them, printed with its answer."
+    exam, captions = World("exam", "scenes"), World("captions")
+    records = [exam[i] for i in range(len(QUESTIONS))] + [captions[i] for i in range(20 - len(QUESTIONS))]
+    texts = [record["messages"] for record in records]
+    draw_sheet(path, [record["images"][0] for record in records], [
+        [(turn["content"].removeprefix("<image>").strip(), colour) for turn, colour in zip(turns, ("black", "green"))]
+        for turns in texts], columns=5)
+    for number, record in enumerate(records[:len(QUESTIONS)], 1):  # record i of an exam is of the i-th kind
+        question, answer = (message["content"] for message in record["messages"])
+        print(f"{number:>3} {record['kind']:>9}: {question.removeprefix('<image>').strip()!r} -> {answer}")
     print(f"wrote {path}")
 
 
-def check_records(path: str) -> None:
-    "Read every record and open every picture; the first problem is an error that names its record."
-    records = read_records(path)
-    check_pictures(records, f"{path}, ")
-    for record in records[:3]:
-        print(json.dumps({"id": record["id"], "messages": record["messages"], "images": len(record["images"])},
-                         ensure_ascii=False))
-    print(f"{path}: {len(records)} records, {sum(len(r['images']) for r in records)} pictures, all readable")
+def read_any(name: str) -> tuple:
+    "A part of --data -> (its records, what is wrong with its other rows). All of the world would be endless."
+    if name == "world":
+        world = World("chat")
+        return [world[i] for i in range(500)], []
+    if is_text(name):
+        texts = enumerate(read_text(name))
+        return [{"id": f"{name} document {i}", "text": text, "images": []} for i, text in texts], []
+    records = read_records(name, 1.0)
+    return records, records.bad
+
+
+def check_data(flags) -> dict:
+    """
+    Every record and picture of --data (and --val) -> the counts, which are also the last line printed. Names each bad
+    record. With --check tokens are counted, too, and check.png is drawn.
+    """
+    bad, lengths, counts, seen, shown = [], [], Counter(records=0, images=0, turns=0, supervised_tokens=0), {}, []
+    parts = [(name, *read_any(name)) for name, _ in parse_mixture(flags.data)]
+    trained = {key for _, records, _ in parts for key in getattr(records, "keys", np.zeros(0)).tolist()}
+    if flags.val:
+        held, wrong = read_any(flags.val)
+        both = trained & set(getattr(held, "keys", np.zeros(0)).tolist())
+        parts.append((flags.val, held, wrong))
+        for record in held if both else ():
+            if both & set(hash_keys(record)):
+                bad.append(f"{flags.val}, record {record['id']}: a picture or text of it is in --data, too")
+    tokenizer = None
+    if flags.check:
+        tokenizer = Tokenizer.from_pretrained(flags.tokenizer) if flags.tokenizer else \
+            Tokenizer.train(tokenizer_texts(flags.data, 0, 3_000_000), 2048)
+    for name, records, wrong in parts:
+        bad += wrong
+        for number in tqdm(range(len(records)), desc=f"checking {name}", delay=5, disable=None):
+            try:
+                record = records[number]
+                where = f"{name}, record {number} (id {record['id'][:60]!r})"
+                counts["records"] += 1
+                counts["images"] += len(record["images"])
+                counts["turns"] += len(record.get("messages", []))
+                bad += check_record(record, where, seen)
+                if tokenizer:
+                    document = whole = make_document(record, number, tokenizer, flags.image_tokens, 10 ** 9)
+                    require(whole, f"{where}: nothing in it is learned")
+                    lengths.append(len(whole.ids) - 1)
+                    if "messages" in record:  # text is cut into pieces, of which none is lost
+                        document = make_document(record, number, tokenizer, flags.image_tokens, flags.seq_len)
+                        counts["cut"] += lengths[-1] > flags.seq_len
+                    counts["left_out"] += document is None
+                    counts["supervised_tokens"] += sum(document.mask[1:]) if document else 0
+                    if document and len(shown) < 3:
+                        shown.append(show_tokens(document, tokenizer))
+                if len(shown) < 3 and not tokenizer:
+                    shown.append(json.dumps({"id": record["id"], "messages": record.get("messages", record.get("text")),
+                                             "images": len(record["images"])}, ensure_ascii=False))
+            except ValueError as error:
+                bad.append(str(error) if name in str(error) else f"{name}: {error}")
+    if flags.check:
+        draw_check(flags.out.replace("world.png", "check.png"), [r for _, some, _ in parts for r in some[:20]][:20])
+    print("\n".join(shown + [f"bad: {line}" for line in bad]))
+    if lengths:
+        print(f"tokens of a record: median {int(np.median(lengths))}, longest {max(lengths)}; {counts['cut']} of "
+              f"{len(lengths)} are longer than --seq_len={flags.seq_len} and lose their last turns, "
+              f"{counts['left_out']} do not fit at all")
+    return {**counts, "bad": len(bad)}
+
+
+def check_record(record: dict, where: str, seen: dict) -> list[str]:
+    "What is wrong with a record that could be read. seen: {hash of a record: the first that has it}."
+    bad = []
+    for source in record["images"]:
+        try:
+            image = open_source(source)
+            if min(image.size) < 4 or max(image.size) > 100 * min(image.size):
+                bad.append(f"{where}: a picture of {image.width} x {image.height} pixels shows nothing")
+        except ValueError as error:
+            bad.append(f"{where}: {error}")
+    turns = record.get("messages") or [{"role": "", "content": record.get("text", "")}]
+    for turn in turns:
+        if turn["role"] != "assistant" and turn["role"] and not turn["content"].replace("<image>", "").strip() \
+                and not record["images"]:
+            bad.append(f"{where}: a question is empty")
+        if found := re.search(r"<\|[a-z_]+\|>|\ufffd|[\x00-\x08\x0b\x0c\x0e-\x1f]|\[INST\]|</?s>", turn["content"]):
+            bad.append(f"{where}: {found[0]!r} in a text: a mark of another format, or a damaged letter")
+        if turn["role"] == "assistant" and "<image>" in turn["content"]:
+            bad.append(f"{where}: <image> in an answer: the model cannot draw")
+    answers = record.get("answer", [])
+    if record.get("choices") and not set([answers] if isinstance(answers, str) else answers) <= set(record["choices"]):
+        bad.append(f"{where}: the answer {answers!r} is none of the choices")
+    content = repr((turns, [picture_key(source) for source in record["images"]]))
+    first = seen.setdefault(hashlib.sha1(content.encode("utf-8", "replace")).digest(), where)
+    return bad + ([f"{where}: the same as {first}"] if first != where else [])
+
+
+def show_tokens(document: Document, tokenizer) -> str:
+    "A record as the model reads it: pictures as [64 image tokens], the part that is learned in **stars**."
+    out, learned = "", False
+    for (token, mask), group in itertools.groupby(zip(document.ids, document.mask), lambda pair: (
+            pair[0] if pair[0] == tokenizer.image_pad else None, bool(pair[1]))):
+        ids = [one for one, _ in group]
+        text = f"[{len(ids)} image tokens]" if token is not None else tokenizer.decode(ids, skip_special=False)
+        out, learned = out + "**" * (mask != learned) + text, mask
+    return (out + "**" * learned).replace("\n", "\\n")
+
+
+def draw_check(path: str, records: list) -> None:
+    def one(record):
+        with contextlib.suppress(ValueError, StopIteration):
+            return open_source(next(iter(record["images"])))
+    lines = [[(turn["content"].replace("<image>", "").strip(), "green" if turn["role"] == "assistant" else "black")
+              for turn in record.get("messages", [{"role": "", "content": record.get("text", "")}])][:3]
+             for record in records]
+    draw_sheet(path, [one(record) for record in records], lines, columns=5)
+    say(f"wrote {path}")
 
 
 def download(names: str, vision: str) -> None:
@@ -780,18 +1638,26 @@ def download(names: str, vision: str) -> None:
     if names == "list":
         for name, repository in weights.REPOSITORIES.items():
             print(f"{name:26} {repository.hub:43} {repository.licence}")
+        for name, recipe in RECIPES.items():
+            print(f"{name:26} {recipe['stage']}: {recipe['about']:37} {recipe['licence']}")
         return
     names = [name.strip() for name in names.split(",")]
     names += [vision] if vision and any(name.startswith("qwen2.5-") for name in names) else []
     for name in names:  # a typing error in the last name is found before the gigabytes of the first
-        weights.find_repository(name)
+        if name not in RECIPES:
+            weights.find_repository(name)
     for name in dict.fromkeys(names):
-        print(f"{name} {weights.fetch(name)}", flush=True)
+        print(f"{name} {Path(locate(name)[0][0]).parent if name in RECIPES else weights.fetch(name)}", flush=True)
 
 
 FLAGS = {
-    "data": ("world", "world, or a file of records to check"),
-    "out": ("world.png", "where the world's contact sheet goes"),
+    "data": ("world", "world, or what to check: files, folders, URLs, recipes, joined by commas"),
+    "val": ("", "with --check: held-out records, which must not be in --data"),
+    "check": (False, "open every picture, count tokens, draw check.png"),
+    "seq_len": (2048, "with --check: tokens per row, to count what does not fit"),
+    "image_tokens": (64, "with --check: tokens per picture"),
+    "tokenizer": ("", "with --check: a folder with a tokenizer; empty: one that is trained on --data"),
+    "out": ("world.png", "where the contact sheet goes; of --check: check.png"),
     "download": ("", "what to fetch: names joined by commas; list shows them"),
     "vision": (weights.DEFAULT_VISION, "fetched along with any qwen2.5-*; empty: none"),
 }
@@ -801,10 +1667,13 @@ def main() -> None:
     flags = parse_flags(__doc__, FLAGS)
     if flags.download:
         download(flags.download, flags.vision)
-    elif flags.data == "world":
+    elif flags.data == "world" and not flags.check:
         show_world(flags.out)
     else:
-        check_records(flags.data)
+        result = check_data(flags)
+        print(json.dumps(result))
+        require(not result["bad"], "1 of the records is bad; mend or remove it" if result["bad"] == 1 else
+                f"{result['bad']} of the records are bad; mend or remove them")
 
 
 if __name__ == "__main__":

@@ -86,7 +86,7 @@ def main() -> None:
     # Data. New: records with a picture and its caption; held out are scenes that training does not show.
     dataset, held_out = data.load_data(flags.data, World("captions", seed=flags.seed),
                                        {"scenes": World("captions", "scenes", seed=1)}, flags.seed, flags.eval_size,
-                                       flags.val)
+                                       flags.val, max_bad=flags.max_bad)
     loaders = make_loaders(flags, setup, vlm, tokenizer, dataset, state)
     records = next(iter(held_out.values()))
     documents = make_documents(records, vlm, tokenizer, flags.seq_len)

@@ -92,7 +92,7 @@ def main() -> None:
     read = partial(data.read_text_records, encode=tokenizer.encode, end=tokenizer.endoftext, seq_len=flags.seq_len)
     dataset, held_out = data.load_data(flags.data, World("text", seed=flags.seed),
                                        {"scenes": World("text", "scenes", seed=1)}, flags.seed, flags.eval_size,
-                                       flags.val, read)
+                                       flags.val, read, flags.max_bad)
     loaders = make_loaders(flags, setup, vlm, tokenizer, dataset, state, supervise_all=True)
     documents = make_documents(next(iter(held_out.values())), vlm, tokenizer, flags.seq_len, supervise_all=True)
     # The derived numbers, before the time is spent: a wrong --batch_size shows here.

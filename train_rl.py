@@ -176,7 +176,7 @@ def main() -> None:
     # Held out are questions of all kinds: what is not trained on may be forgotten, and that should show.
     exams = {split: World("exam", split, seed=1) for split in ("scenes", "pairs")}
     dataset, held_out = data.load_data(flags.data, World("exam", seed=flags.seed, kinds=kinds), exams, flags.seed,
-                                   flags.eval_size, flags.val)
+                                   flags.eval_size, flags.val, max_bad=flags.max_bad)
     # A resumed run compares with where it began, not with where it was interrupted.
     before = state.get("before") or {name: evaluate(vlm, tokenizer, records, setup)
                                      for name, records in held_out.items()}

@@ -290,7 +290,8 @@ def main() -> None:
     # Held out are single questions, about new scenes and about pairs of colour and kind that training never shows.
     # seed=1, whatever --seed is: all runs answer the same questions.
     exams = {split: World("exam", split, seed=1) for split in ("scenes", "pairs")}
-    dataset, held_out = data.load_data(flags.data, world, exams, flags.seed, flags.eval_size, flags.val)
+    dataset, held_out = data.load_data(flags.data, world, exams, flags.seed, flags.eval_size, flags.val,
+                                       max_bad=flags.max_bad)
     loaders = make_loaders(flags, setup, vlm, tokenizer, dataset, state)
     first = next(iter(held_out.values()))
     setup.print(f"{sum(p.numel() for p in params.values()):,} parameters are trained, {flags.batch_size} rows x "

@@ -71,6 +71,8 @@ SHARED_FLAGS = {  # name: (default, meaning); None = a default that depends on t
     "wandb": ("", "project on wandb.ai that gets what log.jsonl gets; empty: nothing is sent"),
     "keep": (3, "earlier runs of the stage that are kept, as STAGE.1 (the one before), STAGE.2, ..."),
     "max_bad_steps": (10, "stop after so many steps in a row whose loss or gradient is not a finite number"),
+    "workers": (-1, "processes that open pictures, on each GPU; 0: a thread does it; -1: up to 8 on a GPU, else 0"),
+    "max_bad": (0.01, "share of broken records that is left out, and named; more end the run"),
     # 600 questions: the 95 % interval around one half reaches 4 points to each side. Half of that takes 2,400.
     "eval_size": (600, "held-out questions (or texts) per evaluation"),
 }
@@ -165,7 +167,8 @@ class Setup:
 # These may change on --resume: they say where and how, not what is computed (dtype and device up to rounding).
 # micro_batch_size too, as long as a step has the same number of micro-batches: make_loaders checks that.
 MAY_CHANGE = ("init", "out_dir", "micro_batch_size", "activation_checkpointing", "device", "dtype", "compile", "resume",
-              "eval_every", "eval_on_stop", "save_every", "keep", "max_bad_steps", "wandb")
+              "eval_every", "eval_on_stop", "save_every", "keep", "max_bad_steps", "wandb", "workers",
+              "max_bad")
 
 
 def read_resume(flags, folder: Path) -> tuple[dict, dict]:
@@ -494,9 +497,11 @@ def make_loaders(flags, setup: Setup, vlm: VLM, tokenizer: Tokenizer, dataset, s
                     f"{flags.steps * flags.batch_size * flags.seq_len / (n * max(tokens, 1)):.1f} epochs")
     cut = sum(len(document.ids) - 1 > flags.seq_len for document in whole if document)
     if cut:
-        setup.print(f"{cut} of {len(whole)} conversations are longer than --seq_len={flags.seq_len} and are cut at "
-                    "their end")
-    return [make(rows=micro, micro_batch=i, micro_batches=count, state=saved[i] if saved else None)
+        setup.print(f"{cut} of {len(whole)} conversations are longer than --seq_len={flags.seq_len} and are cut: "
+                    "their last turns are left out")
+    workers = data.share_workers(getattr(flags, "workers", 0), setup.device.type, setup.world_size, count)
+    return [make(rows=micro, micro_batch=i, micro_batches=count, state=saved[i] if saved else None,
+                 workers=workers[i // setup.world_size])
             for i in range(setup.rank, count, setup.world_size)]  # 4 micro-batches, 2 ranks: 0 and 2, 1 and 3
 
 

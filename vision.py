@@ -51,7 +51,7 @@ def load_image(source, name: str = "") -> Image.Image:
     except FileNotFoundError:
         raise ValueError(f"{name}: no such image file") from None
     except Exception as error:  # noqa: BLE001 Pillow's decoders answer a broken file with almost any type of error
-        why = " ".join(str(error).split())[:200]
+        why = " ".join(str(error).split())[:200].split(" <_io")[0]
         raise ValueError(f"{name}: not a readable image ({why}); replace it or remove it from the data") from None
     if not small:  # raised out here: inside the try it would be reported as a broken file
         raise ValueError(f"{name}: {image.width} x {image.height} pixels is over the limit of {MAX_PIXELS:,}; "

@@ -383,7 +383,7 @@ DEFAULT_VISION = "siglip2-large-patch16-256"  # the encoder that a Qwen gets unl
 
 @dataclass(frozen=True)
 class Repository:
-    hub: str           # Org/Name
+    hub: str           # Org/Name, datasets/Org/Name, or the address of a folder on any web server
     revision: str      # a commit, which fixes every byte, or a branch, of which we take the newest commit
     files: dict        # {name: (bytes, sha256)} in the order of downloading; {}: ask the server which files there are
     licence: str
@@ -436,6 +436,11 @@ def endpoint() -> str:
     return url
 
 
+def is_plain(repository: Repository) -> bool:
+    "On a web server that is no hub: it knows no commits, and its ETags say nothing about the content."
+    return "://" in repository.hub
+
+
 def at_hub(url: str) -> bool:
     return urlsplit(url)[:2] == urlsplit(endpoint())[:2]  # the scheme, and the host with its port
 
@@ -452,7 +457,7 @@ def find_repository(name: str) -> Repository:
 
 def folders(repository: Repository) -> tuple[Path, Path]:
     "-> (our cache, huggingface_hub's cache: users of transformers need not download the same files again)."
-    name, revision = repository.hub.replace("/", "--"), repository.revision
+    name, revision = repository.hub.replace("://", "--").replace("/", "--").replace(":", "-"), repository.revision
     # The revision is part of our folder's name: two of them never share one. A branch may be called refs/pr/1.
     short = revision[:12] if re.fullmatch("[0-9a-f]{40}", revision) else revision.replace("/", "--")
     theirs = setting("HF_HUB_CACHE", setting("HF_HOME", "~/.cache/huggingface") / "hub") / f"models--{name}"
@@ -483,7 +488,9 @@ def authorize(request):
 
 def request(method: str, remote: RemoteFile, headers: dict, accept=()) -> tuple:
     "-> (the reply, the headers of the hub's own replies on the way to it). Statuses from 400 are errors."
-    url = f"{endpoint()}/{remote.repository.hub}/resolve/{quote(remote.repository.revision, safe='')}/{remote.name}"
+    place, plain = remote.repository.hub, is_plain(remote.repository)
+    url = f"{place}/{remote.name}" if plain else \
+        f"{endpoint()}/{place}/resolve/{quote(remote.repository.revision, safe='')}/{remote.name}"
     hub = requests.structures.CaseInsensitiveDict()
     headers = {"Accept-Encoding": "identity"} | headers  # small files would be compressed: no length, another ETag
     # We follow redirects ourselves, to see the hub's own headers. For large files the hub redirects to a storage host,
@@ -492,9 +499,9 @@ def request(method: str, remote: RemoteFile, headers: dict, accept=()) -> tuple:
         # TRAP: without an auth function, requests reads ~/.netrc and replaces our token by what it finds there.
         reply = requests.request(method, url, headers=headers, auth=authorize, timeout=TIMEOUT,
                                  stream=method == "GET", allow_redirects=False)
-        hub.update(reply.headers if at_hub(url) else {})  # the storage host has other ETags
+        hub.update(reply.headers if plain or at_hub(url) else {})  # the storage host has other ETags
         url = urljoin(url, reply.headers.get("Location", ""))
-        if not reply.is_redirect or method == "HEAD" and not at_hub(url):  # the hub's headers say all we need
+        if not reply.is_redirect or method == "HEAD" and not (plain or at_hub(url)):  # the hub's headers say all
             break
         reply.close()
     hub["ETag"] = (hub.get("X-Linked-Etag") or hub.get("ETag") or "").removeprefix("W/").strip('"')
@@ -538,9 +545,12 @@ def look_up(repository: Repository, name: str, optional=False) -> RemoteFile | N
     # TRAP: the Content-Length of a redirect is the length of the redirect itself.
     length = hub.get("X-Linked-Size") or ("" if reply.is_redirect else hub.get("Content-Length", ""))
     etag, commit, (size, sha256) = hub["ETag"], hub.get("X-Repo-Commit"), repository.files.get(name, ANY)
+    if is_plain(repository):
+        etag, commit = "", repository.revision
+        require(length.isdecimal(), f"{remote}: the server does not say how long this file is; fetch it by hand")
     # The login page of a hotel's network has status 200 too, and would be stored as config.json.
-    require(commit and etag and length.isdecimal(), f"{remote}: a proxy's page answers here, not a Hugging Face "
-            f"hub; log in to this network, or check HF_ENDPOINT ({endpoint()})")
+    require(is_plain(repository) or commit and etag and length.isdecimal(), f"{remote}: a proxy's page answers here, "
+            f"not a Hugging Face hub; log in to this network, or check HF_ENDPOINT ({endpoint()})")
     total = int(length)  # a small file's ETag is not a sha256: such a file is compared with the table after download
     require(size in (None, total) and (sha256 in (None, etag) or len(etag) != 64), f"{remote}: {endpoint()} has "
             f"{total:,} bytes with hash {etag}, expected are {size or total:,} with {sha256 or etag}; the file was "
@@ -641,8 +651,9 @@ def announce(repository: Repository, remotes: list[RemoteFile], folder: Path) ->
 
 
 def check_hash(path: Path, expected: str) -> None:
-    "64 digits are a sha256; 40 are the sha1 by which git names a file, which starts with the file's size."
-    digest = hashlib.sha256() if len(expected) == 64 else hashlib.sha1(b"blob %d\0" % path.stat().st_size)
+    "64 digits are a sha256; 32 an MD5; 40 are the sha1 by which git names a file, which starts with the file's size."
+    digest = hashlib.sha256() if len(expected) == 64 else hashlib.md5() if len(expected) == 32 else \
+        hashlib.sha1(b"blob %d\0" % path.stat().st_size)
     with open(path, "rb") as file:
         while block := file.read(2 ** 20):
             digest.update(block)
@@ -654,6 +665,7 @@ def check_hash(path: Path, expected: str) -> None:
 
 def download(remote: RemoteFile, folder: Path) -> None:
     target, part = folder / remote.name, folder / f"{remote.name}.part"
+    part.parent.mkdir(parents=True, exist_ok=True)  # a data set's file may be in a folder
     try:
         with open(part, "a+b") as file:  # another process may have begun it
             file.seek(0)
@@ -675,7 +687,7 @@ def download(remote: RemoteFile, folder: Path) -> None:
     # We have no hash of a range: that the server's ETag was the table's sha256 has to be enough. ETags of another form
     # than these two say nothing about the content.
     expected = remote.repository.files.get(remote.name, ANY)[1] or remote.etag  # the table's, or the server's
-    if not remote.head and re.fullmatch("[0-9a-f]{40}|[0-9a-f]{64}", expected):
+    if not remote.head and re.fullmatch("[0-9a-f]{32}|[0-9a-f]{40}|[0-9a-f]{64}", expected):
         check_hash(part, expected)
     os.replace(part, target)  # all at once: nobody ever sees half a file under this name
     note(f"{remote.name}: complete")
@@ -692,9 +704,9 @@ def lock(file, folder: Path) -> None:
             fcntl.flock(file, fcntl.LOCK_EX)
 
 
-def fetch(name: str) -> Path:
+def fetch(name: str | Repository) -> Path:
     """"qwen2.5-1.5b", or any "Org/Name@revision" -> the folder with its files; missing files are downloaded first."""
-    repository = find_repository(name)
+    repository = name if isinstance(name, Repository) else find_repository(name)
     folder, theirs = folders(repository)
     for ready in folder, theirs:
         if not missing_files(repository, ready):
@@ -702,7 +714,8 @@ def fetch(name: str) -> Path:
     offline = [variable for variable in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE")
                if os.environ.get(variable, "").upper() in ("1", "ON", "YES", "TRUE")]
     require(not offline, f"{folder}: lacks {', '.join(missing_files(repository, folder))}, and {''.join(offline[:1])} "
-                         f"is set; run python data.py --download={name} once without it")
+                         f"is set; run python data.py --download={name if isinstance(name, str) else 'NAME'} once "
+                         "without it")
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / ".lock", "w") as file:
         lock(file, folder)
@@ -712,3 +725,34 @@ def fetch(name: str) -> Path:
             for remote in remotes:
                 download(remote, folder)
     return folder
+
+
+def fetch_url(url: str, folder: Path, most: int) -> bytes:
+    "One small file from any web server, such as a picture that a record names, kept in the folder -> its bytes."
+    digest = hashlib.sha1(url.encode()).hexdigest()
+    kept = folder / digest[:2] / digest  # 256 folders: a hundred thousand files in one are slow
+    with contextlib.suppress(FileNotFoundError):
+        return kept.read_bytes()
+    for attempt in range(ATTEMPTS):
+        try:
+            with requests.get(url, timeout=TIMEOUT, stream=True) as reply:
+                if reply.status_code in TRY_AGAIN:
+                    raise requests.ConnectionError(f"the server answers {reply.status_code}")
+                require(reply.status_code < 400, f"{url}: the server answers {reply.status_code}")
+                content, length = b"", reply.headers.get("Content-Length", "")
+                for chunk in reply.iter_content(CHUNK):
+                    content += chunk
+                    require(len(content) <= most, f"{url}: more than {most:,} bytes")
+                if length.isdecimal() and len(content) < int(length) and "Content-Encoding" not in reply.headers:
+                    raise requests.ConnectionError("the connection closed early")
+            break
+        except CURABLE as error:
+            require(attempt + 1 < ATTEMPTS, f"{url}: {str(error)[-90:]}, {ATTEMPTS} times in a row")
+            time.sleep(BACKOFF * 2 ** attempt)
+        except requests.RequestException as error:
+            raise ValueError(f"{url}: {str(error)[-90:]}") from None
+    kept.parent.mkdir(parents=True, exist_ok=True)
+    part = kept.with_name(f"{digest}.{os.getpid()}.part")
+    part.write_bytes(content)
+    os.replace(part, kept)
+    return content
