@@ -32,6 +32,7 @@ import queue
 import re
 import secrets
 import select
+import shutil
 import signal
 import socket
 import sys
@@ -220,7 +221,7 @@ def stream(engine: Engine, tokenizer: Tokenizer, request: Request) -> str:
 HELP = """/image PATH  show a picture; ask about it with the next question
 /draw        draw a scene of the built-in world, save it here and show it
 /undo        take back the last question and its answer
-/save FILE   write the conversation as a JSON record, which data.py reads
+/save FILE   write the conversation as a JSON record, which data.py reads, with copies of its pictures
 /reset       start over
 /help        this list
 /quit        end (also /exit, Ctrl-D)"""
@@ -269,10 +270,13 @@ class Chat:
         for question, shown, answer in self.turns:
             messages += [{"role": "user", "content": "<image>" * len(shown) + "\n" * bool(shown) + question},
                          {"role": "assistant", "content": answer}]
-        record = {"id": "chat", "messages": messages,
-                  "images": [os.path.abspath(path) for _, shown, _ in self.turns for path, _ in shown]}
-        path = Path(os.path.expanduser(rest.strip().strip("'\"")))
-        path.write_text(json.dumps([record], indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+        # Its pictures are copied beside it: a record may only name what is in its own folder (data.py).
+        path, images = Path(os.path.expanduser(rest.strip().strip("'\""))), []
+        for source, _ in (picture for _, shown, _ in self.turns for picture in shown):
+            images.append(f"{path.stem}-{len(images) + 1}{Path(source).suffix}")
+            shutil.copyfile(source, path.with_name(images[-1]))
+        record = [{"id": "chat", "messages": messages, "images": images}]
+        path.write_text(json.dumps(record, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
         note(f"(wrote {path})")
 
     def ask(self, question: str) -> None:

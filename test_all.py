@@ -5346,7 +5346,9 @@ def test_chat_goes_on_from_its_cache_and_is_undone_drawn_and_saved(trained, phot
     assert read[3][1] == read[2][1]
     assert [line for line in ran.out.splitlines()][2] == ran.out.splitlines()[3]
     (record, ) = data.read_records(str(tmp_path / "talk.json"))
-    assert [len(record["messages"]), len(record["images"])] == [8, 2] and (tmp_path / "scene1.png").exists()
+    assert [len(record["messages"]), len(record["images"])] == [8, 2]
+    assert (tmp_path / "talk-1.png").read_bytes() == photo.read_bytes()
+    assert (tmp_path / "talk-2.png").read_bytes() == (tmp_path / "scene1.png").read_bytes()
     assert record["messages"][1]["content"] == ran.out.splitlines()[0]
     asked = [m["content"].split("\n")[-1] for m in record["messages"][::2]]
     assert asked == ["What is it?", "Why?", "Who?", "And this?"]
