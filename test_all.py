@@ -6034,7 +6034,7 @@ def test_the_ladder_computes_the_same_on_every_rung_and_is_drawn(tmp_path, monke
               main=bench.main)
     assert ran.code == 0 and [rung["tokens_per_s"] > 0 for rung in ran.result["rungs"]] == [True] * 3
     # Slower code for the same loss; but for which thread draws which noise as a picture, and that is chance.
-    assert losses == pytest.approx([losses[0]] * 3, rel=3e-3)
+    assert losses == pytest.approx([losses[0]] * 3, rel=1e-2)
     assert Image.open(tmp_path / "ladder.png").size[0] > 1000 and bench.model.token_loss is model.token_loss
 
 
