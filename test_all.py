@@ -6050,10 +6050,10 @@ def test_the_profile_is_written_and_names_what_takes_long(tmp_path, monkeypatch)
 def test_bench_serves_clients_of_its_own(trained, monkeypatch):
     import bench
     monkeypatch.setattr(bench.sample.Handler, "log_message", lambda *_: None)
-    ran = run("bench", "--what=serve", f"--out_dir={trained[0]}", "--device=cpu", "--clients=1,3", "--steps=2",
+    ran = run("bench", "--what=serve", f"--out_dir={trained[0]}", "--device=cpu", "--clients=3", "--steps=2",
               main=bench.main)
     assert ran.code == 0, ran.err
-    assert set(ran.result["clients"]) == {"1", "3"} and ran.result["generate_32_tokens_per_s"] > 0
+    assert set(ran.result["clients"]) == {"3"} and ran.result["generate_32_tokens_per_s"] > 0
     for row in ran.result["clients"].values():
         assert row["tokens_per_s"] > 0 and 0 < row["first_token_ms"][0] <= row["first_token_ms"][1]
 
@@ -6061,14 +6061,17 @@ def test_bench_serves_clients_of_its_own(trained, monkeypatch):
 # ----------------------------------------------------------------------------------------------------------------------
 # bench.py: memory
 
+PEAKS = [  # of qwen2.5-1.5b on one H200 (torch 2.11, compiled, bfloat16), 2,048 tokens a row, in GiB
+    ("align", 0, False, 32, 8, 29.8), ("sft", 0, False, 32, 8, 61.1), ("sft", 16, True, 32, 8, 8.8),
+    ("base", 0, False, 16, 4, 44.9), ("base", 0, False, 32, 8, 61.2), ("sft", 0, False, 32, 4, 43.9),
+    ("sft", 16, True, 4, 1, 5.0), ("align", 0, True, 32, 8, 8.5), ("sft", 16, False, 32, 8, 40.4),
+    ("sft", 0, True, 32, 8, 29.6)]
+
+
 def test_predicted_memory_is_within_a_tenth_of_what_an_h200_measured():
+    """Three of them; all with --long."""
     import bench
-    # Peaks of qwen2.5-1.5b on one H200 (torch 2.11, compiled, bfloat16), 2,048 tokens a row.
-    for stage, lora, thrift, batch_size, micro, measured in (
-            ("base", 0, False, 16, 4, 44.9), ("base", 0, False, 32, 8, 61.2), ("align", 0, False, 32, 8, 29.8),
-            ("sft", 0, False, 32, 4, 43.9), ("sft", 0, False, 32, 8, 61.1), ("sft", 16, True, 4, 1, 5.0),
-            ("align", 0, True, 32, 8, 8.5), ("sft", 16, False, 32, 8, 40.4), ("sft", 0, True, 32, 8, 29.6),
-            ("sft", 16, True, 32, 8, 8.8)):
+    for stage, lora, thrift, batch_size, micro, measured in PEAKS if "GHOSTVIS_LONG" in os.environ else PEAKS[:3]:
         flags = argparse.Namespace(model="qwen2.5-1.5b", bridge="", batch_size=batch_size, seq_len=2048, gpus=1)
         parts = bench.predict(flags, stage, lora)
         assert parts(micro, thrift)["peak"] == pytest.approx(measured, rel=0.1), (stage, lora, thrift, micro)
