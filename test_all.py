@@ -4550,7 +4550,7 @@ def test_two_processes_give_the_weights_of_one_with_two_micro_batches(trained, t
 # ----------------------------------------------------------------------------------------------------------------------
 # The stage scripts: which model answers and which one is trained further; nothing good is lost
 
-TINY_ACCURACY = {"scenes": 0.92, "pairs": 0.868}
+TINY_ACCURACY = {"scenes": 0.854, "pairs": 0.748}
 
 
 def fake_checkpoint(out: Path, name: str, **run) -> Path:

@@ -11,7 +11,7 @@ What it teaches: supervised fine-tuning (SFT). The loss is the same next-token l
 the assistant's words: the model is not trained to predict what the user will say. All parts are trained now (the ViT
 only where it has no pretrained weights). And: how answers are judged. Each kind of question is scored beside two
 baselines, with the picture blanked (blind: what the question alone tells) and with pictures exchanged (shuffled: does
-the answer follow the picture?). The laptop run reaches 88 % on new scenes, 21 % blind.
+the answer follow the picture?). The laptop run reaches 87 % on new scenes, 24 % blind.
 
 New in this chapter: the decoder is trained again, and answers are scored.
 Left out: a separate learning rate for each part; one served all parts within noise.
