@@ -1,7 +1,7 @@
 """
 What this project promises, one test for each promise, named after it. In the order of the files, fast ones first.
 
-    python -m pytest test_all.py              # all, offline, a few minutes on two cores
+    python -m pytest test_all.py -n 2         # all, offline, in two processes: two and a half minutes on two cores
     python -m pytest test_all.py -k packed    # those with "packed" in their name
     python test_all.py --long                 # also the full form of some: 10,000 files, 50 kills; an hour
 
@@ -68,6 +68,9 @@ from model import GPT, GPTConfig, VLM, VLMConfig
 from tokenizer import Rendered, SPECIAL_TOKENS, Tokenizer, train_bpe
 from vision import Bridge, BridgeConfig, ViT, ViTConfig
 
+if "PYTEST_XDIST_WORKER" in os.environ:
+    torch.set_num_threads(1)  # two processes with two threads each would wait for each other
+    os.environ["OMP_NUM_THREADS"] = "1"
 HERE = Path(__file__).parent
 SHARED = Path(__file__).parent.parent / "shared"  # optional: real pictures and texts
 # Whatever lies in this machine's caches, and whatever its network, the tests find none of it; only the fixture `hub`,
