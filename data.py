@@ -598,7 +598,7 @@ def parquet_to_tar(path: str) -> str:
 def fingerprint(*paths: str) -> str:
     "A name for the present content of files: it changes with their place, size or time."
     stats = [(os.path.abspath(path), s.st_size, s.st_mtime_ns) for path in paths for s in [os.stat(path)]]
-    return hashlib.sha1(repr((1, stats)).encode()).hexdigest()[:24]  # 1: of what is kept; to be raised when that changes
+    return hashlib.sha1(repr((1, stats)).encode()).hexdigest()[:24]  # 1: raise it if what is kept changes
 
 
 def instances_of(row) -> list:

@@ -4645,9 +4645,10 @@ def test_a_slim_checkpoint_answers_and_can_be_trained_further(trained, photo, tm
     assert ran.code == 0 and not ran.out
     sizes = [(folder / "model.safetensors").stat().st_size for folder in (trained[0] / "tiny/sft", tmp_path / "slim")]
     assert sizes[1] < 0.51 * sizes[0] and not (tmp_path / "slim/optimizer.safetensors").exists()
-    assert run("sample", f"--init={tmp_path / 'slim'}", f"--image={photo}", "--device=cpu", "--max_new_tokens=2").code == 0
+    init = f"--init={tmp_path / 'slim'}"
+    assert run("sample", init, f"--image={photo}", "--device=cpu", "--max_new_tokens=2").code == 0
     assert run("train_rl", *QUICK, f"--out_dir={tmp_path / 'out'}", f"--init={tmp_path / 'slim'}").code == 0
-    one_line(run("sample", f"--init={tmp_path / 'slim'}", f"--slim={tmp_path / 'slim'}"), tmp_path / "slim", "new folder")
+    one_line(run("sample", init, f"--slim={tmp_path / 'slim'}"), tmp_path / "slim", "new folder")
 
 
 @pytest.mark.parametrize("stage, flags, parts", [
@@ -4734,11 +4735,11 @@ def test_out_of_memory_names_the_flags_that_would_fit():
         raise torch.OutOfMemoryError("CUDA out of memory")
     for rows, part in ((12, "--micro_batch_size=6"), (1, "--activation_checkpointing")):
         batch = {"ids": torch.zeros(rows, 4), "supervised": [1], "records": []}
-        fails(lambda: training.train_step(full, [batch], 1, None, setup(), 1.0), f"{rows} rows", part)
+        assert fails(lambda: training.train_step(full, [batch], 1, None, setup(), 1.0), f"{rows} rows", part)
 
 
 def test_a_step_without_a_supervised_token_names_its_records():
-    fails(lambda: training.count_supervised([{"supervised": [], "records": ["7", "photo 8"]}], setup()), "7, photo 8")
+    assert fails(lambda: training.count_supervised([{"supervised": [], "records": ["7", "photo 8"]}], setup()), "7, photo 8")
 
 
 @pytest.mark.parametrize("part, field, value", [
@@ -4766,7 +4767,7 @@ def test_a_published_config_with_absurd_sizes_is_refused_too(tmp_path, call):
                 "vision_feature_select_strategy": "full"}
     (tmp_path / "config.json").write_text(json.dumps(kind | huge))
     weights.write_safetensors({"a": torch.ones(1)}, tmp_path / "model.safetensors")
-    fails(lambda: call(tmp_path), tmp_path / "config.json", "num_hidden_layers")
+    assert fails(lambda: call(tmp_path), tmp_path / "config.json", "num_hidden_layers")
 
 
 def test_a_full_disk_ends_in_one_line_with_the_last_checkpoint_whole(trained, tmp_path):
@@ -4818,7 +4819,7 @@ def test_50_kills_at_random_moments_and_resumed_each_time_is_never_killed(traine
             break
         except subprocess.TimeoutExpired:
             subprocess.run(["pkill", "-KILL", "-f", f"out_dir={tmp_path / 'killed'}( |$)"])
-            process.wait()  # torchrun and its workers, which have sessions of their own
+            process.wait()  # torchrun and its workers, which are no children of this process group
             kills += 1
     print(f"{stage}, {ranks} ranks: {kills} kills")
     assert process.returncode == 0 and kills > 5

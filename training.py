@@ -690,8 +690,8 @@ def save(flags, setup: Setup, stage: str, vlm: VLM, tokenizer: Tokenizer, optimi
         try:
             save_checkpoint(folder, vlm, tokenizer, moments, state, master_weights)
         except OSError as error:  # a full disk, a network folder that is gone; Python does not name the file
-            raise ValueError(f"{folder}: step {step} could not be saved ({error}); what was saved before is whole: make "
-                             "room and continue it by --resume") from None
+            raise ValueError(f"{folder}: step {step} could not be saved ({error}); what was saved before is whole: "
+                             "make room and continue it by --resume") from None
     return folder
 
 
