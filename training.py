@@ -659,11 +659,11 @@ def save_checkpoint(folder, vlm: VLM, tokenizer: Tokenizer, moments: dict | None
     config.json, model.safetensors and the tokenizer; for --resume optimizer.safetensors and state.json. Tensors and
     JSON only: nothing is ever unpickled. All or nothing: a crash at any moment leaves a whole checkpoint.
     """
-    # log.jsonl and samples.png of the old folder are carried over; an old optimizer beside new weights must not be.
     tensors = dict(vlm.named_parameters()) | (master_weights or {})
     for name, tensor in tensors.items():
         weights.require(tensor.isfinite().all(), f"{folder}: not saved, because {name} holds NaN or Inf; a checkpoint "
                         "that is there stays as it was. Start again with a lower --lr")
+    # log.jsonl and samples.png of the old folder are carried over; an old optimizer beside new weights must not be.
     with weights.replace_folder(folder, drop=("optimizer.safetensors", "state.json")) as new:
         (new / "config.json").write_text(json.dumps({"model_type": "ghostvis", **asdict(vlm.config)}, indent=2) + "\n")
         tokenizer.save(new)  # with the weights: another tokenizer's ids would mean other words
