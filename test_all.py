@@ -4740,7 +4740,8 @@ def test_out_of_memory_names_the_flags_that_would_fit():
 
 
 def test_a_step_without_a_supervised_token_names_its_records():
-    assert fails(lambda: training.count_supervised([{"supervised": [], "records": ["7", "photo 8"]}], setup()), "7, photo 8")
+    empty = {"supervised": [], "records": ["7", "photo 8"]}
+    assert fails(lambda: training.count_supervised([empty], setup()), "7, photo 8")
 
 
 @pytest.mark.parametrize("part, field, value", [
@@ -4792,12 +4793,13 @@ def test_an_output_folder_that_cannot_be_written_is_one_line(trained, tmp_path, 
     (tmp_path / "out").write_text("a file")  # also what a lost network disk looks like: an OSError at any place
     ran = run(CHAPTERS[stage], *QUICK, f"--out_dir={tmp_path / 'out'}", f"--init={trained[0] / 'tiny' / stage}")
     one_line(ran, tmp_path / "out")
+    assert (tmp_path / "out").read_text() == "a file"
 
 
 @long_form
 @pytest.mark.parametrize("ranks", [1, 2])
 @pytest.mark.parametrize("stage", CHAPTERS)
-def test_50_kills_at_random_moments_and_resumed_each_time_is_never_killed(trained, tmp_path, stage, ranks):
+def test_up_to_50_kills_at_random_moments_and_resumed_each_time_is_never_killed(trained, tmp_path, stage, ranks):
     """SIGKILL while starting, training and saving; the final weights are those of the undisturbed run, bit for bit."""
     flags = ["--steps=200", "--batch_size=4", "--micro_batch_size=2", "--device=cpu", "--lr=0.01", "--eval_size=4",
              "--save_every=1", f"--init={trained[0] / 'tiny' / START[stage]}"]
@@ -5723,8 +5725,8 @@ def test_a_wrong_request_is_told_what_is_wrong(served, name):
 
 def test_a_body_that_is_too_long_is_refused_before_it_is_read(served):
     for length, status in ((sample.BODY + 1, b"413"), (10 ** 20, b"411")):
-        answer = served.raw(b"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
-                            b"Content-Length: %d\r\n\r\n" % length)
+        answer = served.raw(b"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\n"
+                            b"Content-Type: application/json\r\nContent-Length: %d\r\n\r\n" % length)
         assert answer.startswith(b"HTTP/1.1 " + status) and b'"error"' in answer
 
 
