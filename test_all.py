@@ -1942,15 +1942,18 @@ def test_vit_weights_that_do_not_fit_are_one_line(tmp_path):
 @needs("transformers")
 @pytest.mark.parametrize("resample, bicubic", [(2, False), (3, True)], ids=["siglip2_bilinear", "siglip_bicubic"])
 def test_preprocessing_equals_transformers(tmp_path, resample, bicubic):
-    # The one on Pillow; the other one, on torchvision, is a step or two of 255 away from it.
+    from transformers import SiglipImageProcessor
     from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
-    processor = SiglipImageProcessorPil(size={"height": 48, "width": 48}, resample=resample)
-    rng = np.random.default_rng(0)
-    for width, height in [(97, 31), (31, 200), (48, 48), (1, 7), (50, 49)]:
-        image = Image.fromarray(rng.integers(0, 256, (height, width, 3), dtype=np.uint8))
-        expected = torch.as_tensor(np.asarray(processor(image)["pixel_values"][0]))
-        ours = vision.normalize(vision.preprocess(image, 48, bicubic), torch.float32)
-        assert (ours - expected).abs().max() < 1e-5  # one step of 255 would be 0.008
+    from transformers.utils import is_torchvision_available
+    # transformers' own choice resizes with torchvision, as we do, bit for bit; the one on Pillow is a level of 255 away.
+    processors = [(SiglipImageProcessorPil, 1.01 / 127.5)] + [(SiglipImageProcessor, 1e-5)] * is_torchvision_available()
+    for kind, most in processors:
+        processor, rng = kind(size={"height": 48, "width": 48}, resample=resample), np.random.default_rng(0)
+        for width, height in [(97, 31), (31, 200), (48, 48), (1, 7), (50, 49), (640, 480)]:
+            image = Image.fromarray(rng.integers(0, 256, (height, width, 3), dtype=np.uint8))
+            expected = torch.as_tensor(np.asarray(processor(image, return_tensors="pt")["pixel_values"][0]))
+            ours = vision.normalize(vision.preprocess(image, 48, bicubic), torch.float32)
+            assert (ours - expected).abs().max() < most
     # The checkpoint's own file says which of the two it wants.
     processor.save_pretrained(tmp_path)
     (tmp_path / "config.json").write_text(json.dumps(ODD_SIZE))
