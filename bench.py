@@ -681,11 +681,14 @@ def ask(port: int, body: bytes) -> tuple[float, list[float], int]:
 
 
 def clients(port: int, n: int, each: int, out) -> None:
-    "n clients, a thread each, in a process of their own: every one sends its next request when it has its answer."
+    """
+    n clients, a thread each, in a process of their own. Each takes the next request as soon as it has an answer, so that
+    all are busy nearly to the end.
+    """
     bodies = make_bodies(n * each)
     with ThreadPoolExecutor(n) as pool:
         started = time.perf_counter()
-        results = list(pool.map(lambda i: [ask(port, body) for body in bodies[i::n]], range(n)))
+        results = list(pool.map(functools.partial(ask, port), bodies))
     out.put((time.perf_counter() - started, results))
 
 
@@ -718,10 +721,10 @@ def bench_serve(flags) -> dict:
         worker.start()
         seconds, results = out.get()
         worker.join()
-        # A client's first request arrives together with all others'. Those that follow are newcomers among others.
-        speed = sum(tokens for one in results for *_, tokens in one) / seconds
-        first = quantiles([times[0] - sent for one in results for sent, times, _ in one[1:] if times])
-        after = quantiles([b - a for one in results for _, times, _ in one for a, b in zip(times, times[1:])])
+        speed = sum(tokens for *_, tokens in results) / seconds
+        # The first n arrive together. Those that follow are newcomers among others.
+        first = quantiles([times[0] - sent for sent, times, _ in results[n:] if times])
+        after = quantiles([b - a for _, times, _ in results for a, b in zip(times, times[1:])])
         rows[str(n)] = {"tokens_per_s": speed, "first_token_ms": first, "next_token_ms": after}
         setup.print(f"{n:>8}{speed:>10,.0f}{first[0]:>21.1f}{first[1]:>8.1f}{after[0]:>14.1f}{after[1]:>8.1f}")
     server.shutdown()
