@@ -176,7 +176,7 @@ def read_resume(flags, folder: Path) -> tuple[dict, dict]:
     state = weights.read_json(folder / "state.json")
     moments = weights.read_safetensors(folder / "optimizer.safetensors")
     # A save stamps its files with the step: files copied together from two saves are noticed.
-    steps = {weights.read_metadata(folder / f).get("step") for f in ("model.safetensors", "optimizer.safetensors")}
+    steps = {weights.read_header(folder / f)[1].get("step") for f in ("model.safetensors", "optimizer.safetensors")}
     if "step" not in state or steps != {str(state["step"])}:
         raise ValueError(f"{folder}: weights, optimizer and state are of different steps; start again without --resume")
     for name, value in state.get("flags", {}).items():  # with another --steps, say, the schedule would jump half-way
