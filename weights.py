@@ -473,7 +473,8 @@ def authorize(request):
 def request(method: str, url: str, where, headers: dict = {}, accept=()) -> requests.Response:
     "The reply after all redirects, of which HEAD follows only those within the hub. Statuses from 400 are errors."
     # We follow redirects ourselves. Of a large file the hub's own reply tells size and hash; then it redirects to a
-    # storage host, with a signature in the address that is good for minutes and for GET: each attempt begins at the hub.
+    # storage host, with a signature in the address that is valid for minutes and for GET: every attempt has to start at
+    # the hub.
     for _ in range(10):  # redirects in a circle end here
         # Not compressed: a small file would have no length then, and another ETag. TRAP: without an auth function,
         # requests reads ~/.netrc and replaces our token by what it finds there.
