@@ -2677,12 +2677,18 @@ class Web:
 
     def __init__(self):
         self.files, self.faults, self.log, self.released = {}, [], [], threading.Event()
+        self.redirects = {}  # {path: path}
 
         class Handler(http.server.BaseHTTPRequestHandler):
             protocol_version = "HTTP/1.1"
 
             def do_GET(handler):
                 self.log.append((handler.command, handler.path))
+                if handler.path in self.redirects:
+                    handler.send_response(302)
+                    handler.send_header("Location", self.redirects[handler.path])
+                    handler.send_header("Content-Length", "0")
+                    return handler.end_headers()
                 content, fault = self.files.get(handler.path), ""
                 if handler.command == "GET" and self.faults:
                     fault = self.faults.pop(0)
@@ -2749,6 +2755,10 @@ def test_pictures_named_by_urls_are_fetched_when_they_are_used_and_only_once(web
     web.faults = []
     web.files["/big.png"] = b"\0" * 5000
     assert fails(lambda: weights.fetch_url(f"{web.url}/big.png", tmp_path / "c", 4000), "4,000 bytes")
+    web.redirects = {"/there.png": "/a.png", "/circle.png": "/circle.png"}
+    assert data.open_source(f"{web.url}/there.png").getpixel((0, 0)) == (255, 0, 0)
+    for url in f"{web.url}/circle.png", "http://[::1/a.png", "http:///a.png":
+        assert fails(lambda: data.open_source(url), url)
 
 
 def test_a_file_of_records_and_tar_shards_come_from_a_url(web, tmp_path):

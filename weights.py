@@ -475,21 +475,24 @@ def request(method: str, url: str, where, headers: dict = {}, accept=()) -> requ
     # We follow redirects ourselves. Of a large file the hub's own reply tells size and hash; then it redirects to a
     # storage host, with a signature in the address that is valid for minutes and for GET: every attempt has to start at
     # the hub.
-    for _ in range(10):  # redirects in a circle end here
-        # Not compressed: a small file would have no length then, and another ETag. TRAP: without an auth function,
-        # requests reads ~/.netrc and replaces our token by what it finds there.
-        reply = requests.request(method, url, headers={"Accept-Encoding": "identity"} | headers, auth=authorize,
-                                 timeout=TIMEOUT, stream=True, allow_redirects=False)
-        target = urljoin(url, reply.headers.get("Location", ""))
-        if not reply.is_redirect or method == "HEAD" and at_hub(url) and not at_hub(target):
-            break
-        reply.close()
-        url = target
-    status = reply.status_code
+    with requests.Session() as session:  # it keeps the cookies that some servers ask for after a redirect
+        for _ in range(10):
+            # Not compressed: a small file would have no length then, and another ETag. TRAP: without an auth function,
+            # requests reads ~/.netrc and replaces our token by what it finds there.
+            reply = session.request(method, url, headers={"Accept-Encoding": "identity"} | headers, auth=authorize,
+                                    timeout=TIMEOUT, stream=True, allow_redirects=False)
+            target = urljoin(url, reply.headers.get("Location", ""))
+            if not reply.is_redirect or method == "HEAD" and at_hub(url) and not at_hub(target):
+                break
+            reply.close()
+            url = target
+    status, code = reply.status_code, reply.headers.get("X-Error-Code")
     if status in TRY_AGAIN:
         raise requests.ConnectionError(f"the server answers {status}", response=reply)
-    remedy = (REMEDIES.get((status, reply.headers.get("X-Error-Code"))) or REMEDIES.get(status)) if at_hub(url) else ""
-    require(status < 400 or status in accept, f"{where}: the server answers {status}, " + (
+    remedy = REMEDIES.get((status, code)) or REMEDIES.get(status) if at_hub(url) else None
+    # A redirect as GET's last answer: after ten of them it is a circle.
+    arrived = status < (300 if method == "GET" else 400)
+    require(arrived or status in accept, f"{where}: the server answers {status}, " + (
         remedy or f"{reply.reason}; check the address, HF_ENDPOINT ({endpoint()}) and proxies"))
     return reply
 
@@ -505,6 +508,8 @@ def retry(where, attempt, progress=lambda: 0):
             # "HTTPSConnectionPool(...): Max retries exceeded ...: [Errno 111] Connection refused'))": keep the end
             reason = str(error).rsplit(": ", 1)[-1].split("', ")[0].strip("')\".")[:90]
             headers = {} if error.response is None else error.response.headers
+        except requests.RequestException as error:  # such as an address that is none
+            raise ValueError(f"{where}: {error}") from None
         # Compared with the most ever, not with the last attempt: some server may start from zero each time.
         failures, most = (0, progress()) if progress() > most else (failures + 1, most)
         require(failures < ATTEMPTS, f"{where}: {reason}, {failures} times in a row; check the connection, and "
