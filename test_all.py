@@ -744,7 +744,7 @@ def test_safetensors_round_trip(tmp_path):
     tensors["transposed"] = torch.arange(6).view(2, 3).t()  # not contiguous
     weights.write_safetensors(tensors, path, {"step": "7"})
     assert same_bytes(weights.read_safetensors(path), tensors)
-    assert weights.read_metadata(path) == {"step": "7"}
+    assert weights.read_header(path)[1] == {"step": "7"}
     weights.write_safetensors({}, path)
     assert weights.read_safetensors(path) == {}
 
@@ -757,7 +757,7 @@ def test_safetensors_library_reads_ours_and_we_read_its(tmp_path):
     assert same_bytes(safetensors.torch.load_file(ours), tensors)
     safetensors.torch.save_file(tensors, theirs, {"format": "pt"})
     assert same_bytes(weights.read_safetensors(theirs), tensors)
-    assert weights.read_metadata(theirs) == {"format": "pt"}
+    assert weights.read_header(theirs)[1] == {"format": "pt"}
 
 
 def framed(header, body: bytes = b"", pad: bytes = b"") -> bytes:
@@ -905,16 +905,6 @@ def test_loaded_weights_are_copies_and_the_mapped_file_is_let_go(tmp_path):
     mapped = {tensor.data_ptr() for tensor in tensors.values()}
     weights.load_tensors(linear, tensors, {"weight": ["weight"], "bias": ["bias"]}, "", "here")
     assert not tensors and not mapped & {p.data_ptr() for p in linear.parameters()}
-
-
-def test_tensors_of_a_file_with_many_segments_are_all_there(tmp_path, monkeypatch):
-    tensors = {f"t{i}": torch.randn(i, 700) for i in range(30)}
-    weights.write_safetensors(tensors, tmp_path / "a.safetensors")
-    for segment in (1, 5000, 10 ** 9):  # bytes: each tensor its own, some together, all in one
-        monkeypatch.setattr(weights, "SEGMENT", segment)
-        again = weights.read_safetensors(tmp_path / "a.safetensors")
-        assert list(again) == list(weights.read_header(tmp_path / "a.safetensors")[0])
-        assert all(torch.equal(again[name], tensors[name]) for name in tensors)
 
 
 def test_shards_that_do_not_match_their_index_are_one_line(tmp_path):
@@ -1199,11 +1189,8 @@ def test_shards_are_found_by_their_index(hub):
 def test_an_index_cannot_make_us_write_outside_the_folder(hub):
     serve(hub)
     del hub.files["Org/Name"]["model.safetensors"]
-    for number, index in enumerate([b'{"weight_map": {"a": "../evil.safetensors"}}', b'{"weight_map": {}}', b"[]",
-                                    b'{"weight_map": {"a": 5}}']):
-        hub.files[f"Org/Name{number}"] = hub.files["Org/Name"] | {"model.safetensors.index.json": index}
-        assert refuses(hub, "model.safetensors.index.json", "expected" if index == b"[]" else "weight_map",
-                       name=f"Org/Name{number}")
+    hub.files["Org/Name"]["model.safetensors.index.json"] = b'{"weight_map": {"a": "../evil.safetensors"}}'
+    assert refuses(hub, "model.safetensors.index.json", "weight_map")
 
 
 def test_a_branch_is_one_commit_even_if_it_moves_on(hub):
@@ -1253,7 +1240,7 @@ CURABLE = {
 
 
 @pytest.mark.parametrize("name", CURABLE)
-def test_a_download_recovers_from(hub, name):
+def test_a_download_recovers_from_a_fault_on_the_way(hub, name):
     content, hub.faults = serve(hub), CURABLE[name]
     assert (weights.fetch("Org/Name") / "model.safetensors").read_bytes() == content
     assert not hub.faults and not list(hub.folder.rglob("*.part"))
@@ -1278,7 +1265,7 @@ def test_a_download_goes_on_in_a_new_process(hub):
 
 @pytest.mark.parametrize("header, seconds", [("Retry-After 7", 8), ("ratelimit \"api\";r=0;t=55", 56),
                                              ("Retry-After Wed", 0.004)])
-def test_the_servers_wish_to_wait_is_heard(hub, monkeypatch, header, seconds):
+def test_a_retry_waits_as_long_as_the_server_asks(hub, monkeypatch, header, seconds):
     slept = []
     monkeypatch.setattr(weights.time, "sleep", slept.append)
     content, hub.faults = serve(hub), [f"status 429 {header}"]
@@ -1317,7 +1304,7 @@ REFUSED = {  # the answer about config.json, and what the line says
 
 
 @pytest.mark.parametrize("name", REFUSED)
-def test_what_cannot_be_cured_is_one_line(hub, name):
+def test_an_answer_that_no_retry_changes_is_one_line(hub, name):
     serve(hub)
     hub.answers["config.json"], parts = REFUSED[name]
     assert refuses(hub, "Org/Name", *parts)
@@ -1330,7 +1317,7 @@ def test_missing_weights_are_one_line(hub):
     assert refuses(hub, "Org/Name, model.safetensors.index.json", "404", "safetensors")
 
 
-def test_a_file_that_is_not_the_tables_is_refused_before_a_byte_is_fetched(hub, monkeypatch):
+def test_a_file_of_another_size_or_hash_than_in_the_table_is_refused_before_a_byte_is_fetched(hub, monkeypatch):
     content = serve(hub)
     right = hashlib.sha256(content).hexdigest()
     for pair in (len(content) + 1, right), (len(content), "0" * 64):
@@ -1382,7 +1369,7 @@ def test_too_little_room_is_an_error_before_the_first_byte(hub, monkeypatch):
     assert (weights.fetch("Org/Name") / "model.safetensors").read_bytes() == content
 
 
-def test_what_will_be_fetched_is_said_before(hub, monkeypatch, capsys):
+def test_files_sizes_and_licence_are_printed_before_a_download(hub, monkeypatch, capsys):
     serve(hub)
     table(hub, monkeypatch, licence="Qwen Research licence: non-commercial use only")
     monkeypatch.setattr(weights, "download", lambda remote, folder: weights.note(f"> {remote.name}"))
@@ -1462,7 +1449,7 @@ def test_two_processes_at_once_fetch_it_once(hub, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("kind", ["whole", "cut_out"])
-def test_a_kill_at_any_place_leaves_what_the_next_process_goes_on_with(hub, monkeypatch, kind):
+def test_after_a_kill_at_any_byte_the_next_process_resumes_the_download(hub, monkeypatch, kind):
     """SIGKILL, ten times in one download."""
     monkeypatch.setattr(weights, "TIMEOUT", (2, 20))
     if kind == "whole":
@@ -1504,7 +1491,7 @@ def test_of_siglip_only_the_vision_tower_is_fetched(hub, monkeypatch, tmp_path):
     assert set(ours) == {name for name in whole if name.startswith("vision_model.")} and len(ours) == 2
     assert all(torch.equal(tensor.view(torch.int32), whole[name].view(torch.int32)) for name, tensor in ours.items())
     entries, metadata, start = weights.read_header(folder / "model.safetensors")
-    assert start % 8 == 0 and metadata == {"format": "pt", "etag": hashlib.sha256(file).hexdigest()}
+    assert start % 8 == 0 and metadata == {"format": "pt"}
     assert hub.sent < 21_000 < len(file) and all(hub.ranges())
     asked = len(hub.log)
     assert weights.fetch("short") == folder and len(hub.log) == asked
@@ -1534,30 +1521,23 @@ def test_the_vision_tower_recovers_too(hub, monkeypatch, faults):
     weights.read_header(folder / "model.safetensors")
 
 
-@pytest.mark.parametrize("changed", [False, True])
-def test_two_versions_of_a_vision_tower_are_never_mixed(hub, monkeypatch, changed):
-    """Resumed in a new process, unless the file has changed meanwhile: then it is fetched anew."""
+def test_a_vision_tower_goes_on_in_a_new_process_but_not_after_another_header(hub, monkeypatch):
+    """Its .part begins with a header of our own: bytes after any other header would be at wrong places."""
     file = siglip(hub)
     table(hub, monkeypatch, "google/siglip", pair=weights.ANY, prefix="vision_model.")
-    hub.faults = ["", "", "cut 9000", "status 404"]
-    assert refuses(hub, "model.safetensors", "404", name="short")
-    sent = hub.sent
-    if changed:
-        file = siglip(hub, seed=50)
-    assert finished(forked(lambda: weights.fetch("short")))
-    ours = weights.read_safetensors(hub.folder / f"google--siglip@{COMMIT[:12]}")
-    at = file.index(noise(20_000, 52 if changed else 2))
-    assert bytes(ours["vision_model.a"].view(torch.uint8).numpy()) == file[at:at + 20_000]
-    assert (hub.sent - sent > 20_000) == changed
-
-
-def test_a_vision_tower_that_changes_between_two_attempts_is_one_line(hub, monkeypatch):
-    siglip(hub)
-    table(hub, monkeypatch, "google/siglip", pair=weights.ANY, prefix="vision_model.")
-    hub.faults = ["", "", "cut 9000"]
-    keep = weights.time.sleep
-    monkeypatch.setattr(weights.time, "sleep", lambda seconds: (siglip(hub, seed=50), keep(0)))
-    assert refuses(hub, "google/siglip, model.safetensors", "replaced", "run again", name="short")
+    at = file.index(noise(20_000, 2))
+    for other in False, True:
+        hub.faults = ["", "", "cut 9000", "status 404"]
+        assert refuses(hub, "model.safetensors", "404", name="short")
+        part, = hub.folder.rglob("*.part")
+        if other:
+            part.write_bytes(b"?" + part.read_bytes()[1:])
+        sent = hub.sent
+        assert finished(forked(lambda: weights.fetch("short")))
+        done = part.with_suffix("")
+        assert done.read_bytes()[-20_012:] == file[at:at + 20_012] and weights.read_header(done)
+        assert (hub.sent - sent > 20_000) == other
+        done.unlink()
 
 
 @pytest.mark.parametrize("length, header", [
@@ -1637,7 +1617,7 @@ def test_qwen_comes_with_a_vision_tower_and_3b_with_its_licence(hub, monkeypatch
     assert code == 0
     folder = hub.folder / "x"
     folder.mkdir(parents=True)
-    weights.announce(TABLE["qwen2.5-3b"], [], folder)
+    weights.announce([weights.RemoteFile(TABLE["qwen2.5-3b"], "config.json")], folder)
     said = capsys.readouterr().err.splitlines()
     assert "Qwen Research licence: non-commercial use only" in said[0] and "Qwen/Qwen2.5-3B" in said[0]
 
@@ -2120,7 +2100,7 @@ def test_latents_differ_and_receive_different_gradients(latents):
                 p.grad = None
 
 
-def test_perceiver_answers_to_its_picture():
+def test_perceiver_latents_depend_on_the_picture():
     perceiver = shake(Bridge(bridge_config("perceiver", 5))).perceiver
     assert not torch.allclose(*perceiver(torch.randn(2, 16, 16)), atol=1e-3)
 
@@ -2700,12 +2680,18 @@ class Web:
 
     def __init__(self):
         self.files, self.faults, self.log, self.released = {}, [], [], threading.Event()
+        self.redirects = {}  # {path: path}
 
         class Handler(http.server.BaseHTTPRequestHandler):
             protocol_version = "HTTP/1.1"
 
             def do_GET(handler):
                 self.log.append((handler.command, handler.path))
+                if handler.path in self.redirects:
+                    handler.send_response(302)
+                    handler.send_header("Location", self.redirects[handler.path])
+                    handler.send_header("Content-Length", "0")
+                    return handler.end_headers()
                 content, fault = self.files.get(handler.path), ""
                 if handler.command == "GET" and self.faults:
                     fault = self.faults.pop(0)
@@ -2772,6 +2758,10 @@ def test_pictures_named_by_urls_are_fetched_when_they_are_used_and_only_once(web
     web.faults = []
     web.files["/big.png"] = b"\0" * 5000
     assert fails(lambda: weights.fetch_url(f"{web.url}/big.png", tmp_path / "c", 4000), "4,000 bytes")
+    web.redirects = {"/there.png": "/a.png", "/circle.png": "/circle.png"}
+    assert data.open_source(f"{web.url}/there.png").getpixel((0, 0)) == (255, 0, 0)
+    for url in f"{web.url}/circle.png", "http://[::1/a.png", "http:///a.png":
+        assert fails(lambda: data.open_source(url), url)
 
 
 def test_a_file_of_records_and_tar_shards_come_from_a_url(web, tmp_path):
@@ -3956,7 +3946,7 @@ def test_query_key_and_value_get_updates_of_one_size_whatever_their_gradients():
     assert training.row_blocks("blocks.0.mlp.down.weight", p) == [16]
 
 
-def test_the_fullest_batch_of_chapter_4_leaves_no_room():
+def test_the_batch_that_chapter_4_tries_memory_with_is_full():
     import train_rl
     vlm, flags = tiny_vlm(), argparse.Namespace(seq_len=256, max_new_tokens=12)
     batch = train_rl.full_batch(3, world.World("exam"), flags, vlm, tokenizer())
@@ -4003,7 +3993,7 @@ def test_an_optimizer_that_was_saved_goes_on_bit_for_bit(tmp_path, kind):
 
 
 @pytest.mark.parametrize("kind", ["muon", "adamw"])
-def test_each_rank_keeps_masters_and_moments_of_its_share_alone(kind, monkeypatch):
+def test_each_rank_stores_master_weights_and_moments_of_its_share_alone(kind, monkeypatch):
     vlm, ranks, owned = tiny_vlm(), 3, []
     params = training.freeze_all_but(vlm, ["bridge", "decoder", "vit"])
     monkeypatch.setattr(training.dist, "is_initialized", lambda: True)
@@ -4031,7 +4021,7 @@ def test_a_parameter_that_no_row_used_stays_where_it_is():
         assert torch.equal(p, before[name]) == name.startswith("bridge."), name
 
 
-def test_a_pass_takes_as_many_rows_as_fit_into_a_gpus_memory(monkeypatch, capsys):
+def test_a_micro_batch_has_as_many_rows_as_fit_into_a_gpus_memory(monkeypatch, capsys):
     fits, tried = 6, []
 
     def forward(rows):
@@ -4144,15 +4134,18 @@ def test_the_next_save_after_a_crash_does_not_begin_by_deleting_the_only_copy(tm
     model.load_checkpoint(folder)
 
 
+def resume_flags(out_dir: Path) -> argparse.Namespace:
+    return argparse.Namespace(out_dir=str(out_dir), model="tiny", init="", resume=True, vision="", bridge="",
+                              lora_rank=0, activation_checkpointing=False, float8=False)
+
+
 def test_resume_works_after_a_crash_between_the_renames(tmp_path, monkeypatch):
     folder, vlm = tmp_path / "tiny" / "base", tiny_vlm()
     training.save_checkpoint(folder, vlm, tokenizer(), {}, {"step": 1})
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         crash_at(patch, 2)
         training.save_checkpoint(folder, vlm, tokenizer(), {}, {"step": 2})
-    flags = argparse.Namespace(out_dir=str(tmp_path), model="tiny", init="", resume=True, vision="", bridge="",
-                               lora_rank=0, activation_checkpointing=False, float8=False)
-    _, _, state, _ = training.load_start(flags, setup(), "base")
+    _, _, state, _ = training.load_start(resume_flags(tmp_path), setup(), "base")
     assert state["step"] == 1
 
 
@@ -4160,9 +4153,7 @@ def test_resume_refuses_files_of_different_steps(tmp_path):
     folder, vlm = tmp_path / "tiny" / "base", tiny_vlm()
     training.save_checkpoint(folder, vlm, tokenizer(), {}, {"step": 1})
     (folder / "state.json").write_text('{"step": 2}')
-    flags = argparse.Namespace(out_dir=str(tmp_path), model="tiny", init="", resume=True, vision="", bridge="",
-                               lora_rank=0, activation_checkpointing=False, float8=False)
-    assert fails(lambda: training.load_start(flags, setup(), "base"), folder, "--resume")
+    assert fails(lambda: training.load_start(resume_flags(tmp_path), setup(), "base"), folder, "--resume")
 
 
 def test_a_broken_checkpoint_is_one_line_that_names_the_file(tmp_path):
@@ -4254,7 +4245,7 @@ def test_an_unknown_metric_is_named():
     assert fails(lambda: train_sft.score("exact", "a", []), "no right answer")
 
 
-def test_the_interval_is_wilsons():
+def test_the_95_percent_interval_is_wilsons():
     assert train_sft.wilson(8, 10) == pytest.approx((0.4902, 0.9433), abs=1e-4)  # the textbook's example
     assert train_sft.wilson(0, 10) == pytest.approx((0.0, 0.2775), abs=1e-4)
     assert train_sft.wilson(10, 10) == pytest.approx((0.7225, 1.0), abs=1e-4)
@@ -4480,7 +4471,7 @@ def interrupt_after(monkeypatch, step: int) -> None:
 
 
 @pytest.mark.parametrize("stage", CHAPTERS)
-def test_stopped_and_resumed_is_never_stopped_bit_for_bit(trained, tmp_path, monkeypatch, stage):
+def test_a_stopped_and_resumed_run_equals_one_never_stopped_bit_for_bit(trained, tmp_path, monkeypatch, stage):
     script = CHAPTERS[stage]
     main = importlib.import_module(script).main
     if stage == "rl":  # two steps of training earn no right answer; a reward for length makes every update real
@@ -4510,7 +4501,7 @@ def test_stopped_and_resumed_is_never_stopped_bit_for_bit(trained, tmp_path, mon
                                          ("sft", "--data=world:2"), ("sft", "--seed=1"), ("sft", "--optimizer=adamw"),
                                          ("sft", "--cooldown=0.1"), ("rl", "--lr=0.5"), ("rl", "--kinds=count"),
                                          ("rl", "--samples=8"), ("rl", "--temperature=0.5")])
-def test_resuming_with_another_course_is_refused(trained, tmp_path, stage, flag):
+def test_resuming_with_a_flag_that_changes_the_result_is_refused(trained, tmp_path, stage, flag):
     out = tmp_path / "out"
     shutil.copytree(trained[0] / "tiny" / stage, out / "tiny" / stage)
     before = snapshot(out)
@@ -4598,7 +4589,7 @@ def test_a_run_keeps_the_runs_before_it_and_their_logs(trained, tmp_path):
         out / "tiny/sft").config.run["saved"]
 
 
-def test_a_run_that_never_saved_pushes_no_good_one_away(tmp_path):
+def test_a_run_that_never_saved_does_not_replace_one_that_did(tmp_path):
     good = fake_checkpoint(tmp_path, "sft", step=2, steps=2, saved=1.0)
     assert training.set_aside(good, 3) and not good.exists()
     good.mkdir()
@@ -4608,7 +4599,7 @@ def test_a_run_that_never_saved_pushes_no_good_one_away(tmp_path):
     assert model.newest_checkpoint(tmp_path, "tiny").name == "sft.1"
 
 
-def test_other_data_start_from_the_newest_finished_model_and_again_from_there(tmp_path):
+def test_a_run_on_other_data_starts_from_the_newest_finished_model_and_when_repeated_from_the_same(tmp_path):
     fake_checkpoint(tmp_path, "base", step=2, steps=2, saved=1.0, data="world")
     fake_checkpoint(tmp_path, "align", step=2, steps=2, saved=2.0, data="world")
     assert starts(tmp_path, "base") == (None, "") and starts(tmp_path, "sft") == ("align", "")
@@ -4802,7 +4793,7 @@ def test_an_output_folder_that_cannot_be_written_is_one_line(trained, tmp_path, 
 @long_form
 @pytest.mark.parametrize("ranks", [1, 2])
 @pytest.mark.parametrize("stage", CHAPTERS)
-def test_up_to_50_kills_at_random_moments_and_resumed_each_time_is_never_killed(trained, tmp_path, stage, ranks):
+def test_a_run_killed_up_to_50_times_and_resumed_equals_one_never_killed(trained, tmp_path, stage, ranks):
     """SIGKILL while starting, training and saving; the final weights are those of the undisturbed run, bit for bit."""
     flags = ["--steps=200", "--batch_size=4", "--micro_batch_size=2", "--device=cpu", "--lr=0.01", "--eval_size=4",
              "--save_every=1", f"--init={trained[0] / 'tiny' / START[stage]}"]
@@ -4971,15 +4962,11 @@ def one_line(ran: Ran, *parts) -> None:
 
 
 def bytes_of(kind: str) -> bytes:
-    if kind == "huge":  # 30,000 x 30,000 pixels in 70 bytes; decoding them would take 900 MB
-        def chunk(name, content):
-            return struct.pack(">I", len(content)) + name + content + struct.pack(">I", zlib.crc32(name + content))
-        header = struct.pack(">IIBBBBB", 30_000, 30_000, 8, 0, 0, 0, 0)
-        return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) \
-            + chunk(b"IDAT", zlib.compress(b"\0" * 9)) + chunk(b"IEND", b"")
-    noise = io.BytesIO()
-    Image.effect_noise((64, 64), 50).convert("RGB").save(noise, "JPEG")
-    return noise.getvalue()[:len(noise.getvalue()) // 2]  # cut off in the middle
+    "A picture file that is huge when decoded, or cut off in the middle."
+    if kind == "huge":
+        return huge_png(30_000)  # 900 MB once it is decoded as RGB
+    whole = saved(Image.effect_noise((64, 64), 50).convert("RGB"), "JPEG").getvalue()
+    return whole[:len(whole) // 2]
 
 
 def picture_file(folder: Path, kind: str) -> tuple[str, str]:

@@ -1,20 +1,25 @@
 """
 Chapter 2: the language model learns to use pictures. Pictures become image tokens that a frozen decoder understands.
 
-    python train_align.py                                  # tiny, after train_base.py: half a minute on a laptop
-    python train_align.py --data=captions.json             # your own pictures and captions
-    python train_align.py --model=qwen2.5-1.5b --data=blip_laion_cc_sbu_558k.json    # one GPU
-    torchrun --nproc_per_node=8 train_align.py --model=small
+    python train_align.py                                      # tiny, after train_base.py: half a minute on a laptop
+    python train_align.py --data=captions.json                 # your own pictures and captions
+    python train_align.py --model=qwen2.5-1.5b --data=blip_laion_cc_sbu_558k.json              # one GPU
+    torchrun --nproc_per_node=8 train_align.py --model=small   # several GPUs
 
-What it teaches: the decoder stays as chapter 1 left it, to the last bit; only the bridge is trained (and the ViT, where
-it has no pretrained weights), by one question: which image tokens make the caption most likely? So the bridge learns
-the decoder's language before the decoder may start to change, and cannot damage what it knows.
+What it teaches: three parts make a vision-language model. The vision transformer (ViT) turns a picture into features,
+the bridge turns these into a few image tokens, vectors like those of words, and the decoder continues a text that
+contains them. The decoder stays as chapter 1 left it, to the last bit. Only the bridge is trained (and the ViT, where
+it has no pretrained weights), by one question: which image tokens make the right caption most likely? So the bridge
+learns the decoder's language before the decoder may change, and its first, random tokens cannot damage what the decoder
+knows.
 
-Prints captions before and after, and the caption loss with the right picture, without one, and with a wrong one (on the
-laptop run 0.90 with and 1.14 without): a model that only guesses typical captions shows no difference between them.
+The run prints captions before and after, and the caption loss with the right picture, without one, and with a wrong one
+(on the laptop run 0.90 with and 1.14 without). A model that only guesses typical captions has the same loss in all
+three.
 
 New in this chapter: pictures in the batch, a frozen part, and the check that the picture is used at all.
-Left out: contrastive pretraining of the ViT (SigLIP's own recipe); with --model=tiny it learns from captions alone.
+Left out: contrastive pretraining of the ViT (SigLIP's own recipe), which needs batches of thousands of pictures. The
+ViT of --model=tiny learns from captions alone.
 """
 import time
 
@@ -28,17 +33,20 @@ from training import (SHARED_FLAGS, Interrupt, Log, Optimizer, Setup, count_imag
 from world import World
 
 STAGE = "align"
-# Rows here are longer than the captions: several captions, each with its picture, share a row (data.pack).
+# Rows are longer than a caption: several captions, each with its picture, share a row (data.pack). The learning rate of
+# released models is 100 times that of chapter 1, because only the bridge is trained, and it starts from random weights.
 BY_MODEL = {"tiny": {"batch_size": 16, "seq_len": 256, "steps": 80, "lr": 0.003},
             "small": {"batch_size": 64, "seq_len": 512, "steps": 1500, "lr": 0.003},
-            "released": {"batch_size": 16, "seq_len": 2048, "steps": 1000, "lr": 1e-3}}  # only the new bridge learns
+            "released": {"batch_size": 16, "seq_len": 2048, "steps": 1000, "lr": 1e-3}}
 
 
 def write_captions(vlm, tokenizer, records: list) -> list[str]:
     "The model's caption for each record's picture, as long as the longest right one and a little more."
-    load_pixels = data.pixel_loader(vlm.config.vision)
+    load_pixels = data.pixel_loader(vlm.config.vision)  # opens a picture, in the size that the ViT needs
     length = max(len(tokenizer.encode(record["messages"][-1]["content"])) for record in records)
+    # No layer of ours behaves otherwise in evaluation. A dropout that you add would.
     vlm.eval()
+    # [:-1]: all messages but the last one, which is the right caption. The model writes its own in that place.
     captions = respond(vlm, tokenizer, [record["messages"][:-1] for record in records],
                        [[load_pixels(source, record) for source in record["images"]] for record in records],
                        max_new_tokens=min(128, length + 4))
@@ -47,7 +55,7 @@ def write_captions(vlm, tokenizer, records: list) -> list[str]:
 
 
 def show_captions(vlm, tokenizer, records: list, setup: Setup, title: str) -> None:
-    # Read them: a falling loss with captions that do not fit their pictures means that only the style was learned.
+    # Read them: if the loss falls and the captions do not fit their pictures, only the style of captions was learned.
     setup.print(f"\ncaptions {title}:")
     for record, text in zip(records, write_captions(vlm, tokenizer, records)):
         setup.print(f"  model: {text}\n  right: {record['messages'][-1]['content']}")
@@ -64,8 +72,9 @@ def caption_losses(vlm, documents: list, setup: Setup, seq_len: int) -> dict[str
     "New: nats per caption token with the right picture, a grey one, and another record's."
     out = {}
     for image in ("own", "blind", "shuffled"):
-        # "blind" is what a caption's grammar tells; only the distance from there to "own" comes from the picture.
-        # "shuffled" is above "blind" once the model relies on the picture: a wrong one then misleads it.
+        # The loss without a picture ("blind") shows how far grammar and habit alone lead. What lies between it and
+        # "own" comes from the picture. "shuffled" rises above "blind" once the model trusts the picture, because a
+        # wrong one then misleads it.
         nats, tokens = held_out_loss(vlm, documents, setup, seq_len, image)
         out[image] = nats / tokens if tokens else None  # shuffled, where there is only one picture
     setup.print("caption loss: " + ", ".join(f"{value:.3f} {name}" for name, value in out.items() if value is not None))
@@ -75,22 +84,25 @@ def caption_losses(vlm, documents: list, setup: Setup, seq_len: int) -> dict[str
 def main() -> None:
     flags = parse_flags(__doc__, STAGE, SHARED_FLAGS, BY_MODEL)
     setup = Setup(flags)
-    # From chapter 1 if it was run; else from random weights: then a decoder that knows no words is frozen.
+    # From chapter 1 if it was run. Else from random weights: then the frozen decoder knows no words, and the captions
+    # will be nonsense. A released --model needs no chapter 1.
     vlm, tokenizer, state, moments = load_start(flags, setup, STAGE)
     # New: the decoder is frozen. Gradients flow through it to the image tokens, but it gets none of its own.
     params = freeze_all_but(vlm, ["bridge", "vit"])
+    # It knows the trained parameters alone. The frozen ones, by far the most, need no memory for gradients and moments.
     optimizer = Optimizer(params, flags.optimizer, flags.lr, moments)
     vlm.to(setup.dtype)
     step = state.get("step", 0)  # above 0 with --resume
 
-    # Data. New: records with a picture and its caption; held out are scenes that training does not show.
+    # Data. New: records with a picture and its caption. Held out are scenes that training does not show: of those that
+    # it shows, the captions could be remembered.
     dataset, held_out = data.load_data(flags.data, World("captions", seed=flags.seed),
                                        {"scenes": World("captions", "scenes", seed=1)}, flags.seed, flags.eval_size,
                                        flags.val, max_bad=flags.max_bad)
     loaders = make_loaders(flags, setup, vlm, tokenizer, dataset, state)
     records = next(iter(held_out.values()))
     documents = make_documents(records, vlm, tokenizer, flags.seq_len)
-    # Say what is trained: to train the wrong part is the most common mistake, and the loss alone does not show it.
+    # Say what is trained. To train the wrong part is the most common mistake here, and the loss alone does not show it.
     trained = {name.split(".")[0] for name in params}
     counts = {name: sum(p.numel() for p in part.parameters()) for name, part in vlm.parts().items()}
     setup.print(", ".join(f"{name} {n:,} parameters" + ("" if name in trained else " (frozen)")
@@ -103,7 +115,8 @@ def main() -> None:
                                      unit="step")
     while step < flags.steps and not interrupt.requested(setup):
         # ---- one step ------------------------------------------------------------------------------------------------
-        # New: a batch also has "pixels", the pictures as bytes. The loss is on the captions' tokens only.
+        # New: a batch also has "pixels", the pictures as bytes [images, 3, S, S], and "image_positions", the places in
+        # the rows where their image tokens go. The loss is on the captions' tokens only: image tokens have no targets.
         batches = [next(loader) for loader in loaders]
         loss = train_step(vlm, batches, count_supervised(batches, setup), optimizer, setup, lr_scale(step, flags))
         step += 1
@@ -127,7 +140,8 @@ def main() -> None:
     if interrupt.interrupted and not flags.eval_on_stop:
         return finish(setup, log, stage=STAGE, step=step, checkpoint=str(folder), interrupted=True)
     show_captions(vlm, tokenizer, records[:3], setup, "after")
-    # nats per token: e^-0.6 = 0.55 is then the probability, on average, that the model gives to a caption's next token
+    # In nats per token. 0.6 nats: the model gives a caption's next token a probability of e^-0.6 = 0.55, on (geometric)
+    # average.
     losses = caption_losses(vlm, documents, setup, flags.seq_len)
     if setup.is_main:
         save_samples(folder / "samples.png", vlm, tokenizer, records[:8])

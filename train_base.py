@@ -1,17 +1,17 @@
 """
 Chapter 1: a language model from nothing. It reads text and learns to predict the next token.
 
-    python train_base.py                                  # tiny, on the built-in world: half a minute on a laptop
-    python train_base.py --data=books.txt                 # your own text
-    python train_base.py --model=small --steps=5000       # one GPU
-    torchrun --nproc_per_node=8 train_base.py --model=small
+    python train_base.py                                       # tiny, on the built-in world: half a minute on a laptop
+    python train_base.py --data=books.txt                      # your own text
+    python train_base.py --model=small --steps=5000            # one GPU
+    torchrun --nproc_per_node=8 train_base.py --model=small    # several GPUs: each takes a share of the rows
 
 What it teaches: next-token prediction, the training loop that all four chapters share, and bits per byte, a measure of
-language models that does not depend on the tokenizer. On the laptop run it falls from 5.72 to 0.28 on held-out text;
-then the model continues three prompts, because numbers do not show nonsense.
+language models that does not depend on the tokenizer. On the laptop run it falls from 5.72 to 0.28 on held-out text.
+At the end the model continues three prompts: a number does not show whether it writes nonsense.
 
-Left out: epochs (data never end: every pass over a file is shuffled differently), and everything in training.py's own
-list. The plumbing (flags, optimizer, checkpoints) is in training.py and need not be read first.
+Left out: epochs (the loader never ends: it shuffles a file anew for every pass over it). Flags, optimizer and
+checkpoints are in training.py, which says what it leaves out, and need not be read first.
 """
 import math
 import time
@@ -28,9 +28,10 @@ from training import (SHARED_FLAGS, Interrupt, Log, Optimizer, Setup, count_supe
 from world import World
 
 STAGE = "base"
-# The rates for released models are those with which LLaVA and others trained such models further (2310.03744).
-# A step of tiny has 16 x 256 = 4,096 tokens. Text alone is learned faster at 0.005 (0.22 bits per byte after 140 steps,
-# not 0.28), but then chapter 3 learns slower: what the decoder has learned too firmly is harder to change.
+# The defaults of the flags that depend on --model. A step of tiny has 16 x 256 = 4,096 tokens. At a learning rate of
+# 0.005 text alone is learned faster (0.22 bits per byte after 140 steps, not 0.28), but then chapter 3 learns slower:
+# what the decoder has learned too firmly is harder to change. The rate for released models is the one with which LLaVA
+# and others trained such models further (arXiv 2310.03744).
 BY_MODEL = {"tiny": {"batch_size": 16, "seq_len": 256, "steps": 100, "lr": 0.002},
             "small": {"batch_size": 64, "seq_len": 1024, "steps": 3000, "lr": 0.003},
             "released": {"batch_size": 16, "seq_len": 2048, "steps": 1000, "lr": 1e-5}}
@@ -50,9 +51,9 @@ def make_documents(records: list[dict], vlm: VLM, tokenizer: Tokenizer, seq_len:
 def held_out_loss(vlm: VLM, documents: list, setup: Setup, seq_len: int, image: str = "own") -> tuple[float, int]:
     "Documents -> (summed loss in nats, supervised tokens). image: own, blind (grey pictures) or shuffled (exchanged)."
     total, tokens, waiting = 0.0, 0, documents[setup.rank::setup.world_size]
-    # Ranks may need different numbers of rounds: no all_reduce inside this loop, or they would wait for each other.
+    # TRAP: ranks may need different numbers of rounds. An all_reduce inside this loop would wait for one that is done.
     while waiting:
-        # 16 rows at once. It ends, as make_document leaves out what is longer than a row.
+        # 16 rows at a time. No document waits for ever: make_document leaves out those that are longer than a row.
         arrays, packed, waiting = data.pack(waiting, 16, seq_len, vlm.config.bridge.num_tokens)
         batch = data.collate(arrays, packed, data.pixel_loader(vlm.config.vision))
         if image == "blind" and batch["pixels"] is not None:
@@ -95,10 +96,10 @@ def main() -> None:
                                        flags.val, read, flags.max_bad)
     loaders = make_loaders(flags, setup, vlm, tokenizer, dataset, state, supervise_all=True)
     documents = make_documents(next(iter(held_out.values())), vlm, tokenizer, flags.seq_len, supervise_all=True)
-    # The derived numbers, before the time is spent: a wrong --batch_size shows here.
+    # What the flags amount to, said before the time is spent: a wrong --batch_size shows here.
     setup.print(f"{sum(p.numel() for p in params.values()):,} parameters, {flags.batch_size * flags.seq_len:,} tokens "
                 f"a step, {flags.steps} steps on {setup.world_size} x {setup.device.type} in {setup.dtype}")
-    # Where it starts from: random weights, or the checkpoint of --init or --resume.
+    # To compare with at the end. The weights are random now, or those of --init or --resume.
     before = bits_per_byte(vlm, tokenizer, documents, setup, flags.seq_len)
 
     vlm.train()
@@ -114,7 +115,8 @@ def main() -> None:
         step += 1
         # --------------------------------------------------------------------------------------------------------------
         bar.update()
-        bar.set_postfix(loss=f"{loss:.3f}")  # nats per token; e^loss: between how many tokens it hesitates
+        # In nats per token. e^loss is the number of tokens between which the model hesitates: 2 nats, about 7 tokens.
+        bar.set_postfix(loss=f"{loss:.3f}")
         # step - 1: the learning rate that this step used
         log.write(step=step, loss=loss, lr=flags.lr * lr_scale(step - 1, flags), seconds=time.time() - started)
         # once in a while

@@ -1,20 +1,22 @@
 """
 Chapter 3: from a model that describes pictures to one that answers questions about them.
 
-    python train_sft.py --batch_size=32                    # tiny, on the built-in world: five minutes on a laptop
-    python train_sft.py                                    # the same with its usual 96 rows a step: ten minutes
-    python train_sft.py --data=my.json                     # your own pictures and conversations (LLaVA's format)
-    python train_sft.py --model=qwen2.5-1.5b --data=llava_v1_5_mix665k.json          # one GPU
-    torchrun --nproc_per_node=8 train_sft.py --model=small
+    python train_sft.py --batch_size=32                        # tiny, on the built-in world: five minutes on a laptop
+    python train_sft.py                                        # the same with its usual 96 rows a step: ten minutes
+    python train_sft.py --data=my.json                         # your own pictures and conversations (LLaVA's format)
+    python train_sft.py --model=qwen2.5-1.5b --data=llava_v1_5_mix665k.json                    # one GPU
+    torchrun --nproc_per_node=8 train_sft.py --model=small     # several GPUs
 
 What it teaches: supervised fine-tuning (SFT). The loss is the same next-token loss, but on conversations, and only on
 the assistant's words: the model is not trained to predict what the user will say. All parts are trained now (the ViT
-only where it has no pretrained weights). And: how answers are judged. Each kind of question is scored beside two
-baselines, with the picture blanked (blind: what the question alone tells) and with pictures exchanged (shuffled: does
-the answer follow the picture?). The laptop run reaches 87 % on new scenes, 24 % blind.
+only where it has no pretrained weights).
+
+It also teaches how answers are judged. Each kind of question is scored beside two baselines: with the picture blanked
+(blind: what the question alone tells) and with pictures exchanged (shuffled: does the answer follow the picture?). With
+96 rows a step the laptop run reaches 87 % on new scenes, and 24 % blind.
 
 New in this chapter: the decoder is trained again, and answers are scored.
-Left out: a separate learning rate for each part; one served all parts within noise.
+Left out: a separate learning rate for each part. It was tried, and one rate for all was as good, within noise.
 """
 import math
 import re
@@ -32,8 +34,9 @@ from weights import require
 from world import World
 
 STAGE = "sft"
-# Short rows, small steps, many of them: what a tiny model lacks is updates, not tokens. A picture with two questions
-# takes 45 to 70 tokens. Longer conversations of your own need a longer --seq_len: turns that do not fit are left out.
+# Many small steps of short rows: a tiny model learns more from many updates than from many tokens in each. A picture
+# with two questions takes 45 to 70 tokens. TRAP: longer conversations of your own need a longer --seq_len. Turns that
+# do not fit are left out.
 BY_MODEL = {"tiny": {"batch_size": 96, "seq_len": 72, "steps": 1200, "lr": 0.005, "eval_size": 400},
             "small": {"batch_size": 64, "seq_len": 1024, "steps": 4000, "lr": 0.002, "eval_size": 1000},
             "released": {"batch_size": 32, "seq_len": 2048, "steps": 1000, "lr": 2e-5, "eval_size": 1000}}
@@ -41,7 +44,8 @@ FLAGS = SHARED_FLAGS | {"eval_size": (None, "held-out questions per evaluation, 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Scoring: the rules of the benchmarks' own code, odd cases included, so that numbers can be compared (VLMEvalKit)
-# A better rule would give numbers that nobody else has. The odd cases are marked: a reward in chapter 4 will find them.
+# A better rule would give numbers that nobody can compare. Odd cases are marked, because the model of chapter 4 will
+# find them when a rule is its reward.
 
 ANSWER_IS = re.compile(r"(?i)(?:correct\s+)?answer\s+is\s+\**([ABCD])\**")
 NUMBERS = dict(none="0", zero="0", one="1", two="2", three="3", four="4", five="5", six="6", seven="7", eight="8",
@@ -304,8 +308,8 @@ def main() -> None:
                                      unit="step")
     while step < flags.steps and not interrupt.requested(setup):
         # ---- one step ------------------------------------------------------------------------------------------------
-        # New: targets are -100 everywhere but in the answers. Several conversations share a row, and none attends to
-        # another.
+        # New: targets are -100, which the loss skips, everywhere but in the answers. Several conversations share a row,
+        # and none attends to another.
         batches = [next(loader) for loader in loaders]
         loss = train_step(vlm, batches, count_supervised(batches, setup), optimizer, setup, lr_scale(step, flags))
         step += 1
@@ -327,7 +331,7 @@ def main() -> None:
     interrupt.close()
     seconds = time.time() - started
 
-    # Save before evaluating: an error there must not cost the run.
+    # Save before anything else: an error in the evaluation must not cost the run.
     folder = save(flags, setup, STAGE, vlm, tokenizer, optimizer, loaders, step)
     if interrupt.interrupted and not flags.eval_on_stop:
         return finish(setup, log, stage=STAGE, step=step, checkpoint=str(folder), interrupted=True)

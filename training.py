@@ -29,6 +29,7 @@ from model import (FROM_SCRATCH, PRESETS, STAGES, VLM, check_name, checkpoints, 
                    load_pretrained, preset, run_name)
 from tokenizer import Tokenizer
 from vision import SIGLIP, ViT
+from weights import require
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Flags
@@ -76,21 +77,30 @@ SHARED_FLAGS = {  # name: (default, meaning); None = a default that depends on t
     # 600 questions: the 95 % interval around one half reaches 4 points to each side. Half of that takes 2,400.
     "eval_size": (600, "held-out questions (or texts) per evaluation"),
 }
+# These may change on --resume: they say where and how, not what is computed (dtype and device up to rounding).
+# micro_batch_size too, as long as a step has the same number of micro-batches: make_loaders checks that.
+MAY_CHANGE = ("init", "out_dir", "micro_batch_size", "activation_checkpointing", "device", "dtype", "compile", "resume",
+              "eval_every", "eval_on_stop", "save_every", "keep", "max_bad_steps", "wandb", "workers", "max_bad")
 
 
 def parse_flags(doc: str, stage: str, flags: dict, by_model: dict, argv=None):
     "As data.parse_flags, with names checked. After --resume, flags that are not given are those of the run."
     out = data.parse_flags(doc, flags, by_model, argv)
     check_name(out.model)
-    if getattr(out, "resume", False):
-        given = {text[2:].split("=")[0] for text in (sys.argv[1:] if argv is None else argv)} | {"resume"}
-        folder = weights.recover(stage_folder(out, stage))
-        weights.require((folder / "state.json").exists(), f"--resume: there is no checkpoint to resume in {folder}; an "
-                        f"earlier run ({folder}.1) is resumed under that name: move it there")
-        saved = weights.read_json(folder / "state.json").get("flags", {})
-        vars(out).update((name, saved[name]) for name in saved.keys() & flags.keys() - given)
     if getattr(out, "optimizer", "") == "auto":
         out.optimizer = "muon" if out.model in FROM_SCRATCH else "adamw"
+    if not getattr(out, "resume", False):
+        return out
+    given = {text[2:].split("=")[0] for text in (sys.argv[1:] if argv is None else argv)} | {"resume"}
+    folder = weights.recover(stage_folder(out, stage))
+    require((folder / "state.json").exists(), f"--resume: there is no checkpoint to resume in {folder}; an earlier run "
+            f"({folder}.1) is resumed under that name: move it there")
+    for name, value in weights.read_json(folder / "state.json").get("flags", {}).items():
+        if name not in given:
+            setattr(out, name, value)
+        # With another --steps, say, the schedule would jump half-way.
+        require(name in MAY_CHANGE or getattr(out, name) == value, f"--resume with --{name}={getattr(out, name)}, but "
+                f"the run was started with {value}; give --{name}={value}, or start anew without --resume")
     return out
 
 
@@ -119,14 +129,13 @@ class Setup:
         # bfloat16 has float32's range with 2 to 3 digits: at least twice as fast on GPUs, and no loss scaling, which
         # float16 would need. TRAP: CPUs without instructions for it are 100 times slower with it.
         dtype = flags.dtype if flags.dtype != "auto" else "bfloat16" if name == "cuda" else "float32"
-        if dtype not in ("float32", "bfloat16"):
-            raise ValueError(f"--dtype={flags.dtype}: choose auto, float32 or bfloat16")
+        require(dtype in ("float32", "bfloat16"), f"--dtype={flags.dtype}: choose auto, float32 or bfloat16")
         self.dtype = getattr(torch, dtype)
         if getattr(flags, "float8", False):
             capable = name == "cuda" and torch.cuda.get_device_capability() >= (8, 9) and dtype == "bfloat16"
-            if not capable or flags.seq_len % 16:
-                raise ValueError("--float8: needs a GPU that multiplies 8-bit numbers (Nvidia's Ada, Hopper, later), "
-                                 f"--dtype=bfloat16, and a multiple of 16 as --seq_len, not {flags.seq_len}")
+            require(capable and flags.seq_len % 16 == 0,
+                    "--float8: needs a GPU that multiplies 8-bit numbers (Nvidia's Ada, Hopper, later), "
+                    f"--dtype=bfloat16, and a multiple of 16 as --seq_len, not {flags.seq_len}")
         self.compile = {"auto": name == "cuda", "True": True, "False": False}[str(flags.compile)]
         self.bad_steps, self.max_bad_steps = 0, getattr(flags, "max_bad_steps", 10)  # in a row, see train_step
         # The same seed everywhere: all ranks draw the same first weights and then make the same updates. What must
@@ -164,25 +173,14 @@ class Setup:
 # ----------------------------------------------------------------------------------------------------------------------
 # The model that a stage starts from
 
-# These may change on --resume: they say where and how, not what is computed (dtype and device up to rounding).
-# micro_batch_size too, as long as a step has the same number of micro-batches: make_loaders checks that.
-MAY_CHANGE = ("init", "out_dir", "micro_batch_size", "activation_checkpointing", "device", "dtype", "compile", "resume",
-              "eval_every", "eval_on_stop", "save_every", "keep", "max_bad_steps", "wandb", "workers",
-              "max_bad")
-
-
-def read_resume(flags, folder: Path) -> tuple[dict, dict]:
+def read_resume(folder: Path) -> tuple[dict, dict]:
     "A checkpoint's training state -> (state.json, optimizer tensors). Stopped and resumed must equal never stopped."
     state = weights.read_json(folder / "state.json")
     moments = weights.read_safetensors(folder / "optimizer.safetensors")
     # A save stamps its files with the step: files copied together from two saves are noticed.
-    steps = {weights.read_metadata(folder / f).get("step") for f in ("model.safetensors", "optimizer.safetensors")}
-    if "step" not in state or steps != {str(state["step"])}:
-        raise ValueError(f"{folder}: weights, optimizer and state are of different steps; start again without --resume")
-    for name, value in state.get("flags", {}).items():  # with another --steps, say, the schedule would jump half-way
-        if name not in MAY_CHANGE and getattr(flags, name) != value:
-            raise ValueError(f"--resume with --{name}={getattr(flags, name)}, but the run was started with {value}; "
-                             f"give --{name}={value}, or start anew without --resume")
+    steps = {weights.read_header(folder / f)[1].get("step") for f in ("model.safetensors", "optimizer.safetensors")}
+    require("step" in state and steps == {str(state["step"])},
+            f"{folder}: weights, optimizer and state are of different steps; start again without --resume")
     return state, moments
 
 
@@ -230,7 +228,7 @@ def load_start(flags, setup: Setup, stage: str) -> tuple[VLM, Tokenizer, dict, d
     if flags.resume:
         # 1. --resume: this stage's own last checkpoint, with its optimizer and its position in the data.
         source = weights.recover(stage_folder(flags, stage))
-        state, moments = read_resume(flags, source)
+        state, moments = read_resume(source)
     else:
         # 2. --init: that folder.  3. The newest earlier stage under --out_dir; for fine-tuning the newest model.
         source, why = (flags.init, "") if flags.init else find_start(flags, stage)
@@ -250,8 +248,7 @@ def load_start(flags, setup: Setup, stage: str) -> tuple[VLM, Tokenizer, dict, d
                                ("vision", flags.vision, vlm.config.pretrained_vision),
                                ("bridge", flags.bridge, vlm.config.bridge.kind),
                                ("lora_rank", flags.lora_rank, vlm.config.lora_rank or flags.lora_rank)):
-        if asked and asked != found:
-            raise ValueError(f"--{name}={asked}, but {source} holds a {found or 'home-made'} {name}")
+        require(asked in ("", 0, found), f"--{name}={asked}, but {source} holds a {found or 'home-made'} {name}")
     if flags.lora_rank and not vlm.config.lora_rank:
         vlm.add_lora(flags.lora_rank)
     vlm.gpt.activation_checkpointing = flags.activation_checkpointing
@@ -321,8 +318,7 @@ class Optimizer:
     """
 
     def __init__(self, params: dict, kind: str, lr: float, state: dict | None = None):
-        if kind not in ("muon", "adamw"):
-            raise ValueError(f"--optimizer={kind}: choose muon or adamw")
+        require(kind in ("muon", "adamw"), f"--optimizer={kind}: choose muon or adamw")
         self.params, self.lr = params, lr
         self.rank, self.world_size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
         self.owner, load = {}, [0] * self.world_size  # load: numbers each rank owns; large parameters go first
@@ -349,9 +345,9 @@ class Optimizer:
             self.adamw.state[self.master_weights[n]] = self.moments[n]
         for n, key in ((n, key) for n in self.moments if state for key in self.keys[n]):
             saved, tensor = state.get(f"{n}.{key}"), self.moments[n][key]
-            if saved is None or saved.shape != tensor.shape:
-                raise ValueError(f"--resume: optimizer.safetensors lacks {n}.{key} of shape {list(tensor.shape)}; "
-                                 "was it saved by another version? Start again without --resume")
+            require(saved is not None and saved.shape == tensor.shape,
+                    f"--resume: optimizer.safetensors lacks {n}.{key} of shape {list(tensor.shape)}; was it saved by "
+                    "another version? Start again without --resume")
             tensor.copy_(saved)
 
     @torch.no_grad()
@@ -482,12 +478,11 @@ def make_loaders(flags, setup: Setup, vlm: VLM, tokenizer: Tokenizer, dataset, s
         micro = largest_micro_batch(vlm, setup, flags.batch_size // setup.world_size,
                                     lambda rows: next(make(rows=rows, prefetch=False)))
     count = flags.batch_size // max(micro, 1)
-    if micro < 1 or count * micro != flags.batch_size or count % setup.world_size:
-        raise ValueError(f"--batch_size={flags.batch_size} is not a multiple of "
-                         f"--micro_batch_size={micro or 1} x {setup.world_size} processes")
-    if saved and len(saved) != count:
-        raise ValueError(f"--resume: the run was started with {len(saved)} micro-batches a step, "
-                         f"now there are {count}; give --micro_batch_size={flags.batch_size // len(saved)}")
+    require(micro >= 1 and count * micro == flags.batch_size and count % setup.world_size == 0,
+            f"--batch_size={flags.batch_size} is not a multiple of --micro_batch_size={micro or 1} x "
+            f"{setup.world_size} processes")
+    require(len(saved) in (0, count), f"--resume: the run was started with {len(saved)} micro-batches a step, now "
+            f"there are {count}; give --micro_batch_size={flags.batch_size // max(len(saved), 1)}")
     # Cut conversations train without any error, and the model never learns how they end: say how many there are.
     whole = [make_document(record, i, seq_len=10 ** 9) for i in range(100) if "messages" in (record := dataset[i])]
     sets = getattr(dataset, "sets", [])
@@ -511,7 +506,7 @@ def make_loaders(flags, setup: Setup, vlm: VLM, tokenizer: Tokenizer, dataset, s
 def count_supervised(batches: list[dict], setup: Setup) -> float:
     "Supervised tokens of the step, over all micro-batches and ranks."
     tokens = setup.all_reduce(sum(len(batch["supervised"]) for batch in batches))
-    weights.require(tokens, f"no token of this step is supervised; its records: {record_names(batches)}")
+    require(tokens, f"no token of this step is supervised; its records: {record_names(batches)}")
     return tokens
 
 
@@ -556,8 +551,8 @@ def train_step(vlm: VLM, batches: list[dict], tokens: float, optimizer: Optimize
         p.grad = None
     setup.bad_steps += 1
     problem = f"loss or gradient is not a finite number ({setup.bad_steps} in a row; {record_names(batches)})"
-    weights.require(setup.bad_steps < setup.max_bad_steps, f"{problem}: stopped, and the last checkpoint is as "
-                    "it was; look at these records, or give a lower --lr")
+    require(setup.bad_steps < setup.max_bad_steps, f"{problem}: stopped, and the last checkpoint is as it was; look at "
+            "these records, or give a lower --lr")
     setup.print(f"step skipped: {problem}")
     return math.nan
 
@@ -661,8 +656,8 @@ def save_checkpoint(folder, vlm: VLM, tokenizer: Tokenizer, moments: dict | None
     """
     tensors = dict(vlm.named_parameters()) | (master_weights or {})
     for name, tensor in tensors.items():
-        weights.require(tensor.isfinite().all(), f"{folder}: not saved, because {name} holds NaN or Inf; a checkpoint "
-                        "that is there stays as it was. Start again with a lower --lr")
+        require(tensor.isfinite().all(), f"{folder}: not saved, because {name} holds NaN or Inf; a checkpoint that is "
+                "there stays as it was. Start again with a lower --lr")
     # log.jsonl and samples.png of the old folder are carried over; an old optimizer beside new weights must not be.
     with weights.replace_folder(folder, drop=("optimizer.safetensors", "state.json")) as new:
         (new / "config.json").write_text(json.dumps({"model_type": "ghostvis", **asdict(vlm.config)}, indent=2) + "\n")

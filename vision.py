@@ -15,6 +15,7 @@ last section cuts a large picture into tiles, as the public model LLaVA-OneVisio
 Left out: SigLIP's text tower and its pooling head (we need every patch, not one vector), dropout (the encoder is frozen
 or small), and NaFlex's variable shapes.
 """
+import contextlib
 import hashlib
 import math
 import warnings
@@ -41,29 +42,26 @@ def load_image(source, name: str = "") -> Image.Image:
     A path, an open binary file or a PIL image -> an RGB image, upright, the first frame of an animation.
     ValueError names the image if it is missing, broken, cut short or too large.
     """
-    name = name or (str(source) if isinstance(source, (str, Path)) else "image")
+    name, problem = name or (str(source) if isinstance(source, (str, Path)) else "image"), ""
     try:
         # Image.open reads only the header. So the size is known before memory is spent on pixels.
         image = source if isinstance(source, Image.Image) else Image.open(source)
-        small = image.width * image.height <= MAX_PIXELS
-        if small:
+        if image.width * image.height > MAX_PIXELS:
+            problem = f"{image.width} x {image.height} pixels is over the limit of {MAX_PIXELS:,}; make it smaller"
+        else:
             image.load()  # decoding happens here, and with it most errors
     except FileNotFoundError:
-        raise ValueError(f"{name}: no such image file") from None
+        problem = "no such image file"
     except Exception as error:  # noqa: BLE001 Pillow's decoders answer a broken file with almost any type of error
         why = " ".join(str(error).split())[:200].split(" <_io")[0]
-        raise ValueError(f"{name}: not a readable image ({why}); replace it or remove it from the data") from None
-    if not small:  # raised out here: inside the try it would be reported as a broken file
-        raise ValueError(f"{name}: {image.width} x {image.height} pixels is over the limit of {MAX_PIXELS:,}; "
-                         "make it smaller")
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # Pillow's words about a broken EXIF block
-            # Phones store the picture as the sensor lay, and how to turn it. Most need no turn, and then no copy.
-            if image.getexif().get(ExifTags.Base.Orientation, 1) != 1:
-                image = ImageOps.exif_transpose(image)
-    except Exception:  # noqa: BLE001 a broken EXIF block raises almost anything; the pixels themselves are fine
-        pass
+        problem = f"not a readable image ({why}); replace it or remove it from the data"
+    weights.require(not problem, f"{name}: {problem}")
+    # A broken EXIF block raises almost anything, or warns; the pixels themselves are fine.
+    with contextlib.suppress(Exception), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        # Phones store the picture as the sensor lay, and how to turn it. Most need no turn, and then no copy.
+        if image.getexif().get(ExifTags.Base.Orientation, 1) != 1:
+            image = ImageOps.exif_transpose(image)
     return to_rgb(image)
 
 
@@ -88,10 +86,9 @@ def preprocess(image: Image.Image, size: int, bicubic: bool = False, pad: bool =
     cropped away. pad: first bars make it a square, as LLaVA-OneVision does where it cuts no tiles.
     """
     if pad and image.width != image.height:
-        side = max(image.size)
-        square = Image.new("RGB", (side, side), (127, 127, 127))  # mid-grey, which normalises to about 0
-        square.paste(image, ((side - image.width) // 2, (side - image.height) // 2))
-        image = square
+        x, y = max(image.size) - image.width, max(image.size) - image.height  # pixels of bar, on both sides together
+        # mid-grey, which normalises to about 0
+        image = ImageOps.expand(image, (x // 2, y // 2, x - x // 2, y - y // 2), (127, 127, 127))
     pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)                       # [height, width, 3] -> [3, h, w]
     # SigLIP was released with bicubic, SigLIP 2 with bilinear resampling. PyTorch resizes as Pillow does, at most one
     # level of 255 apart, and four times as fast.
@@ -217,12 +214,11 @@ class ViT(nn.Module):
         config = weights.read_json(folder / "config.json")
         with torch.device("meta"):  # no memory and no random numbers: every tensor comes from the file
             vit = cls(vit_config(config.get("vision_config", config), folder))  # whole SigLIP, or the tower alone
-        tensors = weights.read_safetensors(folder)
+        # Left out by name, not by "whatever we do not know": a tensor that we forgot would be an error below.
+        tensors = {name: tensor for name, tensor in weights.read_safetensors(folder).items()
+                   if not name.startswith(("text_model.", "logit_")) and ".head." not in f".{name}"}
         # the hub's files have the prefix, those that transformers 5 saves do not
         prefix = "vision_model." if any(name.startswith("vision_model.") for name in tensors) else ""
-        # Left out by name, not by "whatever we do not know": a tensor that we forgot would be an error below.
-        for name in [n for n in tensors if n.startswith(("text_model.", "logit_")) or ".head." in f".{n}"]:
-            del tensors[name]
         weights.load_tensors(vit, tensors, weights.SIGLIP_NAMES, prefix, str(folder), device, dtype)
         return vit
 
@@ -255,12 +251,12 @@ def llava_vision(hf: dict, folder: Path) -> tuple[ViTConfig, "BridgeConfig"]:
           "vision_feature_layer": -1 if tiled else -2, **hf}
     for key, ours in (("projector_hidden_act", "gelu"), ("vision_feature_select_strategy", "full"),
                       ("vision_aspect_ratio", "anyres_max_9")):
-        if hf.get(key, ours) != ours:
-            raise ValueError(f"{folder}/config.json: {key} {hf[key]!r} is not supported, only {ours!r}")
+        weights.require(hf.get(key, ours) == ours,
+                        f"{folder}/config.json: {key} {hf.get(key)!r} is not supported, only {ours!r}")
     vision, layer = vit_config(hf["vision_config"], folder), hf["vision_feature_layer"]
     vision.pad = tiled
-    if type(layer) is not int:
-        raise ValueError(f"{folder}/config.json: vision_feature_layer {layer} is not supported, only a single number")
+    weights.require(type(layer) is int,
+                    f"{folder}/config.json: vision_feature_layer {layer} is not supported, only a single number")
     # Hugging Face counts the embeddings as layer 0, so its layer 26 of 26 is our -1, and its -1 too.
     layer = layer if layer < 0 else layer - vision.num_hidden_layers - 1
     return vision, BridgeConfig(kind="mlp", layer=layer, newline=tiled)
@@ -384,19 +380,18 @@ class Bridge(nn.Module):
     def __init__(self, config: BridgeConfig):
         super().__init__()
         self.config = config
-        if config.kind not in ("perceiver", "pixelshuffle", "mlp"):
-            raise ValueError(f"bridge {config.kind!r} is unknown; choose perceiver, pixelshuffle or mlp")
-        if config.kind == "pixelshuffle" and math.isqrt(config.num_patches) % 2:
-            raise ValueError(f"pixelshuffle needs an even grid of patches, not {math.isqrt(config.num_patches)} a side")
+        side, H = math.isqrt(config.num_patches), config.text_size
+        weights.require(config.kind in ("perceiver", "pixelshuffle", "mlp"),
+                        f"bridge {config.kind!r} is unknown; choose perceiver, pixelshuffle or mlp")
+        weights.require(config.kind != "pixelshuffle" or side % 2 == 0,
+                        f"pixelshuffle needs an even grid of patches, not {side} a side")
         self.perceiver = Perceiver(config) if config.kind == "perceiver" else None
         # shuffled vectors are four patches long
         width = config.vision_size * (4 if config.kind == "pixelshuffle" else 1)
-        self.fc1 = nn.Linear(width, config.text_size)
-        self.fc2 = nn.Linear(config.text_size, config.text_size)
+        self.fc1 = nn.Linear(width, H)
+        self.fc2 = nn.Linear(H, H)
         for linear in (self.fc1, self.fc2):
-            nn.init.normal_(linear.weight, std=linear.in_features ** -0.5)
-            nn.init.zeros_(linear.bias)
-        H = config.text_size
+            init_linears(linear, outputs=(), depth=1)
         self.newline = nn.Parameter(torch.randn(H) * H ** -0.5) if config.newline else None
 
     def project(self, features: torch.Tensor) -> torch.Tensor:
@@ -478,10 +473,8 @@ def cut_tiles(image: Image.Image, side: int, bicubic: bool = True) -> Tiles:
     "RGB image -> its tiles. The aspect ratio is kept; black bars fill what the picture does not cover."
     rows, columns = best_grid(*image.size, side)
     width, height = columns * side, rows * side
-    if width / image.width < height / image.height:
-        size = width, min(math.ceil(image.height * (width / image.width)), height)
-    else:
-        size = min(math.ceil(image.width * (height / image.height)), width), height
+    scale = min(width / image.width, height / image.height)
+    size = min(math.ceil(image.width * scale), width), min(math.ceil(image.height * scale), height)
     canvas = Image.new("RGB", (width, height))
     resized = image.resize(size, Image.Resampling.BICUBIC if bicubic else Image.Resampling.BILINEAR)
     canvas.paste(resized, ((width - size[0]) // 2, (height - size[1]) // 2))

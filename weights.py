@@ -67,9 +67,9 @@ def named_errors(path):
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
           "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
           "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2}
+KNOWN = ", ".join(DTYPES)
 MAX_HEADER = 100_000_000  # bytes; the format's own limit
 MAX_SIDES = 64            # of a tensor; torch's own limit for most operations
-SEGMENT = 128 * 2 ** 20   # bytes of a file that are mapped into memory at once
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"  # one file, or the index of several shards
 
 
@@ -125,34 +125,31 @@ def parse_header(read, size: int, where) -> tuple[dict, dict, int]:
     read(n) gives the next n bytes of a file of `size` bytes, which may also be on a server. A file that was cut short,
     or made by an attacker, is a ValueError here and never a crash later.
     """
-    where = f"{where}: not a valid safetensors file"
-    remedy = "fetch or write it again"
-    require(size >= 8, f"{where} (shorter than 8 bytes); {remedy}")  # after a full disk or a broken download
+    def check(condition, problem: str) -> None:
+        require(condition, f"{where}: not a valid safetensors file ({problem}); fetch or write it again")
+
+    check(size >= 8, "shorter than 8 bytes")  # after a full disk or a broken download
     # Any 8 bytes are a number, up to 18 million TB. This check comes before we allocate that much memory.
     length = int.from_bytes(read(8), "little")
-    require(2 <= length <= min(MAX_HEADER, size - 8),
-            f"{where} (header of {length:,} bytes in a file of {size:,}: cut short?); {remedy}")
+    check(2 <= length <= min(MAX_HEADER, size - 8), f"header of {length:,} bytes in a file of {size:,}: cut short?")
     raw = read(length)
-    require(raw.startswith(b"{"), f"{where} (header: does not begin with {{); {remedy}")  # JSON allows blanks in front
-    entries = parse_json(raw, where, object_pairs_hook=unique_keys)
+    check(raw.startswith(b"{"), "header: does not begin with {")  # JSON allows blanks in front, the format does not
+    entries = parse_json(raw, f"{where}: not a valid safetensors file", object_pairs_hook=unique_keys)
     metadata = entries.pop("__metadata__", {})  # the only key that is not a tensor
-    require(isinstance(metadata, dict) and all(isinstance(value, str) for value in metadata.values()),
-            f"{where} (__metadata__ is not a map of strings); {remedy}")
-    for name, info in entries.items():
-        if not entry_is_valid(info):  # [:100]: a name may be as long as the header
-            raise ValueError(f"{where} (tensor {name[:100]!r}: needs a dtype of {', '.join(DTYPES)}, and a shape and "
-                             f"data_offsets that agree); {remedy}")
+    check(isinstance(metadata, dict) and all(isinstance(value, str) for value in metadata.values()),
+          "__metadata__ is not a map of strings")
+    for name, info in entries.items():  # [:100]: a name may be as long as the header
+        check(entry_is_valid(info), f"tensor {name[:100]!r}: needs a dtype of {KNOWN}, and a shape and data_offsets "
+                                    "that agree")
     # Sorted by offset, the tensors must fill the data section exactly. A gap could hide a second file. With overlaps
     # a small file could describe a thousand large tensors, all on the same bytes.
     position = 0
     for name, info in sorted(entries.items(), key=lambda item: item[1]["data_offsets"]):
         begin, end = info["data_offsets"]
-        if begin != position:
-            raise ValueError(f"{where} (tensor {name[:100]!r}: begins at {begin}, not at {position}: a gap or an "
-                             f"overlap); {remedy}")
+        check(begin == position, f"tensor {name[:100]!r}: begins at {begin}, not at {position}: a gap or an overlap")
         position = end
-    require(8 + length + position == size,  # the most common accident: a download that stopped early
-            f"{where} ({size:,} bytes, its tensors end at {8 + length + position:,}: cut short or changed); {remedy}")
+    check(8 + length + position == size,  # the most common accident: a download that stopped early
+          f"{size:,} bytes, its tensors end at {8 + length + position:,}: cut short or changed")
     return entries, metadata, 8 + length
 
 
@@ -161,48 +158,35 @@ def read_header(path) -> tuple[dict, dict, int]:
         return parse_header(file.read, os.path.getsize(path), path)
 
 
-def read_metadata(path) -> dict[str, str]:
-    return read_header(path)[1]
-
-
 def read_safetensors(path) -> dict[str, torch.Tensor]:
     """
     One file, or a folder with model.safetensors or with shards and their index -> {name: tensor}.
     The tensors are views of the mapped file: do not write to them.
     """
-    path = Path(path)
+    path, tensors = Path(path), {}
     if (path / SINGLE).exists():  # Qwen2.5 up to 1.5B is one file, 3B is two shards and an index
         return read_safetensors(path / SINGLE)
     if path.is_dir():
-        index = read_index(path / INDEX)
+        index, shards = read_index(path / INDEX), {}
         for file in sorted(set(index.values())):  # a folder would be read as another model, perhaps this one again
             require((path / file).is_file(), f"{path / file}: no such file, though {INDEX} names it; fetch it again")
-        shards = {file: read_safetensors(path / file) for file in sorted(set(index.values()))}
+            shards[file] = read_safetensors(path / file)
         for name, file in index.items():  # fails for shards of two different downloads
             require(name in shards[file], f"{path / file}: lacks {name}, which {INDEX} says it holds")
         return {name: shards[file][name] for name, file in index.items()}
     require(path.exists(), f"{path}: no such file")
     entries, _, start = read_header(path)
-    size, tensors = os.path.getsize(path), {}
-    data, first, last = None, 0, 0  # data: the file's bytes from first to last, mapped
+    # Mapped, not read: the operating system loads a page when it is first used, and may drop it again when memory is
+    # short. So unused tensors cost nothing, and a model that is copied out of its file is not in memory twice.
+    # ACCESS_COPY is private: torch wants writable memory, and an accidental write must not reach the disk.
     with open(path, "rb") as file:
-        for name, info in sorted(entries.items(), key=lambda item: item[1]["data_offsets"]):
-            dtype, shape, (begin, end) = DTYPES[info["dtype"]], info["shape"], info["data_offsets"]
-            if begin == end:  # one side is 0: neither mmap nor frombuffer accepts zero bytes
-                tensors[name] = torch.empty(shape, dtype=dtype)
-                continue
-            if start + end > last:
-                # Mapped, not read: the operating system loads a page when it is first used, so unused tensors cost
-                # nothing. A segment is freed with the last of its tensors: while a model is copied out of its file,
-                # tensor by tensor, it is never in memory twice. One mapping for each tensor would need too many open
-                # files. TRAP: a mapping must begin at a multiple of the granularity (usually one page).
-                first = (start + begin) // mmap.ALLOCATIONGRANULARITY * mmap.ALLOCATIONGRANULARITY
-                last = min(max(start + end, first + SEGMENT), size)
-                # ACCESS_COPY is private: torch wants writable memory, and an accidental write must not reach the disk.
-                data = mmap.mmap(file.fileno(), last - first, access=mmap.ACCESS_COPY, offset=first)
-            tensors[name] = torch.frombuffer(data, dtype=dtype, count=math.prod(shape),
-                                             offset=start + begin - first).view(shape)
-    return {name: tensors[name] for name in entries}
+        mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+    for name, info in entries.items():
+        dtype, shape, (begin, end) = DTYPES[info["dtype"]], info["shape"], info["data_offsets"]
+        # One side may be 0: frombuffer does not accept zero bytes.
+        tensors[name] = torch.frombuffer(mapped, dtype=dtype, count=math.prod(shape), offset=start + begin).view(
+            shape) if begin < end else torch.empty(shape, dtype=dtype)
+    return tensors
 
 
 def pack_header(header: dict) -> bytes:
@@ -272,11 +256,10 @@ def hub_names(module: nn.Module, table: dict[str, list[str]], prefix: str) -> di
     'blocks.3.norm1.weight -> {"blocks.3.norm1.weight": ["encoder.layers.3.layer_norm1.weight"]}, for all parameters.'
     names = {}
     for name, _ in module.named_parameters():
-        parts = name.split(".")  # "blocks.3.norm1.weight": number 3, last "weight"
-        number, last = next((part for part in parts if part.isdigit()), ""), parts[-1]
-        general = ".".join("#" if part.isdigit() else part for part in parts)
+        number, last = "".join(re.findall(r"\.(\d+)\.", name)), name.split(".")[-1]         # "3", "weight"
+        general = re.sub(r"\.\d+\.", ".#.", name)                                          # blocks.#.norm1.weight
         # TRAP: a parameter that is not in the table is skipped and keeps its values, so the tables must be complete.
-        # From the most exact pattern to the most general: the name, "blocks.#.norm1.weight", "blocks.#.norm1.*"
+        # A checkpoint of ours is read by a table of its own names.
         for pattern in (name, general, general.removesuffix(last) + "*"):
             if pattern in table:
                 names[name] = [prefix + hub.replace("#", number).replace("*", last) for hub in table[pattern]]
@@ -313,19 +296,20 @@ def load_tensors(module: nn.Module, tensors: dict, table: dict, prefix: str, whe
                          f"{min(tensors, default='')}")
 
 
+# language_model.model.norm.weight in the hub's files, model.language_model.norm.weight from transformers 5.
+LLAVA_AGES = {r"^model\.": "", r"^lm_head\.": "language_model.lm_head.",
+              r"^vision_tower\.(?!vision_model\.)": "vision_tower.vision_model.",
+              r"^language_model\.(?!model\.|lm_head\.)": "language_model.model."}
+
+
 def read_llava(folder) -> dict[str, torch.Tensor]:
     "A LLaVA folder of any age -> its tensors under the names of LLAVA_NAMES."
     tensors = {}
     for name, tensor in read_safetensors(folder).items():
-        # language_model.model.norm.weight in the hub's files, model.language_model.norm.weight from transformers 5
-        part, _, rest = name.removeprefix("model.").partition(".")
-        inner = {"vision_tower": "vision_model.", "language_model": "model."}.get(part, "")
-        if part == "lm_head":
-            part, rest, inner = "language_model", name, ""
-        if not rest.startswith((inner, "lm_head.")):
-            rest = inner + rest
-        if ".head." not in rest:  # SigLIP's pooling head, which some files still contain
-            tensors[f"{part}.{rest}".removesuffix(".")] = tensor
+        for pattern, ours in LLAVA_AGES.items():
+            name = re.sub(pattern, ours, name)
+        if ".head." not in name:  # SigLIP's pooling head, which some files still contain
+            tensors[name] = tensor
     return tensors
 
 
@@ -412,7 +396,7 @@ class RemoteFile:
     "A file on the server, or the range of its bytes that we want, with a header that we write ourselves."
     repository: Repository
     name: str
-    etag: str = ""     # of a large file its sha256, 64 hex digits; of a small one git's hash, 40
+    digest: str = ""   # what its content must hash to, see check_hash
     total: int = 0     # bytes on the server
     size: int = 0      # bytes on our disk: our own header, if any, then the range
     head: bytes = b""  # that header
@@ -420,6 +404,11 @@ class RemoteFile:
 
     def __str__(self) -> str:
         return f"{self.repository.hub}, {self.name}"
+
+    @property
+    def url(self) -> str:
+        place, revision = self.repository.hub, quote(self.repository.revision, safe="")
+        return f"{place}/{self.name}" if "://" in place else f"{endpoint()}/{place}/resolve/{revision}/{self.name}"
 
 
 def note(text: str) -> None:
@@ -434,11 +423,6 @@ def endpoint() -> str:
     url = (os.environ.get("HF_ENDPOINT") or "https://huggingface.co").rstrip("/")
     require(url.startswith(("https://", "http://")), f"HF_ENDPOINT={url}: expected an address such as https://NAME")
     return url
-
-
-def is_plain(repository: Repository) -> bool:
-    "On a web server that is no hub: it knows no commits, and its ETags say nothing about the content."
-    return "://" in repository.hub
 
 
 def at_hub(url: str) -> bool:
@@ -486,34 +470,34 @@ def authorize(request):
     return request
 
 
-def request(method: str, remote: RemoteFile, headers: dict, accept=()) -> tuple:
-    "-> (the reply, the headers of the hub's own replies on the way to it). Statuses from 400 are errors."
-    place, plain = remote.repository.hub, is_plain(remote.repository)
-    url = f"{place}/{remote.name}" if plain else \
-        f"{endpoint()}/{place}/resolve/{quote(remote.repository.revision, safe='')}/{remote.name}"
-    hub = requests.structures.CaseInsensitiveDict()
-    headers = {"Accept-Encoding": "identity"} | headers  # small files would be compressed: no length, another ETag
-    # We follow redirects ourselves, to see the hub's own headers. For large files the hub redirects to a storage host,
-    # with a signature in the address that is valid only for minutes: every attempt has to start at the hub.
-    for _ in range(10):  # redirects in a circle end here
-        # TRAP: without an auth function, requests reads ~/.netrc and replaces our token by what it finds there.
-        reply = requests.request(method, url, headers=headers, auth=authorize, timeout=TIMEOUT,
-                                 stream=method == "GET", allow_redirects=False)
-        hub.update(reply.headers if plain or at_hub(url) else {})  # the storage host has other ETags
-        url = urljoin(url, reply.headers.get("Location", ""))
-        if not reply.is_redirect or method == "HEAD" and not (plain or at_hub(url)):  # the hub's headers say all
-            break
-        reply.close()
-    hub["ETag"] = (hub.get("X-Linked-Etag") or hub.get("ETag") or "").removeprefix("W/").strip('"')
-    status, kind = reply.status_code, (reply.status_code, reply.headers.get("X-Error-Code"))
+def request(method: str, url: str, where, headers: dict = {}, accept=()) -> requests.Response:
+    "The reply after all redirects, of which HEAD follows only those within the hub. Statuses from 400 are errors."
+    # We follow redirects ourselves. Of a large file the hub's own reply tells size and hash; then it redirects to a
+    # storage host, with a signature in the address that is valid for minutes and for GET: every attempt has to start at
+    # the hub.
+    with requests.Session() as session:  # it keeps the cookies that some servers ask for after a redirect
+        for _ in range(10):
+            # Not compressed: a small file would have no length then, and another ETag. TRAP: without an auth function,
+            # requests reads ~/.netrc and replaces our token by what it finds there.
+            reply = session.request(method, url, headers={"Accept-Encoding": "identity"} | headers, auth=authorize,
+                                    timeout=TIMEOUT, stream=True, allow_redirects=False)
+            target = urljoin(url, reply.headers.get("Location", ""))
+            if not reply.is_redirect or method == "HEAD" and at_hub(url) and not at_hub(target):
+                break
+            reply.close()
+            url = target
+    status, code = reply.status_code, reply.headers.get("X-Error-Code")
     if status in TRY_AGAIN:
         raise requests.ConnectionError(f"the server answers {status}", response=reply)
-    require(status < 400 or status in accept, f"{remote}: the server answers {status}, " + (
-        REMEDIES.get(kind) or REMEDIES.get(status) or f"{reply.reason}; check HF_ENDPOINT ({endpoint()}) and proxies"))
-    return reply, hub
+    remedy = REMEDIES.get((status, code)) or REMEDIES.get(status) if at_hub(url) else None
+    # A redirect as GET's last answer: after ten of them it is a circle.
+    arrived = status < (300 if method == "GET" else 400)
+    require(arrived or status in accept, f"{where}: the server answers {status}, " + (
+        remedy or f"{reply.reason}; check the address, HF_ENDPOINT ({endpoint()}) and proxies"))
+    return reply
 
 
-def retry(remote: RemoteFile, attempt, progress=lambda: 0):
+def retry(where, attempt, progress=lambda: 0):
     "The result of attempt(). A failure counts only if progress() has not grown: a slow line may break a hundred times."
     # Not urllib3.Retry: it repeats a request, but cannot resume a body that breaks after the first gigabyte.
     failures, most = 0, progress()  # most: bytes
@@ -524,50 +508,51 @@ def retry(remote: RemoteFile, attempt, progress=lambda: 0):
             # "HTTPSConnectionPool(...): Max retries exceeded ...: [Errno 111] Connection refused'))": keep the end
             reason = str(error).rsplit(": ", 1)[-1].split("', ")[0].strip("')\".")[:90]
             headers = {} if error.response is None else error.response.headers
+        except requests.RequestException as error:  # such as an address that is none
+            raise ValueError(f"{where}: {error}") from None
         # Compared with the most ever, not with the last attempt: some server may start from zero each time.
         failures, most = (0, progress()) if progress() > most else (failures + 1, most)
-        require(failures < ATTEMPTS, f"{remote}: {reason}, {failures} times in a row; check the connection to "
-                                     f"{endpoint()} and run again: the download will resume from here")
+        require(failures < ATTEMPTS, f"{where}: {reason}, {failures} times in a row; check the connection, and "
+                                     f"HF_ENDPOINT ({endpoint()}), and run again: it will go on from here")
         # ratelimit: "api";r=0;t=55 or Retry-After: 55. One second more, because the two clocks differ.
         named = re.search(r"\bt=(\d+)", headers.get("ratelimit", "")) \
             or re.fullmatch(r"(\d+)", headers.get("Retry-After", ""))
         seconds = int(named[1]) + 1 if named else BACKOFF * 2 ** failures
-        note(f"{remote}: {reason}; next attempt in {seconds:g} s")
+        note(f"{where}: {reason}; next attempt in {seconds:g} s")
         time.sleep(seconds)
 
 
 def look_up(repository: Repository, name: str, optional=False) -> RemoteFile | None:
     "What the server says about a file, compared with the table before a byte is downloaded. None: no such file."
     remote = RemoteFile(repository, name)
-    reply, hub = retry(remote, lambda: request("HEAD", remote, {}, [404] if optional else []))
+    reply = retry(remote, lambda: request("HEAD", remote.url, remote, accept=[404] if optional else []))
     if reply.status_code == 404:  # only for optional files: all others raise
         return None
-    # TRAP: the Content-Length of a redirect is the length of the redirect itself.
-    length = hub.get("X-Linked-Size") or ("" if reply.is_redirect else hub.get("Content-Length", ""))
-    etag, commit, (size, sha256) = hub["ETag"], hub.get("X-Repo-Commit"), repository.files.get(name, ANY)
-    if is_plain(repository):
+    headers, (size, digest) = reply.headers, repository.files.get(name, ANY)
+    if "://" in repository.hub:  # no hub: it knows no commits, and its ETags say nothing about the content
         etag, commit = "", repository.revision
-        require(length.isdecimal(), f"{remote}: the server does not say how long this file is; fetch it by hand")
-    # The login page of a hotel's network has status 200 too, and would be stored as config.json.
-    require(is_plain(repository) or commit and etag and length.isdecimal(), f"{remote}: a proxy's page answers here, "
-            f"not a Hugging Face hub; log in to this network, or check HF_ENDPOINT ({endpoint()})")
+    else:
+        etag = (headers.get("X-Linked-Etag") or headers.get("ETag") or "").removeprefix("W/").strip('"')
+        commit = headers.get("X-Repo-Commit")
+        # The login page of a hotel's network has status 200 too, and would be stored as config.json.
+        require(commit and etag, f"{remote}: a proxy's page answers here, not a Hugging Face hub; log in to this "
+                                 f"network, or check HF_ENDPOINT ({endpoint()})")
+    # TRAP: the Content-Length of a redirect is the length of the redirect itself.
+    length = headers.get("X-Linked-Size") or ("" if reply.is_redirect else headers.get("Content-Length", ""))
+    require(length.isdecimal(), f"{remote}: the server does not say how long this file is; fetch it by hand")
     total = int(length)  # a small file's ETag is not a sha256: such a file is compared with the table after download
-    require(size in (None, total) and (sha256 in (None, etag) or len(etag) != 64), f"{remote}: {endpoint()} has "
-            f"{total:,} bytes with hash {etag}, expected are {size or total:,} with {sha256 or etag}; the file was "
+    require(size in (None, total) and (digest in (None, etag) or len(etag) != 64), f"{remote}: {endpoint()} has "
+            f"{total:,} bytes with hash {etag}, expected are {size or total:,} with {digest or etag}; the file was "
             "replaced, or the mirror is wrong: check HF_ENDPOINT")
-    return RemoteFile(replace(repository, revision=commit), name, etag, total, total)
+    return RemoteFile(replace(repository, revision=commit), name, digest or etag, total, total)
 
 
 def receive(remote: RemoteFile, file) -> None:
     "One connection: appends the bytes that come to `file`, which may also be in memory."
-    start, resumed = file.tell() + remote.offset, file.tell() > len(remote.head)
-    whole = remote.size == remote.total  # not a range
-    asked = {} if whole and not resumed else {"Range": f"bytes={start}-{remote.size + remote.offset - 1}"}
-    reply, hub = request("GET", remote, asked, [416] if resumed else [])
-    with reply:  # only the headers are here yet
-        # Two versions must not be mixed where we cannot check a hash of the whole. TRAP: the header If-Range does not
-        # help: the storage host has an ETag of its own, never agrees, and sends the whole file each time.
-        require(whole or hub["ETag"] == remote.etag, f"{remote}: replaced on the server just now; run again")
+    start = file.tell() + remote.offset  # on the server
+    part = start or remote.size < remote.total
+    with request("GET", remote.url, remote, {"Range": f"bytes={start}-{remote.size + remote.offset - 1}"} if part else
+                 {}, [416]) as reply:  # only the headers are here yet
         # 200: the whole file, whatever we asked for. 416: no such range, so our bytes are of another file.
         given = re.match(r"bytes (\d+)-", reply.headers.get("Content-Range", ""))
         begin = int(given[1]) if given else 0 if reply.status_code == 200 else math.inf
@@ -599,26 +584,26 @@ def select_tensors(remote: RemoteFile) -> RemoteFile:
 
     entries, metadata, start = parse_header(read, remote.total, remote)
     entries = {name: info for name, info in entries.items() if name.startswith(prefix)}
-    begins, ends = zip(*(info["data_offsets"] for info in entries.values())) if entries else ([0], [0])
-    begin, size = min(begins), sum(ends) - sum(begins)
-    if not entries or size != max(ends) - begin:  # another tensor is in between: take the whole file
-        return remote
+    spans = sorted(info["data_offsets"] for info in entries.values())
+    if not spans or any(end != begin for (_, end), (begin, _) in zip(spans, spans[1:])):
+        return remote  # other tensors lie in between: take the whole file
+    begin, size = spans[0][0], spans[-1][1] - spans[0][0]
     for info in entries.values():  # the offsets of a data section that begins with our first tensor
         info["data_offsets"] = [offset - begin for offset in info["data_offsets"]]
-    # With the ETag in the header, a .part of another version of the file is recognised by its first bytes.
-    head = pack_header({"__metadata__": metadata | {"etag": remote.etag}} | entries)
-    return replace(remote, size=len(head) + size, head=head, offset=start + begin - len(head))
+    head = pack_header({"__metadata__": metadata} | entries)
+    # We have no hash of a range: that the server's ETag was the table's hash has to be enough.
+    return replace(remote, digest="", size=len(head) + size, head=head, offset=start + begin - len(head))
 
 
 def plan(repository: Repository, folder: Path) -> list[RemoteFile]:
     "What has to be downloaded, the weights last. Only headers, and the index of shards, are downloaded here already."
-    record = folder / "commit"  # of a branch
-    with contextlib.suppress(OSError):
-        # A branch moves on, and files of two commits must not be mixed. So the first commit is recorded and used from
-        # then on; delete the folder to get a newer one.
-        repository = replace(repository, revision=record.read_text() or repository.revision)
     if repository.files:
         return [select_tensors(look_up(repository, name)) for name in missing_files(repository, folder)]
+    # A branch moves on, and files of two commits must not be mixed. So the first commit is recorded and used from then
+    # on; delete the folder to get a newer one.
+    record = folder / "commit"
+    with contextlib.suppress(OSError):
+        repository = replace(repository, revision=record.read_text() or repository.revision)
     config = look_up(repository, "config.json")
     repository = config.repository
     record.write_text(repository.revision)
@@ -635,13 +620,13 @@ def plan(repository: Repository, folder: Path) -> list[RemoteFile]:
     return [remote for remote in found + weights if not (folder / remote.name).exists()]
 
 
-def announce(repository: Repository, remotes: list[RemoteFile], folder: Path) -> None:
+def announce(remotes: list[RemoteFile], folder: Path) -> None:
     "Sizes and licence before the download starts; and no start if the disk would be full before the end."
-    commit, free, left = (remotes[0].repository if remotes else repository).revision, shutil.disk_usage(folder).free, 0
-    note(f"{repository.hub}, revision {commit[:12]}, licence: {repository.licence}")
+    repository, free, left = remotes[0].repository, shutil.disk_usage(folder).free, 0
+    note(f"{repository.hub}, revision {repository.revision[:12]}, licence: {repository.licence}")
     for remote in remotes:
         part = folder / f"{remote.name}.part"
-        here = part.stat().st_size if part.exists() else 0  # bytes
+        here = part.stat().st_size if part.exists() else 0  # bytes of an earlier attempt
         left += max(0, remote.size - here)
         note(f"{remote.size / 1e6:12,.1f} MB  {remote.name}" + f", {here / 1e6:,.1f} MB are here already" * bool(here)
              + f" (only {repository.prefix}* of {remote.total / 1e6:,.1f} MB)" * bool(remote.head))
@@ -652,6 +637,8 @@ def announce(repository: Repository, remotes: list[RemoteFile], folder: Path) ->
 
 def check_hash(path: Path, expected: str) -> None:
     "64 digits are a sha256; 32 an MD5; 40 are the sha1 by which git names a file, which starts with the file's size."
+    if not re.fullmatch("[0-9a-f]{32}|[0-9a-f]{40}|[0-9a-f]{64}", expected):
+        return  # an ETag of another form says nothing about the content
     digest = hashlib.sha256() if len(expected) == 64 else hashlib.md5() if len(expected) == 32 else \
         hashlib.sha1(b"blob %d\0" % path.stat().st_size)
     with open(path, "rb") as file:
@@ -670,7 +657,7 @@ def download(remote: RemoteFile, folder: Path) -> None:
         with open(part, "a+b") as file:  # another process may have begun it
             file.seek(0)
             if file.read(len(remote.head)) != remote.head or file.seek(0, os.SEEK_END) > remote.size:
-                file.truncate(0)  # begun with another version
+                file.truncate(0)  # not begun by us
                 file.write(remote.head)
             file.seek(0, os.SEEK_END)
             # The bar counts the bytes that are written. disable=None: only on a terminal, not in a log file.
@@ -684,11 +671,7 @@ def download(remote: RemoteFile, folder: Path) -> None:
         require(error.errno not in (errno.ENOSPC, errno.EDQUOT),
                 f"{target}: the disk is full; make room and run again: it will resume from here")
         raise  # requests' errors are OSErrors too
-    # We have no hash of a range: that the server's ETag was the table's sha256 has to be enough. ETags of another form
-    # than these two say nothing about the content.
-    expected = remote.repository.files.get(remote.name, ANY)[1] or remote.etag  # the table's, or the server's
-    if not remote.head and re.fullmatch("[0-9a-f]{32}|[0-9a-f]{40}|[0-9a-f]{64}", expected):
-        check_hash(part, expected)
+    check_hash(part, remote.digest)
     os.replace(part, target)  # all at once: nobody ever sees half a file under this name
     note(f"{remote.name}: complete")
 
@@ -721,7 +704,7 @@ def fetch(name: str | Repository) -> Path:
         lock(file, folder)
         if missing_files(repository, folder):  # a process that had to wait for the lock finds all files there
             remotes = plan(repository, folder)
-            announce(repository, remotes, folder)
+            announce(remotes, folder)
             for remote in remotes:
                 download(remote, folder)
     return folder
@@ -733,24 +716,18 @@ def fetch_url(url: str, folder: Path, most: int) -> bytes:
     kept = folder / digest[:2] / digest  # 256 folders: a hundred thousand files in one are slow
     with contextlib.suppress(FileNotFoundError):
         return kept.read_bytes()
-    for attempt in range(ATTEMPTS):
-        try:
-            with requests.get(url, timeout=TIMEOUT, stream=True) as reply:
-                if reply.status_code in TRY_AGAIN:
-                    raise requests.ConnectionError(f"the server answers {reply.status_code}")
-                require(reply.status_code < 400, f"{url}: the server answers {reply.status_code}")
-                content, length = b"", reply.headers.get("Content-Length", "")
-                for chunk in reply.iter_content(CHUNK):
-                    content += chunk
-                    require(len(content) <= most, f"{url}: more than {most:,} bytes")
-                if length.isdecimal() and len(content) < int(length) and "Content-Encoding" not in reply.headers:
-                    raise requests.ConnectionError("the connection closed early")
-            break
-        except CURABLE as error:
-            require(attempt + 1 < ATTEMPTS, f"{url}: {str(error)[-90:]}, {ATTEMPTS} times in a row")
-            time.sleep(BACKOFF * 2 ** attempt)
-        except requests.RequestException as error:
-            raise ValueError(f"{url}: {str(error)[-90:]}") from None
+
+    def receive_all() -> bytes:
+        content = b""
+        with request("GET", url, url) as reply:
+            for chunk in reply.iter_content(CHUNK):
+                content += chunk
+                require(len(content) <= most, f"{url}: more than {most:,} bytes")
+        if len(content) < int(reply.headers.get("Content-Length", 0)):
+            raise requests.ConnectionError("the connection closed early")
+        return content
+
+    content = retry(url, receive_all)
     kept.parent.mkdir(parents=True, exist_ok=True)
     part = kept.with_name(f"{digest}.{os.getpid()}.part")
     part.write_bytes(content)
