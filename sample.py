@@ -37,7 +37,6 @@ import sys
 import threading
 import time
 import traceback
-from concurrent.futures import Future
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -108,6 +107,11 @@ def check_flags(flags) -> None:
             raise ValueError(f"{path}: no such image file")
     if flags.attention and (not flags.image or not flags.attention.endswith(".png")):
         raise ValueError(f"--attention={flags.attention}: give --image too, and a name that ends in .png")
+    if flags.images and not Path(flags.images).is_dir():
+        raise ValueError(f"--images={flags.images}: no such folder")
+    for path in filter(None, (flags.attention, flags.images and flags.out)):
+        if not Path(path).parent.is_dir():
+            raise ValueError(f"{path}: there is no folder {Path(path).parent} to write it into")
     for folder in (flags.export, flags.slim):
         if folder and Path(folder).exists() and any(Path(folder).iterdir()):
             raise ValueError(f"{folder}: is not empty; name a new folder")
@@ -160,6 +164,7 @@ def check_ability(vlm: VLM, folder, flags) -> None:
 # ----------------------------------------------------------------------------------------------------------------------
 # Asking
 
+CONTEXT = 8192  # tokens of a conversation with its answer, at most
 SAMPLING = "temperature", "top_k", "top_p", "repetition_penalty"
 
 
@@ -204,6 +209,12 @@ def make_request(vlm: VLM, tokenizer: Tokenizer, messages: list, pixels: list, f
     return Request(prompt, pixels, stop=set(tokenizer.stop_ids), seed=flags.seed, **given)
 
 
+def open_engine(vlm: VLM, tokenizer: Tokenizer, rows: int) -> Engine:
+    "For conversations, which grow: each row has room for as much as the model can read, or for CONTEXT tokens."
+    width = min(CONTEXT, vlm.config.decoder.max_position_embeddings)
+    return Engine(vlm, rows=rows, width=width, vocab_used=tokenizer.vocab_size)
+
+
 class Text:
     """
     The tokens of an answer -> text that can be shown, piece by piece. Two things wait until more is known: a token that
@@ -241,8 +252,10 @@ def stream(engine: Engine, tokenizer: Tokenizer, request: Request) -> str:
 
 
 def typed_path(text: str) -> Path:
-    "As shells do, because paths are pasted and dragged in from there: quotes around, ~ for the home folder."
-    return Path(text.strip().strip("'\"")).expanduser()
+    "As shells do, because paths are pasted and dragged in from there: 'quotes', ~ for the home folder, my\\ cat.jpg."
+    if not text.strip():
+        raise ValueError("/image PATH, /save FILE: name the file")
+    return Path(text.strip().strip("'\"").replace("\\ ", " ")).expanduser()
 
 
 class Chat:
@@ -260,8 +273,7 @@ class Chat:
     def __init__(self, vlm: VLM, tokenizer: Tokenizer, flags):
         self.vlm, self.tokenizer, self.flags = vlm, tokenizer, flags
         # One row for the whole conversation: each turn is prefilled from where the last one ended.
-        width = min(CONTEXT, vlm.config.decoder.max_position_embeddings)
-        self.engine = Engine(vlm, rows=1, width=width, vocab_used=tokenizer.vocab_size)
+        self.engine = open_engine(vlm, tokenizer, rows=1)
         self.do_reset()
         for path in flags.image:
             self.do_image(path)
@@ -295,10 +307,10 @@ class Chat:
         note(f"(took back: {what})")
 
     def do_save(self, rest: str) -> None:
-        if not rest.strip():
-            raise ValueError("/save FILE: name the file")
-        # Its pictures are copied beside it: a record may only name what is in its own folder (data.py).
         path, images = typed_path(rest), []
+        if not self.messages:
+            raise ValueError("nothing to save yet")
+        # Its pictures are copied beside it: a record may only name what is in its own folder (data.py).
         for source, _ in self.pictures[:self.asked()]:
             images.append(f"{path.stem}-{len(images) + 1}{source.suffix}")
             shutil.copyfile(source, path.with_name(images[-1]))
@@ -332,6 +344,8 @@ class Chat:
                     self.ask(line.strip()) if word else None
                 elif command := getattr(self, "do_" + word[1:], None):
                     command(rest)
+                elif typed_path(line).is_file():  # dragged into the terminal
+                    self.do_image(line)
                 else:
                     raise ValueError(f"{word}: no such command; /help lists them")
             except (ValueError, OSError) as error:
@@ -345,15 +359,13 @@ def draw_scene() -> Image.Image:
 def answer_folder(vlm: VLM, tokenizer: Tokenizer, flags) -> None:
     "Every picture of a folder -> one line of --out: a JSON object with its answer, or with the error if it is broken."
     root, out = Path(flags.images), Path(flags.out)
-    if not root.is_dir():
-        raise ValueError(f"--images={root}: no such folder")
     # A large folder takes hours. A run that was stopped continues: what --out answers already is skipped. The question
     # is part of the key: another question is other work. Lines with an error do not count: those are tried again.
     done = set()
     if out.exists():
         # A line cut off by a crash is an error that names the file. Appending after it would spoil the next line too.
         with weights.named_errors(out):
-            done = {(row["image"], row["question"])
+            done = {(row.get("image"), row.get("question"))
                     for row in map(json.loads, out.read_text(encoding="utf-8").splitlines()) if "answer" in row}
     # Relative to the folder: it may be moved, and a.png in two subfolders stays two pictures. Sorted: the file system's
     # order differs from machine to machine.
@@ -502,7 +514,6 @@ def draw_attention(path: str, vlm: VLM, tokenizer: Tokenizer, request: Request, 
 # ----------------------------------------------------------------------------------------------------------------------
 # The server: OpenAI's chat completions, and a page. It answers strangers, so every limit is here, and has a test
 
-CONTEXT = 8192          # tokens of a conversation with its answer, at most
 BODY = 20_000_000       # bytes of a request
 PICTURES = 8            # of a request
 PIXELS = 20_000_000     # of a picture
@@ -539,13 +550,19 @@ class Asked(Request):
 
 
 class Server(socketserver.ThreadingTCPServer):
-    "A thread for each connection, and one for the engine: it alone touches the model."
+    """
+    A thread for each connection, and one for the engine: it alone computes. They meet in three places:
+
+        inbox    functions of the connections' threads, which the engine's calls between two tokens: "answer these, too"
+        answer   a Request's list of tokens, which the engine's thread makes longer and a connection's thread reads
+        news     an Event by which the engine wakes the connection's thread: there are more tokens
+    """
     # Not http.server's own class: it would ask a name server who we are, which may take seconds.
     allow_reuse_address, daemon_threads, block_on_close, request_queue_size = True, True, False, 128
 
     def __init__(self, vlm: VLM, tokenizer: Tokenizer, flags):
         self.vlm, self.tokenizer, self.flags, self.name = vlm, tokenizer, flags, vlm.config.preset or "model"
-        self.new_engine()
+        self.engine = open_engine(vlm, tokenizer, flags.max_requests)
         self.stop = set(tokenizer.stop_ids)
         self.inbox = queue.SimpleQueue()  # functions, for the engine's thread
         self.lock, self.open, self.ending = threading.Lock(), set(), False  # open: requests without their answer
@@ -591,18 +608,6 @@ class Server(socketserver.ThreadingTCPServer):
             with self.lock:
                 self.open.difference_update(requests)
 
-    def do(self, job):
-        "job() in the engine's thread, between two tokens -> its result."
-        done = Future()
-
-        def work() -> None:
-            try:
-                done.set_result(job())
-            except Exception as error:  # noqa: BLE001 it is raised again where it was asked for
-                done.set_exception(error)
-        self.inbox.put(work)
-        return done.result()
-
     def generate(self) -> None:
         "The engine's thread: what is in the inbox, then one token more for everyone, and so on."
         opened = told = 0.0
@@ -622,7 +627,7 @@ class Server(socketserver.ThreadingTCPServer):
                 for request in ended:
                     request.finish = "error"
                 engine.close()  # the new one takes over its memory
-                self.new_engine()
+                self.engine = open_engine(self.vlm, self.tokenizer, self.flags.max_requests)
             # To wake a thread for every token of every client would take longer than to compute them: the more clients,
             # the more tokens come at once. A first token is told at once.
             streamed = [request for request in self.engine.running.values() if request.streamed]
@@ -630,11 +635,6 @@ class Server(socketserver.ThreadingTCPServer):
             told = now if due else told
             for request in ended + [request for request in streamed if due or len(request.answer) == 1]:
                 request.news.set()
-
-    def new_engine(self) -> None:
-        width = min(CONTEXT, self.vlm.config.decoder.max_position_embeddings)
-        self.engine = Engine(self.vlm, rows=self.flags.max_requests, width=width, vocab_used=self.tokenizer.vocab_size)
-
 
 # The fields of a request: {name: (kind, least, most)} of numbers, {name: (kinds, what it must be)} of others.
 NUMBERS = {"temperature": (float, 0, 2), "top_p": (float, 1e-6, 1), "top_k": (int, 0, 10 ** 6),
@@ -765,24 +765,20 @@ class Handler(http.server.BaseHTTPRequestHandler):
         # Escaped: what a client sends must not forge lines or move the cursor of the terminal.
         note(f"{self.client_address[0]} {(format % args)[:200].encode('unicode_escape').decode()}")
 
-    # ---- What is sent
-
-    def send_head(self, status: int, kind: str, **headers) -> None:
-        self.connection.settimeout(IDLE)
+    def send(self, content, kind: str = "application/json", status: int = 200, **headers) -> None:
+        "content: bytes, or what is sent as JSON; None: it follows as a stream of events."
+        self.connection.settimeout(IDLE)  # Incoming has set another
         self.send_response(status)
-        headers = {"Content-Type": kind, "Cache-Control": "no-store", "X-Content-Type-Options": "nosniff",
-                   "Referrer-Policy": "no-referrer", "Cross-Origin-Resource-Policy": "same-origin", **headers}
-        for name, value in (headers | {"Connection": "close"} if self.close_connection else headers).items():
-            self.send_header(name.replace("_", "-"), str(value))
+        body = content if isinstance(content, bytes) else json.dumps(content).encode()
+        headers |= {"Content-Type": kind, "Cache-Control": "no-store", "X-Content-Type-Options": "nosniff",
+                    "Referrer-Policy": "no-referrer", "Cross-Origin-Resource-Policy": "same-origin"}
+        headers |= {"Content-Length": len(body)} if content is not None else {}
+        headers |= {"Connection": "close"} if self.close_connection else {}
+        for name, value in headers.items():
+            self.send_header(name, str(value))
         self.end_headers()
-
-    def send(self, body: bytes, kind: str, status: int = 200, **headers) -> None:
-        self.send_head(status, kind, Content_Length=len(body), **headers)
-        if self.command != "HEAD":
+        if content is not None and self.command != "HEAD":
             self.wfile.write(body)
-
-    def send_json(self, value, status: int = 200, **headers) -> None:
-        self.send(json.dumps(value).encode(), "application/json", status, **headers)
 
     def send_event(self, value) -> None:
         self.wfile.write(b"data: " + json.dumps(value).encode() + b"\n\n")
@@ -791,13 +787,11 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.close_connection = True  # what is left of a body would be taken for the next request
         if self.events:  # too late for a status; clients read this too
             return self.send_event(error.body)
-        self.send_json(error.body, error.status, **{"Retry_After": 5} if error.status in (429, 503) else {})
+        self.send(error.body, status=error.status, **{"Retry-After": 5} if error.status in (429, 503) else {})
 
     def send_error(self, code, message=None, explain=None) -> None:
         "What http.server itself finds wrong: a request line, a header, a method."
         self.refuse(Refused(405 if code == 501 else min(code, 499), str(message or code)[:200]))
-
-    # ---- What is asked
 
     def route(self) -> None:
         path, command = self.path.split("?")[0], self.command.replace("HEAD", "GET")
@@ -866,16 +860,16 @@ class Handler(http.server.BaseHTTPRequestHandler):
         policy = (f"default-src 'none'; script-src 'nonce-{nonce}'; style-src 'nonce-{nonce}'; img-src 'self' data: "
                   "blob:; connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'")
         page = PAGE.read_text(encoding="utf-8").replace("NONCE", nonce)
-        self.send(page.encode(), "text/html; charset=utf-8", Content_Security_Policy=policy)
+        self.send(page.encode(), "text/html; charset=utf-8", **{"Content-Security-Policy": policy})
 
     def get_health(self) -> None:
         running = len(self.server.engine.running)
-        self.send_json({"status": "ending" if self.server.ending else "ok", "running": running,
+        self.send({"status": "ending" if self.server.ending else "ok", "running": running,
                         "waiting": max(0, len(self.server.open) - running)})
 
     def get_models(self) -> None:
         vlm, flags = self.server.vlm, self.server.flags
-        self.send_json({"object": "list", "data": [{
+        self.send({"object": "list", "data": [{
             "id": self.server.name, "object": "model", "created": 0, "owned_by": "ghostvis",
             "context": self.server.engine.width, "sees": vlm.vit is not None, "most_pictures": PICTURES,
             "world": vlm.config.preset in FROM_SCRATCH,
@@ -900,7 +894,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         with self.server.answering(requests):
             if streamed:
                 self.events = self.close_connection = True  # the end of the connection is the end of the body
-                self.send_head(200, "text/event-stream")
+                self.send(None, "text/event-stream")
                 for i in range(len(requests)):
                     send_chunk(i, {"role": "assistant", "content": ""})
             for i, new, why[i] in self.words(requests, fields["stop"]):
@@ -915,7 +909,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
                 self.send_event({**head, "choices": [], "usage": usage})
             self.wfile.write(b"data: [DONE]\n\n")
             return
-        self.send_json({**head, "usage": usage, "choices": [
+        self.send({**head, "usage": usage, "choices": [
             {"index": i, "finish_reason": why[i], "logprobs": None,
              "message": {"role": "assistant", "content": text, "refusal": None}} for i, text in enumerate(said)]})
 
@@ -953,8 +947,15 @@ class Handler(http.server.BaseHTTPRequestHandler):
         answer = server.tokenizer.encode(messages[-1]["content"][0]["text"])
         if not 0 < len(answer) <= server.engine.width - len(prompt.ids):
             raise Refused(400, "an empty answer, or one that is too long", "messages")
-        maps = server.do(lambda: where_it_looked(server.vlm, prompt, pixels, answer))
-        self.send_json({"words": [{"text": word, "maps": [(m * 255).int().tolist() for m in shares]}
+        # The engine's thread comes to the barrier between two tokens, and stands still until this one is there again.
+        still = threading.Barrier(2)
+        server.inbox.put(lambda: [still.wait(), still.wait()])
+        still.wait()
+        try:
+            maps = where_it_looked(server.vlm, prompt, pixels, answer)
+        finally:
+            still.wait()
+        self.send({"words": [{"text": word, "maps": [(m * 255).int().tolist() for m in shares]}
                                   for word, shares in words_of(server.tokenizer, answer, maps)]})
 
 

@@ -5348,8 +5348,9 @@ def test_chat_goes_on_from_its_cache_and_is_undone_drawn_and_saved(trained, phot
     monkeypatch.setattr(model.Engine, "prefill", lambda self, rows, starts, requests: read.append(
         (starts[0], len(requests[0].prompt.ids))) or prefill(self, rows, starts, requests))
     ran = talk(trained, "/image ~/photo.png", "What is it?", "Why?", "Who?", "/undo", "Who?", "/draw", "And this?",
-               "/save ~/talk.json", "/undo", "/undo", "/undo", "/undo", "/undo", "/save")
-    assert ran.code == 0 and "error: nothing to take back" in ran.err and "error: /save FILE" in ran.err
+               "/save ~/talk.json", "/undo", "/undo", "/undo", "/undo", "/undo", "/save", "/save empty.json")
+    assert ran.code == 0 and "error: nothing to take back" in ran.err and "/save FILE: name the file" in ran.err
+    assert "error: nothing to save yet" in ran.err and not (tmp_path / "empty.json").exists()
     for (start, _), (_, before) in list(zip(read[1:], read))[:2]:
         assert start == before  # only the last answer and the new question
     assert read[3][1] == read[2][1]
@@ -5361,6 +5362,18 @@ def test_chat_goes_on_from_its_cache_and_is_undone_drawn_and_saved(trained, phot
     assert record["messages"][1]["content"] == ran.out.splitlines()[0]
     asked = [m["content"].split("\n")[-1] for m in record["messages"][::2]]
     assert asked == ["What is it?", "Why?", "Who?", "And this?"]
+
+
+def test_chat_knows_a_path_as_people_paste_and_drag_it(trained, photo, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    shutil.copy(photo, tmp_path / "my photo.png")
+    for line in (f"/image {tmp_path}/my photo.png", f"/image '{tmp_path}/my photo.png' ", "/image ~/my photo.png",
+                 f"/image {tmp_path}/my\\ photo.png", f"{tmp_path}/my\\ photo.png", f"{tmp_path}/my photo.png"):
+        ran = talk(trained, line)
+        assert ran.code == 0 and "(picture loaded" in ran.err and "error" not in ran.err, line
+    for line in ("/image", "/image ''", f"/image {tmp_path}", f"/image {tmp_path}/none.png", f"{tmp_path}/none.png", "/"):
+        ran = talk(trained, line)
+        assert ran.code == 0 and ran.err.count("error: ") == 1 and "(picture loaded" not in ran.err, line
 
 
 def test_a_folder_of_pictures_is_answered_and_gone_on_with(trained, photo, tmp_path):
@@ -5388,6 +5401,14 @@ def test_a_folder_of_pictures_is_answered_and_gone_on_with(trained, photo, tmp_p
     assert run("sample", *flags).code == 0 and len(rows()) == 5
     other = run("sample", *flags, "--question=Why?")
     assert other.code == 0 and len(rows()) == 8  # another question is other work
+
+
+def test_a_wrong_path_is_named_before_a_model_is_loaded(photo, tmp_path, monkeypatch):
+    monkeypatch.setattr(sample, "load", None)
+    none = tmp_path / "none"
+    for flags in ([f"--images={none}"], [f"--images={tmp_path}", f"--out={none / 'a.jsonl'}"],
+                  [f"--image={photo}", f"--attention={none / 'a.png'}"], [f"--image={none}"]):
+        one_line(run("sample", *flags, main=sample.main), none)
 
 
 def test_an_answer_file_cut_in_the_middle_of_a_line_is_named(trained, photo, tmp_path):
