@@ -15,6 +15,9 @@ Standard output contains the answer alone, so that it can be piped; everything e
 checkpoint is --init, or the one written last of --model's under --out_dir, or --model's released weights; before you
 have trained anything, a tiny one that comes with the code. The prompt is made by the same `render` as in training: a
 prompt that differs even slightly from what a model was trained on is the most common reason for bad answers.
+
+From top to bottom: the flags and the model; asking, on which all else is built; the chat; a folder of pictures; where
+the model looked; the server; export. Each part can be read alone. How an answer is computed is in model.py (Engine).
 """
 import base64
 import codecs
@@ -98,26 +101,25 @@ def check_flags(flags) -> None:
     if flags.model:
         check_name(flags.model)
     top_p, penalty = (1 if x is None else x for x in (flags.top_p, flags.repetition_penalty))
-    if not 0 < top_p <= 1 or min(flags.temperature or 0, flags.top_k or 0) < 0 or penalty <= 0:
-        raise ValueError("--top_p must be in 0 to 1, --temperature and --top_k from 0, --repetition_penalty above 0")
-    if flags.anyres not in ("auto", "True", "False"):
-        raise ValueError(f"--anyres={flags.anyres}: choose auto, True or False")
-    for path in flags.image:
-        if not Path(path).is_file():
-            raise ValueError(f"{path}: no such image file")
-    if flags.attention and (not flags.image or not flags.attention.endswith(".png")):
-        raise ValueError(f"--attention={flags.attention}: give --image too, and a name that ends in .png")
-    if flags.images and not Path(flags.images).is_dir():
-        raise ValueError(f"--images={flags.images}: no such folder")
-    for path in filter(None, (flags.attention, flags.images and flags.out)):
-        if not Path(path).parent.is_dir():
-            raise ValueError(f"{path}: there is no folder {Path(path).parent} to write it into")
-    for folder in (flags.export, flags.slim):
-        if folder and Path(folder).exists() and any(Path(folder).iterdir()):
-            raise ValueError(f"{folder}: is not empty; name a new folder")
+    written = [Path(path) for path in (flags.attention, flags.images and flags.out) if path]
+    new = [Path(folder) for folder in (flags.export, flags.slim) if folder]
+    for wrong, message in [
+        (not 0 < top_p <= 1 or min(flags.temperature or 0, flags.top_k or 0) < 0 or penalty <= 0,
+         "--top_p must be in 0 to 1, --temperature and --top_k from 0, --repetition_penalty above 0"),
+        (flags.anyres not in ("auto", "True", "False"), f"--anyres={flags.anyres}: choose auto, True or False"),
+        *((not Path(path).is_file(), f"{path}: no such image file") for path in flags.image),
+        (flags.images and not Path(flags.images).is_dir(), f"--images={flags.images}: no such folder"),
+        (flags.attention and not (flags.image and flags.attention.endswith(".png")),
+         f"--attention={flags.attention}: give --image too, and a name that ends in .png"),
+        *((not path.parent.is_dir(), f"{path}: there is no folder {path.parent}; make it first") for path in written),
+        *((folder.exists() and any(folder.iterdir()), f"{folder}: is not empty; name a new folder") for folder in new),
+    ]:
+        if wrong:
+            raise ValueError(message)
 
 
 def load(flags) -> tuple[VLM, Tokenizer]:
+    "In this order: the folder of --init, the newest checkpoint of --model, its released weights, the tiny model."
     device = pick_device(flags.device)
     # Half the bytes, and an answer is as fast as the weights can be read. Not on CPUs: most are far slower in bfloat16.
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
@@ -169,6 +171,7 @@ SAMPLING = "temperature", "top_k", "top_p", "repetition_penalty"
 
 
 def options(vlm: VLM, flags) -> dict:
+    "How to choose tokens: as Request's fields."
     # What is given; else the publisher's; else generate's own defaults, greedy as in the evaluation: the answers shown
     # are the answers measured.
     given = {name: getattr(flags, name) for name in SAMPLING if getattr(flags, name) is not None}
@@ -189,6 +192,7 @@ def to_pixels(vlm: VLM, path, flags, alone: bool = True):
 
 
 def make_message(text: str, images: int = 0, role: str = "user") -> dict:
+    "-> as `render` takes it; images: how many are shown with the text."
     # Content may be a string, in which "<image>" marks a picture's place, or a list of parts. We use parts: what people
     # and models write then stays text, even if it contains "<image>", and slots always match the pictures.
     # Pictures, a newline, the question: the order that the training data has. Without a picture, no newline.
@@ -353,6 +357,7 @@ class Chat:
 
 
 def draw_scene() -> Image.Image:
+    "A new picture of the built-in world, which is all that the small models know."
     return World("captions", "scenes", secrets.randbits(32))[0]["images"][0].draw(320)
 
 
@@ -414,6 +419,9 @@ def answer_folder(vlm: VLM, tokenizer: Tokenizer, flags) -> None:
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Where the model looked: the attention of each word over the picture's patches
+# Two attentions lie one behind the other. In the decoder each word attends to the image tokens (where_it_looked). In the
+# bridge each image token was made of patches (patch_shares). Multiplied, they tell how much a word has of each patch.
+# It is a hint, not a proof: attention shows where information could come from, not what was made of it.
 
 def patch_shares(bridge: Bridge, features: torch.Tensor) -> torch.Tensor:
     "One picture's features [N, D] -> [M, N]: how much each image token has from each patch. Rows add up to 1."
@@ -425,6 +433,7 @@ def patch_shares(bridge: Bridge, features: torch.Tensor) -> torch.Tensor:
     four = pixel_shuffle(own[None])[0].view(N // 4, 4, N).mean(1)                                    # [N/4, N]
     if bridge.config.kind == "pixelshuffle":
         return four
+    # The Perceiver: as its forward, layer by layer, but for the attention's weights, which the fused kernel never shows.
     latents = bridge.perceiver.latents[None]
     seeded = bridge.perceiver.seed is not None
     latents = latents + bridge.perceiver.seed(pixel_shuffle(features[None])) if seeded else latents  # [1, M, D]
@@ -444,6 +453,7 @@ def patch_shares(bridge: Bridge, features: torch.Tensor) -> torch.Tensor:
 def where_it_looked(vlm: VLM, prompt, images: list, answer: list[int]) -> list[torch.Tensor]:
     "-> for each picture [A, n, n], 0 to 1: where each of the answer's A tokens looked more than usual."
     device, bridge, n = vlm.gpt.embed.weight.device, vlm.bridge, math.isqrt(vlm.config.vision.num_patches)
+    # The whole conversation once more, in one pass without a cache, in which all attention weights are kept.
     encoded = PictureCache(vlm.vit_features, bridge, device)(images)
     columns = [torch.arange(len(tokens), device=device) + slot for slot, tokens in zip(prompt.slots, encoded)]
     # The last token is not needed: each is chosen at the position before it.
@@ -513,6 +523,9 @@ def draw_attention(path: str, vlm: VLM, tokenizer: Tokenizer, request: Request, 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # The server: OpenAI's chat completions, and a page. It answers strangers, so every limit is here, and has a test
+# A request's way: Handler.route checks who asks; read_fields, read_messages and read_request check what is asked and
+# make Requests of it; Server.generate computes their tokens, together with everyone else's; Handler.words makes text of
+# them; Handler.complete sends it.
 
 BODY = 20_000_000       # bytes of a request
 PICTURES = 8            # of a request
@@ -521,7 +534,7 @@ TURNS = 100             # messages of a request
 LETTERS = 400_000       # of their texts: more cannot fit into CONTEXT, and to cut them into tokens would take long
 CHOICES = 8             # answers to one request (n)
 WAITING = 128           # answers that wait for a row; then 429
-CONNECTIONS = 256
+CONNECTIONS = 256       # open at once; each has a thread
 SECONDS = 120           # for one answer, waiting included
 IDLE = 20               # seconds in which the next request must have arrived as a whole
 TELL = 0.001            # seconds for each streaming client, between two times that all of them get their tokens
@@ -533,7 +546,7 @@ PAGE = Path(__file__).parent / "assets" / "page.html"
 
 
 class Refused(Exception):
-    "An answer in the form of OpenAI's errors."
+    "An answer in the form of OpenAI's errors. param: the field at fault; code: what programs tell errors apart by."
 
     def __init__(self, status: int, message: str, param: str | None = None, code: str | None = None):
         super().__init__(message)
@@ -636,15 +649,17 @@ class Server(socketserver.ThreadingTCPServer):
             for request in ended + [request for request in streamed if due or len(request.answer) == 1]:
                 request.news.set()
 
-# The fields of a request: {name: (kind, least, most)} of numbers, {name: (kinds, what it must be)} of others.
+
+# The fields that a request may have, {"messages": [{"role": "user", "content": "Hello"}], "max_tokens": 9, ...}. Numbers
+# have a kind and a range, others a type. top_k and repetition_penalty are not OpenAI's, but vLLM's and SGLang's.
 NUMBERS = {"temperature": (float, 0, 2), "top_p": (float, 1e-6, 1), "top_k": (int, 0, 10 ** 6),
            "repetition_penalty": (float, 0.1, 10), "seed": (int, -2 ** 63, 2 ** 63 - 1), "n": (int, 1, CHOICES),
            "max_tokens": (int, 1, CONTEXT), "max_completion_tokens": (int, 1, CONTEXT)}
 OTHERS = {"messages": list, "model": str, "stop": (str, list), "stream": bool, "stream_options": dict}
-# What would change the answer and is not built in is refused, never ignored, unless it says what happens anyway.
+# What would change the answer and is not built in is refused, never ignored. With these values it changes nothing.
 NEUTRAL = {"frequency_penalty": 0, "presence_penalty": 0, "logit_bias": {}, "logprobs": False, "tools": [],
            "response_format": {"type": "text"}, "modalities": ["text"]}
-IGNORED = {"user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key"}  # change nothing here
+IGNORED = {"user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key"}  # for statistics only
 
 
 def read_fields(server: Server, body: dict) -> dict:
@@ -671,57 +686,60 @@ def read_fields(server: Server, body: dict) -> dict:
     return fields
 
 
-def read_picture(url: str, where: str) -> Image.Image:
+def read_picture(url: str) -> Image.Image:
     "A data URI -> an RGB picture."
     head, _, content = url.partition(",")
+    # http: and file: would make this server fetch for strangers what only it can reach.
     if not re.fullmatch(r"data:image/[\w.+-]+;base64", head[:100]):
-        # http: and file: would make this server fetch for strangers what only it can reach
-        raise Refused(400, f"{where}: send the picture itself, as data:image/png;base64,...; other addresses are not "
-                      "opened", where)
+        raise ValueError("send the picture itself, as data:image/png;base64,...; other addresses are not opened")
     try:
         image = Image.open(io.BytesIO(base64.b64decode(content, validate=True)), formats=FORMATS)
     except Exception as error:  # noqa: BLE001 see load_image
-        raise Refused(400, f"{where}: not a readable picture ({' '.join(str(error).split())[:100]})", where) from None
+        raise ValueError(f"not a readable picture ({' '.join(str(error).split())[:100]})") from None
     if image.width * image.height > PIXELS:
-        raise Refused(400, f"{where}: {image.width} x {image.height} pixels is over the limit of {PIXELS:,}", where)
+        raise ValueError(f"{image.width} x {image.height} pixels is over the limit of {PIXELS:,}")
     with DECODING:
-        return load_image(image, where)
+        return load_image(image, "the picture")
+
+
+def read_message(message, images: list) -> dict:
+    "One of OpenAI's messages -> one of ours. Its pictures are added to `images`."
+    match message:
+        case {"role": "system" | "developer" | "user" | "assistant" as role, "content": str() | list() as content}:
+            texts, before = [], len(images)
+        case _:
+            raise ValueError("role must be system, user or assistant, and content a text or a list of parts")
+    for i, part in enumerate([{"type": "text", "text": content}] if isinstance(content, str) else content):
+        match part:
+            case {"type": "text", "text": str(text)}:
+                texts.append(text)
+            case {"type": "image_url", "image_url": {"url": str(url)} | str(url)} if role == "user":
+                images.append(read_picture(url))
+            case _:
+                raise ValueError(f"part {i} is neither a text nor, of a user, an image_url with a data: URI")
+        if len(images) > PICTURES:
+            raise ValueError(f"more than {PICTURES} pictures")
+    # Pictures first, then the words: the order in which the model has learned them.
+    return make_message("\n".join(texts), len(images) - before, role.replace("developer", "system"))
 
 
 def read_messages(server: Server, messages) -> tuple[list, list]:
-    "OpenAI's messages -> (ours, the pixels of their pictures)."
+    "-> (our messages, the pixels of their pictures)."
     if not isinstance(messages, list) or not 1 <= len(messages) <= TURNS:
         raise Refused(400, f"messages must be a list of 1 to {TURNS}", "messages")
-    out, images, letters = [], [], 0
+    out, images = [], []
     for i, message in enumerate(messages):
-        where = f"messages[{i}]"
-        match message:
-            case {"role": "system" | "developer" | "user" | "assistant" as role, "content": str() | list() as content}:
-                texts, before = [], len(images)
-            case _:
-                raise Refused(400, f"{where}: role must be system, user or assistant, and content a text or a list of "
-                              "parts", where)
-        for j, part in enumerate(content if isinstance(content, list) else [{"type": "text", "text": content}]):
-            match part:
-                case {"type": "text", "text": str(text)}:
-                    texts.append(text)
-                    letters += len(text)
-                case {"type": "image_url", "image_url": {"url": str(url)} | str(url)} if role == "user":
-                    if len(images) == PICTURES:
-                        raise Refused(400, f"{where}: more than {PICTURES} pictures", where)
-                    images.append(read_picture(url, where))
-                case _:
-                    raise Refused(400, f"{where}: part {j} of the content is neither a text nor, of a user, an "
-                                  "image_url with a data: URI", where)
-        if letters > LETTERS:
-            raise Refused(400, f"more than {LETTERS:,} letters of text", where, "context_length_exceeded")
-        # Pictures first, then the words: the order in which the model has learned them.
-        out.append(make_message("\n".join(texts), len(images) - before, role.replace("developer", "system")))
+        try:
+            out.append(read_message(message, images))
+        except ValueError as error:
+            raise Refused(400, f"messages[{i}]: {error}", f"messages[{i}]") from None
+    if sum(len(message["content"][-1]["text"]) for message in out) > LETTERS:
+        raise Refused(400, f"more than {LETTERS:,} letters of text", "messages", "context_length_exceeded")
     return out, [to_pixels(server.vlm, image, server.flags, alone=len(images) == 1) for image in images]
 
 
 def read_request(server: Server, fields: dict) -> list[Asked]:
-    "-> one request for each choice."
+    "-> one Request for each of the n choices. They differ in their seeds only; the engine reads their prompt once."
     messages, pixels = read_messages(server, fields.get("messages"))
     prompt, width = render(server.vlm, server.tokenizer, messages, pixels), server.engine.width
     given = options(server.vlm, server.flags)
@@ -747,7 +765,7 @@ class Incoming(socket.SocketIO):
 
 
 class Handler(http.server.BaseHTTPRequestHandler):
-    "One connection: requests and answers, one after the other."
+    "One connection: requests and answers, one after the other. http.server reads their first lines and headers."
     # default_request_version: 0.9 knows no headers, and a malformed first line would be answered without any.
     protocol_version = default_request_version = "HTTP/1.1"
     server_version, sys_version, disable_nagle_algorithm = "GhostVis", "", True
@@ -781,6 +799,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
             self.wfile.write(body)
 
     def send_event(self, value) -> None:
+        "Server-sent events: lines such as data: {...}, each followed by an empty one."
         self.wfile.write(b"data: " + json.dumps(value).encode() + b"\n\n")
 
     def refuse(self, error: Refused) -> None:
@@ -838,6 +857,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
             raise Refused(401, "the API key is missing or wrong", code="invalid_api_key")
 
     def read_json(self) -> dict:
+        "The body, checked before and while it is read: its length is what the client says, and may be a lie."
         length = ", ".join(self.headers.get_all("Content-Length", []))
         if not re.fullmatch(r"[0-9]{1,12}", length):
             raise Refused(411, "one Content-Length is needed")
@@ -865,7 +885,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
     def get_health(self) -> None:
         running = len(self.server.engine.running)
         self.send({"status": "ending" if self.server.ending else "ok", "running": running,
-                        "waiting": max(0, len(self.server.open) - running)})
+                   "waiting": max(0, len(self.server.open) - running)})
 
     def get_models(self) -> None:
         vlm, flags = self.server.vlm, self.server.flags
@@ -886,7 +906,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         requests, streamed = read_request(self.server, fields), fields.get("stream", False)
         head = {"id": "chatcmpl-" + secrets.token_hex(12), "created": int(time.time()), "model": self.server.name,
                 "object": "chat.completion" + ".chunk" * streamed}
-        said, why = [""] * len(requests), [""] * len(requests)
+        said, why = [""] * len(requests), [""] * len(requests)  # of each choice: its text, and why it has ended
 
         def send_chunk(i: int, delta: dict, finish: str | None = None) -> None:
             self.send_event({**head, "choices": [{"index": i, "delta": delta, "finish_reason": finish}]})
@@ -917,6 +937,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         "-> (which choice, its new text, why it has ended or an empty string), as tokens arrive."
         until, texts = time.monotonic() + SECONDS, {i: Text(self.server.tokenizer, stops) for i in range(len(requests))}
         while texts:
+            # Without news, once in a while: is anyone still there? An answer to nobody would hold its row to the end.
             if not requests[0].news.wait(0.2) and self.gone():
                 raise ConnectionError("hung up")
             requests[0].news.clear()
@@ -934,6 +955,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     def gone(self) -> bool:
         "Whether the client has hung up."
+        # A closed connection can be read, and gives nothing. MSG_PEEK leaves what else is there for the next request.
         ready, _, _ = select.select([self.connection], [], [], 0)
         return bool(ready) and self.connection.recv(1, socket.MSG_PEEK) == b""
 
@@ -956,7 +978,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         finally:
             still.wait()
         self.send({"words": [{"text": word, "maps": [(m * 255).int().tolist() for m in shares]}
-                                  for word, shares in words_of(server.tokenizer, answer, maps)]})
+                             for word, shares in words_of(server.tokenizer, answer, maps)]})
 
 
 def serve(vlm: VLM, tokenizer: Tokenizer, flags) -> None:
@@ -972,7 +994,7 @@ def serve(vlm: VLM, tokenizer: Tokenizer, flags) -> None:
          "ends")
     end.wait()
     server.ending = True
-    server.shutdown()
+    server.shutdown()  # it takes no more connections; those that are open go on
     until = time.monotonic() + GRACE
     while server.open and time.monotonic() < until:
         time.sleep(0.05)
@@ -982,6 +1004,8 @@ def serve(vlm: VLM, tokenizer: Tokenizer, flags) -> None:
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Export: into Hugging Face's form
+# The numbers are the same there; names, shapes and configuration files differ. That all of it fits is tested by letting
+# transformers load the folder and compute the same logits.
 
 def export(folder, vlm: VLM, tokenizer, decoder_only: bool = False, dtype=torch.bfloat16) -> None:
     """
@@ -1038,6 +1062,7 @@ def hub_tensors(module: nn.Module, table: dict, prefix: str = "") -> dict[str, t
 
 def llava_files(config: VLMConfig, text: dict, image_pad: int) -> dict[str, dict]:
     "The JSON files of a LLaVA or LLaVA-OneVision folder, by name."
+    # With tiles it is a LLaVA-OneVision, which brings its own image processor; without, a LLaVA with SigLIP's.
     vision, tiled, mean = config.vision, config.bridge.newline, [0.5, 0.5, 0.5]
     side, name = vision.image_size, "LlavaOnevision" if config.bridge.newline else "Llava"
     pinpoints = [[h * side, w * side] for h in range(1, MOST_TILES + 1) for w in range(1, MOST_TILES + 1)]
