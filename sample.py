@@ -46,10 +46,10 @@ from pathlib import Path
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageOps
 
 import weights
-from data import parse_flags, pick_device, run
+from data import draw_sheet, parse_flags, pick_device, run
 from model import (FROM_SCRATCH, PRESETS, STAGES, Attention, Engine, LoRALinear, Request, VLM, VLMConfig, check_name,
                    checkpoints, load_checkpoint, load_pretrained, rope_table)
 from tokenizer import Tokenizer
@@ -419,8 +419,8 @@ def answer_folder(vlm: VLM, tokenizer: Tokenizer, flags) -> None:
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Where the model looked: the attention of each word over the picture's patches
-# Two attentions lie one behind the other. In the decoder each word attends to the image tokens (where_it_looked). In the
-# bridge each image token was made of patches (patch_shares). Multiplied, they tell how much a word has of each patch.
+# Two attentions lie one behind the other. In the decoder each word attends to the image tokens (where_it_looked); in
+# the bridge each image token was made of patches (patch_shares). Multiplied, they tell what a word has of each patch.
 # It is a hint, not a proof: attention shows where information could come from, not what was made of it.
 
 def patch_shares(bridge: Bridge, features: torch.Tensor) -> torch.Tensor:
@@ -433,7 +433,7 @@ def patch_shares(bridge: Bridge, features: torch.Tensor) -> torch.Tensor:
     four = pixel_shuffle(own[None])[0].view(N // 4, 4, N).mean(1)                                    # [N/4, N]
     if bridge.config.kind == "pixelshuffle":
         return four
-    # The Perceiver: as its forward, layer by layer, but for the attention's weights, which the fused kernel never shows.
+    # The Perceiver: as its forward, layer by layer, but for the attention weights, which the fused kernel never shows.
     latents = bridge.perceiver.latents[None]
     seeded = bridge.perceiver.seed is not None
     latents = latents + bridge.perceiver.seed(pixel_shuffle(features[None])) if seeded else latents  # [1, M, D]
@@ -497,27 +497,23 @@ def words_of(tokenizer: Tokenizer, answer: list[int], maps: list[torch.Tensor]) 
     return [(word, [m[at].mean(0) for m in maps]) for word, at in words if word]
 
 
-def shade(image: Image.Image, shares: torch.Tensor, px: int) -> Image.Image:
-    "A picture px wide, dark but for where [n, n] is high."
-    image = image.resize((px, max(1, round(px * image.height / image.width))))
+def shade(image: Image.Image, shares: torch.Tensor, px: int = 150) -> Image.Image:
+    "The picture in a square px wide, dark but for where shares [n, n] is high."
+    image = ImageOps.contain(image, (px, px))
     light = F.interpolate(shares[None, None], image.size[::-1], mode="bicubic")[0, 0].clamp(0, 1)
     mask = Image.fromarray((light * 255).byte().numpy())
-    return Image.composite(image, Image.blend(image, Image.new("RGB", image.size), 0.7), mask)
+    shaded = Image.composite(image, Image.blend(image, Image.new("RGB", image.size), 0.7), mask)
+    return ImageOps.pad(shaded, (px, px), color="white")
 
 
-def draw_attention(path: str, vlm: VLM, tokenizer: Tokenizer, request: Request, images: list, px: int = 150) -> None:
+def draw_attention(path: str, vlm: VLM, tokenizer: Tokenizer, request: Request, images: list) -> None:
     "One sheet: for each word of the answer the pictures, light where it looked."
     answer = [token for token in request.answer if token not in request.stop]
-    words = words_of(tokenizer, answer, where_it_looked(vlm, request.prompt, request.images, answer) if answer else [])
-    cells = [(word.strip(), shade(image, shares, px)) for word, maps in words for image, shares in zip(images, maps)]
-    wide, high = 8, max((cell.height for _, cell in cells), default=0) + 28
-    sheet = Image.new("RGB", (wide * (px + 8), max(1, -(-len(cells) // wide)) * high), "white")
-    pen = ImageDraw.Draw(sheet)
-    for i, (word, cell) in enumerate(cells):
-        x, y = i % wide * (px + 8) + 4, i // wide * high + 4
-        sheet.paste(cell, (x, y))
-        pen.text((x, y + cell.height + 2), word, fill="black", font=ImageFont.load_default(16))
-    sheet.save(path)
+    if not answer:
+        raise ValueError(f"{path}: the answer has no words to draw")
+    words = words_of(tokenizer, answer, where_it_looked(vlm, request.prompt, request.images, answer))
+    cells = [(shade(image, shares), word.strip()) for word, maps in words for image, shares in zip(images, maps)]
+    draw_sheet(path, [cell for cell, _ in cells], [[(word, "black")] for _, word in cells], columns=8, px=158)
     note(f"(wrote {path})")
 
 
@@ -650,8 +646,8 @@ class Server(socketserver.ThreadingTCPServer):
                 request.news.set()
 
 
-# The fields that a request may have, {"messages": [{"role": "user", "content": "Hello"}], "max_tokens": 9, ...}. Numbers
-# have a kind and a range, others a type. top_k and repetition_penalty are not OpenAI's, but vLLM's and SGLang's.
+# The fields that a request may have: {"messages": [{"role": "user", "content": "Hello"}], "max_tokens": 9, ...}
+# Numbers have a kind and a range, others a type. top_k and repetition_penalty are not OpenAI's but vLLM's.
 NUMBERS = {"temperature": (float, 0, 2), "top_p": (float, 1e-6, 1), "top_k": (int, 0, 10 ** 6),
            "repetition_penalty": (float, 0.1, 10), "seed": (int, -2 ** 63, 2 ** 63 - 1), "n": (int, 1, CHOICES),
            "max_tokens": (int, 1, CONTEXT), "max_completion_tokens": (int, 1, CONTEXT)}
