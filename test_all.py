@@ -6067,6 +6067,25 @@ def test_a_browser_shows_the_page_and_talks(served, photo):
     assert not told and all(url.startswith((served.url, "data:", "blob:")) for url in asked)
 
 
+@needs("playwright")
+@pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium: apt-get install chromium")
+def test_the_page_asks_for_the_key(trained):
+    from playwright.sync_api import expect, sync_playwright
+    there = Served(trained[0], "--api_key=sesame", "--max_requests=4")
+    with sync_playwright() as play:
+        browser = play.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        page = browser.new_page()
+        page.goto(there.url)
+        for key, said in (("wrong", "asks for one"), ("sesame", "not accepted")):
+            expect(page.locator("#key-note")).to_contain_text(said)
+            page.fill("#key", key)
+            page.press("#key", "Enter")
+        expect(page.locator("#model")).to_contain_text("tiny")
+        expect(page.locator(".error")).to_have_count(0)
+        browser.close()
+    there.server.shutdown()
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # bench.py: the ladder and the profile
 
