@@ -40,7 +40,7 @@ import sys
 import threading
 import time
 import traceback
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -533,7 +533,7 @@ WAITING = 128           # answers that wait for a row; then 429
 CONNECTIONS = 256       # open at once; each has a thread
 SECONDS = 120           # for one answer, waiting included
 IDLE = 20               # seconds in which the next request must have arrived as a whole
-TELL = 0.001            # seconds for each streaming client, between two times that all of them get their tokens
+TELL = 0.001            # seconds for each running answer, between two times that all clients get their tokens
 PATIENCE = 0.001        # seconds that newcomers wait for each other, for each request that stands still meanwhile
 GRACE = 10              # seconds for what is being answered when the server is told to end
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP")  # not all that Pillow opens: EPS, for one, starts another program
@@ -541,7 +541,7 @@ DECODING = threading.Semaphore(2)  # pictures unpacked at once: each may take 3 
 PAGE = Path(__file__).parent / "assets" / "page.html"
 
 
-class Refused(Exception):
+class Refused(ValueError):
     "An answer in the form of OpenAI's errors. param: the field at fault; code: what programs tell errors apart by."
 
     def __init__(self, status: int, message: str, param: str | None = None, code: str | None = None):
@@ -549,13 +549,6 @@ class Refused(Exception):
         kinds = {401: "authentication_error", 429: "rate_limit_error", 500: "server_error", 503: "server_error"}
         self.status, self.body = status, {"error": {
             "message": message, "type": kinds.get(status, "invalid_request_error"), "param": param, "code": code}}
-
-
-@dataclass(eq=False)
-class Asked(Request):
-    "A request whose connection's thread waits for news of it."
-    news: threading.Event = None  # new tokens, or the end; the choices of one question share it
-    streamed: bool = False        # else only the end is news
 
 
 class Server(socketserver.ThreadingTCPServer):
@@ -574,7 +567,7 @@ class Server(socketserver.ThreadingTCPServer):
         self.engine = open_engine(vlm, tokenizer, flags.max_requests)
         self.stop = set(tokenizer.stop_ids)
         self.inbox = queue.SimpleQueue()  # functions, for the engine's thread
-        self.lock, self.open, self.ending = threading.Lock(), set(), False  # open: requests without their answer
+        self.lock, self.open, self.ending = threading.Lock(), {}, False  # open: {request: its news}, unanswered ones
         self.connections = set()
         self.address_family = socket.AF_INET6 if ":" in flags.host else socket.AF_INET
         try:
@@ -599,23 +592,27 @@ class Server(socketserver.ThreadingTCPServer):
             traceback.print_exc()
 
     @contextlib.contextmanager
-    def answering(self, requests: list[Asked]):
-        "The block waits for the answers. However it ends, also because the client hung up, the rows are free again."
+    def answering(self, requests: list[Request]):
+        """
+        The block waits for the answers, and gets the Event that tells of news of them. However the block ends, also
+        because the client hung up, their rows are free again.
+        """
+        news = threading.Event()
         with self.lock:
             if self.ending:
                 raise Refused(503, "the server is about to end; ask again later")
             if len(self.open) + len(requests) > self.engine.rows + WAITING:
                 raise Refused(429, f"{WAITING} answers are waiting already; ask again in a few seconds",
                               code="rate_limit_exceeded")
-            self.open.update(requests)
+            self.open |= dict.fromkeys(requests, news)
         self.inbox.put(lambda: self.engine.waiting.extend(requests))
         try:
-            yield
+            yield news
         finally:
-            for request in requests:
-                request.finish = request.finish or "cancelled"
             with self.lock:
-                self.open.difference_update(requests)
+                for request in requests:
+                    request.finish = request.finish or "cancelled"
+                    del self.open[request]
 
     def generate(self) -> None:
         "The engine's thread: what is in the inbox, then one token more for everyone, and so on."
@@ -638,12 +635,13 @@ class Server(socketserver.ThreadingTCPServer):
                 engine.close()  # the new one takes over its memory
                 self.engine = open_engine(self.vlm, self.tokenizer, self.flags.max_requests)
             # To wake a thread for every token of every client would take longer than to compute them: the more clients,
-            # the more tokens come at once. A first token is told at once.
-            streamed = [request for request in self.engine.running.values() if request.streamed]
-            due = now - told > TELL * len(streamed)
+            # the more tokens come at once. A first token, and the end, are told at once.
+            running = list(self.engine.running.values())
+            due = now - told > TELL * len(running)
             told = now if due else told
-            for request in ended + [request for request in streamed if due or len(request.answer) == 1]:
-                request.news.set()
+            for request in ended + [request for request in running if due or len(request.answer) == 1]:
+                if news := self.open.get(request):
+                    news.set()
 
 
 # The fields that a request may have: {"messages": [{"role": "user", "content": "Hello"}], "max_tokens": 9, ...}
@@ -734,8 +732,8 @@ def read_messages(server: Server, messages) -> tuple[list, list]:
     return out, [to_pixels(server.vlm, image, server.flags, alone=len(images) == 1) for image in images]
 
 
-def read_request(server: Server, fields: dict) -> list[Asked]:
-    "-> one Request for each of the n choices. They differ in their seeds only; the engine reads their prompt once."
+def read_request(server: Server, fields: dict) -> list[Request]:
+    "-> one Request for each of the n choices. Only their seeds differ; the engine prefills their prompt once."
     messages, pixels = read_messages(server, fields.get("messages"))
     prompt, width = render(server.vlm, server.tokenizer, messages, pixels), server.engine.width
     given = options(server.vlm, server.flags)
@@ -745,10 +743,8 @@ def read_request(server: Server, fields: dict) -> list[Asked]:
                       f"{width:,}", "messages", "context_length_exceeded")
     given["max_new_tokens"] = most or min(given["max_new_tokens"], width - len(prompt.ids))
     given |= {name: fields[name] for name in SAMPLING if name in fields}
-    seed, news = fields.get("seed", secrets.randbits(31)), threading.Event()
-    streamed = bool(fields.get("stream") or fields["stop"])  # a stop text must be found when it comes
-    return [Asked(prompt, pixels, stop=server.stop, seed=seed + i, news=news, streamed=streamed, **given)
-            for i in range(fields.get("n", 1))]
+    seed = fields.get("seed", secrets.randbits(31))
+    return [Request(prompt, pixels, stop=server.stop, seed=seed + i, **given) for i in range(fields.get("n", 1))]
 
 
 class Incoming(socket.SocketIO):
@@ -821,10 +817,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
             if command == "GET" and self.headers.get("Content-Length", "0") != "0":
                 raise Refused(400, "a GET has no body")
             answer()
-        except Refused as error:
-            self.refuse(error)
-        except ValueError as error:  # a conversation that cannot be rendered, a picture that is cut short, ...
-            self.refuse(Refused(400, str(error)[:500]))
+        except ValueError as error:  # any other: a conversation that cannot be rendered, a body that is no JSON, ...
+            self.refuse(error if isinstance(error, Refused) else Refused(400, str(error)[:500]))
         except OSError:  # the connection broke, see Server.handle_error
             raise
         except Exception:  # noqa: BLE001 a mistake of ours; the next request need not suffer
@@ -907,13 +901,13 @@ class Handler(http.server.BaseHTTPRequestHandler):
         def send_chunk(i: int, delta: dict, finish: str | None = None) -> None:
             self.send_event({**head, "choices": [{"index": i, "delta": delta, "finish_reason": finish}]})
 
-        with self.server.answering(requests):
+        with self.server.answering(requests) as news:
             if streamed:
                 self.events = self.close_connection = True  # the end of the connection is the end of the body
                 self.send(None, "text/event-stream")
                 for i in range(len(requests)):
                     send_chunk(i, {"role": "assistant", "content": ""})
-            for i, new, why[i] in self.words(requests, fields["stop"]):
+            for i, new, why[i] in self.words(requests, fields["stop"], news):
                 said[i] += new
                 if streamed and (new or why[i]):
                     send_chunk(i, {"content": new} if new else {}, why[i] or None)
@@ -929,14 +923,14 @@ class Handler(http.server.BaseHTTPRequestHandler):
             {"index": i, "finish_reason": why[i], "logprobs": None,
              "message": {"role": "assistant", "content": text, "refusal": None}} for i, text in enumerate(said)]})
 
-    def words(self, requests: list[Asked], stops: list[str]):
+    def words(self, requests: list[Request], stops: list[str], news: threading.Event):
         "-> (which choice, its new text, why it has ended or an empty string), as tokens arrive."
         until, texts = time.monotonic() + SECONDS, {i: Text(self.server.tokenizer, stops) for i in range(len(requests))}
         while texts:
-            # Without news, once in a while: is anyone still there? An answer to nobody would hold its row to the end.
-            if not requests[0].news.wait(0.2) and self.gone():
+            news.wait(0.2)
+            news.clear()  # before the tokens are read: what comes later sets it again
+            if self.gone():  # an answer to nobody would hold its row to the end
                 raise ConnectionError("hung up")
-            requests[0].news.clear()
             for i, text in list(texts.items()):
                 # The end is read before the tokens: the engine writes it behind the last of them.
                 request, finish = requests[i], requests[i].finish or "length" * (time.monotonic() > until)
