@@ -620,10 +620,10 @@ class Server(socketserver.ThreadingTCPServer):
         while True:
             engine, now = self.engine, time.monotonic()
             # Several prompts at once take hardly longer than one, and everyone else stands still for it. So the inbox
-            # is opened less often the more there are. Without any request this thread sleeps in get().
+            # is opened less often the more there are. What comes while it is being emptied waits for the next time.
             if now - opened >= PATIENCE * len(engine.running):
                 opened = now
-                while not (engine.busy and self.inbox.empty()):
+                for _ in range(max(self.inbox.qsize(), 0 if engine.busy else 1)):  # nothing to do: it sleeps in get
                     self.inbox.get()()
             try:
                 ended = engine.step()
@@ -980,11 +980,12 @@ def serve(vlm: VLM, tokenizer: Tokenizer, flags) -> None:
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: end.set())
     threading.Thread(target=server.serve_forever, daemon=True).start()
-    note(f"http://{flags.host}:{server.server_port}/ is a page; the API is under /v1 (model {server.name}); Ctrl-C "
-         "ends")
+    host = f"[{flags.host}]" if ":" in flags.host else flags.host
+    note(f"http://{host}:{server.server_port}/ is a page; the API is under /v1 (model {server.name}); Ctrl-C ends")
     end.wait()
     server.ending = True
-    server.shutdown()  # it takes no more connections; those that are open go on
+    server.shutdown()
+    server.server_close()  # who comes now is refused; connections that are open go on
     until = time.monotonic() + GRACE
     while server.open and time.monotonic() < until:
         time.sleep(0.05)
