@@ -15,19 +15,19 @@ Standard output contains the answer alone, so that it can be piped; everything e
 checkpoint is --init, or the one written last of --model's under --out_dir, or --model's released weights; before you
 have trained anything, a tiny one that comes with the code. The prompt is made by the same `render` as in training: a
 prompt that differs even slightly from what a model was trained on is the most common reason for bad answers.
+
+From top to bottom: the flags and the model; asking, on which all else is built; the chat; a folder of pictures; where
+the model looked; the server; export. Each part can be read alone. How an answer is computed is in model.py (Engine).
 """
-import argparse
 import base64
 import codecs
 import contextlib
-import hashlib
-import hmac
 import http.server
+import inspect
 import io
 import ipaddress
 import json
 import math
-import os
 import queue
 import re
 import secrets
@@ -35,26 +35,26 @@ import select
 import shutil
 import signal
 import socket
+import socketserver
 import sys
 import threading
 import time
 import traceback
-from concurrent.futures import Future
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageOps
 
 import weights
-from data import parse_flags, pick_device, run
+from data import draw_sheet, parse_flags, pick_device, run
 from model import (FROM_SCRATCH, PRESETS, STAGES, Attention, Engine, LoRALinear, Request, VLM, VLMConfig, check_name,
                    checkpoints, load_checkpoint, load_pretrained, rope_table)
 from tokenizer import Tokenizer
-from vision import (MOST_TILES, MOST_TOKENS, Bridge, PictureCache, Tiles, ViTConfig, cut_tiles, load_image,
-                    pixel_shuffle, preprocess)
+from vision import (MOST_TILES, MOST_TOKENS, Bridge, PictureCache, Tiles, cut_tiles, load_image, pixel_shuffle,
+                    preprocess)
 from weights import note
 from world import World
 
@@ -96,23 +96,30 @@ FLAGS = {  # name: (default, meaning); a type instead of a default: not given
 }
 
 
-def check_flags(flags: argparse.Namespace) -> None:
+def check_flags(flags) -> None:
     "Before the model is loaded: a wrong value or path should not cost that wait."
     if flags.model:
         check_name(flags.model)
     top_p, penalty = (1 if x is None else x for x in (flags.top_p, flags.repetition_penalty))
-    if not 0 < top_p <= 1 or min(flags.temperature or 0, flags.top_k or 0) < 0 or penalty <= 0:
-        raise ValueError("--top_p must be in 0 to 1, --temperature and --top_k from 0, --repetition_penalty above 0")
-    if flags.anyres not in ("auto", "True", "False"):
-        raise ValueError(f"--anyres={flags.anyres}: choose auto, True or False")
-    for path in flags.image:
-        if not Path(path).is_file():
-            raise ValueError(f"{path}: no such image file")
-    if flags.attention and (not flags.image or not flags.attention.endswith(".png")):
-        raise ValueError(f"--attention={flags.attention}: give --image too, and a name that ends in .png")
+    written = [Path(path) for path in (flags.attention, flags.images and flags.out) if path]
+    new = [Path(folder) for folder in (flags.export, flags.slim) if folder]
+    for wrong, message in [
+        (not 0 < top_p <= 1 or min(flags.temperature or 0, flags.top_k or 0) < 0 or penalty <= 0,
+         "--top_p must be in 0 to 1, --temperature and --top_k from 0, --repetition_penalty above 0"),
+        (flags.anyres not in ("auto", "True", "False"), f"--anyres={flags.anyres}: choose auto, True or False"),
+        *((not Path(path).is_file(), f"{path}: no such image file") for path in flags.image),
+        (flags.images and not Path(flags.images).is_dir(), f"--images={flags.images}: no such folder"),
+        (flags.attention and not (flags.image and flags.attention.endswith(".png")),
+         f"--attention={flags.attention}: give --image too, and a name that ends in .png"),
+        *((not path.parent.is_dir(), f"{path}: there is no folder {path.parent}; make it first") for path in written),
+        *((folder.exists() and any(folder.iterdir()), f"{folder}: is not empty; name a new folder") for folder in new),
+    ]:
+        if wrong:
+            raise ValueError(message)
 
 
 def load(flags) -> tuple[VLM, Tokenizer]:
+    "In this order: the folder of --init, the newest checkpoint of --model, its released weights, the tiny model."
     device = pick_device(flags.device)
     # Half the bytes, and an answer is as fast as the weights can be read. Not on CPUs: most are far slower in bfloat16.
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
@@ -159,11 +166,15 @@ def check_ability(vlm: VLM, folder, flags) -> None:
 # ----------------------------------------------------------------------------------------------------------------------
 # Asking
 
+CONTEXT = 8192  # tokens of a conversation with its answer, at most
+SAMPLING = "temperature", "top_k", "top_p", "repetition_penalty"
+
+
 def options(vlm: VLM, flags) -> dict:
+    "How to choose tokens: as Request's fields."
     # What is given; else the publisher's; else generate's own defaults, greedy as in the evaluation: the answers shown
     # are the answers measured.
-    given = {name: getattr(flags, name) for name in ("temperature", "top_k", "top_p", "repetition_penalty")
-             if getattr(flags, name) is not None}
+    given = {name: getattr(flags, name) for name in SAMPLING if getattr(flags, name) is not None}
     return {"max_new_tokens": flags.max_new_tokens, **vlm.config.generation, **given}
 
 
@@ -180,31 +191,57 @@ def to_pixels(vlm: VLM, path, flags, alone: bool = True):
     return preprocess(image, config.image_size, config.bicubic, config.pad)
 
 
-def user_message(question: str, images: int) -> dict:
-    # Content may be a string, in which "<image>" marks a picture's place, or a list of parts. We use parts: what a user
-    # types then stays text, even if it contains "<image>", and slots always match the pictures.
+def make_message(text: str, images: int = 0, role: str = "user") -> dict:
+    "-> as `render` takes it; images: how many are shown with the text."
+    # Content may be a string, in which "<image>" marks a picture's place, or a list of parts. We use parts: what people
+    # and models write then stays text, even if it contains "<image>", and slots always match the pictures.
     # Pictures, a newline, the question: the order that the training data has. Without a picture, no newline.
-    return {"role": "user",
-            "content": [{"type": "image"}] * images + [{"type": "text", "text": "\n" * bool(images) + question}]}
+    return {"role": role,
+            "content": [{"type": "image"}] * images + [{"type": "text", "text": "\n" * bool(images) + text}]}
+
+
+def render(vlm: VLM, tokenizer: Tokenizer, messages: list, pixels: list):
+    "-> the prompt: its ids, and the slots where each picture's image tokens begin. It ends where the answer begins."
+    return tokenizer.render(messages, list(map(vlm.config.bridge.tokens_of, pixels)), add_generation_prompt=True)
 
 
 def make_request(vlm: VLM, tokenizer: Tokenizer, messages: list, pixels: list, flags, width: int = 0) -> Request:
     "width: of the engine's cache, which a long conversation leaves less room for the answer; 0: as much as needed."
-    prompt = tokenizer.render(messages, list(map(vlm.config.bridge.tokens_of, pixels)), add_generation_prompt=True)
-    given = options(vlm, flags)
+    prompt, given = render(vlm, tokenizer, messages, pixels), options(vlm, flags)
     if width:
         given["max_new_tokens"] = max(1, min(given["max_new_tokens"], width - len(prompt.ids)))
     return Request(prompt, pixels, stop=set(tokenizer.stop_ids), seed=flags.seed, **given)
 
 
-class Text:
-    "Tokens -> text. One may be a part of a character (an emoji has 4 bytes): it waits for the rest."
+def open_engine(vlm: VLM, tokenizer: Tokenizer, rows: int) -> Engine:
+    "For conversations, which grow: each row has room for as much as the model can read, or for CONTEXT tokens."
+    width = min(CONTEXT, vlm.config.decoder.max_position_embeddings)
+    return Engine(vlm, rows=rows, width=width, vocab_used=tokenizer.vocab_size)
 
-    def __init__(self, tokenizer: Tokenizer):
+
+class Text:
+    """
+    The tokens of an answer -> text that can be shown, piece by piece. Two things wait until more is known: a token that
+    is a part of a character (an emoji has 4 bytes), and words that may be the beginning of a stop text.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, stops: list[str] = ()):
         self.tokenizer, self.decoder = tokenizer, codecs.getincrementaldecoder("utf-8")("replace")
+        self.stops, self.held, self.ended = stops, "", False  # ended: a stop text was found
+        self.tokens = 0  # how many have been added
 
     def add(self, ids: list[int], last: bool = False) -> str:
-        return self.decoder.decode(self.tokenizer.decode_bytes(ids), last)  # special tokens are left out
+        self.tokens += len(ids)
+        # Special tokens are left out.
+        text = self.held + self.decoder.decode(self.tokenizer.decode_bytes(ids), last)
+        if found := [at for stop in self.stops if (at := text.find(stop)) >= 0]:
+            self.held, self.ended = "", True
+            return text[:min(found)]
+        # The longest end of the text with which a stop text begins.
+        keep = max((n for stop in self.stops for n in range(len(stop)) if text.endswith(stop[:n])), default=0)
+        shown = len(text) - keep * (not last)
+        self.held = text[shown:]
+        return text[:shown]
 
 
 def stream(engine: Engine, tokenizer: Tokenizer, request: Request) -> str:
@@ -212,136 +249,135 @@ def stream(engine: Engine, tokenizer: Tokenizer, request: Request) -> str:
     text, out = Text(tokenizer), ""
     while not request.finish:
         engine.step()
-        out += (new := text.add(request.answer[-1:]))
+        out += (new := text.add(request.answer[text.tokens:], last=bool(request.finish)))
         print(new, end="", flush=True)  # without flush, a pipe shows nothing before the end
-    print(end := text.add([], last=True))
-    return out + end
+    print()
+    return out
 
 
-HELP = """/image PATH  show a picture; ask about it with the next question
-/draw        draw a scene of the built-in world, save it here and show it
-/undo        take back the last question and its answer
-/save FILE   write the conversation as a JSON record, which data.py reads, with copies of its pictures
-/reset       start over
-/help        this list
-/quit        end (also /exit, Ctrl-D)"""
+def typed_path(text: str) -> Path:
+    "As shells do, because paths are pasted and dragged in from there: 'quotes', ~ for the home folder, my\\ cat.jpg."
+    if not text.strip():
+        raise ValueError("/image PATH, /save FILE: name the file")
+    return Path(text.strip().strip("'\"").replace("\\ ", " ")).expanduser()
 
 
 class Chat:
-    "A conversation on the terminal. Answers alone go to standard output: `--chat < questions.txt > answers.txt` works."
+    """
+    /image PATH  show a picture; ask about it with the next question
+    /draw        draw a scene of the built-in world, save it here and show it
+    /undo        take back the last question and its answer
+    /save FILE   write the conversation as a JSON record, which data.py reads, with copies of its pictures
+    /reset       start over
+    /help        this list
+    /quit        end (also /exit, Ctrl-D)
+    """
+    # The text above is what /help says. Each command has its method, do_NAME.
 
     def __init__(self, vlm: VLM, tokenizer: Tokenizer, flags):
         self.vlm, self.tokenizer, self.flags = vlm, tokenizer, flags
         # One row for the whole conversation: each turn is prefilled from where the last one ended.
-        width = min(CONTEXT, vlm.config.decoder.max_position_embeddings)
-        self.engine = Engine(vlm, rows=1, width=width, vocab_used=tokenizer.vocab_size)
-        self.reset("")
+        self.engine = open_engine(vlm, tokenizer, rows=1)
+        self.do_reset()
         for path in flags.image:
-            self.image(path)
+            self.do_image(path)
 
-    def reset(self, rest: str) -> None:
-        # turns: (question, its pictures, answer). waiting: pictures shown since the last question, before the next one;
-        # each is (path, pixels).
-        self.turns, self.waiting = [], []
+    def do_reset(self, rest: str = "") -> None:
+        self.messages, self.pictures = [], []  # questions and answers in turn; (path, pixels)
 
-    def image(self, rest: str) -> None:
-        # As shells do, because paths are pasted and dragged in from there: quotes around, ~ for the home folder.
-        path = os.path.expanduser(rest.strip().strip("'\""))
-        self.waiting.append((path, to_pixels(self.vlm, path, self.flags, alone=False)))
+    def do_image(self, rest: str) -> None:
+        path = typed_path(rest)
+        self.pictures.append((path, to_pixels(self.vlm, path, self.flags, alone=False)))
         note("(picture loaded; ask about it)")
 
-    def draw(self, rest: str) -> None:
+    def do_draw(self, rest: str) -> None:
         path = next(path for i in range(1, 10 ** 6) if not (path := Path(f"scene{i}.png")).exists())
-        draw_scene(secrets.randbits(32)).save(path)
+        draw_scene().save(path)
         note(f"(drew {path})")
-        self.image(str(path))
+        self.do_image(str(path))
 
-    def undo(self, rest: str) -> None:
-        if not self.turns and not self.waiting:
-            raise ValueError("nothing to take back")
-        question = self.turns.pop()[0] if self.turns and not self.waiting else "the picture"
-        self.waiting = []
-        note(f"(took back: {question})")
+    def asked(self) -> int:
+        "How many pictures belong to the questions so far; those after them are for the next one."
+        return sum(part["type"] == "image" for message in self.messages for part in message["content"])
 
-    def save(self, rest: str) -> None:
-        if not rest.strip():
-            raise ValueError("/save FILE: name the file")
-        messages = []
-        for question, shown, answer in self.turns:
-            messages += [{"role": "user", "content": "<image>" * len(shown) + "\n" * bool(shown) + question},
-                         {"role": "assistant", "content": answer}]
+    def do_undo(self, rest: str) -> None:
+        what = "the picture"
+        if len(self.pictures) == self.asked():
+            if not self.messages:
+                raise ValueError("nothing to take back")
+            what = self.messages[-2]["content"][-1]["text"].strip()
+            del self.messages[-2:]
+        del self.pictures[self.asked():]
+        note(f"(took back: {what})")
+
+    def do_save(self, rest: str) -> None:
+        path, images = typed_path(rest), []
+        if not self.messages:
+            raise ValueError("nothing to save yet")
         # Its pictures are copied beside it: a record may only name what is in its own folder (data.py).
-        path, images = Path(os.path.expanduser(rest.strip().strip("'\""))), []
-        for source, _ in (picture for _, shown, _ in self.turns for picture in shown):
-            images.append(f"{path.stem}-{len(images) + 1}{Path(source).suffix}")
+        for source, _ in self.pictures[:self.asked()]:
+            images.append(f"{path.stem}-{len(images) + 1}{source.suffix}")
             shutil.copyfile(source, path.with_name(images[-1]))
-        record = [{"id": "chat", "messages": messages, "images": images}]
+        record = [{"id": "chat", "messages": self.messages, "images": images}]
         path.write_text(json.dumps(record, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
         note(f"(wrote {path})")
 
-    def ask(self, question: str) -> None:
-        # Parts, not strings: what people and models write stays text, even if it contains "<image>".
-        messages, turns = [], [*self.turns, (question, self.waiting, None)]
-        for text, shown, answer in turns:
-            messages.append(user_message(text, len(shown)))
-            if answer is not None:
-                messages.append({"role": "assistant", "content": [{"type": "text", "text": answer}]})
-        request = make_request(self.vlm, self.tokenizer, messages, [pixels for _, shown, _ in turns
-                               for _, pixels in shown], self.flags, self.engine.width)
+    def do_help(self, rest: str) -> None:
+        note(inspect.cleandoc(self.__doc__))
+
+    def ask(self, text: str) -> None:
+        question = make_message(text, len(self.pictures) - self.asked())
+        request = make_request(self.vlm, self.tokenizer, [*self.messages, question],
+                               [pixels for _, pixels in self.pictures], self.flags, self.engine.width)
         self.engine.submit(request)
         answer = stream(self.engine, self.tokenizer, request)
-        self.turns, self.waiting = [*self.turns, (question, self.waiting, answer)], []
+        self.messages += [question, make_message(answer, role="assistant")]
 
-    def line(self, line: str) -> bool:
-        "One line of input -> whether the chat goes on."
-        word, _, rest = line.partition(" ")
-        commands = {"/image": self.image, "/draw": self.draw, "/undo": self.undo, "/save": self.save,
-                    "/reset": self.reset, "/help": lambda rest: note(HELP)}
-        if word in ("/quit", "/exit"):
-            return False
-        try:  # a mistyped path should not cost the conversation so far
-            if word.startswith("/") and word not in commands:
-                raise ValueError(f"{word}: no such command; /help lists them")
-            commands.get(word, lambda rest: self.ask(line) if line else None)(rest)
-        except (ValueError, OSError) as error:
-            note(f"error: {error}")
-        return True
+    def run(self) -> None:
+        "Answers alone go to standard output: `--chat < questions.txt > answers.txt` works."
+        note("Type a question. /image PATH shows a picture, /help lists all commands, /quit ends.")
+        while True:
+            # Not input("> "): it would write its prompt to standard output.
+            print("> ", end="", file=sys.stderr, flush=True)
+            line = sys.stdin.readline()  # "" only at the end of input (Ctrl-D); an empty line is "\n"
+            word, _, rest = line.strip().partition(" ")
+            if not line or word in ("/quit", "/exit"):
+                return
+            try:  # a mistyped path should not cost the conversation so far
+                if not word.startswith("/"):
+                    self.ask(line.strip()) if word else None
+                elif command := getattr(self, "do_" + word[1:], None):
+                    command(rest)
+                elif typed_path(line).is_file():  # dragged into the terminal
+                    self.do_image(line)
+                else:
+                    raise ValueError(f"{word}: no such command; /help lists them")
+            except (ValueError, OSError) as error:
+                note(f"error: {error}")
 
 
-def draw_scene(seed: int) -> Image.Image:
-    return World("captions", "scenes", seed)[0]["images"][0].draw(320)
-
-
-def chat(vlm: VLM, tokenizer: Tokenizer, flags) -> None:
-    talk = Chat(vlm, tokenizer, flags)
-    note("Type a question. /image PATH shows a picture, /help lists all commands, /quit ends.")
-    while True:
-        # Not input("> "): it would write its prompt to standard output.
-        print("> ", end="", file=sys.stderr, flush=True)
-        line = sys.stdin.readline()  # "" only at the end of input (Ctrl-D); an empty line is "\n"
-        if not line or not talk.line(line.strip()):
-            return
+def draw_scene() -> Image.Image:
+    "A new picture of the built-in world, which is all that the small models know."
+    return World("captions", "scenes", secrets.randbits(32))[0]["images"][0].draw(320)
 
 
 def answer_folder(vlm: VLM, tokenizer: Tokenizer, flags) -> None:
     "Every picture of a folder -> one line of --out: a JSON object with its answer, or with the error if it is broken."
     root, out = Path(flags.images), Path(flags.out)
-    if not root.is_dir():
-        raise ValueError(f"--images={root}: no such folder")
     # A large folder takes hours. A run that was stopped continues: what --out answers already is skipped. The question
     # is part of the key: another question is other work. Lines with an error do not count: those are tried again.
     done = set()
     if out.exists():
         # A line cut off by a crash is an error that names the file. Appending after it would spoil the next line too.
         with weights.named_errors(out):
-            done = {(row["image"], row["question"])
+            done = {(row.get("image"), row.get("question"))
                     for row in map(json.loads, out.read_text(encoding="utf-8").splitlines()) if "answer" in row}
     # Relative to the folder: it may be moved, and a.png in two subfolders stays two pictures. Sorted: the file system's
     # order differs from machine to machine.
     names = sorted(str(path.relative_to(root)) for path in root.rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES)
     if not names:
         raise ValueError(f"--images={root}: no pictures there ({', '.join(sorted(IMAGE_SUFFIXES))})")
-    names, failed, asked = [name for name in names if (name, flags.question) not in done], 0, {}
+    names, failed = [name for name in names if (name, flags.question) not in done], 0
     if not names:
         return
     bridge = vlm.config.bridge
@@ -356,24 +392,24 @@ def answer_folder(vlm: VLM, tokenizer: Tokenizer, flags) -> None:
             file.write(json.dumps({"image": name, "question": flags.question, **result}, ensure_ascii=False) + "\n")
             file.flush()
 
-        def requests():  # read only when there is a row for it
+        def requests():  # a picture is read only when there is a row for it
             nonlocal failed
             for name in names:
                 try:
                     pixels = to_pixels(vlm, root / name, flags)
-                    request = make_request(vlm, tokenizer, [user_message(flags.question, 1)], [pixels], flags)
                 except ValueError as error:
                     # One broken file among thousands must not end the run; its line says what is wrong with it.
                     failed += 1
                     note(f"error: {error}")
                     write(name, error=str(error))
-                    continue
-                asked[request] = name
-                yield request
+                else:
+                    request = make_request(vlm, tokenizer, [make_message(flags.question, 1)], [pixels], flags)
+                    request.name = name
+                    yield request
         # All with the same seed, and rows do not depend on each other: a run that was stopped gives the same answers
         # as one that was not, in whatever order they come.
         for n, request in enumerate(engine.run(requests()), 1):
-            write(asked.pop(request), answer=tokenizer.decode(request.answer).strip())
+            write(request.name, answer=tokenizer.decode(request.answer).strip())
             if n % flags.batch_size == 0 or n + failed == len(names):
                 note(f"{n + failed} of {len(names)} pictures")
     # At the end, when all others are answered: exit code 1 tells a script that some are missing.
@@ -383,6 +419,9 @@ def answer_folder(vlm: VLM, tokenizer: Tokenizer, flags) -> None:
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Where the model looked: the attention of each word over the picture's patches
+# Two attentions lie one behind the other. In the decoder each word attends to the image tokens (where_it_looked); in
+# the bridge each image token was made of patches (patch_shares). Multiplied, they tell what a word has of each patch.
+# It is a hint, not a proof: attention shows where information could come from, not what was made of it.
 
 def patch_shares(bridge: Bridge, features: torch.Tensor) -> torch.Tensor:
     "One picture's features [N, D] -> [M, N]: how much each image token has from each patch. Rows add up to 1."
@@ -394,6 +433,7 @@ def patch_shares(bridge: Bridge, features: torch.Tensor) -> torch.Tensor:
     four = pixel_shuffle(own[None])[0].view(N // 4, 4, N).mean(1)                                    # [N/4, N]
     if bridge.config.kind == "pixelshuffle":
         return four
+    # The Perceiver: as its forward, layer by layer, but for the attention weights, which the fused kernel never shows.
     latents = bridge.perceiver.latents[None]
     seeded = bridge.perceiver.seed is not None
     latents = latents + bridge.perceiver.seed(pixel_shuffle(features[None])) if seeded else latents  # [1, M, D]
@@ -413,6 +453,7 @@ def patch_shares(bridge: Bridge, features: torch.Tensor) -> torch.Tensor:
 def where_it_looked(vlm: VLM, prompt, images: list, answer: list[int]) -> list[torch.Tensor]:
     "-> for each picture [A, n, n], 0 to 1: where each of the answer's A tokens looked more than usual."
     device, bridge, n = vlm.gpt.embed.weight.device, vlm.bridge, math.isqrt(vlm.config.vision.num_patches)
+    # The whole conversation once more, in one pass without a cache, in which all attention weights are kept.
     encoded = PictureCache(vlm.vit_features, bridge, device)(images)
     columns = [torch.arange(len(tokens), device=device) + slot for slot, tokens in zip(prompt.slots, encoded)]
     # The last token is not needed: each is chosen at the position before it.
@@ -456,34 +497,32 @@ def words_of(tokenizer: Tokenizer, answer: list[int], maps: list[torch.Tensor]) 
     return [(word, [m[at].mean(0) for m in maps]) for word, at in words if word]
 
 
-def shade(image: Image.Image, shares: torch.Tensor, px: int) -> Image.Image:
-    "A picture px wide, dark but for where [n, n] is high."
-    image = image.resize((px, max(1, round(px * image.height / image.width))))
+def shade(image: Image.Image, shares: torch.Tensor, px: int = 150) -> Image.Image:
+    "The picture in a square px wide, dark but for where shares [n, n] is high."
+    image = ImageOps.contain(image, (px, px))
     light = F.interpolate(shares[None, None], image.size[::-1], mode="bicubic")[0, 0].clamp(0, 1)
     mask = Image.fromarray((light * 255).byte().numpy())
-    return Image.composite(image, Image.blend(image, Image.new("RGB", image.size), 0.7), mask)
+    shaded = Image.composite(image, Image.blend(image, Image.new("RGB", image.size), 0.7), mask)
+    return ImageOps.pad(shaded, (px, px), color="white")
 
 
-def draw_attention(path: str, vlm: VLM, tokenizer: Tokenizer, request: Request, images: list, px: int = 150) -> None:
+def draw_attention(path: str, vlm: VLM, tokenizer: Tokenizer, request: Request, images: list) -> None:
     "One sheet: for each word of the answer the pictures, light where it looked."
     answer = [token for token in request.answer if token not in request.stop]
-    words = words_of(tokenizer, answer, where_it_looked(vlm, request.prompt, request.images, answer) if answer else [])
-    cells = [(word.strip(), shade(image, shares, px)) for word, maps in words for image, shares in zip(images, maps)]
-    wide, high = 8, max((cell.height for _, cell in cells), default=0) + 28
-    sheet = Image.new("RGB", (wide * (px + 8), max(1, -(-len(cells) // wide)) * high), "white")
-    pen = ImageDraw.Draw(sheet)
-    for i, (word, cell) in enumerate(cells):
-        x, y = i % wide * (px + 8) + 4, i // wide * high + 4
-        sheet.paste(cell, (x, y))
-        pen.text((x, y + cell.height + 2), word, fill="black", font=ImageFont.load_default(16))
-    sheet.save(path)
+    if not answer:
+        raise ValueError(f"{path}: the answer has no words to draw")
+    words = words_of(tokenizer, answer, where_it_looked(vlm, request.prompt, request.images, answer))
+    cells = [(shade(image, shares), word.strip()) for word, maps in words for image, shares in zip(images, maps)]
+    draw_sheet(path, [cell for cell, _ in cells], [[(word, "black")] for _, word in cells], columns=8, px=158)
     note(f"(wrote {path})")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # The server: OpenAI's chat completions, and a page. It answers strangers, so every limit is here, and has a test
+# A request's way: Handler.route checks who asks; read_fields, read_messages and read_request check what is asked and
+# make Requests of it; Server.generate computes their tokens, together with everyone else's; Handler.words makes text of
+# them; Handler.complete sends it.
 
-CONTEXT = 8192          # tokens of a conversation with its answer, at most
 BODY = 20_000_000       # bytes of a request
 PICTURES = 8            # of a request
 PIXELS = 20_000_000     # of a picture
@@ -491,10 +530,10 @@ TURNS = 100             # messages of a request
 LETTERS = 400_000       # of their texts: more cannot fit into CONTEXT, and to cut them into tokens would take long
 CHOICES = 8             # answers to one request (n)
 WAITING = 128           # answers that wait for a row; then 429
-CONNECTIONS = 256
+CONNECTIONS = 256       # open at once; each has a thread
 SECONDS = 120           # for one answer, waiting included
 IDLE = 20               # seconds in which the next request must have arrived as a whole
-TELL = 0.001            # seconds for each streaming client, between two times that all of them get their tokens
+TELL = 0.001            # seconds for each running answer, between two times that all clients get their tokens
 PATIENCE = 0.0003       # seconds that newcomers wait for each other, for each request that stands still meanwhile
 GRACE = 10              # seconds for what is being answered when the server is told to end
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP")  # not all that Pillow opens: EPS, for one, starts another program
@@ -502,399 +541,345 @@ DECODING = threading.Semaphore(2)  # pictures unpacked at once: each may take 3 
 PAGE = Path(__file__).parent / "assets" / "page.html"
 
 
-class Refused(Exception):
-    "An answer in the form of OpenAI's errors."
+class Refused(ValueError):
+    "An answer in the form of OpenAI's errors. param: the field at fault; code: what programs tell errors apart by."
 
     def __init__(self, status: int, message: str, param: str | None = None, code: str | None = None):
         super().__init__(message)
-        self.status, self.body = status, {"error": {"message": message, "param": param, "code": code, "type": {
-            401: "authentication_error", 429: "rate_limit_error", 500: "server_error", 503: "server_error"}.get(
-                status, "invalid_request_error")}}
+        kinds = {401: "authentication_error", 429: "rate_limit_error", 500: "server_error", 503: "server_error"}
+        self.status, self.body = status, {"error": {
+            "message": message, "type": kinds.get(status, "invalid_request_error"), "param": param, "code": code}}
 
 
-@dataclass(eq=False)
-class Asked(Request):
-    "A request of a connection, whose thread waits at `out` for (index, new tokens, is it the end)."
-    index: int = 0           # which of n choices
-    streamed: bool = False   # else only the end is of interest
-    told: int = 0            # tokens that it has been told
-    came: float = field(default_factory=time.monotonic)
-    out: queue.SimpleQueue = field(default_factory=queue.SimpleQueue)
+class Server(socketserver.ThreadingTCPServer):
+    """
+    A thread for each connection, and one for the engine: it alone computes. They meet in three places:
 
-    def tell(self, last: bool = False) -> None:
-        self.out.put((self.index, self.answer[self.told:], last))
-        self.told = len(self.answer)
-
-
-class Server(http.server.ThreadingHTTPServer):
-    "A thread for each connection, and one for the engine: it alone touches the model."
-    daemon_threads, block_on_close, request_queue_size = True, False, 128
+        inbox    functions of the connections' threads, which the engine's calls between two tokens: "answer these, too"
+        answer   a Request's list of tokens, which the engine's thread makes longer and a connection's thread reads
+        news     an Event by which the engine wakes the connection's thread: there are more tokens
+    """
+    # Not http.server's own class: it would ask a name server who we are, which may take seconds.
+    allow_reuse_address, daemon_threads, block_on_close, request_queue_size = True, True, False, 128
 
     def __init__(self, vlm: VLM, tokenizer: Tokenizer, flags):
         self.vlm, self.tokenizer, self.flags, self.name = vlm, tokenizer, flags, vlm.config.preset or "model"
-        width = min(CONTEXT, vlm.config.decoder.max_position_embeddings)
-        self.engine = Engine(vlm, rows=flags.max_requests, width=width, vocab_used=tokenizer.vocab_size)
+        self.engine = open_engine(vlm, tokenizer, flags.max_requests)
         self.stop = set(tokenizer.stop_ids)
-        self.changed, self.jobs, self.inbox, self.ending = threading.Condition(), [], [], False
-        self.deadlines = {}  # {handler: until when its next request must be there}
+        self.inbox = queue.SimpleQueue()  # functions, for the engine's thread
+        self.lock, self.open, self.ending = threading.Lock(), {}, False  # open: {request: its news}, unanswered ones
         self.connections = set()
-        self.page = PAGE.read_bytes()
-        # Only what is in the page itself runs: its one script and one style are named by their hashes.
-        own = {tag: base64.b64encode(hashlib.sha256(re.search(rf"<{tag}>(.*?)</{tag}>", self.page.decode(), re.S)[1]
-                                                    .encode()).digest()).decode() for tag in ("script", "style")}
-        self.policy = (f"default-src 'none'; script-src 'sha256-{own['script']}'; style-src 'sha256-{own['style']}'; "
-                       "img-src 'self' data: blob:; connect-src 'self'; base-uri 'none'; form-action 'none'; "
-                       "frame-ancestors 'none'")
         self.address_family = socket.AF_INET6 if ":" in flags.host else socket.AF_INET
         try:
             super().__init__((flags.host, flags.port), Handler)
         except (OSError, OverflowError) as error:
             raise ValueError(f"--host={flags.host} --port={flags.port}: {error}; choose another") from None
-        for work in (self.generate, self.watch):
-            threading.Thread(target=work, daemon=True).start()
-
-    def server_bind(self) -> None:  # http.server's own asks a name server who we are, which may take seconds
-        http.server.socketserver.TCPServer.server_bind(self)
         self.server_port = self.server_address[1]
+        threading.Thread(target=self.generate, daemon=True).start()
 
-    def process_request(self, request, client_address) -> None:
-        if len(self.connections) >= CONNECTIONS:
-            self.shutdown_request(request)
-        else:
-            super().process_request(request, client_address)
+    # Three methods that socketserver calls at the beginning and the end of a connection, and when its thread fails.
+
+    def verify_request(self, request, client_address) -> bool:
+        self.connections.add(request)
+        return len(self.connections) <= CONNECTIONS
+
+    def shutdown_request(self, request) -> None:
+        self.connections.discard(request)
+        super().shutdown_request(request)
 
     def handle_error(self, request, client_address) -> None:
         if not isinstance(sys.exc_info()[1], OSError):  # those are connections that broke
             traceback.print_exc()
 
-    def watch(self) -> None:
-        "Connections that are idle, or send slowly, are closed: each would hold a thread."
-        while True:
-            time.sleep(min(1, IDLE / 4))
-            for handler, deadline in list(self.deadlines.items()):
-                if time.monotonic() > deadline:
-                    handler.hang_up()
-
-    def submit(self, requests: list[Asked]) -> None:
-        with self.changed:
+    @contextlib.contextmanager
+    def answering(self, requests: list[Request]):
+        """
+        The block waits for the answers, and gets the Event that tells of news of them. However the block ends, also
+        because the client hung up, their rows are free again.
+        """
+        news = threading.Event()
+        with self.lock:
             if self.ending:
                 raise Refused(503, "the server is about to end; ask again later")
-            waiting = [r for r in [*self.inbox, *list(self.engine.waiting)] if not r.finish]
-            if len(waiting) + len(requests) > WAITING:
+            if len(self.open) + len(requests) > self.engine.rows + WAITING:
                 raise Refused(429, f"{WAITING} answers are waiting already; ask again in a few seconds",
                               code="rate_limit_exceeded")
-            self.inbox += requests
-            self.changed.notify()
-
-    def do(self, job):
-        "job() in the engine's thread, between two tokens -> its result."
-        done = Future()
-        with self.changed:
-            self.jobs.append((done, job))
-            self.changed.notify()
-        return done.result()
+            self.open |= dict.fromkeys(requests, news)
+        self.inbox.put(lambda: self.engine.waiting.extend(requests))
+        try:
+            yield news
+        finally:
+            with self.lock:
+                for request in requests:
+                    request.finish = request.finish or "cancelled"
+                    del self.open[request]
 
     def generate(self) -> None:
-        engine, told = self.engine, 0.0
+        "The engine's thread: what is in the inbox, then one token more for everyone, and so on."
+        opened = told = 0.0
         while True:
-            with self.changed:
-                self.changed.wait_for(lambda: engine.busy or self.jobs or self.inbox)
-                jobs, self.jobs = self.jobs, []
-                # Several prompts at once take hardly longer than one, and everyone else stands still for it.
-                patience = PATIENCE * len(engine.running)
-                if self.inbox and time.monotonic() - self.inbox[0].came >= patience:
-                    engine.waiting.extend(self.inbox)
-                    self.inbox = []
-            for done, job in jobs:
-                try:
-                    done.set_result(job())
-                except Exception as error:  # noqa: BLE001 it is raised again where it was asked for
-                    done.set_exception(error)
+            engine, now = self.engine, time.monotonic()
+            # Several prompts at once take hardly longer than one, and everyone else stands still for it. So the inbox
+            # is opened less often the more there are. What comes while it is being emptied waits for the next time.
+            if now - opened >= PATIENCE * len(engine.running):
+                opened = now
+                for _ in range(max(self.inbox.qsize(), 0 if engine.busy else 1)):  # nothing to do: it sleeps in get
+                    self.inbox.get()()
             try:
-                ended = engine.step() if engine.busy else []
+                ended = engine.step()
             except Exception:  # noqa: BLE001 out of memory, for one: these answers fail, the next ones need not
                 traceback.print_exc()
                 ended = [*engine.running.values(), *engine.waiting]
-                engine.waiting.clear()
                 for request in ended:
                     request.finish = "error"
-                for row, request in list(engine.running.items()):
-                    engine.extend(row, request, 0)  # frees the row
-                engine.kept.clear()
+                engine.close()  # the new one takes over its memory
+                self.engine = open_engine(self.vlm, self.tokenizer, self.flags.max_requests)
             # To wake a thread for every token of every client would take longer than to compute them: the more clients,
-            # the more tokens come at once. A first token is told at once.
-            streamed = [request for request in engine.running.values() if request.streamed]
-            due = time.monotonic() - told > TELL * len(streamed)
-            told = time.monotonic() if due else told
-            for request in streamed:
-                if due or not request.told:
-                    request.tell()
-            for request in ended:
-                request.tell(last=True)
+            # the more tokens come at once. A first token, and the end, are told at once.
+            running = list(self.engine.running.values())
+            due = now - told > TELL * len(running)
+            told = now if due else told
+            for request in ended + [request for request in running if due or len(request.answer) == 1]:
+                if news := self.open.get(request):
+                    news.set()
 
 
-def number(body: dict, name: str, default, low, high, kinds=(int, float)):
-    value = body.get(name)
-    if value is None:
-        return default
-    if type(value) not in kinds or not low <= value <= high:  # type: True is no 1
-        kind = "a number" if float in kinds else "an integer"
-        raise Refused(400, f"{name} must be {kind} from {low} to {high}", name)
-    return value
+# The fields that a request may have: {"messages": [{"role": "user", "content": "Hello"}], "max_tokens": 9, ...}
+# Numbers have a kind and a range, others a type. top_k and repetition_penalty are not OpenAI's but vLLM's.
+NUMBERS = {"temperature": (float, 0, 2), "top_p": (float, 1e-6, 1), "top_k": (int, 0, 10 ** 6),
+           "repetition_penalty": (float, 0.1, 10), "seed": (int, -2 ** 63, 2 ** 63 - 1), "n": (int, 1, CHOICES),
+           "max_tokens": (int, 1, CONTEXT), "max_completion_tokens": (int, 1, CONTEXT)}
+OTHERS = {"messages": list, "model": str, "stop": (str, list), "stream": bool, "stream_options": dict}
+# What would change the answer and is not built in is refused, never ignored. With these values it changes nothing.
+NEUTRAL = {"frequency_penalty": 0, "presence_penalty": 0, "logit_bias": {}, "logprobs": False, "tools": [],
+           "response_format": {"type": "text"}, "modalities": ["text"]}
+IGNORED = {"user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key"}  # for statistics only
 
 
-# What would change the answer and is not built in is refused, never ignored. The last line changes nothing here.
-KNOWN = {"model", "messages", "stream", "stream_options", "max_tokens", "max_completion_tokens", "temperature", "top_p",
-         "top_k", "repetition_penalty", "seed", "stop", "n",
-         "user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key"}
-NEUTRAL = {"frequency_penalty": (0, ), "presence_penalty": (0, ), "logit_bias": ({}, ), "logprobs": (False, ),
-           "tools": ([], ), "response_format": ({"type": "text"}, ), "modalities": (["text"], )}
+def read_fields(server: Server, body: dict) -> dict:
+    "The JSON body of a request -> its fields that are not null, checked."
+    fields = {name: value for name, value in body.items() if value is not None}
+    for name, value in fields.items():
+        if name in NUMBERS:
+            kind, least, most = NUMBERS[name]
+            if type(value) not in (int, kind) or not least <= value <= most:  # type: True is an instance of int
+                kind = "an integer" if kind is int else "a number"
+                raise Refused(400, f"{name} must be {kind} from {least} to {most}", name)
+        elif name in OTHERS:
+            if not isinstance(value, OTHERS[name]):
+                raise Refused(400, f"{name} is of the wrong type: {type(value).__name__}", name)
+        elif name not in IGNORED and (name not in NEUTRAL or value != NEUTRAL[name]):
+            raise Refused(400, f"{name[:50]} is not supported by this server", name[:50], "unsupported_parameter")
+    if fields.get("model", server.name) != server.name:
+        raise Refused(404, f"the model {fields['model'][:50]!r} is not here; this is {server.name}", "model",
+                      "model_not_found")
+    stops = fields.get("stop", [])
+    fields["stop"] = stops = [stops] if isinstance(stops, str) and stops else list(stops)
+    if len(stops) > 4 or not all(type(stop) is str and 0 < len(stop) <= 100 for stop in stops):
+        raise Refused(400, "stop must be a text or up to 4 texts, of at most 100 letters", "stop")
+    return fields
 
 
-def read_picture(server: Server, url, where: str) -> Image.Image:
+def read_picture(url: str) -> Image.Image:
     "A data URI -> an RGB picture."
-    match = isinstance(url, str) and re.match(r"data:image/[\w.+-]+;base64,", url[:100])
-    if not match:  # http: and file: would make this server fetch for strangers what only it can reach
-        raise Refused(400, f"{where}: send the picture itself, as data:image/png;base64,...; other addresses are not "
-                      "opened", where)
+    head, _, content = url.partition(",")
+    # http: and file: would make this server fetch for strangers what only it can reach.
+    if not re.fullmatch(r"data:image/[\w.+-]+;base64", head[:100]):
+        raise ValueError("send the picture itself, as data:image/png;base64,...; other addresses are not opened")
     try:
-        image = Image.open(io.BytesIO(base64.b64decode(url[match.end():], validate=True)), formats=FORMATS)
+        image = Image.open(io.BytesIO(base64.b64decode(content, validate=True)), formats=FORMATS)
     except Exception as error:  # noqa: BLE001 see load_image
-        raise Refused(400, f"{where}: not a readable picture ({' '.join(str(error).split())[:100]})", where) from None
+        raise ValueError(f"not a readable picture ({' '.join(str(error).split())[:100]})") from None
     if image.width * image.height > PIXELS:
-        raise Refused(400, f"{where}: {image.width} x {image.height} pixels is over the limit of {PIXELS:,}", where)
+        raise ValueError(f"{image.width} x {image.height} pixels is over the limit of {PIXELS:,}")
     with DECODING:
-        return load_image(image, where)
+        return load_image(image, "the picture")
+
+
+def read_message(message, images: list) -> dict:
+    "One of OpenAI's messages -> one of ours. Its pictures are added to `images`."
+    match message:
+        case {"role": "system" | "developer" | "user" | "assistant" as role, "content": str() | list() as content}:
+            texts, before = [], len(images)
+        case _:
+            raise ValueError("role must be system, user or assistant, and content a text or a list of parts")
+    for i, part in enumerate([{"type": "text", "text": content}] if isinstance(content, str) else content):
+        match part:
+            case {"type": "text", "text": str(text)}:
+                texts.append(text)
+            case {"type": "image_url", "image_url": {"url": str(url)} | str(url)} if role == "user":
+                images.append(read_picture(url))
+            case _:
+                raise ValueError(f"part {i} is neither a text nor, of a user, an image_url with a data: URI")
+        if len(images) > PICTURES:
+            raise ValueError(f"more than {PICTURES} pictures")
+    # Pictures first, then the words: the order in which the model has learned them.
+    return make_message("\n".join(texts), len(images) - before, role.replace("developer", "system"))
 
 
 def read_messages(server: Server, messages) -> tuple[list, list]:
-    "OpenAI's messages -> (ours, the pictures)."
+    "-> (our messages, the pixels of their pictures)."
     if not isinstance(messages, list) or not 1 <= len(messages) <= TURNS:
         raise Refused(400, f"messages must be a list of 1 to {TURNS}", "messages")
-    out, images, letters = [], [], 0
+    out, images = [], []
     for i, message in enumerate(messages):
-        where = f"messages[{i}]"
-        role = message.get("role") if isinstance(message, dict) else None
-        if role not in ("system", "developer", "user", "assistant"):
-            raise Refused(400, f"{where}: role must be system, user or assistant", where)
-        content = message.get("content")
-        parts, texts, shown = [{"type": "text", "text": content}] if isinstance(content, str) else content, [], 0
-        for j, part in enumerate(parts if isinstance(parts, list) else [None]):
-            kind = part.get("type") if isinstance(part, dict) else None
-            if kind == "text" and isinstance(part.get("text"), str):
-                texts.append(part["text"])
-            elif kind == "image_url" and role == "user" and isinstance(part.get("image_url"), (dict, str)):
-                url = part["image_url"]
-                if len(images) == PICTURES:
-                    raise Refused(400, f"{where}: more than {PICTURES} pictures", where)
-                images.append(read_picture(server, url.get("url") if isinstance(url, dict) else url, where))
-                shown += 1
-            else:
-                raise Refused(400, f"{where}: content must be a text, or a list of parts of the types text and (of a "
-                              f"user) image_url; part {j} is not", where)
-        # Pictures first, then the words: the order in which the model has learned them.
-        text = "\n".join(texts)
-        letters += len(text)
-        if letters > LETTERS:
-            raise Refused(400, f"more than {LETTERS:,} letters of text", where, "context_length_exceeded")
-        out.append(user_message(text, shown) if role == "user" else {
-            "role": role.replace("developer", "system"), "content": [{"type": "text", "text": text}]})
-    return out, images
+        try:
+            out.append(read_message(message, images))
+        except ValueError as error:
+            raise Refused(400, f"messages[{i}]: {error}", f"messages[{i}]") from None
+    if sum(len(message["content"][-1]["text"]) for message in out) > LETTERS:
+        raise Refused(400, f"more than {LETTERS:,} letters of text", "messages", "context_length_exceeded")
+    return out, [to_pixels(server.vlm, image, server.flags, alone=len(images) == 1) for image in images]
 
 
-def read_request(server: Server, body) -> tuple[list[Asked], list[str], dict]:
-    "The JSON body of a request -> (one Asked for each choice, texts that end an answer, the body)."
-    if not isinstance(body, dict):
-        raise Refused(400, "the body must be a JSON object")
-    for name, value in body.items():
-        if name not in KNOWN and value is not None and not any(value == neutral for neutral in NEUTRAL.get(name, ())):
-            raise Refused(400, f"{name[:50]} is not supported by this server", name[:50], "unsupported_parameter")
-    if body.get("model") not in (None, server.name):
-        raise Refused(404, f"the model {str(body['model'])[:50]!r} is not here; this is {server.name}", "model",
-                      "model_not_found")
-    for name, kind in (("stream", bool), ("stream_options", dict)):
-        if not isinstance(body.get(name), (kind, type(None))):
-            raise Refused(400, f"{name} must be a {kind.__name__}", name)
-    stops = body.get("stop") or []
-    stops = [stops] if isinstance(stops, str) else stops
-    if type(stops) is not list or len(stops) > 4 or not all(type(s) is str and 0 < len(s) <= 100 for s in stops):
-        raise Refused(400, "stop must be a text or up to 4 texts, of at most 100 letters", "stop")
-    vlm, defaults = server.vlm, options(server.vlm, server.flags)
-    given = {"temperature": number(body, "temperature", defaults.get("temperature", 0.0), 0, 2),
-             "top_p": number(body, "top_p", defaults.get("top_p", 1.0), 1e-6, 1),
-             "top_k": number(body, "top_k", defaults.get("top_k", 0), 0, 10 ** 6, (int, )),
-             "repetition_penalty": number(body, "repetition_penalty", defaults.get("repetition_penalty", 1.0), 0.1, 10)}
-    n, width = number(body, "n", 1, 1, CHOICES, (int, )), server.engine.width
-    seed = number(body, "seed", secrets.randbits(31), -2 ** 63, 2 ** 63 - 1, (int, ))
-    longest = number(body, "max_tokens", None, 1, width, (int, ))
-    longest = number(body, "max_completion_tokens", longest, 1, width, (int, ))
-    messages, images = read_messages(server, body.get("messages"))
-    pixels = [to_pixels(vlm, image, server.flags, alone=len(images) == 1) for image in images]
-    prompt = server.tokenizer.render(messages, list(map(vlm.config.bridge.tokens_of, pixels)) if images else 1,
-                                     add_generation_prompt=True)
-    if len(prompt.ids) + (longest or 1) > width:
-        raise Refused(400, f"{len(prompt.ids):,} tokens and an answer of up to {longest or 1:,}: there is room for "
+def read_request(server: Server, fields: dict) -> list[Request]:
+    "-> one Request for each of the n choices. Only their seeds differ; the engine prefills their prompt once."
+    messages, pixels = read_messages(server, fields.get("messages"))
+    prompt, width = render(server.vlm, server.tokenizer, messages, pixels), server.engine.width
+    given = options(server.vlm, server.flags)
+    most = fields.get("max_completion_tokens", fields.get("max_tokens"))
+    if len(prompt.ids) + (most or 1) > width:
+        raise Refused(400, f"{len(prompt.ids):,} tokens and an answer of up to {most or 1:,}: there is room for "
                       f"{width:,}", "messages", "context_length_exceeded")
-    longest = longest or min(defaults["max_new_tokens"], width - len(prompt.ids))
-    out = queue.SimpleQueue()
-    return [Asked(prompt, pixels, longest, server.stop, seed=seed + i, index=i, out=out,
-                  streamed=bool(body.get("stream") or stops), **given) for i in range(n)], stops, body
+    given["max_new_tokens"] = most or min(given["max_new_tokens"], width - len(prompt.ids))
+    given |= {name: fields[name] for name in SAMPLING if name in fields}
+    seed = fields.get("seed", secrets.randbits(31))
+    return [Request(prompt, pixels, stop=server.stop, seed=seed + i, **given) for i in range(fields.get("n", 1))]
 
 
-class Choice:
-    "One answer on its way to a client: text as far as it is certain that no stop text begins in it."
+class Incoming(socket.SocketIO):
+    "What a connection receives. All bytes of a request share one deadline: a slow sender must not hold its thread."
+    deadline = 0.0
 
-    def __init__(self, tokenizer: Tokenizer, stops: list[str]):
-        self.text, self.held, self.stops, self.content, self.finish = Text(tokenizer), "", stops, "", ""
-
-    def add(self, ids: list[int], last: bool = False) -> str:
-        "-> what can be shown now."
-        if self.finish:
-            return ""
-        text = self.held + self.text.add(ids, last)
-        ends = [at for stop in self.stops if (at := text.find(stop)) >= 0]
-        keep = 0 if last else max((n for stop in self.stops for n in range(1, len(stop)) if text.endswith(stop[:n])),
-                                  default=0)
-        if ends:
-            text, keep, self.finish = text[:min(ends)], 0, "stop"
-        self.held, new = text[len(text) - keep:], text[:len(text) - keep]
-        self.content += new
-        return new
+    def readinto(self, buffer) -> int:
+        self._sock.settimeout(max(0.001, self.deadline - time.monotonic()))
+        return super().readinto(buffer)
 
 
 class Handler(http.server.BaseHTTPRequestHandler):
-    protocol_version, timeout, disable_nagle_algorithm = "HTTP/1.1", IDLE, True
-    server_version, sys_version = "GhostVis", ""
+    "One connection: requests and answers, one after the other. http.server reads their first lines and headers."
+    # default_request_version: 0.9 knows no headers, and a malformed first line would be answered without any.
+    protocol_version = default_request_version = "HTTP/1.1"
+    server_version, sys_version, disable_nagle_algorithm = "GhostVis", "", True
+    events = False  # whether the head of a stream of events has been sent
 
     def setup(self) -> None:
         super().setup()
-        self.server.connections.add(self)
-
-    def finish(self) -> None:
-        self.server.connections.discard(self)
-        self.server.deadlines.pop(self, None)
-        super().finish()
+        self.rfile = io.BufferedReader(Incoming(self.connection, "r"))
 
     def handle_one_request(self) -> None:
-        self.server.deadlines[self] = time.monotonic() + IDLE
-        try:
-            super().handle_one_request()
-        except (OSError, ValueError):  # the connection is gone
-            self.close_connection = True
-
-    def hang_up(self) -> None:
-        with contextlib.suppress(OSError):
-            self.connection.shutdown(socket.SHUT_RDWR)
+        self.rfile.raw.deadline = time.monotonic() + IDLE
+        super().handle_one_request()
 
     def log_message(self, format: str, *args) -> None:
         # Escaped: what a client sends must not forge lines or move the cursor of the terminal.
         note(f"{self.client_address[0]} {(format % args)[:200].encode('unicode_escape').decode()}")
 
-    def send(self, status: int, body: bytes, kind: str, **headers) -> None:
+    def send(self, content, kind: str = "application/json", status: int = 200, **headers) -> None:
+        "content: bytes, or what is sent as JSON; None: it follows as a stream of events."
+        self.connection.settimeout(IDLE)  # Incoming has set another
         self.send_response(status)
-        for name, value in {"Content-Type": kind, "Content-Length": len(body), "Cache-Control": "no-store",
-                            "X-Content-Type-Options": "nosniff", "Referrer-Policy": "no-referrer",
-                            "Cross-Origin-Resource-Policy": "same-origin", **headers}.items():
-            if value is not None:
-                self.send_header(name.replace("_", "-"), str(value))
-        if self.close_connection:
-            self.send_header("Connection", "close")
+        body = content if isinstance(content, bytes) else json.dumps(content).encode()
+        headers |= {"Content-Type": kind, "Cache-Control": "no-store", "X-Content-Type-Options": "nosniff",
+                    "Referrer-Policy": "no-referrer", "Cross-Origin-Resource-Policy": "same-origin"}
+        headers |= {"Content-Length": len(body)} if content is not None else {}
+        headers |= {"Connection": "close"} if self.close_connection else {}
+        for name, value in headers.items():
+            self.send_header(name, str(value))
         self.end_headers()
-        if self.command != "HEAD":
+        if content is not None and self.command != "HEAD":
             self.wfile.write(body)
 
-    def send_json(self, value, status: int = 200, **headers) -> None:
-        self.send(status, json.dumps(value).encode(), "application/json", **headers)
+    def send_event(self, value) -> None:
+        "Server-sent events: lines such as data: {...}, each followed by an empty one."
+        self.wfile.write(b"data: " + json.dumps(value).encode() + b"\n\n")
 
     def refuse(self, error: Refused) -> None:
-        # What is left of a body would be taken for the next request.
-        self.close_connection = True
-        retry = {"Retry_After": 5} if error.status in (429, 503) else {}
-        self.send_json(error.body, error.status, **retry)
+        self.close_connection = True  # what is left of a body would be taken for the next request
+        if self.events:  # too late for a status; clients read this too
+            return self.send_event(error.body)
+        self.send(error.body, status=error.status, **{"Retry-After": 5} if error.status in (429, 503) else {})
 
     def send_error(self, code, message=None, explain=None) -> None:
         "What http.server itself finds wrong: a request line, a header, a method."
-        self.command, self.request_version = getattr(self, "command", None), self.protocol_version
         self.refuse(Refused(405 if code == 501 else min(code, 499), str(message or code)[:200]))
 
-    def guard(self) -> None:
-        "A page elsewhere must not reach a local server through its visitor's browser."
-        host = re.sub(r":\d+$", "", self.headers.get("Host", ""))
-        try:  # An attacker's name may point here (DNS rebinding); a bare address cannot be of that kind.
-            ipaddress.ip_address(host.strip("[]"))
-        except ValueError:
-            if host.lower() not in ("localhost", self.server.flags.host, socket.gethostname().lower()):
-                raise Refused(403, "the Host header names another machine") from None
-        origin = self.headers.get("Origin")
-        if origin not in (None, f"http://{self.headers.get('Host')}", f"https://{self.headers.get('Host')}"):
-            raise Refused(403, "requests of pages from elsewhere are not answered")
-        if "Transfer-Encoding" in self.headers:
-            raise Refused(411, "send the body as one piece, with its Content-Length")
-        key = self.server.flags.api_key
-        sent = self.headers.get("Authorization", "").removeprefix("Bearer ").encode("utf-8", "replace")
-        if key and self.path.split("?")[0] not in ("/", "/health") and not hmac.compare_digest(sent, key.encode()):
-            raise Refused(401, "the API key is missing or wrong", code="invalid_api_key")
-
-    def read_json(self):
-        lengths = self.headers.get_all("Content-Length") or []
-        if len(lengths) != 1 or not re.fullmatch(r"[0-9]{1,12}", lengths[0]):
-            raise Refused(411, "one Content-Length is needed")
-        if int(lengths[0]) > BODY:
-            raise Refused(413, f"a body of {lengths[0]} bytes is over the limit of {BODY:,}")
-        if self.headers.get_content_type() != "application/json":
-            raise Refused(415, "Content-Type must be application/json")
-        raw = self.rfile.read(int(lengths[0]))
-        if len(raw) < int(lengths[0]):
-            raise ConnectionError
-        self.server.deadlines.pop(self, None)  # it has arrived
-
-        def no_number(text):
-            raise ValueError(f"{text} is not JSON")
-        try:
-            return json.loads(raw.decode("utf-8"), parse_constant=no_number)
-        except (ValueError, RecursionError) as error:
-            raise Refused(400, f"the body is not JSON: {str(error)[:100]}") from None
-
     def route(self) -> None:
-        routes = {("GET", "/"): self.get_page, ("GET", "/health"): self.get_health, ("GET", "/draw"): self.get_scene,
-                  ("GET", "/v1/models"): self.get_models, ("POST", "/v1/chat/completions"): self.complete,
-                  ("POST", "/look"): self.look}
         path, command = self.path.split("?")[0], self.command.replace("HEAD", "GET")
+        method, answer = {
+            "/": ("GET", self.get_page), "/health": ("GET", self.get_health), "/draw": ("GET", self.get_scene),
+            "/v1/models": ("GET", self.get_models), "/v1/chat/completions": ("POST", self.complete),
+            "/look": ("POST", self.look)}.get(path, ("", None))
         try:
-            if self.request_version == "HTTP/0.9":  # which knows no headers
-                return self.send_error(400, "speak HTTP/1.1")
-            self.guard()
-            if (command, path) not in routes:
-                known = any(path == other for _, other in routes)
-                raise Refused(405 if known else 404, f"{'this method is' if known else 'there is'} not here: "
-                              f"{command} {path[:100]}")
+            self.guard(path)
+            if command != method:
+                raise Refused(405 if method else 404, f"there is no {command} {path[:100]} here")
             if command == "GET" and self.headers.get("Content-Length", "0") != "0":
                 raise Refused(400, "a GET has no body")
-            self.server.deadlines.pop(self, None) if command == "GET" else None
-            routes[command, path]()
-        except Refused as error:
-            self.refuse(error)
-        except (ConnectionError, TimeoutError):
-            self.close_connection = True
-        except ValueError as error:  # a conversation that cannot be rendered, a picture that is cut short, ...
-            self.refuse(Refused(400, str(error)[:500]))
+            answer()
+        except ValueError as error:  # any other: a conversation that cannot be rendered, a body that is no JSON, ...
+            self.refuse(error if isinstance(error, Refused) else Refused(400, str(error)[:500]))
+        except OSError:  # the connection broke, see Server.handle_error
+            raise
         except Exception:  # noqa: BLE001 a mistake of ours; the next request need not suffer
             traceback.print_exc()
             self.refuse(Refused(500, "an error inside the server; its log says more"))
 
     do_GET = do_HEAD = do_POST = route
 
+    def guard(self, path: str) -> None:
+        "A page elsewhere must not reach a local server through its visitor's browser."
+        host = self.headers.get("Host", "")
+        name = re.sub(r":\d+$", "", host).strip("[]").lower()
+        try:  # An attacker's name may point here (DNS rebinding); a bare address cannot be of that kind.
+            ipaddress.ip_address(name)
+        except ValueError:
+            if name not in ("localhost", self.server.flags.host.lower(), socket.gethostname().lower()):
+                raise Refused(403, "the Host header names another machine") from None
+        if self.headers.get("Origin") not in (None, f"http://{host}", f"https://{host}"):
+            raise Refused(403, "requests of pages from elsewhere are not answered")
+        if "Transfer-Encoding" in self.headers:
+            raise Refused(411, "send the body as one piece, with its Content-Length")
+        key = self.server.flags.api_key
+        sent = self.headers.get("Authorization", "").removeprefix("Bearer ").encode("utf-8", "replace")
+        # compare_digest takes equally long for all wrong keys: the time does not tell how much of one is right.
+        if key and path not in ("/", "/health") and not secrets.compare_digest(sent, key.encode()):
+            raise Refused(401, "the API key is missing or wrong", code="invalid_api_key")
+
+    def read_json(self) -> dict:
+        "The body, checked before and while it is read: its length is what the client says, and may be a lie."
+        length = ", ".join(self.headers.get_all("Content-Length", []))
+        if not re.fullmatch(r"[0-9]{1,12}", length):
+            raise Refused(411, "one Content-Length is needed")
+        if int(length) > BODY:
+            raise Refused(413, f"a body of {length} bytes is over the limit of {BODY:,}")
+        # The other types are those that a form of a page elsewhere could send without being asked.
+        if self.headers.get_content_type() != "application/json":
+            raise Refused(415, "Content-Type must be application/json")
+        raw = self.rfile.read(int(length))
+        if len(raw) < int(length):
+            raise ConnectionError("hung up")
+        body = weights.parse_json(raw, "the body")
+        if not isinstance(body, dict):
+            raise Refused(400, "the body must be a JSON object")
+        return body
+
     def get_page(self) -> None:
-        self.send(200, self.server.page, "text/html; charset=utf-8", Content_Security_Policy=self.server.policy)
+        # Only what is in the page itself runs: its script and its style know the word that is made up for this answer.
+        nonce = secrets.token_urlsafe(16)
+        policy = (f"default-src 'none'; script-src 'nonce-{nonce}'; style-src 'nonce-{nonce}'; img-src 'self' data: "
+                  "blob:; connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'")
+        page = PAGE.read_text(encoding="utf-8").replace("NONCE", nonce)
+        self.send(page.encode(), "text/html; charset=utf-8", **{"Content-Security-Policy": policy})
 
     def get_health(self) -> None:
-        engine = self.server.engine
-        self.send_json({"status": "ending" if self.server.ending else "ok", "running": len(engine.running),
-                        "waiting": len(engine.waiting) + len(self.server.inbox)})
+        running = len(self.server.engine.running)
+        self.send({"status": "ending" if self.server.ending else "ok", "running": running,
+                   "waiting": max(0, len(self.server.open) - running)})
 
     def get_models(self) -> None:
         vlm, flags = self.server.vlm, self.server.flags
-        self.send_json({"object": "list", "data": [{
+        self.send({"object": "list", "data": [{
             "id": self.server.name, "object": "model", "created": 0, "owned_by": "ghostvis",
             "context": self.server.engine.width, "sees": vlm.vit is not None, "most_pictures": PICTURES,
             "world": vlm.config.preset in FROM_SCRATCH,
@@ -902,114 +887,107 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     def get_scene(self) -> None:
         file = io.BytesIO()
-        draw_scene(secrets.randbits(32)).save(file, "PNG")
-        self.send(200, file.getvalue(), "image/png")
+        draw_scene().save(file, "PNG")
+        self.send(file.getvalue(), "image/png")
+
+    def complete(self) -> None:
+        "The chat completions of OpenAI's API, as one JSON object or as a stream of events."
+        fields = read_fields(self.server, self.read_json())
+        requests, streamed = read_request(self.server, fields), fields.get("stream", False)
+        head = {"id": "chatcmpl-" + secrets.token_hex(12), "created": int(time.time()), "model": self.server.name,
+                "object": "chat.completion" + ".chunk" * streamed}
+        said, why = [""] * len(requests), [""] * len(requests)  # of each choice: its text, and why it has ended
+
+        def send_chunk(i: int, delta: dict, finish: str | None = None) -> None:
+            self.send_event({**head, "choices": [{"index": i, "delta": delta, "finish_reason": finish}]})
+
+        with self.server.answering(requests) as news:
+            if streamed:
+                self.events = self.close_connection = True  # the end of the connection is the end of the body
+                self.send(None, "text/event-stream")
+                for i in range(len(requests)):
+                    send_chunk(i, {"role": "assistant", "content": ""})
+            for i, new, why[i] in self.words(requests, fields["stop"], news):
+                said[i] += new
+                if streamed and (new or why[i]):
+                    send_chunk(i, {"content": new} if new else {}, why[i] or None)
+        prompt, answer = len(requests[0].prompt.ids), sum(len(request.answer) for request in requests)
+        usage = {"prompt_tokens": prompt, "completion_tokens": answer, "total_tokens": prompt + answer,
+                 "prompt_tokens_details": {"cached_tokens": requests[0].reused}}
+        if streamed:
+            if fields.get("stream_options", {}).get("include_usage"):
+                self.send_event({**head, "choices": [], "usage": usage})
+            self.wfile.write(b"data: [DONE]\n\n")
+            return
+        self.send({**head, "usage": usage, "choices": [
+            {"index": i, "finish_reason": why[i], "logprobs": None,
+             "message": {"role": "assistant", "content": text, "refusal": None}} for i, text in enumerate(said)]})
+
+    def words(self, requests: list[Request], stops: list[str], news: threading.Event):
+        "-> (which choice, its new text, why it has ended or an empty string), as tokens arrive."
+        until, texts = time.monotonic() + SECONDS, {i: Text(self.server.tokenizer, stops) for i in range(len(requests))}
+        while texts:
+            news.wait(0.2)
+            news.clear()  # before the tokens are read: what comes later sets it again
+            if self.gone():  # an answer to nobody would hold its row to the end
+                raise ConnectionError("hung up")
+            for i, text in list(texts.items()):
+                # The end is read before the tokens: the engine writes it behind the last of them.
+                request, finish = requests[i], requests[i].finish or "length" * (time.monotonic() > until)
+                if finish == "error":
+                    raise Refused(500, "an error inside the server; its log says more")
+                new = text.add(request.answer[text.tokens:], last=bool(finish))
+                finish = "stop" if text.ended else finish
+                if finish:
+                    request.finish = request.finish or "cancelled"  # its row is free while the other choices go on
+                    del texts[i]
+                yield i, new, finish
 
     def gone(self) -> bool:
         "Whether the client has hung up."
+        # A closed connection can be read, and gives nothing. MSG_PEEK leaves what else is there for the next request.
         ready, _, _ = select.select([self.connection], [], [], 0)
         return bool(ready) and self.connection.recv(1, socket.MSG_PEEK) == b""
 
-    def complete(self) -> None:
-        requests, stops, body = read_request(self.server, self.read_json())
-        streamed, include = bool(body.get("stream")), (body.get("stream_options") or {}).get("include_usage")
-        head = {"id": "chatcmpl-" + secrets.token_hex(12), "created": int(time.time()), "model": self.server.name,
-                "object": "chat.completion" + ".chunk" * streamed}
-        choices = [Choice(self.server.tokenizer, stops) for _ in requests]
-        self.server.submit(requests)
-        try:
-            if streamed:
-                self.close_connection = True  # its end is the end of the body
-                self.send_response(200)
-                for line in ("Content-Type: text/event-stream", "Cache-Control: no-store", "Connection: close",
-                             "X-Content-Type-Options: nosniff"):
-                    self.send_header(*line.split(": "))
-                self.end_headers()
-                self.events({**head, "choices": [{"index": i, "delta": {"role": "assistant", "content": ""},
-                                                  "finish_reason": None}]} for i in range(len(choices)))
-            for i, new, finish in self.tokens(requests, choices):
-                if streamed:
-                    self.events([{**head, "choices": [{"index": i, "delta": {"content": new} if new else {},
-                                                       "finish_reason": finish}]}] if new or finish else [])
-        except Refused as error:
-            if not streamed:
-                raise
-            self.events([error.body])  # the head is sent already; clients read this too
-            return
-        finally:
-            for request in requests:  # a client that hung up frees its rows
-                request.finish = request.finish or "cancelled"
-        prompt, said = len(requests[0].prompt.ids), sum(len(r.answer) for r in requests)
-        usage = {"prompt_tokens": prompt, "completion_tokens": said, "total_tokens": prompt + said,
-                 "prompt_tokens_details": {"cached_tokens": requests[0].reused}}
-        if streamed:
-            self.events([{**head, "choices": [], "usage": usage}] if include else [])
-            self.wfile.write(b"data: [DONE]\n\n")
-            return
-        self.send_json({**head, "usage": usage, "choices": [{
-            "index": i, "finish_reason": choice.finish, "logprobs": None, "message": {
-                "role": "assistant", "content": choice.content, "refusal": None}} for i, choice in enumerate(choices)]})
-
-    def events(self, chunks) -> None:
-        self.wfile.write(b"".join(b"data: " + json.dumps(chunk).encode() + b"\n\n" for chunk in chunks))
-
-    def tokens(self, requests: list[Asked], choices: list[Choice]):
-        "-> (which choice, its new text, why it ended or None), as tokens arrive."
-        until, open_ = time.monotonic() + SECONDS, set(range(len(requests)))
-        while open_:
-            try:
-                i, ids, last = requests[0].out.get(timeout=0.2)
-            except queue.Empty:
-                if self.gone():
-                    raise ConnectionError from None
-                if time.monotonic() < until:
-                    continue
-                i, ids, last = min(open_), [], True
-            request, choice = requests[i], choices[i]
-            if request.finish == "error":
-                raise Refused(500, "an error inside the server; its log says more")
-            if i not in open_:
-                continue
-            text = choice.add(ids, last)
-            if last or choice.finish:
-                open_.discard(i)
-                choice.finish = choice.finish or ("stop" if request.finish == "stop" else "length")
-                request.finish = request.finish or "cancelled"
-            yield i, text, choice.finish or None
-
     def look(self) -> None:
         "The page's question where each word of an answer, the last message, was seen."
-        body = self.read_json()
-        messages, images = read_messages(self.server, body.get("messages") if isinstance(body, dict) else None)
-        vlm, tokenizer = self.server.vlm, self.server.tokenizer
-        if messages[-1]["role"] != "assistant" or not images:
+        server = self.server
+        messages, pixels = read_messages(server, self.read_json().get("messages"))
+        if messages[-1]["role"] != "assistant" or not pixels:
             raise Refused(400, "a conversation with a picture, and the answer as its last message", "messages")
-        pixels = [to_pixels(vlm, image, self.server.flags, alone=len(images) == 1) for image in images]
-        prompt = tokenizer.render(messages[:-1], list(map(vlm.config.bridge.tokens_of, pixels)), True)
-        answer = tokenizer.encode(messages[-1]["content"][0]["text"])
-        if not 0 < len(answer) <= self.server.engine.width - len(prompt.ids):
+        prompt = render(server.vlm, server.tokenizer, messages[:-1], pixels)
+        answer = server.tokenizer.encode(messages[-1]["content"][0]["text"])
+        if not 0 < len(answer) <= server.engine.width - len(prompt.ids):
             raise Refused(400, "an empty answer, or one that is too long", "messages")
-        maps = self.server.do(lambda: where_it_looked(vlm, prompt, pixels, answer))
-        self.send_json({"words": [{"text": word, "maps": [(m * 255).int().tolist() for m in shares]}
-                                  for word, shares in words_of(tokenizer, answer, maps)]})
+        # The engine's thread comes to the barrier between two tokens, and stands still until this one is there again.
+        still = threading.Barrier(2)
+        server.inbox.put(lambda: [still.wait(), still.wait()])
+        still.wait()
+        try:
+            maps = where_it_looked(server.vlm, prompt, pixels, answer)
+        finally:
+            still.wait()
+        self.send({"words": [{"text": word, "maps": [(m * 255).int().tolist() for m in shares]}
+                             for word, shares in words_of(server.tokenizer, answer, maps)]})
 
 
 def serve(vlm: VLM, tokenizer: Tokenizer, flags) -> None:
     "Until SIGTERM or Ctrl-C: then no new requests, and those that run may finish."
-    local = flags.host == "localhost" or flags.host.startswith("127.") or flags.host == "::1"
+    local = flags.host in ("localhost", "::1") or flags.host.startswith("127.")
     if not local and not flags.api_key:
         note(f"warning: --host={flags.host} can be reached from other machines, and there is no --api_key")
     server, end = Server(vlm, tokenizer, flags), threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: end.set())
     threading.Thread(target=server.serve_forever, daemon=True).start()
-    note(f"http://{flags.host}:{server.server_port}/ is a page; the API is under /v1 (model {server.name}); Ctrl-C "
-         "ends")
+    host = f"[{flags.host}]" if ":" in flags.host else flags.host
+    note(f"http://{host}:{server.server_port}/ is a page; the API is under /v1 (model {server.name}); Ctrl-C ends")
     end.wait()
     server.ending = True
     server.shutdown()
+    server.server_close()  # who comes now is refused; connections that are open go on
     until = time.monotonic() + GRACE
-    while (server.engine.busy or server.jobs or server.inbox) and time.monotonic() < until:
+    while server.open and time.monotonic() < until:
         time.sleep(0.05)
     time.sleep(0.2)  # the last words are on their way
     note("ended")
@@ -1017,6 +995,8 @@ def serve(vlm: VLM, tokenizer: Tokenizer, flags) -> None:
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Export: into Hugging Face's form
+# The numbers are the same there; names, shapes and configuration files differ. That all of it fits is tested by letting
+# transformers load the folder and compute the same logits.
 
 def export(folder, vlm: VLM, tokenizer, decoder_only: bool = False, dtype=torch.bfloat16) -> None:
     """
@@ -1027,8 +1007,6 @@ def export(folder, vlm: VLM, tokenizer, decoder_only: bool = False, dtype=torch.
     if not decoder_only and config.bridge.kind != "mlp":
         raise ValueError(f"Hugging Face has no model with a {config.bridge.kind} bridge: train with --bridge=mlp, "
                          "or export the decoder alone by --decoder_only")
-    if folder.exists() and any(folder.iterdir()):
-        raise ValueError(f"{folder}: is not empty; give --export= a new folder")
     tokenizer.save_hub(folder, config.decoder.max_position_embeddings)
     text = {**asdict(config.decoder), "model_type": "qwen2", "architectures": ["Qwen2ForCausalLM"],
             "hidden_act": "silu", "use_sliding_window": False, "torch_dtype": str(dtype).removeprefix("torch."),
@@ -1047,8 +1025,6 @@ def export(folder, vlm: VLM, tokenizer, decoder_only: bool = False, dtype=torch.
 
 def slim(folder, vlm: VLM, tokenizer: Tokenizer) -> None:
     "A checkpoint to share: bfloat16 instead of float32, no optimizer. It answers, and training can start from it."
-    if Path(folder).exists() and any(Path(folder).iterdir()):
-        raise ValueError(f"{folder}: is not empty; give --slim= a new folder")
     with weights.replace_folder(folder) as new:
         (new / "config.json").write_text(json.dumps({"model_type": "ghostvis", **asdict(vlm.config)}, indent=2) + "\n")
         tokenizer.save(new)
@@ -1077,6 +1053,7 @@ def hub_tensors(module: nn.Module, table: dict, prefix: str = "") -> dict[str, t
 
 def llava_files(config: VLMConfig, text: dict, image_pad: int) -> dict[str, dict]:
     "The JSON files of a LLaVA or LLaVA-OneVision folder, by name."
+    # With tiles it is a LLaVA-OneVision, which brings its own image processor; without, a LLaVA with SigLIP's.
     vision, tiled, mean = config.vision, config.bridge.newline, [0.5, 0.5, 0.5]
     side, name = vision.image_size, "LlavaOnevision" if config.bridge.newline else "Llava"
     pinpoints = [[h * side, w * side] for h in range(1, MOST_TILES + 1) for w in range(1, MOST_TILES + 1)]
@@ -1090,7 +1067,7 @@ def llava_files(config: VLMConfig, text: dict, image_pad: int) -> dict[str, dict
             "torch_dtype": text["torch_dtype"], "text_config": text, **layout,
             "vision_config": {
                 "model_type": "siglip_vision_model", "vision_use_head": False, "hidden_act": "gelu_pytorch_tanh",
-                **{f.name: getattr(vision, f.name) for f in fields(ViTConfig) if f.name not in ("bicubic", "pad")}}},
+                **{name: value for name, value in asdict(vision).items() if name not in ("bicubic", "pad")}}},
         "preprocessor_config.json": {
             "image_processor_type": f"{name}ImageProcessor" if tiled else "SiglipImageProcessor",
             "processor_class": f"{name}Processor", "do_resize": True, "size": {"height": side, "width": side},
@@ -1119,10 +1096,10 @@ def main() -> None:
     elif flags.serve:
         serve(vlm, tokenizer, flags)
     elif flags.chat:
-        chat(vlm, tokenizer, flags)
+        Chat(vlm, tokenizer, flags).run()
     else:  # several --image: all of them before the one question, in the order given
         pixels = [to_pixels(vlm, path, flags, alone=len(flags.image) == 1) for path in flags.image]
-        request = make_request(vlm, tokenizer, [user_message(flags.question, len(pixels))], pixels, flags)
+        request = make_request(vlm, tokenizer, [make_message(flags.question, len(pixels))], pixels, flags)
         stream(Engine(vlm, [request], vocab_used=tokenizer.vocab_size), tokenizer, request)
         if flags.attention:
             draw_attention(flags.attention, vlm, tokenizer, request, list(map(load_image, flags.image)))
