@@ -124,17 +124,15 @@ def open_source(source, px: int = 256) -> Image.Image:
     return load_image(io.BytesIO(source) if isinstance(source, bytes) else source, name)
 
 
-def load_pixels(config: ViTConfig, source, record: dict) -> torch.Tensor:
-    try:
-        image = open_source(source, config.image_size)
-    except ValueError as error:
-        raise ValueError(f"record {record['id']}: {error}") from None  # one of a million: say which
-    return preprocess(image, config.image_size, config.bicubic, config.pad)
-
-
 def pixel_loader(config: ViTConfig):
     "-> a function (source, record) -> uint8 [3, S, S], as this ViT needs it; its errors name the record."
-    return partial(load_pixels, config)
+    def load_pixels(source, record: dict) -> torch.Tensor:
+        try:
+            image = open_source(source, config.image_size)
+        except ValueError as error:
+            raise ValueError(f"record {record['id']}: {error}") from None  # one of a million: say which
+        return preprocess(image, config.image_size, config.bicubic, config.pad)
+    return load_pixels
 
 
 def image_finder(folder: str, places: dict = {}):
@@ -145,35 +143,34 @@ def image_finder(folder: str, places: dict = {}):
     """
     folder = os.path.abspath(folder)
     true_path = lru_cache(2 ** 14)(os.path.realpath)
-    roots = [true_path(os.path.join(root, end)) for root in [folder, *places.values()] for end in ("", "images")]
+    roots = tuple(os.path.join(true_path(os.path.join(root, end)), "")
+                  for root in [folder, *places.values()] for end in ("", "images"))
 
     def is_file(path: str, name: str) -> bool:
-        try:
-            linked = stat.S_ISLNK(os.lstat(path).st_mode)
-        except OSError:  # it is not there, or its name is longer than the disk allows
+        if not os.path.isfile(path):
             return False
         # realpath takes 30 microseconds, so only links are followed one by one, folders once
-        true = os.path.realpath(path) if linked else os.path.join(true_path(os.path.dirname(path)), "x")
-        require(any(true.startswith(root + os.sep) for root in roots),
-                f"image {name[:100]!r} is a link that leads out of the data's folder {folder}; copy the file there")
-        return os.path.isfile(path)
+        true = path if os.path.islink(path) else os.path.dirname(path)
+        true = os.path.realpath(path) if true == path else os.path.join(true_path(true), "x")
+        require(true.startswith(roots), f"image {name[:100]!r} is a link that leads out of the data's folder {folder}; "
+                                        "copy the file there")
+        return True
 
     @lru_cache
     def zips(place: str) -> list:
         # A zip stays packed: half a million small files take hours to unpack, and many disks run out of inodes.
         # The directory at the zip's end gives each member's position, so one picture is read without the others.
-        names = sorted((entry for entry in os.listdir(place) if entry.endswith(".zip")),
-                       key=lambda entry: (entry != "images.zip", entry)) if os.path.isdir(place) else []
+        names = [name for name in os.listdir(place) if name.endswith(".zip")] if os.path.isdir(place) else []
         out = []
-        for path in (os.path.join(place, name) for name in names):
+        for path in (os.path.join(place, name) for name in sorted(names, key=lambda one: (one != "images.zip", one))):
             with named_errors(path):
-                # macOS adds a hidden companion of each file. It has the name of a picture, but is none.
-                members = [n for n in open_zip(path, os.getpid()).namelist() if not n.startswith("__MACOSX/")]
+                members = open_zip(path, os.getpid()).NameToInfo
+            # macOS adds a hidden companion of each file. It has the name of a picture, but is none.
+            common = os.path.commonprefix([name for name in members if not name.startswith("__MACOSX/")])
             # Zipping a folder puts its name before all others: the zip has images/004/7.jpg, the records say
             # 004/7.jpg. Both are found, the full name first.
-            common = os.path.commonprefix(members).split("/")[:-1]
-            prefixes = ["/".join(common[:depth] + [""]) if depth else "" for depth in range(len(common) + 1)]
-            out.append((path, open_zip(path, os.getpid()).NameToInfo, prefixes))
+            folders = itertools.accumulate(part + "/" for part in common.split("/")[:-1])
+            out.append((path, members, ["", *folders]))
         return out
 
     def find_in(place: str, name: str, whole: str):
@@ -191,7 +188,7 @@ def image_finder(folder: str, places: dict = {}):
     def find(name: str):
         if name.startswith("data:"):  # data:image/png;base64,iVBORw0KG...: the picture itself
             try:
-                return base64.b64decode(name.partition(",")[2], validate=True)
+                return base64.b64decode("".join(name.partition(",")[2].split()), validate=True)
             except ValueError:
                 raise ValueError(f"image {name[:40]!r} is not base64") from None
         if name.startswith(("http://", "https://")):
@@ -218,6 +215,14 @@ CAPTION_PROMPT = "Describe the image."  # the question for a picture that comes 
 CLASS_PROMPT = "What is this?"          # and for one in a folder that is named after what it shows
 CHOICE_PROMPT = "Answer with the option's letter from the given choices directly."  # LLaVA's wording, as is the next:
 SHORT_PROMPT = "Answer the question using a single word or phrase."
+
+
+def attempt(work, *arguments):
+    "work(*arguments), or the ValueError that it ends in, as a value: one bad row of a million does not stop the others."
+    try:
+        return work(*arguments)
+    except (ValueError, RecursionError) as error:
+        return error
 
 
 def flatten(content, images: list):
@@ -257,65 +262,76 @@ def to_messages(row: dict, images: list) -> list[dict]:
     return [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
 
 
-def check_scoring(row: dict, where: str) -> None:
-    "What scoring will use is of the right kind: later it would end an evaluation, or silently score nothing."
-    if not row.keys() & {"answer", "metric", "choices", "kind"}:
-        return
-    answers = row.get("answer", "x")
-    answers = answers if isinstance(answers, list) else [answers]
-    require(answers and all(isinstance(one, str) and one.strip() for one in answers),
-            f"{where}: the answer {str(row.get('answer'))[:40]!r} must be a text, or a list of texts, and not empty")
-    require(row.get("metric", "exact") in METRICS, f"{where}: unknown metric {str(row.get('metric'))[:40]!r}; choose "
-                                                  f"from {', '.join(METRICS)}")
-    choices = row.get("choices", {})
-    require(isinstance(choices, dict) and all(isinstance(text, str) for text in choices.values()),
-            f"{where}: choices must be an object of letters and texts, such as {{\"A\": \"cat\"}}")
-    require(isinstance(row.get("kind", ""), str), f"{where}: the kind must be a text")
+def instances_of(row) -> list:
+    "Self-Instruct: several inputs under one instruction -> a row for each. Every other row is one."
+    several = row.get("instances") if isinstance(row, dict) else None
+    if not several:
+        return [row]
+    if isinstance(several, list) and all(isinstance(one, dict) for one in several):
+        return [row | one for one in several]
+    return [ValueError(f"instances is {str(several)[:40]!r}; expected a list of objects")]
 
 
-def make_record(row: dict, where: str, find) -> dict:
-    """One row of a file -> a record that nothing later has to check again."""
-    where += f" (id {str(row['id'])[:60]!r})"
-    names = row.get("images", row.get("image", row.get("file_name"))) or []  # null, "" and no key: a text-only record
-    names = list(names) if isinstance(names, list) else [names]
+def read_row(row, where: str, number: int, find) -> dict:
+    "A row of a file, or what is wrong with it -> its record, or a ValueError that names file, record and id."
+    # The one place where errors get their names: what is called below says only what is wrong.
     try:
-        messages = to_messages(row, names)
-    except (KeyError, TypeError, IndexError, AttributeError) as error:
+        if isinstance(row, Exception):
+            raise row
+        if not isinstance(row, dict):  # TRAP: in require() the message would be made for every good row, too
+            raise ValueError(f"expected an object with keys, found {str(row)[:40]!r}")
+        row = {"id": number} | row
+        where += f" (id {str(row['id'])[:60]!r})"
+        return make_record(row, find)
+    except (KeyError, TypeError, IndexError, AttributeError) as error:  # a row of any other shape
         raise ValueError(f"{where}: missing key or unknown role {error}; expected conversations (from, value), "
                          "messages (role, content), instruction and output, or question and answer") from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{where}: {error}") from None
+
+
+def make_record(row: dict, find) -> dict:
+    """One row of a file -> a record that nothing later has to check again."""
+    names = row.get("images", row.get("image", row.get("file_name"))) or []  # null, "" and no key: a text-only record
+    names = list(names) if isinstance(names, list) else [names]
+    messages = to_messages(row, names)
     require(all(isinstance(turn["content"], str) for turn in messages),
-            f"{where}: the content of a turn is not text; list pictures under images, mark their places by <image>")
+            "the content of a turn is not text; list pictures under images, mark their places by <image>")
     roles = [turn["role"] for turn in messages]
     roles = roles[1:] if roles[:1] == ["system"] else roles  # the chat format allows a system message only here
     # Filters that drop single turns leave a question without its answer, or two questions in a row.
-    require(roles and roles == ["user", "assistant"] * (len(roles) // 2), f"{where}: the turns are "
+    require(roles and roles == ["user", "assistant"] * (len(roles) // 2), f"the turns are "
             f"{', '.join(roles[:9]) or 'none'}; user and assistant must alternate, the assistant last")
     empty = [i for i, turn in enumerate(messages) if turn["role"] == "assistant"
              and (not turn["content"] or turn["content"].isspace())]
-    require(not empty, f"{where}: the answer in turn {empty[:1]} is empty; nothing could be learned from it")
+    require(not empty, f"the answer in turn {empty[:1]} is empty; nothing could be learned from it")
     # A .tsv or .tar brings the bytes along. A name may be a bare number in JSON, but is no list and no object.
-    if not all(type(name) in (str, int, bytes) for name in names):  # not require(): its message would always be made
-        raise ValueError(f"{where}: an image is no name: {str(names)[:60]}")
-    try:
-        images = [name if isinstance(name, bytes) else find(str(name)) for name in names]
-    except ValueError as error:
-        raise ValueError(f"{where}: {error}") from None
+    require(all(type(name) in (str, int, bytes) for name in names), "an image is no name, but a list or an object")
+    images = [name if isinstance(name, bytes) else find(str(name)) for name in names]
     missing = [str(name)[:100] for name, image in zip(names, images) if image is None]
-    require(not missing, f"{where}: no image {missing[:1]} in images/ beside the file, in its own folder, or in "
-                         "images.zip")
+    require(not missing, f"no image {missing[:1]} in images/ beside the file, in its own folder, or in images.zip")
     markers = sum(turn["content"].count("<image>") for turn in messages)
     if len(images) == 1 and markers == 0:  # as in LLaVA: a picture without a marker comes first
         first = next(turn for turn in messages if turn["role"] == "user")
         first["content"], markers = "<image>\n" + first["content"], 1
     # With one marker too few, every later picture would belong to the wrong question, and no number would look wrong.
-    require(markers == len(images),
-            f"{where}: {markers} <image> markers, {len(images)} images; write a marker for each")
-    check_scoring(row, where)
+    require(markers == len(images), f"{markers} <image> markers, {len(images)} images; write a marker for each")
     # Keys that scoring needs are kept; other keys of the file (licence, url) are dropped.
     extra = {key: row[key] for key in ("kind", "answer", "metric", "choices") if key in row}
+    check_scoring(extra)
     return {"id": str(row["id"]), "messages": messages, "images": images, **extra}
+
+
+def check_scoring(extra: dict) -> None:
+    "What scoring will use is of the right kind: later it would end an evaluation, or silently score nothing."
+    answers, metric, choices = extra.get("answer", "x"), extra.get("metric", "exact"), extra.get("choices", {})
+    for answer in answers if isinstance(answers, list) and answers else [answers]:
+        require(isinstance(answer, str) and answer.strip(), f"the answer {str(answers)[:40]!r} must be a text, or a "
+                                                            "list of texts, and not empty")
+    require(metric in METRICS, f"unknown metric {str(metric)[:40]!r}; choose from {', '.join(METRICS)}")
+    require(isinstance(choices, dict) and all(isinstance(text, str) for text in choices.values()),
+            "choices must be an object of letters and texts, such as {\"A\": \"cat\"}")
+    require(isinstance(extra.get("kind", ""), str), "the kind must be a text")
 
 
 def picture_key(source) -> str:
@@ -364,20 +380,6 @@ class Records:
         "chosen: bool [n]."
         return Records(self.make, self.spans[chosen], self.keys[np.repeat(chosen, self.counts)], self.counts[chosen])
 
-    @classmethod
-    def join(cls, parts: list) -> "Records":
-        "Several files, such as the shards of one set, as one sequence."
-        if len(parts) == 1:
-            return parts[0]
-        width = max(part.spans.shape[1] for part in parts)
-        spans = [np.pad(np.insert(part.spans, 0, number, axis=1), ((0, 0), (0, width - part.spans.shape[1])))
-                 for number, part in enumerate(parts)]
-
-        def make(number: int, *span):
-            return parts[number].make(*span[:parts[number].spans.shape[1]])
-        return cls(make, np.concatenate(spans), np.concatenate([part.keys for part in parts]),
-                   np.concatenate([part.counts for part in parts]), [line for part in parts for line in part.bad])
-
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Reading files. A reader is a generator of (start, end, row): the bytes of the file from which the row can be read
@@ -403,59 +405,56 @@ def read_span(path: str, start: int, end: int) -> bytes:
 def read_json_rows(path: str):
     """A JSON list, or one JSON value per line -> its items."""
     with open_bytes(path) as file:
-        begin = 3 if file.read(3) == b"\xef\xbb\xbf" else 0  # Windows editors begin with a byte order mark
-        file.seek(begin)
-        first = file.readline(100)
-        while first.isspace():
-            first = file.readline(100)
-        file.seek(begin)
+        head = file.read(2 ** 12)
+        at = 3 * head.startswith(b"\xef\xbb\xbf")  # Windows editors begin with a byte order mark
+        file.seek(at)
         # The content decides, not the file's name: POPE's .json files hold one object per line.
-        if first.lstrip().startswith(b"["):
-            yield from read_json_list(file, path, begin)
+        if head[at:].lstrip().startswith(b"["):
+            yield from read_json_list(file, path, at)
             return
-        at, row = begin, None
         for number, line in enumerate(file, 1):  # line by line: a shard of C4 unpacks to 800 MB
             if line.strip():
-                try:
-                    row = parse_json(line, f"{path}, line {number}")
-                except ValueError as error:
-                    row = error
-                yield at, at + len(line), row
+                yield at, at + len(line), attempt(parse_json, line, f"line {number}")
             at += len(line)
 
 
 def read_json_list(file, path: str, at: int):
     "[{...}, {...}, ...] -> its items, without the whole file in memory. at: the byte at which the list begins."
-    decoder, decode = json.JSONDecoder(), codecs.getincrementaldecoder("utf-8")()
-    text, i, line, done = decode.decode(file.read(BLOCK)), 0, 1, False  # i: up to here text is used up
-    skip, comma = re.compile(r"[\s,]*"), "["
-    i = text.index("[") + 1
-    at, line = at + i, line + text.count("\n", 0, i)
-    while True:
-        gap = skip.match(text, i).end()
-        at, line, i = at + gap - i, line + text.count("\n", i, gap), gap
-        if text.startswith("]", i):
-            return
+    # In Latin-1 every byte is one letter, so the decoder's places in the text are places in the file, and what
+    # structures JSON is ASCII in any case. Only items that hold other letters are decoded again, from UTF-8.
+    decode, gap = json.JSONDecoder().raw_decode, re.compile(r"[ \t\r\n,]*")
+    text, line = file.read(BLOCK).decode("latin-1"), 1  # the text begins at byte `at` of the file, in this line
+    i, done = text.index("[") + 1, False  # up to i the text is used up
+    while not text.startswith("]", i := gap.match(text, i).end()):
         try:
-            row, end = decoder.raw_decode(text, i)
+            row, end = decode(text, i)
             if end == len(text) and not done:  # 12 may be the beginning of 123
                 raise json.JSONDecodeError("the text ends", text, end)
+            if not text[i:end].isascii():
+                row = json.loads(text[i:end].encode("latin-1"))
         except (ValueError, RecursionError) as error:
             # Is the item wrong, or does it only continue in the next block? A string is reported at its start.
-            pos = getattr(error, "pos", i)
+            pos, reason = getattr(error, "pos", i), getattr(error, "msg", str(error))
             if not done and isinstance(error, json.JSONDecodeError) and (
-                    pos > len(text) - 2 ** 16 or error.msg.startswith("Unterminated")):
+                    pos > len(text) - 2 ** 16 or reason.startswith("Unterminated")):
+                at, line = at + i, line + text.count("\n", 0, i)
                 block = file.read(max(BLOCK, len(text) - i))  # twice as much each time: a long item stays cheap
-                done = not block
-                text, i = text[i:] + decode.decode(block, final=done), 0
+                text, i, done = text[i:] + block.decode("latin-1"), 0, not block
                 continue
-            reason = getattr(error, "msg", str(error))
-            line += text.count("\n", i, pos)
-            raise ValueError(f"{path}, line {line}: not valid JSON ({reason}); expected a list of records or one "
-                             "record per line; fetch the file again if it was cut off") from None
-        size = len(text[i:end].encode("utf-8", "surrogatepass"))
-        yield at, at + size, row
-        at, line, i = at + size, line + text.count("\n", i, end), end
+            raise ValueError(f"{path}, line {line + text.count(chr(10), 0, pos)}: not valid JSON ({reason}); expected "
+                             "a list of records or one record per line, in UTF-8; fetch the file again if it was cut "
+                             "off") from None
+        yield at + i, at + end, row
+        i = end
+
+
+def benchmark_row(name, image, question: str, answer, choices: dict = {}, metric: str = "exact") -> dict:
+    "A question whose answer can be checked, worded as in LLaVA's evaluations."
+    # Without such a line a model answers in a whole sentence, which "exact" counts as wrong. OCRBench adds none.
+    suffix = CHOICE_PROMPT if choices else SHORT_PROMPT if metric != "contains" else ""
+    return {"id": name, "images": image, "answer": answer, "metric": "choice" if choices else metric,
+            "question": "\n".join(filter(None, [question, *map(". ".join, choices.items()), suffix])),
+            "choices": choices}
 
 
 def read_tsv(path: str):
@@ -472,67 +471,60 @@ def read_tsv(path: str):
     # A file may have any name (MME, HallusionBench, your own): then the answers tell which rule fits.
     metric = "yesno" if all(row["answer"].lower() in ("yes", "no") for row in rows) else "exact"
     metric = next((rule for part, rule in FILE_METRICS.items() if part in name), metric)
-    pictures = {row["index"]: row["image"] for row in rows if len(row["image"]) > 64}  # no picture is that small
-    for number, row in enumerate(rows):  # an empty cell, as for options C and D of a two-way question, is ""
-        where = f"{path}, record {number} (id {row['index']!r})"
-        try:
-            image, answer = pictures.get(row["index"]) or pictures.get(row["image"]), row["answer"]
-            require(image, f"{where}: image {row['image'][:70]!r} is neither base64 nor the index of a row with one")
-            # "['5', 'five']" is two right answers, "[sic" just text. The original calls eval, which would run any code.
-            with contextlib.suppress(ValueError, SyntaxError, RecursionError, MemoryError):
-                answer = [str(one) for one in ast.literal_eval(answer)] if answer.startswith("[") else answer
-            choices = {letter: row[letter] for letter in ascii_uppercase if row.get(letter)}
-            require(answer and (not choices or answer in choices), f"{where}: answer {answer!r} is empty or no option")
-            with named_errors(where):
-                image = base64.b64decode(image)
-        except ValueError as error:  # binascii's is one, too
-            yield 0, 0, error if where in str(error) else ValueError(f"{where}: the picture is not base64 ({error})")
-            continue
-        # Without such a line a model answers in a whole sentence, which "exact" counts as wrong.
-        suffix = CHOICE_PROMPT if choices else SHORT_PROMPT if metric != "contains" else ""  # OCRBench adds none
-        lines = "<image>", row.get("hint"), row["question"], *map(". ".join, choices.items()), suffix
-        yield 0, 0, {"id": row["index"], "images": [image], "question": "\n".join(filter(None, lines)),
-                     "answer": answer, "metric": "choice" if choices else metric, "choices": choices,
-                     "kind": row.get("category", "")}
+    pictures = {row["index"]: f"data:,{row['image']}" for row in rows if len(row["image"]) > 64}  # none is that small
+
+    def question(row: dict) -> dict:  # an empty cell, as for options C and D of a two-way question, is ""
+        image, answer = pictures.get(row["index"]) or pictures.get(row["image"]), row["answer"]
+        require(image, f"image {row['image'][:70]!r} is neither base64 nor the index of a row with one")
+        # "['5', 'five']" is two right answers, "[sic" just text. The original calls eval, which would run any code.
+        with contextlib.suppress(ValueError, SyntaxError, RecursionError, MemoryError):
+            answer = [str(one) for one in ast.literal_eval(answer)] if answer.startswith("[") else answer
+        choices = {letter: row[letter] for letter in ascii_uppercase if row.get(letter)}
+        require(answer and (not choices or answer in choices), f"answer {answer!r} is empty or no option")
+        asked = "\n".join(filter(None, (row.get("hint"), row["question"])))
+        return benchmark_row(row["index"], image, asked, answer, choices, metric) | {
+            "kind": row.get("category", "")}
+    for row in rows:
+        found = attempt(question, row)
+        yield 0, 0, ValueError(f"question {row['index']!r}: {found}") if isinstance(found, ValueError) else found
+
+
+SAMPLE = re.compile(r"(.*?[^/.]*)\.?([^/]*)")  # cut at the first dot of the name, not of its folders: v1.0/7, jpg
 
 
 def read_tar(path: str):
     """webdataset: 7.jpg with 7.json (a record) or 7.txt (a caption) is record 7. Its files are neighbours."""
     # A tar has no directory like a zip: the headers of all members are read, once, and from then on the index knows
     # where each record is. "r:": a compressed tar has no such places, and may unpack to any size.
-    stem, start = None, 0
+    stem, starts = None, array("q")
     with tarfile.open(path, "r:") as tar:
         while member := tar.next():
             tar.members = []  # TRAP: else the names of all members stay in memory, 1 KB each
             plain = (member.isfile() or member.isdir()) and not member.issparse() and not LEADS_OUT.search(member.name)
             require(plain, f"{path}: member {member.name[:100]!r} is a link, a device, sparse, or leads out of the "
                            "archive; pack plain files only")
-            # Cut at the first dot of the name, not of its folders: v1.0/7.jpg -> v1.0/7 and jpg.
-            name = re.match(r".*?[^/.]*(?=\.[^/]*$|$)", member.name)[0]
-            if member.isfile() and name != stem:
-                if stem is not None:
-                    yield start, member.offset, parse_sample(read_span(path, start, member.offset), path)
-                stem, start = name, member.offset
-        if stem is not None:
-            yield start, tar.offset, parse_sample(read_span(path, start, tar.offset), path)
+            if member.isfile() and SAMPLE.fullmatch(member.name)[1] != stem:
+                stem = SAMPLE.fullmatch(member.name)[1]
+                starts.append(member.offset)
+        starts.append(tar.offset)
+    for start, end in itertools.pairwise(starts):
+        yield start, end, attempt(parse_sample, read_span(path, start, end))
 
 
-def parse_sample(raw: bytes, path: str):
-    "The bytes of one record's members -> its row, or the ValueError that says what is wrong with it."
+def parse_sample(raw: bytes) -> dict:
+    "The bytes of one record's members in a tar -> its row."
     files, stem = {}, ""
     with tarfile.open(fileobj=io.BytesIO(raw), mode="r:") as tar:
         for member in filter(tarfile.TarInfo.isfile, tar):
-            stem, suffix = re.fullmatch(r"(.*?[^/.]*)\.?([^/]*)", member.name).groups()
+            stem, suffix = SAMPLE.fullmatch(member.name).groups()
             files[suffix.lower()] = tar.extractfile(member).read()
     pictures = [files[suffix] for suffix in sorted(files) if ("." + suffix).endswith(PICTURES)]
-    try:
-        row = parse_json(files.get("json", b"{}"), f"{path}, {stem}")
-        require(isinstance(row, dict), f"{path}, {stem}: the .json is no object")
-        require(pictures or "txt" not in files, f"{path}, {stem}: a caption without its .jpg, .png or .webp")
-        if "txt" in files and not {"messages", "conversations", "question"} & row.keys():
+    row = parse_json(files.get("json", b"{}"), f"{stem}.json")
+    require(isinstance(row, dict), f"{stem}.json is no object")
+    require(pictures or "txt" not in files, f"{stem}.txt: a caption without its .jpg, .png or .webp")
+    if "txt" in files and not {"messages", "conversations", "question"} & row.keys():
+        with named_errors(f"{stem}.txt"):
             row = {"caption": files["txt"].decode().strip()}
-    except ValueError as error:
-        return error if stem in str(error) else ValueError(f"{path}, {stem}: not UTF-8 ({error})")
     return {"id": stem, **row, "images": pictures}
 
 
@@ -542,7 +534,7 @@ def read_folder(path: str):
     #   cat/7.jpg        "What is this?" -> cat
     listing = os.path.join(path, "metadata.jsonl")
     if os.path.exists(listing):
-        yield from ((0, 0, row) for _, _, row in read_json_rows(listing))
+        yield from read_json_rows(listing)
         return
     for kind in sorted(entry.name for entry in os.scandir(path) if entry.is_dir()):
         for name in sorted(os.listdir(os.path.join(path, kind))):
@@ -569,27 +561,26 @@ def parquet_to_tar(path: str) -> str:
         info = tarfile.TarInfo(name)
         info.size = len(content)
         tar.addfile(info, io.BytesIO(content))
+        tar.members = []
     number = 0
     say(f"{path}: its rows are laid out in {target}, once")
     try:
         with parquet.ParquetFile(path) as file, new_file(target) as out, tarfile.open(fileobj=out, mode="w") as tar:
             # TRAP: asked for all row groups at once, pyarrow keeps those that it has read: 2 GB for a file of 2 GB
-            for batch in (batch for group in range(file.num_row_groups)
-                          for batch in file.iter_batches(batch_size=32, row_groups=[group])):
-                tar.members = []
-                for row in batch.to_pylist():
-                    pictures = row.pop("images", None) or [row.pop("image", None)]
-                    pictures = [picture["bytes"] if isinstance(picture, dict) else picture for picture in pictures]
-                    pictures = [picture for picture in pictures if isinstance(picture, bytes)]
-                    if "texts" in row:  # no markers here: the pictures come first
-                        row["messages"] = [{"role": role, "content": turn[role]} for turn in row.pop("texts")
-                                           for role in ("user", "assistant")]
-                        if row["messages"] and "<image>" not in str(row["messages"]):
-                            row["messages"][0]["content"] = "<image>\n" * len(pictures) + row["messages"][0]["content"]
-                    for i, picture in enumerate(pictures):
-                        add(f"{number}.{i:03}.jpg", picture)
-                    add(f"{number}.json", json.dumps(row, default=str).encode())
-                    number += 1
+            for row in (row for group in range(file.num_row_groups)
+                        for batch in file.iter_batches(batch_size=32, row_groups=[group]) for row in batch.to_pylist()):
+                pictures = row.pop("images", None) or [row.pop("image", None)]
+                pictures = [picture["bytes"] if isinstance(picture, dict) else picture for picture in pictures]
+                pictures = [picture for picture in pictures if isinstance(picture, bytes)]
+                if "texts" in row:  # no markers here: the pictures come first
+                    row["messages"] = [{"role": role, "content": turn[role]} for turn in row.pop("texts")
+                                       for role in ("user", "assistant")]
+                    if row["messages"] and "<image>" not in str(row["messages"]):
+                        row["messages"][0]["content"] = "<image>\n" * len(pictures) + row["messages"][0]["content"]
+                for i, picture in enumerate(pictures):
+                    add(f"{number}.{i:03}.jpg", picture)
+                add(f"{number}.json", json.dumps(row, default=str).encode())
+                number += 1
     except (ArrowException, OSError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{path}, record {number}: not a .parquet of images and texts ({error})") from None
     return str(target)
@@ -601,90 +592,56 @@ def fingerprint(*paths: str) -> str:
     return hashlib.sha1(repr((1, stats)).encode()).hexdigest()[:24]  # 1: raise it if what is kept changes
 
 
-def instances_of(row) -> list:
-    "Self-Instruct: several inputs under one instruction -> a row for each. Every other row is one."
-    several = row.get("instances")
-    if not several:
-        return [row]
-    require(isinstance(several, list) and all(isinstance(one, dict) for one in several),
-            f"instances is {str(several)[:40]!r}; expected a list of objects")
-    return [row | one for one in several]
-
-
-def index_records(path: str, read, reread, find) -> Records:
-    """
-    One file -> its Records. read(path): see above. reread(bytes) -> the row again; None: rows stay in memory.
-    Every row is read and checked once. A large file's index is kept in the cache until the file or a zip beside it
-    changes, so that the next run, and every other rank, starts at once.
-    """
-    folder = Path(path).parent
-    beside = [] if os.path.isdir(path) else [path, *map(str, sorted(folder.glob("*.zip")))]
-    kept, rows = cache("index", fingerprint(*beside) + ".npz"), []
-
-    def make(number: int, start: int, end: int, part: int) -> dict:
-        row = reread(read_span(path, start, end)) if reread else rows[number]
-        where = f"{path}, record {number}"
-        return make_record({"id": number} | instances_of(row)[part], where, find)
-    if reread and kept.exists():
-        with contextlib.suppress(OSError, ValueError, KeyError, zipfile.BadZipFile), np.load(kept) as saved:
-            return Records(make, saved["spans"], saved["keys"], saved["counts"])
-    spans, keys, counts, bad, started = array("q"), array("Q"), array("q"), [], time.time()
-    with named_errors(path):
-        for number, (start, end, row) in enumerate(tqdm(read(path), desc=f"reading {path}", delay=5, disable=None)):
-            if not reread:
-                rows.append(row)
-            try:
-                if isinstance(row, ValueError):
-                    raise row
-                if not isinstance(row, dict):  # TRAP: in require() the message would be made for every good row, too
-                    raise ValueError(f"expected an object with keys, found {str(row)[:40]!r}")
-                parts = instances_of(row)
-            except (ValueError, RecursionError) as error:
-                bad.append(str(error) if path in str(error) else f"{path}, record {number}: {error}")
-                continue
-            for part, whole in enumerate(parts):
-                try:
-                    record = make_record({"id": number} | whole, f"{path}, record {number}", find)
-                    hashes = hash_keys(record)
-                except (ValueError, RecursionError) as error:
-                    bad.append(str(error))
-                    continue
-                spans.extend((number, start, end, part))
-                keys.extend(hashes)
-                counts.append(len(hashes))
-    spans = np.array(spans, dtype=np.int64).reshape(-1, 4)
-    out = Records(make, spans, np.array(keys, dtype=np.uint64), np.array(counts, dtype=np.int64), bad)
-    # Not kept where something is bad: it will be mended, perhaps in a folder whose changes we cannot see from here.
-    if reread and not bad and time.time() - started > 0.5:
-        with contextlib.suppress(OSError):  # a full or read-only disk: then it is made again next time
-            with new_file(kept) as file:
-                np.savez(file, spans=out.spans, keys=out.keys, counts=out.counts)
-    return out
-
-
 def read_file(path: str, places: dict = {}) -> Records:
     "One file, or a folder of pictures."
     with named_errors(path):
         if path.endswith(".parquet"):
-            os.stat(path)  # is it there at all?
             path = parquet_to_tar(path)
-        folder = path if os.path.isdir(path) else os.path.dirname(os.path.abspath(path))
-        find = image_finder(folder, places)
+        # The reader, and what reads a row again from its bytes. None: rows stay in memory, as no row of a compressed
+        # file can be read alone.
         if os.path.isdir(path):
-            return index_records(path, read_folder, None, find)
-        if path.endswith(".tar"):
-            def again(raw: bytes):
-                row = parse_sample(raw, path)
-                require(isinstance(row, dict), str(row))
-                return row
-            return index_records(path, read_tar, again, find)
-        if path.endswith(".tsv"):
-            return index_records(path, read_tsv, None, find)
-        require(path.endswith(JSON_SUFFIXES), f"{path}: unknown kind of file; give a .json, .jsonl, .tsv, .tar or "
-                                              ".parquet, or a folder of pictures")
-        # In a compressed file no place can be read alone, so its rows stay in memory.
-        again = None if path.endswith(".gz") else partial(parse_json, where=path)
-        return index_records(path, read_json_rows, again, find)
+            return index_records(path, read_folder, None, image_finder(path, places))
+        kinds = {".tar": (read_tar, parse_sample), ".tsv": (read_tsv, None), ".gz": (read_json_rows, None),
+                 ".json": (read_json_rows, json.loads), ".jsonl": (read_json_rows, json.loads)}
+        require(path.endswith((".tsv", ".tar", *JSON_SUFFIXES)), f"{path}: unknown kind of file; give a .json, .jsonl, "
+                                                                 ".tsv, .tar or .parquet, or a folder of pictures")
+        return index_records(path, *kinds[os.path.splitext(path)[1]], image_finder(os.path.dirname(path), places))
+
+
+def index_records(path: str, read, read_again, find) -> Records:
+    """
+    Every row is read and checked once. A large file's index is kept in the cache until the file or a zip beside it
+    changes, so that the next run, and every other rank, starts at once.
+    """
+    zips = map(str, sorted(Path(path).parent.glob("*.zip")))
+    kept, rows = cache("index", fingerprint(path, *zips) + ".npz"), []
+
+    def make(number: int, start: int, end: int, part: int) -> dict:
+        row = attempt(read_again, read_span(path, start, end)) if read_again else rows[number]
+        return read_row(instances_of(row)[part], f"{path}, record {number}", number, find)
+    if read_again and kept.exists():
+        with contextlib.suppress(OSError, ValueError, KeyError, zipfile.BadZipFile), np.load(kept) as saved:
+            return Records(make, saved["spans"], saved["keys"], saved["counts"])
+    spans, keys, counts, bad, started = array("q"), array("Q"), array("q"), [], time.time()
+    for number, (start, end, row) in enumerate(tqdm(read(path), desc=f"reading {path}", delay=5, disable=None)):
+        if not read_again:
+            rows.append(row)
+        for part, one in enumerate(instances_of(row)):
+            record = attempt(read_row, one, f"{path}, record {number}", number, find)
+            if isinstance(record, ValueError):
+                bad.append(str(record))
+                continue
+            hashes = hash_keys(record)
+            spans.extend((number, start, end, part))
+            keys.extend(hashes)
+            counts.append(len(hashes))
+    spans = np.array(spans, dtype=np.int64).reshape(-1, 4)
+    out = Records(make, spans, np.array(keys, dtype=np.uint64), np.array(counts, dtype=np.int64), bad)
+    # Not kept where something is bad: it will be mended, perhaps in a folder whose changes we cannot see from here.
+    if read_again and not bad and time.time() - started > 0.5:
+        with contextlib.suppress(OSError), new_file(kept) as file:  # a full or read-only disk: next time, then
+            np.savez(file, spans=out.spans, keys=out.keys, counts=out.counts)
+    return out
 
 
 def read_records(name, max_bad: float = 0.0) -> Records:
@@ -693,14 +650,18 @@ def read_records(name, max_bad: float = 0.0) -> Records:
     if they are at most the share max_bad of all; else the first of them is an error.
     """
     paths, places = locate(str(name))
-    records = Records.join([read_file(path, places) for path in paths])
-    share, bad = re.search(r"@(0?\.\d+)$", str(name)), records.bad
+    parts = [read_file(path, places) for path in paths]
+    records, bad = parts[0], [line for part in parts for line in part.bad]
+    if len(parts) > 1:  # shards, as one sequence
+        joined = torch.utils.data.ConcatDataset(parts)
+        records = Records(joined.__getitem__, np.arange(len(joined))[:, None], np.concatenate([p.keys for p in parts]),
+                          np.concatenate([p.counts for p in parts]), bad)
     require(len(bad) <= max_bad * (len(bad) + len(records)), bad and bad[0] + (
         f" (and {len(bad) - 1} more; python data.py --data={name} names all)" if len(bad) > 1 else ""))
     for line in bad:
         say(f"skipped: {line}")
     require(len(records), f"{name}: the file is empty; was its download cut off?")
-    if share:  # the same records every time
+    if share := re.search(r"@(0?\.\d+)$", str(name)):  # the same records every time
         chosen = random.Random("share").sample(range(len(records)), max(1, round(float(share[1]) * len(records))))
         records = records.select(np.isin(np.arange(len(records)), chosen))
     return records
@@ -712,15 +673,29 @@ def read_records(name, max_bad: float = 0.0) -> Records:
 RECIPES = weights.read_json(Path(__file__).with_name("assets") / "recipes.json")
 
 
-def recipe_files(recipe: dict) -> weights.Repository:
-    return weights.Repository(recipe["hub"], recipe["revision"],
-                              {name: tuple(known) for name, known in recipe["files"].items()}, recipe["licence"])
-
-
 def fetch_file(url: str) -> str:
     "A file on any web server -> its path in the cache."
     parent, _, name = url.partition("?")[0].rpartition("/")
     return str(weights.fetch(weights.Repository(parent, "", {name: weights.ANY}, "see the server")) / name)
+
+
+def fetch_recipe(name: str) -> tuple[list[str], dict]:
+    "As locate, for a recipe."
+    recipe = RECIPES[name]
+    repository = weights.Repository(recipe["hub"], recipe["revision"],
+                                    {file: tuple(known) for file, known in recipe["files"].items()}, recipe["licence"])
+    if weights.missing_files(repository, weights.folders(repository)[0]):
+        say(f"{name}: {recipe['about']}; licence: {recipe['licence']}. Ahead of time: python data.py --download={name}")
+    folder = weights.fetch(repository)
+    paths = [str(folder / file) for file in repository.files if "rows" in recipe or not file.endswith(".zip")]
+    if "rows" in recipe:  # laid out as we read it, once
+        listing = folder / f"{name}.jsonl"
+        if not listing.exists():
+            with new_file(listing, "w") as file:
+                file.writelines(json.dumps(benchmark_row(*row)) + "\n" for row in ROWS[recipe["rows"]](paths[0]))
+        paths = [str(listing)]
+    return paths, {start: str(Path(fetch_file(place)).parent) if place.endswith(".zip") else place
+                   for start, place in recipe.get("images", {}).items()}
 
 
 def locate(name: str) -> tuple[list[str], dict]:
@@ -730,33 +705,20 @@ def locate(name: str) -> tuple[list[str], dict]:
     """
     name = re.sub(r"@0?\.\d+$", "", name)
     if name in RECIPES:
-        recipe = RECIPES[name]
-        repository = recipe_files(recipe)
-        if weights.missing_files(repository, weights.folders(repository)[0]):
-            say(f"{name}: {recipe['about']}; licence: {recipe['licence']}. Ahead of time: python data.py "
-                f"--download={name}")
-        folder, rows = weights.fetch(repository), globals().get("rows_of_" + recipe.get("rows", ""))
-        paths = [str(folder / file) for file in repository.files if not file.endswith(".zip") or rows]
-        if rows:  # laid out as we read it, once
-            listing = folder / f"{name}.jsonl"
-            if not listing.exists():
-                with new_file(listing, "w") as file:
-                    file.writelines(json.dumps(row) + "\n" for row in rows(paths[0]))
-            paths = [str(listing)]
-        places = {prefix: str(Path(fetch_file(place)).parent) if place.endswith(".zip") else place
-                  for prefix, place in recipe.get("images", {}).items()}
-        return paths, places
-    shards = re.search(r"\{(\d+)\.\.(\d+)\}", name)  # name-{000..127}.tar
-    names = [name] if not shards else [name[:shards.start()] + str(i).zfill(len(shards[1])) + name[shards.end():]
-                                       for i in range(int(shards[1]), int(shards[2]) + 1)]
+        return fetch_recipe(name)
+    names = [name]
+    if shards := re.fullmatch(r"(.*)\{(\d+)\.\.(\d+)\}(.*)", name):  # name-{000..127}.tar
+        start, first, last, end = shards.groups()
+        names = [f"{start}{number:0{len(first)}}{end}" for number in range(int(first), int(last) + 1)]
     return [fetch_file(one) if one.startswith(("http://", "https://")) else one for one in names], {}
 
+
+# Recipes whose files have a layout of their own: path -> for each question (id, picture, question, answer, choices)
 
 def rows_of_tallyqa(path: str):
     #  {"answer": 2, "image": "VG_100K_2/2410408.jpg", "question": "How many people?", "question_id": 30096646, ...}
     for row in json.loads(read_member(path, "train.json")):
-        yield {"id": row["question_id"], "image": row["image"], "question": f"{row['question']}\n{SHORT_PROMPT}",
-               "answer": str(row["answer"]), "metric": "exact"}
+        yield row["question_id"], row["image"], row["question"], str(row["answer"])
 
 
 def rows_of_aokvqa(path: str):
@@ -764,10 +726,8 @@ def rows_of_aokvqa(path: str):
     with tarfile.open(path) as tar:
         rows = json.load(tar.extractfile(next(m for m in tar if m.name.endswith("aokvqa_v1p0_train.json"))))
     for row in rows:
-        choices = dict(zip(ascii_uppercase, row["choices"]))
-        yield {"id": row["question_id"], "image": f"{row['image_id']:012}.jpg", "metric": "choice", "choices": choices,
-               "question": "\n".join([row["question"], *map(". ".join, choices.items()), CHOICE_PROMPT]),
-               "answer": ascii_uppercase[row["correct_choice_idx"]]}
+        yield (row["question_id"], f"{row['image_id']:012}.jpg", row["question"],
+               ascii_uppercase[row["correct_choice_idx"]], dict(zip(ascii_uppercase, row["choices"])))
 
 
 def rows_of_clevr(path: str):
@@ -775,16 +735,17 @@ def rows_of_clevr(path: str):
     with zipfile.ZipFile(path) as file:
         scenes = json.load(file.open("CLEVR_v1.0/scenes/CLEVR_train_scenes.json"))["scenes"]
     for scene in scenes:
-        yield {"id": scene["image_filename"], "image": f"images/train/{scene['image_filename']}",
-               "question": f"How many items are there in the image?\n{SHORT_PROMPT}",
-               "answer": str(len(scene["objects"])), "metric": "exact"}
+        yield (scene["image_filename"], f"images/train/{scene['image_filename']}",
+               "How many items are there in the image?", str(len(scene["objects"])))
 
 
 def rows_of_gsm8k(path: str):
     #  {"question": "...", "answer": "48 / 2 = 24, 48 + 24 = 72\n#### 72"}; only the number can be checked
-    for _, _, row in read_json_rows(path):
-        yield {"question": f"{row['question']}\n{SHORT_PROMPT}", "metric": "exact",
-               "answer": row["answer"].rpartition("#### ")[2].replace(",", "")}
+    for number, (_, _, row) in enumerate(read_json_rows(path)):
+        yield number, None, row["question"], row["answer"].rpartition("#### ")[2].replace(",", "")
+
+
+ROWS = {"tallyqa": rows_of_tallyqa, "aokvqa": rows_of_aokvqa, "clevr": rows_of_clevr, "gsm8k": rows_of_gsm8k}
 
 
 # ----------------------------------------------------------------------------------------------------------------------
