@@ -49,6 +49,7 @@ from collections import Counter, deque
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
+from operator import itemgetter
 from pathlib import Path
 from string import ascii_uppercase
 
@@ -787,47 +788,45 @@ def text_files(path: str) -> list[str]:
 def read_text(path):
     """.txt, .jsonl and .json.gz with {"text"}, .json with a list of strings, or a folder of them -> documents."""
     for path in text_files(str(path)):
-        found = False
+        rows, found = cut_documents(path) if path.endswith(".txt") else map(itemgetter(2), read_json_rows(path)), False
         with named_errors(path):
-            rows = cut_documents(path) if path.endswith(".txt") else (row for _, _, row in read_json_rows(path))
             for index, row in enumerate(rows):
-                if isinstance(row, ValueError):
-                    raise row
-                text = row
                 if isinstance(row, dict):
-                    text = None if row.keys() & {"image", "images", "file_name"} else row.get("text")
-                require(isinstance(text, str), f"{path}, record {index}: neither a string nor an object with a text")
-                if text.strip():
+                    row = None if row.keys() & {"image", "images", "file_name"} else row.get("text")
+                require(isinstance(row, str), f"{path}, record {index}: " + (
+                    str(row) if isinstance(row, ValueError) else "neither a string nor an object with a text"))
+                if row.strip():
                     found = True
-                    yield text
+                    yield row
         require(found, f"{path}: the file is empty; was its download cut off?")
 
 
 def token_file(path: str, encode, end: int) -> tuple[np.ndarray, np.ndarray]:
     "-> (the ids of all documents one after another, uint32; where each document ends in them)."
-    files, ends = text_files(path), array("q")
-
-    def encoded():
+    def write_ids(file) -> array:
+        ends = array("q")
         with ThreadPoolExecutor(min(16, os.cpu_count())) as pool:  # tiktoken works outside of Python's lock
             texts = iter(tqdm(read_text(path), desc=f"tokens of {path}", delay=5, disable=None))
-            while some := list(itertools.islice(texts, 1000)):
-                for new in pool.map(encode, some):
-                    ends.append((ends[-1] if ends else 0) + len(new) + 1)
-                    yield np.array(new + [end], dtype=np.uint32)
-    if any(not os.path.exists(file) for file in files) or sum(map(os.path.getsize, files)) < BLOCK:
-        return np.concatenate(list(encoded())), np.array(ends)
-    # The 500 million tokens of TinyStories are 2 GB in a file that is mapped into memory; as Python's ints they would
-    # be 18. Another tokenizer gives other ids: a few words tell them apart.
-    probe = repr(encode("The quick brown fox, 12 dogs; größer. def f(x):\n")) + str(end)
-    kept = cache("tokens", hashlib.sha1((fingerprint(*files) + probe).encode()).hexdigest()[:24])
+            while some := list(itertools.islice(texts, 100)):
+                for ids in pool.map(encode, some):
+                    ends.append((ends[-1] if ends else 0) + len(ids) + 1)
+                    file.write(np.array(ids + [end], dtype=np.uint32))
+        return ends
+    files = text_files(path)
+    with named_errors(path):
+        if sum(map(os.path.getsize, files)) < BLOCK:
+            ends = write_ids(memory := io.BytesIO())
+            return np.frombuffer(memory.getbuffer(), np.uint32), np.array(ends)
+        # The 500 million tokens of TinyStories are 2 GB in a file that is mapped into memory; as Python's ints they
+        # would be 18. Another tokenizer gives other ids: a few words tell them apart.
+        probe = repr(encode("The quick brown fox, 12 dogs; größer. def f(x):\n")) + str(end)
+        kept = cache("tokens", hashlib.sha1((fingerprint(*files) + probe).encode()).hexdigest()[:24])
     if not kept.with_suffix(".ends").exists():
         with new_file(kept.with_suffix(".ids")) as file:
-            for new in encoded():
-                file.write(new.data)
+            ends = write_ids(file)
         with new_file(kept.with_suffix(".ends")) as file:
             file.write(ends)
-    return (np.memmap(kept.with_suffix(".ids"), np.uint32, "r"),
-            np.fromfile(kept.with_suffix(".ends"), np.int64))
+    return np.memmap(kept.with_suffix(".ids"), np.uint32, "r"), np.fromfile(kept.with_suffix(".ends"), np.int64)
 
 
 def read_text_records(path, encode, end: int, seq_len: int) -> Records:
@@ -839,7 +838,7 @@ def read_text_records(path, encode, end: int, seq_len: int) -> Records:
     pieces = -(-(ends - starts - 1) // seq_len)                                 # of each document, rounded up
     document = np.repeat(np.arange(len(ends)), pieces)                          # of each piece
     at = starts[document] + (np.arange(len(document)) - np.repeat(np.cumsum(pieces) - pieces, pieces)) * seq_len
-    keys = np.array([hash_key(f"id {path} document {number}") for number in range(len(ends))], dtype=np.uint64)
+    keys = np.fromiter((hash_key(f"id {path} document {number}") for number in range(len(ends))), np.uint64, len(ends))
 
     def make(number: int, begin: int, stop: int) -> dict:
         return {"id": f"{path} document {number}", "images": [], "ids": ids[begin:stop].tolist()}
@@ -904,14 +903,10 @@ def parse_mixture(text: str) -> list[tuple[str, float]]:
     return pairs
 
 
-def split_by_image(records, fraction: float | None = None, at_most: int = 500) -> tuple[Records, Records]:
+def split_by_image(records: Records, fraction: float | None = None, at_most: int = 500) -> tuple[Records, Records]:
     """-> (train, held out), which share no picture. fraction: of the pictures."""
     # VQAv2 has five questions about each photo. Split by record, nearly every held-out photo would be in training too,
     # and the score would reward memory. A record without pictures counts as a picture of its own.
-    if isinstance(records, list):
-        hashes = [hash_keys(record) for record in records]
-        records = Records(records.__getitem__, np.arange(len(records))[:, None], np.array(sum(hashes, []), np.uint64),
-                          np.array([len(one) for one in hashes]))
     if fraction is None:  # 5 % of 100 records would be 5 questions, and 4 of 5 right says nothing
         fraction = 0.05 if 0.05 * len(records) >= 50 else 0.2
     # In the order of their hashes: as good as random, but independent of the file's order and, unlike Python's hash(),
@@ -939,19 +934,28 @@ def questions_of(record: dict) -> list[dict]:
                       "images": record["images"][:shown[i]]} for i in turns]
 
 
+def read_any(name: str, world: World, count: int):
+    "A part of --data, conversations or text -> its records; of the world, which has no end, the first `count`."
+    if name == "world":
+        return [world[i] for i in range(count)]
+    if is_text(name):
+        return [{"id": f"{name} document {i}", "text": text, "images": []} for i, text in enumerate(read_text(name))]
+    return read_records(name, 1.0)
+
+
+def is_text(name: str) -> bool:
+    "Chapter 1's kind of data: the first row of the file is a text, not a conversation, and no picture's caption."
+    found = attempt(next, read_text(name))  # an error: conversations, or a file of which reading will say what is wrong
+    require(isinstance(found, str) or not name.endswith(".txt"), str(found))
+    return isinstance(found, str)
+
+
 def tokenizer_texts(spec: str, seed: int, characters: int = 30_000_000) -> list[str]:
     "The first texts of --data, on which a tokenizer is trained, before a stage starts from random weights."
     texts = ["user\n", "assistant\n"] * 50  # these occur in every conversation: worth a token each
     for name, _ in parse_mixture(spec):
-        if name == "world":  # it has no end; 3,000 records stand for it
-            world = World("text", seed=seed)
-            records = (world[i] for i in range(3000))
-        elif is_text(name):
-            records = ({"text": text} for text in read_text(name))
-        else:
-            records = read_records(name, 1.0)
         left = characters  # of a large file a part is enough to find the frequent words
-        for record in records:
+        for record in read_any(name, World("text", seed=seed), 3000):
             texts += [record["text"]] if "text" in record else [m["content"] for m in record["messages"]]
             left -= len(texts[-1])
             if left < 0:
@@ -959,33 +963,33 @@ def tokenizer_texts(spec: str, seed: int, characters: int = 30_000_000) -> list[
     return texts
 
 
-def is_text(name: str) -> bool:
-    "Chapter 1's kind of data: the first row of the file is a text, not a conversation, and no picture's caption."
-    try:
-        next(read_text(name))
-        return True
-    except ValueError:  # not text: then it is conversations, or an error that names the file
-        if name.endswith(".txt"):
-            raise
-        return False
+class BadRecords:
+    "What is wrong with records that were left out. Each is named once; more than `limit` are an error."
+
+    def __init__(self, limit: float):
+        self.limit, self.lines = limit, set()
+
+    def leave_out(self, error: ValueError) -> None:
+        if str(error) not in self.lines:  # in the next epoch it is the same record
+            self.lines.add(str(error))
+            require(len(self.lines) <= self.limit, f"{error} ({len(self.lines)} bad records, {int(self.limit)} are "
+                    "allowed: see --max_bad, and python data.py --check)")
+            say(f"skipped, {len(self.lines)} of at most {int(self.limit)}: {error}")
 
 
-def keep_good(records: list[dict], limit: float) -> list[dict]:
-    "The records whose pictures open, by the same rules as in training; the others are named, up to `limit` of them."
-    def problem(record: dict) -> str:
+def keep_good(records: list[dict], bad: BadRecords) -> list[dict]:
+    "The records whose pictures open, by the same rules as in training."
+    def open_all(record: dict) -> None:
         try:
             for source in record["images"]:
                 if not isinstance(source, Scene):
                     open_source(source)
         except ValueError as error:
-            return f"record {record['id']}: {error}"
-        return ""
-    problems = list(thread_pools(os.getpid())[1].map(problem, records))  # Pillow works outside of Python's lock
-    bad = [line for line in problems if line]
-    require(len(bad) <= limit, bad and bad[0] + f" ({len(bad)} of {len(records)} records are bad, see --max_bad)")
-    for line in bad:
-        say(f"skipped: {line}")
-    return [record for record, line in zip(records, problems) if not line]
+            raise ValueError(f"record {record['id']}: {error}") from None
+    problems = list(threads("pictures").map(partial(attempt, open_all), records))
+    for problem in filter(None, problems):
+        bad.leave_out(problem)
+    return [record for record, problem in zip(records, problems) if not problem]
 
 
 def load_data(spec: str, world: World, held_out_worlds: dict[str, World], seed: int, eval_size: int, val: str = "",
@@ -1008,9 +1012,10 @@ def load_data(spec: str, world: World, held_out_worlds: dict[str, World], seed: 
         parts.append((Shuffled(train, seed), weight))
         total += len(train)
         held = [question for record in held for question in questions_of(record)][:eval_size]
-        held = keep_good(held, max_bad * len(records))  # an error now, not after the training
+        held = keep_good(held, BadRecords(max_bad * len(records)))  # an error now, not after the training
         # and the first that train, unless they would have to be fetched: a wrong folder of pictures shows in a second
-        keep_good([r for r in train[:500] if not str(r["images"][:1]).startswith("['http")], max_bad * len(records))
+        keep_good([one for one in train[:500] if not str(one["images"][:1]).startswith("['http")],
+                  BadRecords(max_bad * len(records)))
         held_out["held_out"] = held_out.get("held_out", []) + held
         say(f"{name}: {len(train):,} of {len(records):,} records train, {len(held):,} questions are held out"
             + f" in {val}" * bool(val) + (": fewer than 50, so look at the interval of the score, not at the score"
@@ -1120,21 +1125,19 @@ def cumulative_lengths(document_ids: np.ndarray) -> np.ndarray:
 
 
 @lru_cache
-def thread_pools(process: int) -> tuple[ThreadPoolExecutor, ThreadPoolExecutor]:
-    """-> (one thread that prepares batches, those that decode their pictures), started when first needed."""
+def threads(work: str) -> ThreadPoolExecutor:
+    "For \"batches\" one thread, for \"pictures\" those that decode them, started when first needed."
     # Two pools: in one, a batch could wait for pictures whose turn comes after it. Above 16 threads Python's lock is
-    # the limit. One pair per process, as in open_zip: a forked process has the pool objects, but not their threads.
-    return ThreadPoolExecutor(1), ThreadPoolExecutor(min(16, os.cpu_count()))
+    # the limit.
+    return ThreadPoolExecutor(1 if work == "batches" else min(16, os.cpu_count()))
 
 
-def collate(arrays: dict, packed: list[Document], load_pixels) -> dict:
+def collate(arrays: dict, packed: list[Document], load_pixels=None) -> dict:
     """pack's arrays as tensors, and the pictures' pixels. load_pixels(source, record) -> uint8 [3, S, S]."""
-    # {hash of a source: (its index in pixels, a document, which of its pictures it is)}. A picture that several
-    # documents share, as all answers to one question do in chapter 4, is decoded and later encoded once.
-    # TRAP: by hash, since a document from a worker process has hashes in place of its sources, and one that waited in
-    # a checkpoint has not.
+    # {source: (its index in pixels, a document, which of its pictures it is)}. A picture that several documents share,
+    # as all answers to one question do in chapter 4, is decoded and later encoded once.
     sources = {}
-    image_index = [sources.setdefault(source if type(source) is int else hash(source), (len(sources), doc, k))[0]
+    image_index = [sources.setdefault(source, (len(sources), doc, k))[0]
                    for doc in packed for k, source in enumerate(doc.record["images"])]
     # The last chance to notice: after this, a picture in another's place trains without any error.
     assert len(image_index) == sum(len(doc.slots) for doc in packed), \
@@ -1143,21 +1146,13 @@ def collate(arrays: dict, packed: list[Document], load_pixels) -> dict:
 
     def pixels_of(place: tuple) -> torch.Tensor:
         _, doc, k = place
-        return doc.pixels[k] if doc.pixels else load_pixels(doc.record["images"][k], doc.record)
-    closed = [doc.record["images"][k] for _, doc, k in sources.values() if not doc.pixels]
-    pixels = list(map_pictures(pixels_of, sources.values(), closed))
+        return load_pixels(doc.record["images"][k], doc.record) if doc.pixels is None else doc.pixels[k]
+    # Pillow releases Python's lock while it decodes and resizes, so threads help, and map keeps the order.
+    pixels = list((threads("pictures").map if load_pixels else map)(pixels_of, sources.values()))
     batch["pixels"] = torch.stack(pixels) if pixels else None   # uint8 [n, 3, S, S]: a quarter of float32 to transfer
     batch["image_index"] = torch.tensor(image_index, dtype=torch.long)  # [m]: which of the n each slot shows
     batch["records"] = [doc.record["id"] for doc in packed]  # for messages
     return batch
-
-
-def map_pictures(work, items, closed: list):
-    "map(work, items), in threads where they help. closed: the pictures that are not open yet."
-    # Pillow releases Python's lock while it decodes and resizes, so threads help, and map keeps the order. The world's
-    # drawings are mostly Python, where threads would only slow each other down. A worker process is one of several.
-    alone = torch.utils.data.get_worker_info() or all(isinstance(source, Scene) for source in closed)
-    return map(work, items) if alone else thread_pools(os.getpid())[1].map(work, items)
 
 
 def share_workers(asked: int, device: str, world_size: int, micro_batches: int) -> list[int]:
@@ -1171,30 +1166,52 @@ def share_workers(asked: int, device: str, world_size: int, micro_batches: int) 
     return [asked // loaders + (i < asked % loaders) for i in range(loaders)]
 
 
-class Prepared(torch.utils.data.Dataset):
-    "Records as documents with their pixels, CHUNK of them at once: what the loader's worker processes make."
+class Documents(torch.utils.data.Dataset):
+    "Records as documents with their pixels, CHUNK of them at once: what a loader's thread or worker processes make."
     CHUNK = 32  # records sent at once: one message for each would keep the main process busy
 
-    def __init__(self, prepare, stride: int, workers: int):
-        self.prepare, self.stride = prepare, stride
+    def __init__(self, dataset, make_document, load_pixels, stride: int, workers: int):
+        self.dataset, self.make_document, self.load_pixels, self.stride = dataset, make_document, load_pixels, stride
+        # Pillow releases Python's lock while it decodes and resizes, so threads help, and map keeps the order. The
+        # world's drawings are mostly Python, where threads would only slow each other down. Processes are several.
+        drawn = all(isinstance(one, World) for one in getattr(dataset, "sets", [dataset]))
+        self.each = map if drawn or workers else threads("pictures").map
         # What each worker is busy with, in shared memory: if the system kills it, this is all that is left.
         self.current = torch.full((max(workers, 1),), -1, dtype=torch.int64).share_memory_()
 
-    def __getitem__(self, first: int) -> tuple[list, torch.Tensor | None]:
+    def make(self, index: int) -> Document | None:
+        if worker := torch.utils.data.get_worker_info():
+            self.current[worker.id] = index
+        document = self.make_document(self.dataset[index], index)
+        if document is None:
+            return None
+        sources = document.record["images"]
+        pixels = [self.load_pixels(source, document.record) for source in sources]
+        # The record stays here: it may contain picture files. A hash, which all forks of a process make alike, still
+        # tells which pictures are the same.
+        record = {"id": document.record.get("id"), "images": [hash(source) for source in sources]}
+        return replace(document, ids=np.array(document.ids), mask=np.array(document.mask, dtype=np.int8),
+                       record=record, pixels=pixels)
+
+    def __getitem__(self, first: int) -> tuple[list, torch.Tensor]:
         "-> (for each record a Document, None or a ValueError; the pixels of all their pictures)"
-        out, pixels = [], []
-        for index in range(first, first + self.CHUNK * self.stride, self.stride):
-            self.current[torch.utils.data.get_worker_info().id] = index
-            item = self.prepare(index)
-            if isinstance(item, Document):
-                pixels += item.pixels
-                # The record stays here: it may contain picture files. A hash, which all forks of a process make alike,
-                # still tells which pictures are the same.
-                record = {"id": item.record.get("id"), "images": [hash(source) for source in item.record["images"]]}
-                item = replace(item, ids=np.array(item.ids), mask=np.array(item.mask, dtype=np.int8), record=record,
-                               pixels=len(item.pixels))
-            out.append(item)
-        return out, torch.stack(pixels) if pixels else None
+        items = list(self.each(partial(attempt, self.make),
+                               range(first, first + self.CHUNK * self.stride, self.stride)))
+        pixels = []  # in one tensor: each that is sent takes a file handle
+        for document in items:
+            if isinstance(document, Document):
+                pixels += document.pixels
+                document.pixels = None
+        return items, torch.stack(pixels) if pixels else torch.zeros(0)
+
+    @staticmethod
+    def unpack(chunks):
+        "Such chunks -> one item after the other, documents with their pixels."
+        for items, pixels in chunks:
+            documents = [item for item in items if isinstance(item, Document)]
+            for document, part in zip(documents, pixels.split([len(one.record["images"]) for one in documents])):
+                document.pixels = part
+            yield from items
 
 
 def start_worker(worker: int) -> None:
@@ -1217,18 +1234,25 @@ class Loader:
 
     def __init__(self, dataset, make_document, load_pixels, rows, seq_len, image_tokens, micro_batch=0, micro_batches=1,
                  state=None, prefetch=True, pin=False, workers=0):
-        self.dataset, self.make_document, self.load_pixels = dataset, make_document, load_pixels
         self.rows, self.seq_len, self.image_tokens = rows, seq_len, image_tokens
         self.prefetch, self.pin = prefetch, pin
         # Micro-batch 1 of 4 takes records 1, 5, 9, ... Counted by micro-batches, not by GPUs: the data of a step are
         # the same however many GPUs share it.
         self.next, self.stride = (state["next"] if state else micro_batch), micro_batches
-        self.waiting = [make_document(dataset[i], i) for i in state["waiting"]] if state else []
-        self.pending = {}  # {process: the next batch, in preparation}; a forked process finds none of its own
-        self.bad, self.max_bad = set(), getattr(dataset, "max_bad", 0)  # what was left out; how many may be
-        self.iterator, self.ready = None, deque()  # of the workers; what they have sent and no batch has used yet
+        self.documents = Documents(dataset, make_document, load_pixels, micro_batches, workers)
+        self.waiting = [self.documents.make(i) for i in state["waiting"]] if state else []
+        self.pending = None  # the next batch, in preparation
+        self.bad = BadRecords(getattr(dataset, "max_bad", 0))
+        chunks = itertools.count(self.next, self.stride * Documents.CHUNK)  # the number of each one's first record
         if workers:  # at once, and in the main thread: a fork copies the locks of other threads as they are, locked
-            self.start_workers(workers)
+            self.iterator = iter(torch.utils.data.DataLoader(
+                self.documents, batch_size=None, sampler=chunks, num_workers=workers, prefetch_factor=2,
+                worker_init_fn=start_worker, multiprocessing_context="fork",
+                generator=torch.Generator()))  # of its own: else it would draw from the one that samples answers
+            # TRAP: at its end Python stops its children by SIGTERM, which these ignore, and would wait for ever.
+            weakref.finalize(self, self.iterator._shutdown_workers)
+            Loader.started.add(self)
+        self.items = Documents.unpack(self.iterator if workers else map(self.documents.__getitem__, chunks))
 
     def state(self) -> dict:  # {"next": 1201, "waiting": [1181, 1197]}: indices are enough, record i can be made again
         # As of the batches handed out. A prefetched one is not among them: a resumed run makes it again.
@@ -1239,95 +1263,32 @@ class Loader:
 
     def __next__(self) -> dict:
         # result() raises the thread's error here, and again at every later call: the state has not moved on.
-        process = os.getpid()
-        done = self.pending[process].result() if process in self.pending else self.prepare()
-        batch, self.next, self.waiting = done
+        batch, self.next, self.waiting = self.pending.result() if self.pending else self.prepare()
         if self.prefetch:
-            self.pending = {process: thread_pools(process)[0].submit(self.prepare)}
+            self.pending = threads("batches").submit(self.prepare)
         return batch
-
-    def start_workers(self, workers: int) -> None:
-        prepared = Prepared(self.make, self.stride, workers)
-        loader = torch.utils.data.DataLoader(
-            prepared, batch_size=None, sampler=itertools.count(self.next, self.stride * Prepared.CHUNK),
-            num_workers=workers, prefetch_factor=2, worker_init_fn=start_worker, multiprocessing_context="fork",
-            generator=torch.Generator())  # of its own: else it would draw from the one that samples answers
-        self.iterator, self.current = iter(loader), prepared.current
-        prepared.prepare = None  # the workers have theirs; here it would keep this loader, and them, for ever
-        # TRAP: at its end Python stops its children by SIGTERM, which these ignore, and would wait for them for ever.
-        weakref.finalize(self, self.iterator._shutdown_workers)
-        Loader.started.add(self)
-
-    def open_pictures(self, document: Document):
-        "-> the document, or the ValueError that names the picture that cannot be opened."
-        try:
-            if document.pixels is None:
-                document.pixels = [self.load_pixels(source, document.record) for source in document.record["images"]]
-            return document
-        except ValueError as error:
-            return error
-
-    def make(self, index: int, pictures: bool = True):
-        "Record `index` -> its document, None where it does not fit, or the ValueError that says what is wrong with it."
-        try:
-            document = self.make_document(self.dataset[index], index)
-        except ValueError as error:
-            return error
-        return self.open_pictures(document) if pictures and document else document
-
-    def take(self, index: int):
-        "As make, from the workers if there are any: they are asked for the records in order, and answer in order."
-        if self.iterator is None:
-            return self.make(index, pictures=False)  # those of a whole batch follow together, in threads
-        if not self.ready:
-            items, pixels = next(self.iterator)
-            at = 0
-            for item in items:
-                if isinstance(item, Document):
-                    item.pixels, at = list(pixels[at:at + item.pixels]) if item.pixels else [], at + item.pixels
-                self.ready.append(item)
-        return self.ready.popleft()
-
-    def leave_out(self, error: ValueError) -> None:
-        if str(error) not in self.bad:  # in the next epoch the same record has another index
-            self.bad.add(str(error))
-            require(len(self.bad) <= self.max_bad, f"{error} ({len(self.bad)} bad records, {self.max_bad} are allowed: "
-                    "see --max_bad, and python data.py --check)")
-            say(f"skipped, {len(self.bad)} of at most {self.max_bad}: {error}")
 
     def prepare(self) -> tuple[dict, int, list[Document]]:
         """-> (the next batch, `next` and `waiting` after it). TRAP: it runs in a thread and must not change those."""
-        documents, tokens = list(self.waiting), sum(len(d.ids) for d in self.waiting)
-        first, at, skipped = len(documents), self.next, 0
+        new, tokens, at, skipped = [], sum(len(document.ids) for document in self.waiting), self.next, 0
         # 2 % more than the rows hold: each document's last id takes no position, and a few spare documents fill the
         # gaps at the rows' ends. Many more would only wait longer.
         while tokens < self.rows * self.seq_len * 1.02:
-            new = []
-            while tokens < self.rows * self.seq_len * 1.02:
-                document = self.take(at)
-                if isinstance(document, ValueError):
-                    self.leave_out(document)
-                    document = None
-                at += self.stride
-                # A few records that are too long are normal; if none fits, this loop would never end.
-                skipped = 0 if document else skipped + 1
-                require(skipped <= 1000, f"{skipped} records in a row do not fit into --seq_len={self.seq_len}; raise "
-                                         "it")
-                if document:
-                    new.append(document)
-                    tokens += len(document.ids)
-            closed = [source for document in new if document.pixels is None for source in document.record["images"]]
-            for document, opened in zip(new, map_pictures(self.open_pictures, new, closed)):
-                if isinstance(opened, ValueError):
-                    self.leave_out(opened)
-                    tokens -= len(document.ids)
-                else:
-                    documents.append(document)
+            item, at = next(self.items), at + self.stride
+            if isinstance(item, Document):
+                new.append(item)
+                tokens, skipped = tokens + len(item.ids), 0
+                continue
+            if item is not None:
+                self.bad.leave_out(item)
+            # A few records that are too long are normal; if none fits, this loop would never end.
+            skipped += 1
+            require(skipped <= 1000, f"{skipped} records in a row do not fit into --seq_len={self.seq_len}; raise it")
         # Those that waited go first: sorted among the others, a short one could wait without end. Then long before
         # short, since short ones still fit into the gaps that long ones leave.
-        documents = documents[:first] + sorted(documents[first:], key=lambda d: -len(d.ids))
+        documents = self.waiting + sorted(new, key=lambda document: -len(document.ids))
         arrays, packed, waiting = pack(documents, self.rows, self.seq_len, self.image_tokens)
-        batch = collate(arrays, packed, self.load_pixels)
+        batch = collate(arrays, packed)
         if self.pin:  # from page-locked memory the copy to the GPU runs in the background; from other memory it blocks
             batch = {name: value.pin_memory() if torch.is_tensor(value) else value
                      for name, value in batch.items()}
@@ -1339,7 +1300,7 @@ def name_dead_worker(error: RuntimeError) -> str:
     for loader in Loader.started:
         for number, process in enumerate(loader.iterator._workers):
             if process.exitcode:
-                record = loader.dataset[int(loader.current[number])]
+                record = loader.documents.dataset[int(loader.documents.current[number])]
                 return (f"record {record.get('id')}: the loader's worker process that worked on it ended with code "
                         f"{process.exitcode} (-9: killed, mostly for want of memory; -7: /dev/shm is full); use fewer "
                         "--workers, or --workers=0")
@@ -1457,37 +1418,34 @@ def draw_sheet(path, sources: list, captions: list[list[tuple[str, str]]], colum
     pen = ImageDraw.Draw(sheet)
     for i, (source, texts) in enumerate(zip(sources, wrapped)):
         x, y = i % columns * px, i // columns * height
-        if source is not None:  # a text-only record has no picture
-            sheet.paste(open_source(source, px - 8).resize((px - 8, px - 8)), (x + 4, y + 4))
+        image = None if source is None else attempt(open_source, source, px - 8)  # a text-only record has no picture
+        if isinstance(image, Image.Image):  # nor is there one that cannot be opened
+            sheet.paste(image.resize((px - 8, px - 8)), (x + 4, y + 4))
         for row, (line, colour) in enumerate(texts):
             pen.text((x + 6, y + px + 18 * row), line, fill=colour, font=font)
     sheet.save(path)
+
+
+def turns_of(record: dict) -> list[dict]:
+    return record.get("messages") or [{"role": "", "content": record["text"]}]
+
+
+def draw_records(path: str, records: list) -> None:
+    "A contact sheet of records: the first picture and the first turns of each."
+    draw_sheet(path, [next(iter(record["images"]), None) for record in records],
+               [[(turn["content"].replace("<image>", "").strip(), "green" if turn["role"] == "assistant" else "black")
+                 for turn in turns_of(record)[:3]] for record in records], columns=5)
 
 
 def show_world(path: str) -> None:
     "A contact sheet of scenes, one question of each kind about the first ten of them, printed with its answer."
     exam, captions = World("exam", "scenes"), World("captions")
     records = [exam[i] for i in range(len(QUESTIONS))] + [captions[i] for i in range(20 - len(QUESTIONS))]
-    texts = [record["messages"] for record in records]
-    draw_sheet(path, [record["images"][0] for record in records], [
-        [(turn["content"].removeprefix("<image>").strip(), colour) for turn, colour in zip(turns, ("black", "green"))]
-        for turns in texts], columns=5)
+    draw_records(path, records)
     for number, record in enumerate(records[:len(QUESTIONS)], 1):  # record i of an exam is of the i-th kind
         question, answer = (message["content"] for message in record["messages"])
         print(f"{number:>3} {record['kind']:>9}: {question.removeprefix('<image>').strip()!r} -> {answer}")
     print(f"wrote {path}")
-
-
-def read_any(name: str) -> tuple:
-    "A part of --data -> (its records, what is wrong with its other rows). All of the world would be endless."
-    if name == "world":
-        world = World("chat")
-        return [world[i] for i in range(500)], []
-    if is_text(name):
-        texts = enumerate(read_text(name))
-        return [{"id": f"{name} document {i}", "text": text, "images": []} for i, text in texts], []
-    records = read_records(name, 1.0)
-    return records, records.bad
 
 
 def check_data(flags) -> dict:
@@ -1495,48 +1453,36 @@ def check_data(flags) -> dict:
     Every record and picture of --data (and --val) -> the counts, which are also the last line printed. Names each bad
     record. With --check tokens are counted, too, and check.png is drawn.
     """
-    bad, lengths, counts, seen, shown = [], [], Counter(records=0, images=0, turns=0, supervised_tokens=0), {}, []
-    parts = [(name, *read_any(name)) for name, _ in parse_mixture(flags.data)]
-    trained = {key for _, records, _ in parts for key in getattr(records, "keys", np.zeros(0)).tolist()}
-    if flags.val:
-        held, wrong = read_any(flags.val)
-        both = trained & set(getattr(held, "keys", np.zeros(0)).tolist())
-        parts.append((flags.val, held, wrong))
-        for record in held if both else ():
-            if both & set(hash_keys(record)):
-                bad.append(f"{flags.val}, record {record['id']}: a picture or text of it is in --data, too")
-    tokenizer = None
-    if flags.check:
-        tokenizer = Tokenizer.from_pretrained(flags.tokenizer) if flags.tokenizer else \
-            Tokenizer.train(tokenizer_texts(flags.data, 0, 3_000_000), 2048)
-    for name, records, wrong in parts:
-        bad += wrong
+    counts, bad, lengths, shown, drawn = Counter(records=0, images=0, turns=0, supervised_tokens=0), [], [], [], []
+    seen, trained = {}, set()  # {hash of a record: the first that has it}; hashes of the pictures of --data
+    tokenizer = flags.check and (Tokenizer.from_pretrained(flags.tokenizer) if flags.tokenizer else
+                                 Tokenizer.train(tokenizer_texts(flags.data, 0, 3_000_000), 2048))
+    names = [name for name, _ in parse_mixture(flags.data)]
+    for name in names + [flags.val] * bool(flags.val):
+        records = read_any(name, World("chat"), 500)
+        bad += getattr(records, "bad", [])
         for number in tqdm(range(len(records)), desc=f"checking {name}", delay=5, disable=None):
             try:
                 record = records[number]
                 where = f"{name}, record {number} (id {record['id'][:60]!r})"
-                counts["records"] += 1
-                counts["images"] += len(record["images"])
-                counts["turns"] += len(record.get("messages", []))
+                counts.update(records=1, images=len(record["images"]), turns=len(record.get("messages", [])))
                 bad += check_record(record, where, seen)
+                keys = set(hash_keys(record))
+                if name not in names and keys & trained:
+                    bad.append(f"{where}: a picture or text of it is in --data, too")
+                trained |= keys if name in names else set()
+                drawn += [record] * (number < 20 and len(drawn) < 20)
+                line = json.dumps({"id": record["id"], "messages": record.get("messages", record.get("text")),
+                                   "images": len(record["images"])}, ensure_ascii=False) if len(shown) < 3 else ""
                 if tokenizer:
-                    document = whole = make_document(record, number, tokenizer, flags.image_tokens, 10 ** 9)
-                    require(whole, f"{where}: nothing in it is learned")
-                    lengths.append(len(whole.ids) - 1)
-                    if "messages" in record:  # text is cut into pieces, of which none is lost
-                        document = make_document(record, number, tokenizer, flags.image_tokens, flags.seq_len)
-                        counts["cut"] += lengths[-1] > flags.seq_len
-                    counts["left_out"] += document is None
-                    counts["supervised_tokens"] += sum(document.mask[1:]) if document else 0
-                    if document and len(shown) < 3:
-                        shown.append(show_tokens(document, tokenizer))
-                if len(shown) < 3 and not tokenizer:
-                    shown.append(json.dumps({"id": record["id"], "messages": record.get("messages", record.get("text")),
-                                             "images": len(record["images"])}, ensure_ascii=False))
+                    line = count_tokens(record, tokenizer, flags, counts, lengths)
+                shown += [line] * (line != "" and len(shown) < 3)
             except ValueError as error:
                 bad.append(str(error) if name in str(error) else f"{name}: {error}")
     if flags.check:
-        draw_check(flags.out.replace("world.png", "check.png"), [r for _, some, _ in parts for r in some[:20]][:20])
+        path = flags.out.replace("world.png", "check.png")
+        draw_records(path, drawn)
+        say(f"wrote {path}")
     print("\n".join(shown + [f"bad: {line}" for line in bad]))
     if lengths:
         print(f"tokens of a record: median {int(np.median(lengths))}, longest {max(lengths)}; {counts['cut']} of "
@@ -1546,52 +1492,51 @@ def check_data(flags) -> dict:
 
 
 def check_record(record: dict, where: str, seen: dict) -> list[str]:
-    "What is wrong with a record that could be read. seen: {hash of a record: the first that has it}."
-    bad = []
+    "What is wrong with a record that could be read."
+    bad, turns, answers = [], turns_of(record), record.get("answer", [])
     for source in record["images"]:
-        try:
-            image = open_source(source)
-            if min(image.size) < 4 or max(image.size) > 100 * min(image.size):
-                bad.append(f"{where}: a picture of {image.width} x {image.height} pixels shows nothing")
-        except ValueError as error:
-            bad.append(f"{where}: {error}")
-    turns = record.get("messages") or [{"role": "", "content": record.get("text", "")}]
+        image = attempt(open_source, source)
+        if isinstance(image, ValueError):
+            bad.append(str(image))
+        elif min(image.size) < 4 or max(image.size) > 100 * min(image.size):
+            bad.append(f"a picture of {image.width} x {image.height} pixels shows nothing")
     for turn in turns:
-        if turn["role"] != "assistant" and turn["role"] and not turn["content"].replace("<image>", "").strip() \
-                and not record["images"]:
-            bad.append(f"{where}: a question is empty")
+        if turn["role"] in ("user", "system") and not turn["content"].strip() and not record["images"]:
+            bad.append("a question is empty")
         if found := re.search(r"<\|[a-z_]+\|>|\ufffd|[\x00-\x08\x0b\x0c\x0e-\x1f]|\[INST\]|</?s>", turn["content"]):
-            bad.append(f"{where}: {found[0]!r} in a text: a mark of another format, or a damaged letter")
+            bad.append(f"{found[0]!r} in a text: a mark of another format, or a damaged letter")
         if turn["role"] == "assistant" and "<image>" in turn["content"]:
-            bad.append(f"{where}: <image> in an answer: the model cannot draw")
-    answers = record.get("answer", [])
+            bad.append("<image> in an answer: the model cannot draw")
     if record.get("choices") and not set([answers] if isinstance(answers, str) else answers) <= set(record["choices"]):
-        bad.append(f"{where}: the answer {answers!r} is none of the choices")
+        bad.append(f"the answer {answers!r} is none of the choices")
     content = repr((turns, [picture_key(source) for source in record["images"]]))
     first = seen.setdefault(hashlib.sha1(content.encode("utf-8", "replace")).digest(), where)
-    return bad + ([f"{where}: the same as {first}"] if first != where else [])
+    bad += [f"the same as {first}"] * (first != where)
+    return [f"{where}: {line}" for line in bad]
 
 
-def show_tokens(document: Document, tokenizer) -> str:
-    "A record as the model reads it: pictures as [64 image tokens], the part that is learned in **stars**."
+def count_tokens(record: dict, tokenizer, flags, counts: Counter, lengths: list) -> str:
+    """
+    A record's tokens are added to the counts -> the record as the model reads it: pictures as [64 image tokens], the
+    part that is learned in **stars**; "" if it does not fit.
+    """
+    document = make_document(record, 0, tokenizer, flags.image_tokens, 10 ** 9)
+    require(document, f"record {record['id']}: nothing in it is learned")
+    lengths.append(len(document.ids) - 1)
+    if "messages" in record:  # text is cut into pieces, of which none is lost
+        counts["cut"] += lengths[-1] > flags.seq_len
+        document = make_document(record, 0, tokenizer, flags.image_tokens, flags.seq_len)
+        counts["left_out"] += document is None
+    if document is None:
+        return ""
+    counts["supervised_tokens"] += sum(document.mask[1:])
     out, learned = "", False
-    for (token, mask), group in itertools.groupby(zip(document.ids, document.mask), lambda pair: (
-            pair[0] if pair[0] == tokenizer.image_pad else None, bool(pair[1]))):
-        ids = [one for one, _ in group]
-        text = f"[{len(ids)} image tokens]" if token is not None else tokenizer.decode(ids, skip_special=False)
+    for (picture, mask), group in itertools.groupby(zip(document.ids, document.mask), lambda pair: (
+            pair[0] == tokenizer.image_pad, bool(pair[1]))):
+        ids = [token for token, _ in group]
+        text = f"[{len(ids)} image tokens]" if picture else tokenizer.decode(ids, skip_special=False)
         out, learned = out + "**" * (mask != learned) + text, mask
     return (out + "**" * learned).replace("\n", "\\n")
-
-
-def draw_check(path: str, records: list) -> None:
-    def one(record):
-        with contextlib.suppress(ValueError, StopIteration):
-            return open_source(next(iter(record["images"])))
-    lines = [[(turn["content"].replace("<image>", "").strip(), "green" if turn["role"] == "assistant" else "black")
-              for turn in record.get("messages", [{"role": "", "content": record.get("text", "")}])][:3]
-             for record in records]
-    draw_sheet(path, [one(record) for record in records], lines, columns=5)
-    say(f"wrote {path}")
 
 
 def download(names: str, vision: str) -> None:
