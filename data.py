@@ -977,9 +977,11 @@ class BadRecords:
             say(f"skipped, {len(self.lines)} of at most {int(self.limit)}: {error}")
 
 
-def keep_good(records: list[dict], bad: BadRecords) -> list[dict]:
-    "The records whose pictures open, by the same rules as in training."
-    def open_all(record: dict) -> None:
+def keep_good(records: list, bad: BadRecords) -> list[dict]:
+    "The records whose pictures open, by the same rules as in training; in place of a record there may be its error."
+    def open_all(record) -> None:
+        if isinstance(record, Exception):
+            raise record
         try:
             for source in record["images"]:
                 if not isinstance(source, Scene):
@@ -1257,6 +1259,10 @@ class Loader:
     def state(self) -> dict:  # {"next": 1201, "waiting": [1181, 1197]}: indices are enough, record i can be made again
         # As of the batches handed out. A prefetched one is not among them: a resumed run makes it again.
         return {"next": self.next, "waiting": [d.index for d in self.waiting]}
+
+    def failure(self) -> Exception | None:
+        "The error in which the preparation of the next batch ended, if it did. Waits for it."
+        return self.pending.exception() if self.pending else None
 
     def __iter__(self):
         return self

@@ -3964,7 +3964,7 @@ def test_query_key_and_value_get_updates_of_one_size_whatever_their_gradients():
 def test_the_fullest_batch_of_chapter_4_leaves_no_room():
     import train_rl
     vlm, flags = tiny_vlm(), argparse.Namespace(seq_len=256, max_new_tokens=12)
-    batch = train_rl.full_batch(3, world.World("exam"), flags, vlm, tokenizer())
+    batch = train_rl.full_batch(3, world.World("exam"), flags, vlm, tokenizer(), data.BadRecords(0))
     assert batch["ids"].shape == (3, 256) and (batch["document_ids"] > 0).float().mean() > 0.6  # bytes: long questions
     documents = len(batch["image_index"])
     assert documents >= 3 and len(batch["pixels"]) == documents  # each with a picture of its own
@@ -4923,6 +4923,39 @@ def test_the_weights_are_the_same_for_any_number_of_workers(trained, tmp_path, o
         assert ran.code == 0, ran.err
         saved.append((tmp_path / str(workers) / "tiny/sft/model.safetensors").read_bytes())
     assert saved[0] == saved[1]
+
+
+def partly_broken(folder: Path) -> list:
+    "600 records, of which the last 60 have pictures that cannot be opened, and 8 held-out ones -> the flags."
+    rows = [llava(f"{i}.png", id=f"r{i}", answer=list(world.COLOURS)[i % 7]) for i in range(600)]
+    with zipfile.ZipFile(folder / "images.zip", "w") as file:
+        for i in range(600):
+            content = image_bytes((*world.COLOURS[list(world.COLOURS)[i % 7]][:2], i % 256))
+            file.writestr(f"{i}.png", content if i < 540 else content[:40] + b"%d" % i)
+    write(folder / "val.json", rows[:8])
+    return [f"--data={write(folder / 'd.json', rows)}", f"--val={folder / 'val.json'}", f"--out_dir={folder / 'out'}",
+            "--device=cpu", "--eval_size=4", "--seq_len=64"]
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_too_many_bad_records_end_the_run_after_the_steps_that_are_done_are_saved(tmp_path, workers):
+    flags = partly_broken(tmp_path)
+    ran = run("train_sft", *flags, "--steps=60", "--batch_size=4", "--max_bad=0.02", f"--workers={workers}")
+    assert ran.code == 1 and not ran.out and ran.err.splitlines()[-1].startswith("error: record r5")
+    assert "13 bad records, 12 are allowed: see --max_bad" in ran.err and ran.err.count("skipped, ") == 12
+    state = json.loads((tmp_path / "out/tiny/sft/state.json").read_text())
+    assert 2 < state["step"] < 60
+    more = run("train_sft", *flags, "--steps=60", "--batch_size=4", "--max_bad=0.2", "--resume")
+    assert more.code == 0 and f"at step {state['step']}" in more.err and more.result["step"] == 60
+
+
+def test_reinforcement_learning_leaves_out_bad_records_and_saves_before_they_end_it(tmp_path):
+    flags = [*partly_broken(tmp_path), "--steps=3", "--batch_size=16", "--samples=2", "--max_new_tokens=2"]
+    ran = run("train_rl", *flags, "--max_bad=0.1")
+    assert ran.code == 0 and "skipped, 1 of at most 60: record r5" in ran.err and ran.result["step"] == 3
+    ran = run("train_rl", *flags, "--max_bad=0.002")
+    assert ran.code == 1 and "2 bad records, 1 are allowed" in ran.err.splitlines()[-1]
+    assert json.loads((tmp_path / "out/tiny/rl/state.json").read_text())["step"] <= 3
 
 
 def test_alignment_goes_on_where_a_step_shows_no_picture(trained, tmp_path):
