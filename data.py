@@ -22,7 +22,6 @@ of a tar shard, readable by its number, so any order can be had directly, and a 
 import argparse
 import ast
 import base64
-import codecs
 import contextlib
 import csv
 import ctypes
@@ -36,7 +35,6 @@ import os
 import random
 import re
 import signal
-import stat
 import sys
 import tarfile
 import textwrap
@@ -45,7 +43,7 @@ import weakref
 import zipfile
 import zlib
 from array import array
-from collections import Counter, deque
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
@@ -147,13 +145,12 @@ def image_finder(folder: str, places: dict = {}):
     roots = tuple(os.path.join(true_path(os.path.join(root, end)), "")
                   for root in [folder, *places.values()] for end in ("", "images"))
 
-    def is_file(path: str, name: str) -> bool:
+    def is_file(path: str) -> bool:
         if not os.path.isfile(path):
             return False
         # realpath takes 30 microseconds, so only links are followed one by one, folders once
-        true = path if os.path.islink(path) else os.path.dirname(path)
-        true = os.path.realpath(path) if true == path else os.path.join(true_path(true), "x")
-        require(true.startswith(roots), f"image {name[:100]!r} is a link that leads out of the data's folder {folder}; "
+        true = os.path.realpath(path) if os.path.islink(path) else os.path.join(true_path(os.path.dirname(path)), "x")
+        require(true.startswith(roots), f"image {path[:200]!r} is a link that leads out of the data's folder {folder}; "
                                         "copy the file there")
         return True
 
@@ -174,17 +171,17 @@ def image_finder(folder: str, places: dict = {}):
             out.append((path, members, ["", *folders]))
         return out
 
-    def find_in(place: str, name: str, whole: str):
+    def find_in(place: str, name: str):
         for archive, members, prefixes in zips(place):
             for prefix in prefixes:
                 if prefix + name in members:
                     return archive, prefix + name
         # Some files say images/7.jpg, others 7.jpg.
         for path in f"{place}/images/{name}", f"{place}/{name}":
-            if is_file(path, whole):
+            if is_file(path):
                 return path
         first, _, rest = name.partition("/")  # gqa/images/7.jpg may be images/7.jpg in gqa/images.zip
-        return find_in(os.path.join(place, first), rest, whole) if rest else None
+        return find_in(os.path.join(place, first), rest) if rest else None
 
     def find(name: str):
         if name.startswith("data:"):  # data:image/png;base64,iVBORw0KG...: the picture itself
@@ -196,11 +193,11 @@ def image_finder(folder: str, places: dict = {}):
             return name
         require(not LEADS_OUT.search(name), f"image {name[:100]!r} leads out of the data's folder {folder}; name it "
                                             "relative to the folder")
-        source = find_in(folder, name, name)
+        source = find_in(folder, name)
         for start, place in places.items():
             if not source and name.startswith(start):
                 rest = name[len(start):]
-                source = place + rest if "://" in place else find_in(place, rest, name)
+                source = place + rest if "://" in place else find_in(place, rest)
         return source
     return find
 
@@ -219,7 +216,7 @@ SHORT_PROMPT = "Answer the question using a single word or phrase."
 
 
 def attempt(work, *arguments):
-    "work(*arguments), or the ValueError that it ends in, as a value: one bad row of a million does not stop the others."
+    "work(*arguments), or the ValueError that it ends in: one bad row of a million does not stop the others."
     try:
         return work(*arguments)
     except (ValueError, RecursionError) as error:
@@ -349,13 +346,11 @@ def picture_key(source) -> str:
     return "/".join(Path(source).parts[-2:])
 
 
-def hash_key(key: str) -> int:
-    return int.from_bytes(hashlib.sha1(key.encode("utf-8", "surrogatepass")).digest()[:8], "big")
-
-
 def hash_keys(record: dict) -> list[int]:
     "A record's pictures as 64-bit numbers, the same on every machine. Without a picture its id counts as one."
-    return sorted(map(hash_key, {picture_key(source) for source in record["images"]} or {f"id {record['id']}"}))
+    keys = {picture_key(source) for source in record["images"]} or {f"id {record['id']}"}
+    return sorted(int.from_bytes(hashlib.sha1(key.encode("utf-8", "surrogatepass")).digest()[:8], "big")
+                  for key in keys)
 
 
 class Records:
@@ -393,10 +388,6 @@ FILE_METRICS = {"chartqa": "relaxed", "docvqa": "anls", "infovqa": "anls", "ocrv
 BLOCK = 2 ** 24  # bytes of a file that are read at once
 
 
-def open_bytes(path: str):
-    return (gzip.open if path.endswith(".gz") else open)(path, "rb")
-
-
 def read_span(path: str, start: int, end: int) -> bytes:
     with open(path, "rb") as file:  # opened each time: processes and threads that share a file share its position
         file.seek(start)
@@ -405,7 +396,7 @@ def read_span(path: str, start: int, end: int) -> bytes:
 
 def read_json_rows(path: str):
     """A JSON list, or one JSON value per line -> its items."""
-    with open_bytes(path) as file:
+    with (gzip.open if path.endswith(".gz") else open)(path, "rb") as file:
         head = file.read(2 ** 12)
         at = 3 * head.startswith(b"\xef\xbb\xbf")  # Windows editors begin with a byte order mark
         file.seek(at)
@@ -693,7 +684,7 @@ def fetch_recipe(name: str) -> tuple[list[str], dict]:
         listing = folder / f"{name}.jsonl"
         if not listing.exists():
             with new_file(listing, "w") as file:
-                file.writelines(json.dumps(benchmark_row(*row)) + "\n" for row in ROWS[recipe["rows"]](paths[0]))
+                file.writelines(json.dumps(benchmark_row(*row)) + "\n" for row in recipe_rows(recipe["rows"], paths[0]))
         paths = [str(listing)]
     return paths, {start: str(Path(fetch_file(place)).parent) if place.endswith(".zip") else place
                    for start, place in recipe.get("images", {}).items()}
@@ -714,39 +705,30 @@ def locate(name: str) -> tuple[list[str], dict]:
     return [fetch_file(one) if one.startswith(("http://", "https://")) else one for one in names], {}
 
 
-# Recipes whose files have a layout of their own: path -> for each question (id, picture, question, answer, choices)
-
-def rows_of_tallyqa(path: str):
-    #  {"answer": 2, "image": "VG_100K_2/2410408.jpg", "question": "How many people?", "question_id": 30096646, ...}
-    for row in json.loads(read_member(path, "train.json")):
-        yield row["question_id"], row["image"], row["question"], str(row["answer"])
-
-
-def rows_of_aokvqa(path: str):
-    #  {"image_id": 299207, "question": "...", "choices": ["nine", "two", ...], "correct_choice_idx": 1, ...}
-    with tarfile.open(path) as tar:
-        rows = json.load(tar.extractfile(next(m for m in tar if m.name.endswith("aokvqa_v1p0_train.json"))))
-    for row in rows:
-        yield (row["question_id"], f"{row['image_id']:012}.jpg", row["question"],
-               ascii_uppercase[row["correct_choice_idx"]], dict(zip(ascii_uppercase, row["choices"])))
-
-
-def rows_of_clevr(path: str):
-    #  {"scenes": [{"image_filename": "CLEVR_train_000000.png", "objects": [{"color": "cyan", ...}, ...]}, ...]}
-    with zipfile.ZipFile(path) as file:
-        scenes = json.load(file.open("CLEVR_v1.0/scenes/CLEVR_train_scenes.json"))["scenes"]
-    for scene in scenes:
-        yield (scene["image_filename"], f"images/train/{scene['image_filename']}",
-               "How many items are there in the image?", str(len(scene["objects"])))
-
-
-def rows_of_gsm8k(path: str):
-    #  {"question": "...", "answer": "48 / 2 = 24, 48 + 24 = 72\n#### 72"}; only the number can be checked
-    for number, (_, _, row) in enumerate(read_json_rows(path)):
-        yield number, None, row["question"], row["answer"].rpartition("#### ")[2].replace(",", "")
-
-
-ROWS = {"tallyqa": rows_of_tallyqa, "aokvqa": rows_of_aokvqa, "clevr": rows_of_clevr, "gsm8k": rows_of_gsm8k}
+def recipe_rows(layout: str, path: str):
+    "A file with a layout of its own -> for each question its id, picture, words, right answer (and choices)."
+    if layout == "tallyqa":
+        #  {"answer": 2, "image": "VG_100K_2/2410408.jpg", "question": "How many people?", "question_id": 30096646, ...}
+        for row in json.loads(read_member(path, "train.json")):
+            yield row["question_id"], row["image"], row["question"], str(row["answer"])
+    elif layout == "aokvqa":
+        #  {"image_id": 299207, "question": "...", "choices": ["nine", "two", ...], "correct_choice_idx": 1, ...}
+        with tarfile.open(path) as tar:
+            rows = json.load(tar.extractfile(next(m for m in tar if m.name.endswith("aokvqa_v1p0_train.json"))))
+        for row in rows:
+            yield (row["question_id"], f"{row['image_id']:012}.jpg", row["question"],
+                   ascii_uppercase[row["correct_choice_idx"]], dict(zip(ascii_uppercase, row["choices"])))
+    elif layout == "clevr":
+        #  {"scenes": [{"image_filename": "CLEVR_train_000000.png", "objects": [{"color": "cyan", ...}, ...]}, ...]}
+        with zipfile.ZipFile(path) as file:
+            scenes = json.load(file.open("CLEVR_v1.0/scenes/CLEVR_train_scenes.json"))["scenes"]
+        for scene in scenes:
+            yield (scene["image_filename"], f"images/train/{scene['image_filename']}",
+                   "How many items are there in the image?", str(len(scene["objects"])))
+    elif layout == "gsm8k":
+        #  {"question": "...", "answer": "48 / 2 = 24, 48 + 24 = 72\n#### 72"}; only the number can be checked
+        for number, (_, _, row) in enumerate(read_json_rows(path)):
+            yield number, None, row["question"], row["answer"].rpartition("#### ")[2].replace(",", "")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -838,10 +820,10 @@ def read_text_records(path, encode, end: int, seq_len: int) -> Records:
     pieces = -(-(ends - starts - 1) // seq_len)                                 # of each document, rounded up
     document = np.repeat(np.arange(len(ends)), pieces)                          # of each piece
     at = starts[document] + (np.arange(len(document)) - np.repeat(np.cumsum(pieces) - pieces, pieces)) * seq_len
-    keys = np.fromiter((hash_key(f"id {path} document {number}") for number in range(len(ends))), np.uint64, len(ends))
 
     def make(number: int, begin: int, stop: int) -> dict:
         return {"id": f"{path} document {number}", "images": [], "ids": ids[begin:stop].tolist()}
+    keys = np.fromiter((hash_keys(make(number, 0, 0))[0] for number in range(len(ends))), np.uint64, len(ends))
     return Records(make, np.stack([document, at, np.minimum(at + seq_len + 1, ends[document])], axis=1),
                    np.repeat(keys, pieces), np.ones(len(document), dtype=np.int64))
 
@@ -938,16 +920,11 @@ def read_any(name: str, world: World, count: int):
     "A part of --data, conversations or text -> its records; of the world, which has no end, the first `count`."
     if name == "world":
         return [world[i] for i in range(count)]
-    if is_text(name):
-        return [{"id": f"{name} document {i}", "text": text, "images": []} for i, text in enumerate(read_text(name))]
+    # Chapter 1's kind of data: the first row is a text, not a conversation, and no picture's caption. Where even that
+    # row is an error, reading will say what is wrong with it.
+    if name.endswith(".txt") or isinstance(attempt(next, read_text(name)), str):
+        return ({"id": f"{name} document {i}", "text": text, "images": []} for i, text in enumerate(read_text(name)))
     return read_records(name, 1.0)
-
-
-def is_text(name: str) -> bool:
-    "Chapter 1's kind of data: the first row of the file is a text, not a conversation, and no picture's caption."
-    found = attempt(next, read_text(name))  # an error: conversations, or a file of which reading will say what is wrong
-    require(isinstance(found, str) or not name.endswith(".txt"), str(found))
-    return isinstance(found, str)
 
 
 def tokenizer_texts(spec: str, seed: int, characters: int = 30_000_000) -> list[str]:
@@ -1206,14 +1183,22 @@ class Documents(torch.utils.data.Dataset):
                 document.pixels = None
         return items, torch.stack(pixels) if pixels else torch.zeros(0)
 
-    @staticmethod
-    def unpack(chunks):
-        "Such chunks -> one item after the other, documents with their pixels."
-        for items, pixels in chunks:
-            documents = [item for item in items if isinstance(item, Document)]
-            for document, part in zip(documents, pixels.split([len(one.record["images"]) for one in documents])):
-                document.pixels = part
-            yield from items
+    def unpack(self, chunks):
+        "Such chunks, made here or by worker processes -> one item after the other, documents with their pixels."
+        try:
+            for items, pixels in chunks:
+                documents = [item for item in items if isinstance(item, Document)]
+                for document, part in zip(documents, pixels.split([len(one.record["images"]) for one in documents])):
+                    document.pixels = part
+                yield from items
+        except RuntimeError:
+            for number, process in enumerate(getattr(chunks, "_workers", [])):
+                if code := process.exitcode:
+                    record = self.dataset[int(self.current[number])]
+                    raise ValueError(f"record {record.get('id')}: the loader's worker process that worked on it ended "
+                                     f"with code {code} (-9: killed, mostly for want of memory; -7: /dev/shm is full); "
+                                     "use fewer --workers, or --workers=0") from None
+            raise
 
 
 def start_worker(worker: int) -> None:
@@ -1232,7 +1217,6 @@ class Loader:
     workers: processes that make the documents and open their pictures; 0: the thread does it. The batches are the same.
     A record that turns out to be bad is left out, named, and counted: more than dataset.max_bad are an error.
     """
-    started = weakref.WeakSet()  # those of this process that have workers, for an error to find whose worker died
 
     def __init__(self, dataset, make_document, load_pixels, rows, seq_len, image_tokens, micro_batch=0, micro_batches=1,
                  state=None, prefetch=True, pin=False, workers=0):
@@ -1253,8 +1237,9 @@ class Loader:
                 generator=torch.Generator()))  # of its own: else it would draw from the one that samples answers
             # TRAP: at its end Python stops its children by SIGTERM, which these ignore, and would wait for ever.
             weakref.finalize(self, self.iterator._shutdown_workers)
-            Loader.started.add(self)
-        self.items = Documents.unpack(self.iterator if workers else map(self.documents.__getitem__, chunks))
+            # PyTorch would end the training step in which a worker dies. The next batch finds it, too, and in order.
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+        self.items = self.documents.unpack(self.iterator if workers else map(self.documents.__getitem__, chunks))
 
     def state(self) -> dict:  # {"next": 1201, "waiting": [1181, 1197]}: indices are enough, record i can be made again
         # As of the batches handed out. A prefetched one is not among them: a resumed run makes it again.
@@ -1299,18 +1284,6 @@ class Loader:
             batch = {name: value.pin_memory() if torch.is_tensor(value) else value
                      for name, value in batch.items()}
         return batch, at, waiting
-
-
-def name_dead_worker(error: RuntimeError) -> str:
-    "PyTorch's words for a worker process that was killed -> ours, with the record that it was busy with."
-    for loader in Loader.started:
-        for number, process in enumerate(loader.iterator._workers):
-            if process.exitcode:
-                record = loader.documents.dataset[int(loader.documents.current[number])]
-                return (f"record {record.get('id')}: the loader's worker process that worked on it ended with code "
-                        f"{process.exitcode} (-9: killed, mostly for want of memory; -7: /dev/shm is full); use fewer "
-                        "--workers, or --workers=0")
-    return str(error).splitlines()[0]
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -1387,10 +1360,6 @@ def run(main) -> None:
         for bar in list(tqdm._instances):
             bar.close()  # else the message would be printed on the progress bar's line
         sys.exit(f"error: {error}")
-    except RuntimeError as error:
-        if "DataLoader worker" not in str(error):
-            raise
-        sys.exit(f"error: {name_dead_worker(error)}")
     except KeyboardInterrupt:
         print("stopped", file=sys.stderr)
         sys.exit(130)  # the shells' number for Ctrl-C: 128 + SIGINT (2)
@@ -1467,24 +1436,28 @@ def check_data(flags) -> dict:
     for name in names + [flags.val] * bool(flags.val):
         records = read_any(name, World("chat"), 500)
         bad += getattr(records, "bad", [])
-        for number in tqdm(range(len(records)), desc=f"checking {name}", delay=5, disable=None):
+        if isinstance(records, Records):  # a picture may have gone since the index was made
+            records = map(partial(attempt, records.__getitem__), range(len(records)))
+        for number, record in enumerate(tqdm(records, desc=f"checking {name}", delay=5, disable=None)):
+            where = f"{name}, record {number}"
             try:
-                record = records[number]
-                where = f"{name}, record {number} (id {record['id'][:60]!r})"
+                if isinstance(record, ValueError):
+                    raise record
+                where += f" (id {record['id'][:60]!r})"
                 counts.update(records=1, images=len(record["images"]), turns=len(record.get("messages", [])))
-                bad += check_record(record, where, seen)
-                keys = set(hash_keys(record))
-                if name not in names and keys & trained:
+                bad += [f"{where}: {problem}" for problem in problems_of(record, where, seen)]
+                keys = hash_keys(record)
+                if name in names:
+                    trained.update(keys)
+                elif not trained.isdisjoint(keys):
                     bad.append(f"{where}: a picture or text of it is in --data, too")
-                trained |= keys if name in names else set()
-                drawn += [record] * (number < 20 and len(drawn) < 20)
-                line = json.dumps({"id": record["id"], "messages": record.get("messages", record.get("text")),
-                                   "images": len(record["images"])}, ensure_ascii=False) if len(shown) < 3 else ""
-                if tokenizer:
-                    line = count_tokens(record, tokenizer, flags, counts, lengths)
+                drawn += [record] * (len(drawn) < 20)
+                line = count_tokens(record, tokenizer, flags, counts, lengths) if tokenizer else \
+                    json.dumps({"id": record["id"], "messages": record.get("messages", record.get("text")),
+                                "images": len(record["images"])}, ensure_ascii=False)
                 shown += [line] * (line != "" and len(shown) < 3)
             except ValueError as error:
-                bad.append(str(error) if name in str(error) else f"{name}: {error}")
+                bad.append(str(error) if name in str(error) else f"{where}: {error}")
     if flags.check:
         path = flags.out.replace("world.png", "check.png")
         draw_records(path, drawn)
@@ -1497,7 +1470,7 @@ def check_data(flags) -> dict:
     return {**counts, "bad": len(bad)}
 
 
-def check_record(record: dict, where: str, seen: dict) -> list[str]:
+def problems_of(record: dict, where: str, seen: dict) -> list[str]:
     "What is wrong with a record that could be read."
     bad, turns, answers = [], turns_of(record), record.get("answer", [])
     for source in record["images"]:
@@ -1517,8 +1490,7 @@ def check_record(record: dict, where: str, seen: dict) -> list[str]:
         bad.append(f"the answer {answers!r} is none of the choices")
     content = repr((turns, [picture_key(source) for source in record["images"]]))
     first = seen.setdefault(hashlib.sha1(content.encode("utf-8", "replace")).digest(), where)
-    bad += [f"the same as {first}"] * (first != where)
-    return [f"{where}: {line}" for line in bad]
+    return bad + [f"the same as {first}"] * (first != where)
 
 
 def count_tokens(record: dict, tokenizer, flags, counts: Counter, lengths: list) -> str:
@@ -1527,7 +1499,7 @@ def count_tokens(record: dict, tokenizer, flags, counts: Counter, lengths: list)
     part that is learned in **stars**; "" if it does not fit.
     """
     document = make_document(record, 0, tokenizer, flags.image_tokens, 10 ** 9)
-    require(document, f"record {record['id']}: nothing in it is learned")
+    require(document, "nothing in it is learned")
     lengths.append(len(document.ids) - 1)
     if "messages" in record:  # text is cut into pieces, of which none is lost
         counts["cut"] += lengths[-1] > flags.seq_len
