@@ -1014,7 +1014,7 @@ class Document:
     slots: list[int]         # per picture: where its run of image tokens starts in ids
     record: dict
     weight: float = 1.0      # of each of its tokens in the loss; in reinforcement learning the advantage
-    pixels: list | None = None  # of its pictures, uint8 [3, S, S] each, where the loader has opened them already
+    pixels: list | torch.Tensor | None = None  # of its pictures, uint8 [3, S, S] each, where the loader opened them
 
 
 def make_document(record: dict, index: int, tokenizer, image_tokens: int, seq_len: int,
@@ -1126,8 +1126,8 @@ def collate(arrays: dict, packed: list[Document], load_pixels=None) -> dict:
     def pixels_of(place: tuple) -> torch.Tensor:
         _, doc, k = place
         return load_pixels(doc.record["images"][k], doc.record) if doc.pixels is None else doc.pixels[k]
-    # Pillow releases Python's lock while it decodes and resizes, so threads help, and map keeps the order.
-    pixels = list((threads("pictures").map if load_pixels else map)(pixels_of, sources.values()))
+    closed = load_pixels and not isinstance(next(iter(sources), None), Scene)
+    pixels = list((threads("pictures").map if closed else map)(pixels_of, sources.values()))  # as in Documents below
     batch["pixels"] = torch.stack(pixels) if pixels else None   # uint8 [n, 3, S, S]: a quarter of float32 to transfer
     batch["image_index"] = torch.tensor(image_index, dtype=torch.long)  # [m]: which of the n each slot shows
     batch["records"] = [doc.record["id"] for doc in packed]  # for messages
