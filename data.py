@@ -416,22 +416,22 @@ def read_json_list(file, path: str, at: int):
     # structures JSON is ASCII in any case. Only items that hold other letters are decoded again, from UTF-8.
     decode, gap = json.JSONDecoder().raw_decode, re.compile(r"[ \t\r\n,]*")
     text, line = file.read(BLOCK).decode("latin-1"), 1  # the text begins at byte `at` of the file, in this line
-    i, done = text.index("[") + 1, False  # up to i the text is used up
+    i = text.index("[") + 1  # up to here the text is used up
     while not text.startswith("]", i := gap.match(text, i).end()):
         try:
             row, end = decode(text, i)
-            if end == len(text) and not done:  # 12 may be the beginning of 123
+            if end == len(text):  # 12 may be the beginning of 123; the last item has a ] behind it
                 raise json.JSONDecodeError("the text ends", text, end)
             if not text[i:end].isascii():
                 row = json.loads(text[i:end].encode("latin-1"))
         except (ValueError, RecursionError) as error:
             # Is the item wrong, or does it only continue in the next block? A string is reported at its start.
             pos, reason = getattr(error, "pos", i), getattr(error, "msg", str(error))
-            if not done and isinstance(error, json.JSONDecodeError) and (
-                    pos > len(text) - 2 ** 16 or reason.startswith("Unterminated")):
+            cut = isinstance(error, json.JSONDecodeError) and (pos > len(text) - 2 ** 16 or "Unterminated" in reason)
+            # twice as much each time: a long item stays cheap
+            if block := cut and file.read(max(BLOCK, len(text) - i)):
                 at, line = at + i, line + text.count("\n", 0, i)
-                block = file.read(max(BLOCK, len(text) - i))  # twice as much each time: a long item stays cheap
-                text, i, done = text[i:] + block.decode("latin-1"), 0, not block
+                text, i = text[i:] + block.decode("latin-1"), 0
                 continue
             raise ValueError(f"{path}, line {line + text.count(chr(10), 0, pos)}: not valid JSON ({reason}); expected "
                              "a list of records or one record per line, in UTF-8; fetch the file again if it was cut "
@@ -1432,8 +1432,8 @@ def check_data(flags) -> dict:
     seen, trained = {}, set()  # {hash of a record: the first that has it}; hashes of the pictures of --data
     tokenizer = flags.check and (Tokenizer.from_pretrained(flags.tokenizer) if flags.tokenizer else
                                  Tokenizer.train(tokenizer_texts(flags.data, 0, 3_000_000), 2048))
-    names = [name for name, _ in parse_mixture(flags.data)]
-    for name in names + [flags.val] * bool(flags.val):
+    parts = [(name, False) for name, _ in parse_mixture(flags.data)] + [(flags.val, True)] * bool(flags.val)
+    for name, held_out in parts:
         records = read_any(name, World("chat"), 500)
         bad += getattr(records, "bad", [])
         if isinstance(records, Records):  # a picture may have gone since the index was made
@@ -1447,7 +1447,7 @@ def check_data(flags) -> dict:
                 counts.update(records=1, images=len(record["images"]), turns=len(record.get("messages", [])))
                 bad += [f"{where}: {problem}" for problem in problems_of(record, where, seen)]
                 keys = hash_keys(record)
-                if name in names:
+                if not held_out:
                     trained.update(keys)
                 elif not trained.isdisjoint(keys):
                     bad.append(f"{where}: a picture or text of it is in --data, too")

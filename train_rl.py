@@ -169,18 +169,20 @@ def compare(before: dict, after: dict, records: list, kinds: list, setup: Setup)
 def main() -> None:
     flags = parse_flags(__doc__, STAGE, FLAGS, BY_MODEL)
     setup = Setup(flags)
+    # Data, first: a wrong file or picture shows before a large model is loaded. New: single questions, with an answer
+    # that code can check. No loader: the model itself makes the rows.
+    kinds = [kind for kind in flags.kinds.split(",") if kind]
+    # Held out are questions of all kinds: what is not trained on may be forgotten, and that should show.
+    exams = {split: World("exam", split, seed=1) for split in ("scenes", "pairs")}
+    dataset, held_out = data.load_data(flags.data, World("exam", seed=flags.seed, kinds=kinds), exams, flags.seed,
+                                   flags.eval_size, flags.val, max_bad=flags.max_bad)
+
     vlm, tokenizer, state, moments = load_start(flags, setup, STAGE)
     params = freeze_all_but(vlm, ["bridge", "decoder", "vit"])  # the same parts as in chapter 3
     optimizer = Optimizer(params, flags.optimizer, flags.lr, moments)
     vlm.to(setup.dtype)
     step = state.get("step", 0)  # above 0 with --resume
 
-    # Data. New: single questions, with an answer that code can check. No loader: the model itself makes the rows.
-    kinds = [kind for kind in flags.kinds.split(",") if kind]
-    # Held out are questions of all kinds: what is not trained on may be forgotten, and that should show.
-    exams = {split: World("exam", split, seed=1) for split in ("scenes", "pairs")}
-    dataset, held_out = data.load_data(flags.data, World("exam", seed=flags.seed, kinds=kinds), exams, flags.seed,
-                                   flags.eval_size, flags.val, max_bad=flags.max_bad)
     # A resumed run compares with where it began, not with where it was interrupted.
     before = state.get("before") or {name: evaluate(vlm, tokenizer, records, setup)
                                      for name, records in held_out.items()}
