@@ -22,7 +22,6 @@ of a tar shard, readable by its number, so any order can be had directly, and a 
 import argparse
 import ast
 import base64
-import codecs
 import contextlib
 import csv
 import ctypes
@@ -36,7 +35,6 @@ import os
 import random
 import re
 import signal
-import stat
 import sys
 import tarfile
 import textwrap
@@ -45,10 +43,11 @@ import weakref
 import zipfile
 import zlib
 from array import array
-from collections import Counter, deque
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
+from operator import itemgetter
 from pathlib import Path
 from string import ascii_uppercase
 
@@ -124,17 +123,15 @@ def open_source(source, px: int = 256) -> Image.Image:
     return load_image(io.BytesIO(source) if isinstance(source, bytes) else source, name)
 
 
-def load_pixels(config: ViTConfig, source, record: dict) -> torch.Tensor:
-    try:
-        image = open_source(source, config.image_size)
-    except ValueError as error:
-        raise ValueError(f"record {record['id']}: {error}") from None  # one of a million: say which
-    return preprocess(image, config.image_size, config.bicubic, config.pad)
-
-
 def pixel_loader(config: ViTConfig):
     "-> a function (source, record) -> uint8 [3, S, S], as this ViT needs it; its errors name the record."
-    return partial(load_pixels, config)
+    def load_pixels(source, record: dict) -> torch.Tensor:
+        try:
+            image = open_source(source, config.image_size)
+        except ValueError as error:
+            raise ValueError(f"record {record['id']}: {error}") from None  # one of a million: say which
+        return preprocess(image, config.image_size, config.bicubic, config.pad)
+    return load_pixels
 
 
 def image_finder(folder: str, places: dict = {}):
@@ -145,64 +142,62 @@ def image_finder(folder: str, places: dict = {}):
     """
     folder = os.path.abspath(folder)
     true_path = lru_cache(2 ** 14)(os.path.realpath)
-    roots = [true_path(os.path.join(root, end)) for root in [folder, *places.values()] for end in ("", "images")]
+    roots = tuple(os.path.join(true_path(os.path.join(root, end)), "")
+                  for root in [folder, *places.values()] for end in ("", "images"))
 
-    def is_file(path: str, name: str) -> bool:
-        try:
-            linked = stat.S_ISLNK(os.lstat(path).st_mode)
-        except OSError:  # it is not there, or its name is longer than the disk allows
+    def is_file(path: str) -> bool:
+        if not os.path.isfile(path):
             return False
         # realpath takes 30 microseconds, so only links are followed one by one, folders once
-        true = os.path.realpath(path) if linked else os.path.join(true_path(os.path.dirname(path)), "x")
-        require(any(true.startswith(root + os.sep) for root in roots),
-                f"image {name[:100]!r} is a link that leads out of the data's folder {folder}; copy the file there")
-        return os.path.isfile(path)
+        true = os.path.realpath(path) if os.path.islink(path) else os.path.join(true_path(os.path.dirname(path)), "x")
+        require(true.startswith(roots), f"image {path[:200]!r} is a link that leads out of the data's folder {folder}; "
+                                        "copy the file there")
+        return True
 
     @lru_cache
     def zips(place: str) -> list:
         # A zip stays packed: half a million small files take hours to unpack, and many disks run out of inodes.
         # The directory at the zip's end gives each member's position, so one picture is read without the others.
-        names = sorted((entry for entry in os.listdir(place) if entry.endswith(".zip")),
-                       key=lambda entry: (entry != "images.zip", entry)) if os.path.isdir(place) else []
+        names = [name for name in os.listdir(place) if name.endswith(".zip")] if os.path.isdir(place) else []
         out = []
-        for path in (os.path.join(place, name) for name in names):
+        for path in (os.path.join(place, name) for name in sorted(names, key=lambda one: (one != "images.zip", one))):
             with named_errors(path):
-                # macOS adds a hidden companion of each file. It has the name of a picture, but is none.
-                members = [n for n in open_zip(path, os.getpid()).namelist() if not n.startswith("__MACOSX/")]
+                members = open_zip(path, os.getpid()).NameToInfo
+            # macOS adds a hidden companion of each file. It has the name of a picture, but is none.
+            common = os.path.commonprefix([name for name in members if not name.startswith("__MACOSX/")])
             # Zipping a folder puts its name before all others: the zip has images/004/7.jpg, the records say
             # 004/7.jpg. Both are found, the full name first.
-            common = os.path.commonprefix(members).split("/")[:-1]
-            prefixes = ["/".join(common[:depth] + [""]) if depth else "" for depth in range(len(common) + 1)]
-            out.append((path, open_zip(path, os.getpid()).NameToInfo, prefixes))
+            folders = itertools.accumulate(part + "/" for part in common.split("/")[:-1])
+            out.append((path, members, ["", *folders]))
         return out
 
-    def find_in(place: str, name: str, whole: str):
+    def find_in(place: str, name: str):
         for archive, members, prefixes in zips(place):
             for prefix in prefixes:
                 if prefix + name in members:
                     return archive, prefix + name
         # Some files say images/7.jpg, others 7.jpg.
         for path in f"{place}/images/{name}", f"{place}/{name}":
-            if is_file(path, whole):
+            if is_file(path):
                 return path
         first, _, rest = name.partition("/")  # gqa/images/7.jpg may be images/7.jpg in gqa/images.zip
-        return find_in(os.path.join(place, first), rest, whole) if rest else None
+        return find_in(os.path.join(place, first), rest) if rest else None
 
     def find(name: str):
         if name.startswith("data:"):  # data:image/png;base64,iVBORw0KG...: the picture itself
             try:
-                return base64.b64decode(name.partition(",")[2], validate=True)
+                return base64.b64decode("".join(name.partition(",")[2].split()), validate=True)
             except ValueError:
                 raise ValueError(f"image {name[:40]!r} is not base64") from None
         if name.startswith(("http://", "https://")):
             return name
         require(not LEADS_OUT.search(name), f"image {name[:100]!r} leads out of the data's folder {folder}; name it "
                                             "relative to the folder")
-        source = find_in(folder, name, name)
+        source = find_in(folder, name)
         for start, place in places.items():
             if not source and name.startswith(start):
                 rest = name[len(start):]
-                source = place + rest if "://" in place else find_in(place, rest, name)
+                source = place + rest if "://" in place else find_in(place, rest)
         return source
     return find
 
@@ -218,6 +213,14 @@ CAPTION_PROMPT = "Describe the image."  # the question for a picture that comes 
 CLASS_PROMPT = "What is this?"          # and for one in a folder that is named after what it shows
 CHOICE_PROMPT = "Answer with the option's letter from the given choices directly."  # LLaVA's wording, as is the next:
 SHORT_PROMPT = "Answer the question using a single word or phrase."
+
+
+def attempt(work, *arguments):
+    "work(*arguments), or the ValueError that it ends in: one bad row of a million does not stop the others."
+    try:
+        return work(*arguments)
+    except (ValueError, RecursionError) as error:
+        return error
 
 
 def flatten(content, images: list):
@@ -257,65 +260,76 @@ def to_messages(row: dict, images: list) -> list[dict]:
     return [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
 
 
-def check_scoring(row: dict, where: str) -> None:
-    "What scoring will use is of the right kind: later it would end an evaluation, or silently score nothing."
-    if not row.keys() & {"answer", "metric", "choices", "kind"}:
-        return
-    answers = row.get("answer", "x")
-    answers = answers if isinstance(answers, list) else [answers]
-    require(answers and all(isinstance(one, str) and one.strip() for one in answers),
-            f"{where}: the answer {str(row.get('answer'))[:40]!r} must be a text, or a list of texts, and not empty")
-    require(row.get("metric", "exact") in METRICS, f"{where}: unknown metric {str(row.get('metric'))[:40]!r}; choose "
-                                                  f"from {', '.join(METRICS)}")
-    choices = row.get("choices", {})
-    require(isinstance(choices, dict) and all(isinstance(text, str) for text in choices.values()),
-            f"{where}: choices must be an object of letters and texts, such as {{\"A\": \"cat\"}}")
-    require(isinstance(row.get("kind", ""), str), f"{where}: the kind must be a text")
+def instances_of(row) -> list:
+    "Self-Instruct: several inputs under one instruction -> a row for each. Every other row is one."
+    several = row.get("instances") if isinstance(row, dict) else None
+    if not several:
+        return [row]
+    if isinstance(several, list) and all(isinstance(one, dict) for one in several):
+        return [row | one for one in several]
+    return [ValueError(f"instances is {str(several)[:40]!r}; expected a list of objects")]
 
 
-def make_record(row: dict, where: str, find) -> dict:
-    """One row of a file -> a record that nothing later has to check again."""
-    where += f" (id {str(row['id'])[:60]!r})"
-    names = row.get("images", row.get("image", row.get("file_name"))) or []  # null, "" and no key: a text-only record
-    names = list(names) if isinstance(names, list) else [names]
+def read_row(row, where: str, number: int, find) -> dict:
+    "A row of a file, or what is wrong with it -> its record, or a ValueError that names file, record and id."
+    # The one place where errors get their names: what is called below says only what is wrong.
     try:
-        messages = to_messages(row, names)
-    except (KeyError, TypeError, IndexError, AttributeError) as error:
+        if isinstance(row, Exception):
+            raise row
+        if not isinstance(row, dict):  # TRAP: in require() the message would be made for every good row, too
+            raise ValueError(f"expected an object with keys, found {str(row)[:40]!r}")
+        row = {"id": number} | row
+        where += f" (id {str(row['id'])[:60]!r})"
+        return make_record(row, find)
+    except (KeyError, TypeError, IndexError, AttributeError) as error:  # a row of any other shape
         raise ValueError(f"{where}: missing key or unknown role {error}; expected conversations (from, value), "
                          "messages (role, content), instruction and output, or question and answer") from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{where}: {error}") from None
+
+
+def make_record(row: dict, find) -> dict:
+    """One row of a file -> a record that nothing later has to check again."""
+    names = row.get("images", row.get("image", row.get("file_name"))) or []  # null, "" and no key: a text-only record
+    names = list(names) if isinstance(names, list) else [names]
+    messages = to_messages(row, names)
     require(all(isinstance(turn["content"], str) for turn in messages),
-            f"{where}: the content of a turn is not text; list pictures under images, mark their places by <image>")
+            "the content of a turn is not text; list pictures under images, mark their places by <image>")
     roles = [turn["role"] for turn in messages]
     roles = roles[1:] if roles[:1] == ["system"] else roles  # the chat format allows a system message only here
     # Filters that drop single turns leave a question without its answer, or two questions in a row.
-    require(roles and roles == ["user", "assistant"] * (len(roles) // 2), f"{where}: the turns are "
+    require(roles and roles == ["user", "assistant"] * (len(roles) // 2), f"the turns are "
             f"{', '.join(roles[:9]) or 'none'}; user and assistant must alternate, the assistant last")
     empty = [i for i, turn in enumerate(messages) if turn["role"] == "assistant"
              and (not turn["content"] or turn["content"].isspace())]
-    require(not empty, f"{where}: the answer in turn {empty[:1]} is empty; nothing could be learned from it")
+    require(not empty, f"the answer in turn {empty[:1]} is empty; nothing could be learned from it")
     # A .tsv or .tar brings the bytes along. A name may be a bare number in JSON, but is no list and no object.
-    if not all(type(name) in (str, int, bytes) for name in names):  # not require(): its message would always be made
-        raise ValueError(f"{where}: an image is no name: {str(names)[:60]}")
-    try:
-        images = [name if isinstance(name, bytes) else find(str(name)) for name in names]
-    except ValueError as error:
-        raise ValueError(f"{where}: {error}") from None
+    require(all(type(name) in (str, int, bytes) for name in names), "an image is no name, but a list or an object")
+    images = [name if isinstance(name, bytes) else find(str(name)) for name in names]
     missing = [str(name)[:100] for name, image in zip(names, images) if image is None]
-    require(not missing, f"{where}: no image {missing[:1]} in images/ beside the file, in its own folder, or in "
-                         "images.zip")
+    require(not missing, f"no image {missing[:1]} in images/ beside the file, in its own folder, or in images.zip")
     markers = sum(turn["content"].count("<image>") for turn in messages)
     if len(images) == 1 and markers == 0:  # as in LLaVA: a picture without a marker comes first
         first = next(turn for turn in messages if turn["role"] == "user")
         first["content"], markers = "<image>\n" + first["content"], 1
     # With one marker too few, every later picture would belong to the wrong question, and no number would look wrong.
-    require(markers == len(images),
-            f"{where}: {markers} <image> markers, {len(images)} images; write a marker for each")
-    check_scoring(row, where)
+    require(markers == len(images), f"{markers} <image> markers, {len(images)} images; write a marker for each")
     # Keys that scoring needs are kept; other keys of the file (licence, url) are dropped.
     extra = {key: row[key] for key in ("kind", "answer", "metric", "choices") if key in row}
+    check_scoring(extra)
     return {"id": str(row["id"]), "messages": messages, "images": images, **extra}
+
+
+def check_scoring(extra: dict) -> None:
+    "What scoring will use is of the right kind: later it would end an evaluation, or silently score nothing."
+    answers, metric, choices = extra.get("answer", "x"), extra.get("metric", "exact"), extra.get("choices", {})
+    for answer in answers if isinstance(answers, list) and answers else [answers]:
+        require(isinstance(answer, str) and answer.strip(), f"the answer {str(answers)[:40]!r} must be a text, or a "
+                                                            "list of texts, and not empty")
+    require(metric in METRICS, f"unknown metric {str(metric)[:40]!r}; choose from {', '.join(METRICS)}")
+    require(isinstance(choices, dict) and all(isinstance(text, str) for text in choices.values()),
+            "choices must be an object of letters and texts, such as {\"A\": \"cat\"}")
+    require(isinstance(extra.get("kind", ""), str), "the kind must be a text")
 
 
 def picture_key(source) -> str:
@@ -332,13 +346,11 @@ def picture_key(source) -> str:
     return "/".join(Path(source).parts[-2:])
 
 
-def hash_key(key: str) -> int:
-    return int.from_bytes(hashlib.sha1(key.encode("utf-8", "surrogatepass")).digest()[:8], "big")
-
-
 def hash_keys(record: dict) -> list[int]:
     "A record's pictures as 64-bit numbers, the same on every machine. Without a picture its id counts as one."
-    return sorted(map(hash_key, {picture_key(source) for source in record["images"]} or {f"id {record['id']}"}))
+    keys = {picture_key(source) for source in record["images"]} or {f"id {record['id']}"}
+    return sorted(int.from_bytes(hashlib.sha1(key.encode("utf-8", "surrogatepass")).digest()[:8], "big")
+                  for key in keys)
 
 
 class Records:
@@ -364,20 +376,6 @@ class Records:
         "chosen: bool [n]."
         return Records(self.make, self.spans[chosen], self.keys[np.repeat(chosen, self.counts)], self.counts[chosen])
 
-    @classmethod
-    def join(cls, parts: list) -> "Records":
-        "Several files, such as the shards of one set, as one sequence."
-        if len(parts) == 1:
-            return parts[0]
-        width = max(part.spans.shape[1] for part in parts)
-        spans = [np.pad(np.insert(part.spans, 0, number, axis=1), ((0, 0), (0, width - part.spans.shape[1])))
-                 for number, part in enumerate(parts)]
-
-        def make(number: int, *span):
-            return parts[number].make(*span[:parts[number].spans.shape[1]])
-        return cls(make, np.concatenate(spans), np.concatenate([part.keys for part in parts]),
-                   np.concatenate([part.counts for part in parts]), [line for part in parts for line in part.bad])
-
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Reading files. A reader is a generator of (start, end, row): the bytes of the file from which the row can be read
@@ -390,10 +388,6 @@ FILE_METRICS = {"chartqa": "relaxed", "docvqa": "anls", "infovqa": "anls", "ocrv
 BLOCK = 2 ** 24  # bytes of a file that are read at once
 
 
-def open_bytes(path: str):
-    return (gzip.open if path.endswith(".gz") else open)(path, "rb")
-
-
 def read_span(path: str, start: int, end: int) -> bytes:
     with open(path, "rb") as file:  # opened each time: processes and threads that share a file share its position
         file.seek(start)
@@ -402,60 +396,57 @@ def read_span(path: str, start: int, end: int) -> bytes:
 
 def read_json_rows(path: str):
     """A JSON list, or one JSON value per line -> its items."""
-    with open_bytes(path) as file:
-        begin = 3 if file.read(3) == b"\xef\xbb\xbf" else 0  # Windows editors begin with a byte order mark
-        file.seek(begin)
-        first = file.readline(100)
-        while first.isspace():
-            first = file.readline(100)
-        file.seek(begin)
+    with (gzip.open if path.endswith(".gz") else open)(path, "rb") as file:
+        head = file.read(2 ** 12)
+        at = 3 * head.startswith(b"\xef\xbb\xbf")  # Windows editors begin with a byte order mark
+        file.seek(at)
         # The content decides, not the file's name: POPE's .json files hold one object per line.
-        if first.lstrip().startswith(b"["):
-            yield from read_json_list(file, path, begin)
+        if head[at:].lstrip().startswith(b"["):
+            yield from read_json_list(file, path, at)
             return
-        at, row = begin, None
         for number, line in enumerate(file, 1):  # line by line: a shard of C4 unpacks to 800 MB
             if line.strip():
-                try:
-                    row = parse_json(line, f"{path}, line {number}")
-                except ValueError as error:
-                    row = error
-                yield at, at + len(line), row
+                yield at, at + len(line), attempt(parse_json, line, f"line {number}")
             at += len(line)
 
 
 def read_json_list(file, path: str, at: int):
     "[{...}, {...}, ...] -> its items, without the whole file in memory. at: the byte at which the list begins."
-    decoder, decode = json.JSONDecoder(), codecs.getincrementaldecoder("utf-8")()
-    text, i, line, done = decode.decode(file.read(BLOCK)), 0, 1, False  # i: up to here text is used up
-    skip, comma = re.compile(r"[\s,]*"), "["
-    i = text.index("[") + 1
-    at, line = at + i, line + text.count("\n", 0, i)
-    while True:
-        gap = skip.match(text, i).end()
-        at, line, i = at + gap - i, line + text.count("\n", i, gap), gap
-        if text.startswith("]", i):
-            return
+    # In Latin-1 every byte is one letter, so the decoder's places in the text are places in the file, and what
+    # structures JSON is ASCII in any case. Only items that hold other letters are decoded again, from UTF-8.
+    decode, gap = json.JSONDecoder().raw_decode, re.compile(r"[ \t\r\n,]*")
+    text, line = file.read(BLOCK).decode("latin-1"), 1  # the text begins at byte `at` of the file, in this line
+    i = text.index("[") + 1  # up to here the text is used up
+    while not text.startswith("]", i := gap.match(text, i).end()):
         try:
-            row, end = decoder.raw_decode(text, i)
-            if end == len(text) and not done:  # 12 may be the beginning of 123
+            row, end = decode(text, i)
+            if end == len(text):  # 12 may be the beginning of 123; the last item has a ] behind it
                 raise json.JSONDecodeError("the text ends", text, end)
+            if not text[i:end].isascii():
+                row = json.loads(text[i:end].encode("latin-1"))
         except (ValueError, RecursionError) as error:
             # Is the item wrong, or does it only continue in the next block? A string is reported at its start.
-            pos = getattr(error, "pos", i)
-            if not done and isinstance(error, json.JSONDecodeError) and (
-                    pos > len(text) - 2 ** 16 or error.msg.startswith("Unterminated")):
-                block = file.read(max(BLOCK, len(text) - i))  # twice as much each time: a long item stays cheap
-                done = not block
-                text, i = text[i:] + decode.decode(block, final=done), 0
+            pos, reason = getattr(error, "pos", i), getattr(error, "msg", str(error))
+            cut = isinstance(error, json.JSONDecodeError) and (pos > len(text) - 2 ** 16 or "Unterminated" in reason)
+            # twice as much each time: a long item stays cheap
+            if block := cut and file.read(max(BLOCK, len(text) - i)):
+                at, line = at + i, line + text.count("\n", 0, i)
+                text, i = text[i:] + block.decode("latin-1"), 0
                 continue
-            reason = getattr(error, "msg", str(error))
-            line += text.count("\n", i, pos)
-            raise ValueError(f"{path}, line {line}: not valid JSON ({reason}); expected a list of records or one "
-                             "record per line; fetch the file again if it was cut off") from None
-        size = len(text[i:end].encode("utf-8", "surrogatepass"))
-        yield at, at + size, row
-        at, line, i = at + size, line + text.count("\n", i, end), end
+            raise ValueError(f"{path}, line {line + text.count(chr(10), 0, pos)}: not valid JSON ({reason}); expected "
+                             "a list of records or one record per line, in UTF-8; fetch the file again if it was cut "
+                             "off") from None
+        yield at + i, at + end, row
+        i = end
+
+
+def benchmark_row(name, image, question: str, answer, choices: dict = {}, metric: str = "exact") -> dict:
+    "A question whose answer can be checked, worded as in LLaVA's evaluations."
+    # Without such a line a model answers in a whole sentence, which "exact" counts as wrong. OCRBench adds none.
+    suffix = CHOICE_PROMPT if choices else SHORT_PROMPT if metric != "contains" else ""
+    return {"id": name, "images": image, "answer": answer, "metric": "choice" if choices else metric,
+            "question": "\n".join(filter(None, [question, *map(". ".join, choices.items()), suffix])),
+            "choices": choices}
 
 
 def read_tsv(path: str):
@@ -472,67 +463,60 @@ def read_tsv(path: str):
     # A file may have any name (MME, HallusionBench, your own): then the answers tell which rule fits.
     metric = "yesno" if all(row["answer"].lower() in ("yes", "no") for row in rows) else "exact"
     metric = next((rule for part, rule in FILE_METRICS.items() if part in name), metric)
-    pictures = {row["index"]: row["image"] for row in rows if len(row["image"]) > 64}  # no picture is that small
-    for number, row in enumerate(rows):  # an empty cell, as for options C and D of a two-way question, is ""
-        where = f"{path}, record {number} (id {row['index']!r})"
-        try:
-            image, answer = pictures.get(row["index"]) or pictures.get(row["image"]), row["answer"]
-            require(image, f"{where}: image {row['image'][:70]!r} is neither base64 nor the index of a row with one")
-            # "['5', 'five']" is two right answers, "[sic" just text. The original calls eval, which would run any code.
-            with contextlib.suppress(ValueError, SyntaxError, RecursionError, MemoryError):
-                answer = [str(one) for one in ast.literal_eval(answer)] if answer.startswith("[") else answer
-            choices = {letter: row[letter] for letter in ascii_uppercase if row.get(letter)}
-            require(answer and (not choices or answer in choices), f"{where}: answer {answer!r} is empty or no option")
-            with named_errors(where):
-                image = base64.b64decode(image)
-        except ValueError as error:  # binascii's is one, too
-            yield 0, 0, error if where in str(error) else ValueError(f"{where}: the picture is not base64 ({error})")
-            continue
-        # Without such a line a model answers in a whole sentence, which "exact" counts as wrong.
-        suffix = CHOICE_PROMPT if choices else SHORT_PROMPT if metric != "contains" else ""  # OCRBench adds none
-        lines = "<image>", row.get("hint"), row["question"], *map(". ".join, choices.items()), suffix
-        yield 0, 0, {"id": row["index"], "images": [image], "question": "\n".join(filter(None, lines)),
-                     "answer": answer, "metric": "choice" if choices else metric, "choices": choices,
-                     "kind": row.get("category", "")}
+    pictures = {row["index"]: f"data:,{row['image']}" for row in rows if len(row["image"]) > 64}  # none is that small
+
+    def question(row: dict) -> dict:  # an empty cell, as for options C and D of a two-way question, is ""
+        image, answer = pictures.get(row["index"]) or pictures.get(row["image"]), row["answer"]
+        require(image, f"image {row['image'][:70]!r} is neither base64 nor the index of a row with one")
+        # "['5', 'five']" is two right answers, "[sic" just text. The original calls eval, which would run any code.
+        with contextlib.suppress(ValueError, SyntaxError, RecursionError, MemoryError):
+            answer = [str(one) for one in ast.literal_eval(answer)] if answer.startswith("[") else answer
+        choices = {letter: row[letter] for letter in ascii_uppercase if row.get(letter)}
+        require(answer and (not choices or answer in choices), f"answer {answer!r} is empty or no option")
+        asked = "\n".join(filter(None, (row.get("hint"), row["question"])))
+        return benchmark_row(row["index"], image, asked, answer, choices, metric) | {
+            "kind": row.get("category", "")}
+    for row in rows:
+        found = attempt(question, row)
+        yield 0, 0, ValueError(f"question {row['index']!r}: {found}") if isinstance(found, ValueError) else found
+
+
+SAMPLE = re.compile(r"(.*?[^/.]*)\.?([^/]*)")  # cut at the first dot of the name, not of its folders: v1.0/7, jpg
 
 
 def read_tar(path: str):
     """webdataset: 7.jpg with 7.json (a record) or 7.txt (a caption) is record 7. Its files are neighbours."""
     # A tar has no directory like a zip: the headers of all members are read, once, and from then on the index knows
     # where each record is. "r:": a compressed tar has no such places, and may unpack to any size.
-    stem, start = None, 0
+    stem, starts = None, array("q")
     with tarfile.open(path, "r:") as tar:
         while member := tar.next():
             tar.members = []  # TRAP: else the names of all members stay in memory, 1 KB each
             plain = (member.isfile() or member.isdir()) and not member.issparse() and not LEADS_OUT.search(member.name)
             require(plain, f"{path}: member {member.name[:100]!r} is a link, a device, sparse, or leads out of the "
                            "archive; pack plain files only")
-            # Cut at the first dot of the name, not of its folders: v1.0/7.jpg -> v1.0/7 and jpg.
-            name = re.match(r".*?[^/.]*(?=\.[^/]*$|$)", member.name)[0]
-            if member.isfile() and name != stem:
-                if stem is not None:
-                    yield start, member.offset, parse_sample(read_span(path, start, member.offset), path)
-                stem, start = name, member.offset
-        if stem is not None:
-            yield start, tar.offset, parse_sample(read_span(path, start, tar.offset), path)
+            if member.isfile() and SAMPLE.fullmatch(member.name)[1] != stem:
+                stem = SAMPLE.fullmatch(member.name)[1]
+                starts.append(member.offset)
+        starts.append(tar.offset)
+    for start, end in itertools.pairwise(starts):
+        yield start, end, attempt(parse_sample, read_span(path, start, end))
 
 
-def parse_sample(raw: bytes, path: str):
-    "The bytes of one record's members -> its row, or the ValueError that says what is wrong with it."
+def parse_sample(raw: bytes) -> dict:
+    "The bytes of one record's members in a tar -> its row."
     files, stem = {}, ""
     with tarfile.open(fileobj=io.BytesIO(raw), mode="r:") as tar:
         for member in filter(tarfile.TarInfo.isfile, tar):
-            stem, suffix = re.fullmatch(r"(.*?[^/.]*)\.?([^/]*)", member.name).groups()
+            stem, suffix = SAMPLE.fullmatch(member.name).groups()
             files[suffix.lower()] = tar.extractfile(member).read()
     pictures = [files[suffix] for suffix in sorted(files) if ("." + suffix).endswith(PICTURES)]
-    try:
-        row = parse_json(files.get("json", b"{}"), f"{path}, {stem}")
-        require(isinstance(row, dict), f"{path}, {stem}: the .json is no object")
-        require(pictures or "txt" not in files, f"{path}, {stem}: a caption without its .jpg, .png or .webp")
-        if "txt" in files and not {"messages", "conversations", "question"} & row.keys():
+    row = parse_json(files.get("json", b"{}"), f"{stem}.json")
+    require(isinstance(row, dict), f"{stem}.json is no object")
+    require(pictures or "txt" not in files, f"{stem}.txt: a caption without its .jpg, .png or .webp")
+    if "txt" in files and not {"messages", "conversations", "question"} & row.keys():
+        with named_errors(f"{stem}.txt"):
             row = {"caption": files["txt"].decode().strip()}
-    except ValueError as error:
-        return error if stem in str(error) else ValueError(f"{path}, {stem}: not UTF-8 ({error})")
     return {"id": stem, **row, "images": pictures}
 
 
@@ -542,7 +526,7 @@ def read_folder(path: str):
     #   cat/7.jpg        "What is this?" -> cat
     listing = os.path.join(path, "metadata.jsonl")
     if os.path.exists(listing):
-        yield from ((0, 0, row) for _, _, row in read_json_rows(listing))
+        yield from read_json_rows(listing)
         return
     for kind in sorted(entry.name for entry in os.scandir(path) if entry.is_dir()):
         for name in sorted(os.listdir(os.path.join(path, kind))):
@@ -569,27 +553,26 @@ def parquet_to_tar(path: str) -> str:
         info = tarfile.TarInfo(name)
         info.size = len(content)
         tar.addfile(info, io.BytesIO(content))
+        tar.members = []
     number = 0
     say(f"{path}: its rows are laid out in {target}, once")
     try:
         with parquet.ParquetFile(path) as file, new_file(target) as out, tarfile.open(fileobj=out, mode="w") as tar:
             # TRAP: asked for all row groups at once, pyarrow keeps those that it has read: 2 GB for a file of 2 GB
-            for batch in (batch for group in range(file.num_row_groups)
-                          for batch in file.iter_batches(batch_size=32, row_groups=[group])):
-                tar.members = []
-                for row in batch.to_pylist():
-                    pictures = row.pop("images", None) or [row.pop("image", None)]
-                    pictures = [picture["bytes"] if isinstance(picture, dict) else picture for picture in pictures]
-                    pictures = [picture for picture in pictures if isinstance(picture, bytes)]
-                    if "texts" in row:  # no markers here: the pictures come first
-                        row["messages"] = [{"role": role, "content": turn[role]} for turn in row.pop("texts")
-                                           for role in ("user", "assistant")]
-                        if row["messages"] and "<image>" not in str(row["messages"]):
-                            row["messages"][0]["content"] = "<image>\n" * len(pictures) + row["messages"][0]["content"]
-                    for i, picture in enumerate(pictures):
-                        add(f"{number}.{i:03}.jpg", picture)
-                    add(f"{number}.json", json.dumps(row, default=str).encode())
-                    number += 1
+            for row in (row for group in range(file.num_row_groups)
+                        for batch in file.iter_batches(batch_size=32, row_groups=[group]) for row in batch.to_pylist()):
+                pictures = row.pop("images", None) or [row.pop("image", None)]
+                pictures = [picture["bytes"] if isinstance(picture, dict) else picture for picture in pictures]
+                pictures = [picture for picture in pictures if isinstance(picture, bytes)]
+                if "texts" in row:  # no markers here: the pictures come first
+                    row["messages"] = [{"role": role, "content": turn[role]} for turn in row.pop("texts")
+                                       for role in ("user", "assistant")]
+                    if row["messages"] and "<image>" not in str(row["messages"]):
+                        row["messages"][0]["content"] = "<image>\n" * len(pictures) + row["messages"][0]["content"]
+                for i, picture in enumerate(pictures):
+                    add(f"{number}.{i:03}.jpg", picture)
+                add(f"{number}.json", json.dumps(row, default=str).encode())
+                number += 1
     except (ArrowException, OSError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{path}, record {number}: not a .parquet of images and texts ({error})") from None
     return str(target)
@@ -601,90 +584,56 @@ def fingerprint(*paths: str) -> str:
     return hashlib.sha1(repr((1, stats)).encode()).hexdigest()[:24]  # 1: raise it if what is kept changes
 
 
-def instances_of(row) -> list:
-    "Self-Instruct: several inputs under one instruction -> a row for each. Every other row is one."
-    several = row.get("instances")
-    if not several:
-        return [row]
-    require(isinstance(several, list) and all(isinstance(one, dict) for one in several),
-            f"instances is {str(several)[:40]!r}; expected a list of objects")
-    return [row | one for one in several]
-
-
-def index_records(path: str, read, reread, find) -> Records:
-    """
-    One file -> its Records. read(path): see above. reread(bytes) -> the row again; None: rows stay in memory.
-    Every row is read and checked once. A large file's index is kept in the cache until the file or a zip beside it
-    changes, so that the next run, and every other rank, starts at once.
-    """
-    folder = Path(path).parent
-    beside = [] if os.path.isdir(path) else [path, *map(str, sorted(folder.glob("*.zip")))]
-    kept, rows = cache("index", fingerprint(*beside) + ".npz"), []
-
-    def make(number: int, start: int, end: int, part: int) -> dict:
-        row = reread(read_span(path, start, end)) if reread else rows[number]
-        where = f"{path}, record {number}"
-        return make_record({"id": number} | instances_of(row)[part], where, find)
-    if reread and kept.exists():
-        with contextlib.suppress(OSError, ValueError, KeyError, zipfile.BadZipFile), np.load(kept) as saved:
-            return Records(make, saved["spans"], saved["keys"], saved["counts"])
-    spans, keys, counts, bad, started = array("q"), array("Q"), array("q"), [], time.time()
-    with named_errors(path):
-        for number, (start, end, row) in enumerate(tqdm(read(path), desc=f"reading {path}", delay=5, disable=None)):
-            if not reread:
-                rows.append(row)
-            try:
-                if isinstance(row, ValueError):
-                    raise row
-                if not isinstance(row, dict):  # TRAP: in require() the message would be made for every good row, too
-                    raise ValueError(f"expected an object with keys, found {str(row)[:40]!r}")
-                parts = instances_of(row)
-            except (ValueError, RecursionError) as error:
-                bad.append(str(error) if path in str(error) else f"{path}, record {number}: {error}")
-                continue
-            for part, whole in enumerate(parts):
-                try:
-                    record = make_record({"id": number} | whole, f"{path}, record {number}", find)
-                    hashes = hash_keys(record)
-                except (ValueError, RecursionError) as error:
-                    bad.append(str(error))
-                    continue
-                spans.extend((number, start, end, part))
-                keys.extend(hashes)
-                counts.append(len(hashes))
-    spans = np.array(spans, dtype=np.int64).reshape(-1, 4)
-    out = Records(make, spans, np.array(keys, dtype=np.uint64), np.array(counts, dtype=np.int64), bad)
-    # Not kept where something is bad: it will be mended, perhaps in a folder whose changes we cannot see from here.
-    if reread and not bad and time.time() - started > 0.5:
-        with contextlib.suppress(OSError):  # a full or read-only disk: then it is made again next time
-            with new_file(kept) as file:
-                np.savez(file, spans=out.spans, keys=out.keys, counts=out.counts)
-    return out
-
-
 def read_file(path: str, places: dict = {}) -> Records:
     "One file, or a folder of pictures."
     with named_errors(path):
         if path.endswith(".parquet"):
-            os.stat(path)  # is it there at all?
             path = parquet_to_tar(path)
-        folder = path if os.path.isdir(path) else os.path.dirname(os.path.abspath(path))
-        find = image_finder(folder, places)
+        # The reader, and what reads a row again from its bytes. None: rows stay in memory, as no row of a compressed
+        # file can be read alone.
         if os.path.isdir(path):
-            return index_records(path, read_folder, None, find)
-        if path.endswith(".tar"):
-            def again(raw: bytes):
-                row = parse_sample(raw, path)
-                require(isinstance(row, dict), str(row))
-                return row
-            return index_records(path, read_tar, again, find)
-        if path.endswith(".tsv"):
-            return index_records(path, read_tsv, None, find)
-        require(path.endswith(JSON_SUFFIXES), f"{path}: unknown kind of file; give a .json, .jsonl, .tsv, .tar or "
-                                              ".parquet, or a folder of pictures")
-        # In a compressed file no place can be read alone, so its rows stay in memory.
-        again = None if path.endswith(".gz") else partial(parse_json, where=path)
-        return index_records(path, read_json_rows, again, find)
+            return index_records(path, read_folder, None, image_finder(path, places))
+        kinds = {".tar": (read_tar, parse_sample), ".tsv": (read_tsv, None), ".gz": (read_json_rows, None),
+                 ".json": (read_json_rows, json.loads), ".jsonl": (read_json_rows, json.loads)}
+        require(path.endswith((".tsv", ".tar", *JSON_SUFFIXES)), f"{path}: unknown kind of file; give a .json, .jsonl, "
+                                                                 ".tsv, .tar or .parquet, or a folder of pictures")
+        return index_records(path, *kinds[os.path.splitext(path)[1]], image_finder(os.path.dirname(path), places))
+
+
+def index_records(path: str, read, read_again, find) -> Records:
+    """
+    Every row is read and checked once. A large file's index is kept in the cache until the file or a zip beside it
+    changes, so that the next run, and every other rank, starts at once.
+    """
+    zips = map(str, sorted(Path(path).parent.glob("*.zip")))
+    kept, rows = cache("index", fingerprint(path, *zips) + ".npz"), []
+
+    def make(number: int, start: int, end: int, part: int) -> dict:
+        row = attempt(read_again, read_span(path, start, end)) if read_again else rows[number]
+        return read_row(instances_of(row)[part], f"{path}, record {number}", number, find)
+    if read_again and kept.exists():
+        with contextlib.suppress(OSError, ValueError, KeyError, zipfile.BadZipFile), np.load(kept) as saved:
+            return Records(make, saved["spans"], saved["keys"], saved["counts"])
+    spans, keys, counts, bad, started = array("q"), array("Q"), array("q"), [], time.time()
+    for number, (start, end, row) in enumerate(tqdm(read(path), desc=f"reading {path}", delay=5, disable=None)):
+        if not read_again:
+            rows.append(row)
+        for part, one in enumerate(instances_of(row)):
+            record = attempt(read_row, one, f"{path}, record {number}", number, find)
+            if isinstance(record, ValueError):
+                bad.append(str(record))
+                continue
+            hashes = hash_keys(record)
+            spans.extend((number, start, end, part))
+            keys.extend(hashes)
+            counts.append(len(hashes))
+    spans = np.array(spans, dtype=np.int64).reshape(-1, 4)
+    out = Records(make, spans, np.array(keys, dtype=np.uint64), np.array(counts, dtype=np.int64), bad)
+    # Not kept where something is bad: it will be mended, perhaps in a folder whose changes we cannot see from here.
+    if read_again and not bad and time.time() - started > 0.5:
+        with contextlib.suppress(OSError), new_file(kept) as file:  # a full or read-only disk: next time, then
+            np.savez(file, spans=out.spans, keys=out.keys, counts=out.counts)
+    return out
 
 
 def read_records(name, max_bad: float = 0.0) -> Records:
@@ -693,14 +642,18 @@ def read_records(name, max_bad: float = 0.0) -> Records:
     if they are at most the share max_bad of all; else the first of them is an error.
     """
     paths, places = locate(str(name))
-    records = Records.join([read_file(path, places) for path in paths])
-    share, bad = re.search(r"@(0?\.\d+)$", str(name)), records.bad
+    parts = [read_file(path, places) for path in paths]
+    records, bad = parts[0], [line for part in parts for line in part.bad]
+    if len(parts) > 1:  # shards, as one sequence
+        joined = torch.utils.data.ConcatDataset(parts)
+        records = Records(joined.__getitem__, np.arange(len(joined))[:, None], np.concatenate([p.keys for p in parts]),
+                          np.concatenate([p.counts for p in parts]), bad)
     require(len(bad) <= max_bad * (len(bad) + len(records)), bad and bad[0] + (
         f" (and {len(bad) - 1} more; python data.py --data={name} names all)" if len(bad) > 1 else ""))
     for line in bad:
         say(f"skipped: {line}")
     require(len(records), f"{name}: the file is empty; was its download cut off?")
-    if share:  # the same records every time
+    if share := re.search(r"@(0?\.\d+)$", str(name)):  # the same records every time
         chosen = random.Random("share").sample(range(len(records)), max(1, round(float(share[1]) * len(records))))
         records = records.select(np.isin(np.arange(len(records)), chosen))
     return records
@@ -712,15 +665,29 @@ def read_records(name, max_bad: float = 0.0) -> Records:
 RECIPES = weights.read_json(Path(__file__).with_name("assets") / "recipes.json")
 
 
-def recipe_files(recipe: dict) -> weights.Repository:
-    return weights.Repository(recipe["hub"], recipe["revision"],
-                              {name: tuple(known) for name, known in recipe["files"].items()}, recipe["licence"])
-
-
 def fetch_file(url: str) -> str:
     "A file on any web server -> its path in the cache."
     parent, _, name = url.partition("?")[0].rpartition("/")
     return str(weights.fetch(weights.Repository(parent, "", {name: weights.ANY}, "see the server")) / name)
+
+
+def fetch_recipe(name: str) -> tuple[list[str], dict]:
+    "As locate, for a recipe."
+    recipe = RECIPES[name]
+    repository = weights.Repository(recipe["hub"], recipe["revision"],
+                                    {file: tuple(known) for file, known in recipe["files"].items()}, recipe["licence"])
+    if weights.missing_files(repository, weights.folders(repository)[0]):
+        say(f"{name}: {recipe['about']}; licence: {recipe['licence']}. Ahead of time: python data.py --download={name}")
+    folder = weights.fetch(repository)
+    paths = [str(folder / file) for file in repository.files if "rows" in recipe or not file.endswith(".zip")]
+    if "rows" in recipe:  # laid out as we read it, once
+        listing = folder / f"{name}.jsonl"
+        if not listing.exists():
+            with new_file(listing, "w") as file:
+                file.writelines(json.dumps(benchmark_row(*row)) + "\n" for row in recipe_rows(recipe["rows"], paths[0]))
+        paths = [str(listing)]
+    return paths, {start: str(Path(fetch_file(place)).parent) if place.endswith(".zip") else place
+                   for start, place in recipe.get("images", {}).items()}
 
 
 def locate(name: str) -> tuple[list[str], dict]:
@@ -730,61 +697,38 @@ def locate(name: str) -> tuple[list[str], dict]:
     """
     name = re.sub(r"@0?\.\d+$", "", name)
     if name in RECIPES:
-        recipe = RECIPES[name]
-        repository = recipe_files(recipe)
-        if weights.missing_files(repository, weights.folders(repository)[0]):
-            say(f"{name}: {recipe['about']}; licence: {recipe['licence']}. Ahead of time: python data.py "
-                f"--download={name}")
-        folder, rows = weights.fetch(repository), globals().get("rows_of_" + recipe.get("rows", ""))
-        paths = [str(folder / file) for file in repository.files if not file.endswith(".zip") or rows]
-        if rows:  # laid out as we read it, once
-            listing = folder / f"{name}.jsonl"
-            if not listing.exists():
-                with new_file(listing, "w") as file:
-                    file.writelines(json.dumps(row) + "\n" for row in rows(paths[0]))
-            paths = [str(listing)]
-        places = {prefix: str(Path(fetch_file(place)).parent) if place.endswith(".zip") else place
-                  for prefix, place in recipe.get("images", {}).items()}
-        return paths, places
-    shards = re.search(r"\{(\d+)\.\.(\d+)\}", name)  # name-{000..127}.tar
-    names = [name] if not shards else [name[:shards.start()] + str(i).zfill(len(shards[1])) + name[shards.end():]
-                                       for i in range(int(shards[1]), int(shards[2]) + 1)]
+        return fetch_recipe(name)
+    names = [name]
+    if shards := re.fullmatch(r"(.*)\{(\d+)\.\.(\d+)\}(.*)", name):  # name-{000..127}.tar
+        start, first, last, end = shards.groups()
+        names = [f"{start}{number:0{len(first)}}{end}" for number in range(int(first), int(last) + 1)]
     return [fetch_file(one) if one.startswith(("http://", "https://")) else one for one in names], {}
 
 
-def rows_of_tallyqa(path: str):
-    #  {"answer": 2, "image": "VG_100K_2/2410408.jpg", "question": "How many people?", "question_id": 30096646, ...}
-    for row in json.loads(read_member(path, "train.json")):
-        yield {"id": row["question_id"], "image": row["image"], "question": f"{row['question']}\n{SHORT_PROMPT}",
-               "answer": str(row["answer"]), "metric": "exact"}
-
-
-def rows_of_aokvqa(path: str):
-    #  {"image_id": 299207, "question": "...", "choices": ["nine", "two", ...], "correct_choice_idx": 1, ...}
-    with tarfile.open(path) as tar:
-        rows = json.load(tar.extractfile(next(m for m in tar if m.name.endswith("aokvqa_v1p0_train.json"))))
-    for row in rows:
-        choices = dict(zip(ascii_uppercase, row["choices"]))
-        yield {"id": row["question_id"], "image": f"{row['image_id']:012}.jpg", "metric": "choice", "choices": choices,
-               "question": "\n".join([row["question"], *map(". ".join, choices.items()), CHOICE_PROMPT]),
-               "answer": ascii_uppercase[row["correct_choice_idx"]]}
-
-
-def rows_of_clevr(path: str):
-    #  {"scenes": [{"image_filename": "CLEVR_train_000000.png", "objects": [{"color": "cyan", ...}, ...]}, ...]}
-    with zipfile.ZipFile(path) as file:
-        scenes = json.load(file.open("CLEVR_v1.0/scenes/CLEVR_train_scenes.json"))["scenes"]
-    for scene in scenes:
-        yield {"id": scene["image_filename"], "image": f"images/train/{scene['image_filename']}",
-               "question": f"How many items are there in the image?\n{SHORT_PROMPT}",
-               "answer": str(len(scene["objects"])), "metric": "exact"}
-
-
-def rows_of_gsm8k(path: str):
-    #  {"question": "...", "answer": "48 / 2 = 24, 48 + 24 = 72\n#### 72"}; only the number can be checked
-    for _, _, row in read_json_rows(path):
-        yield {"question": f"{row['question']}\n{SHORT_PROMPT}", "metric": "exact",
-               "answer": row["answer"].rpartition("#### ")[2].replace(",", "")}
+def recipe_rows(layout: str, path: str):
+    "A file with a layout of its own -> for each question its id, picture, words, right answer (and choices)."
+    if layout == "tallyqa":
+        #  {"answer": 2, "image": "VG_100K_2/2410408.jpg", "question": "How many people?", "question_id": 30096646, ...}
+        for row in json.loads(read_member(path, "train.json")):
+            yield row["question_id"], row["image"], row["question"], str(row["answer"])
+    elif layout == "aokvqa":
+        #  {"image_id": 299207, "question": "...", "choices": ["nine", "two", ...], "correct_choice_idx": 1, ...}
+        with tarfile.open(path) as tar:
+            rows = json.load(tar.extractfile(next(m for m in tar if m.name.endswith("aokvqa_v1p0_train.json"))))
+        for row in rows:
+            yield (row["question_id"], f"{row['image_id']:012}.jpg", row["question"],
+                   ascii_uppercase[row["correct_choice_idx"]], dict(zip(ascii_uppercase, row["choices"])))
+    elif layout == "clevr":
+        #  {"scenes": [{"image_filename": "CLEVR_train_000000.png", "objects": [{"color": "cyan", ...}, ...]}, ...]}
+        with zipfile.ZipFile(path) as file:
+            scenes = json.load(file.open("CLEVR_v1.0/scenes/CLEVR_train_scenes.json"))["scenes"]
+        for scene in scenes:
+            yield (scene["image_filename"], f"images/train/{scene['image_filename']}",
+                   "How many items are there in the image?", str(len(scene["objects"])))
+    elif layout == "gsm8k":
+        #  {"question": "...", "answer": "48 / 2 = 24, 48 + 24 = 72\n#### 72"}; only the number can be checked
+        for number, (_, _, row) in enumerate(read_json_rows(path)):
+            yield number, None, row["question"], row["answer"].rpartition("#### ")[2].replace(",", "")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -826,47 +770,45 @@ def text_files(path: str) -> list[str]:
 def read_text(path):
     """.txt, .jsonl and .json.gz with {"text"}, .json with a list of strings, or a folder of them -> documents."""
     for path in text_files(str(path)):
-        found = False
+        rows, found = cut_documents(path) if path.endswith(".txt") else map(itemgetter(2), read_json_rows(path)), False
         with named_errors(path):
-            rows = cut_documents(path) if path.endswith(".txt") else (row for _, _, row in read_json_rows(path))
             for index, row in enumerate(rows):
-                if isinstance(row, ValueError):
-                    raise row
-                text = row
                 if isinstance(row, dict):
-                    text = None if row.keys() & {"image", "images", "file_name"} else row.get("text")
-                require(isinstance(text, str), f"{path}, record {index}: neither a string nor an object with a text")
-                if text.strip():
+                    row = None if row.keys() & {"image", "images", "file_name"} else row.get("text")
+                require(isinstance(row, str), f"{path}, record {index}: " + (
+                    str(row) if isinstance(row, ValueError) else "neither a string nor an object with a text"))
+                if row.strip():
                     found = True
-                    yield text
+                    yield row
         require(found, f"{path}: the file is empty; was its download cut off?")
 
 
 def token_file(path: str, encode, end: int) -> tuple[np.ndarray, np.ndarray]:
     "-> (the ids of all documents one after another, uint32; where each document ends in them)."
-    files, ends = text_files(path), array("q")
-
-    def encoded():
+    def write_ids(file) -> array:
+        ends = array("q")
         with ThreadPoolExecutor(min(16, os.cpu_count())) as pool:  # tiktoken works outside of Python's lock
             texts = iter(tqdm(read_text(path), desc=f"tokens of {path}", delay=5, disable=None))
-            while some := list(itertools.islice(texts, 1000)):
-                for new in pool.map(encode, some):
-                    ends.append((ends[-1] if ends else 0) + len(new) + 1)
-                    yield np.array(new + [end], dtype=np.uint32)
-    if any(not os.path.exists(file) for file in files) or sum(map(os.path.getsize, files)) < BLOCK:
-        return np.concatenate(list(encoded())), np.array(ends)
-    # The 500 million tokens of TinyStories are 2 GB in a file that is mapped into memory; as Python's ints they would
-    # be 18. Another tokenizer gives other ids: a few words tell them apart.
-    probe = repr(encode("The quick brown fox, 12 dogs; größer. def f(x):\n")) + str(end)
-    kept = cache("tokens", hashlib.sha1((fingerprint(*files) + probe).encode()).hexdigest()[:24])
+            while some := list(itertools.islice(texts, 100)):
+                for ids in pool.map(encode, some):
+                    ends.append((ends[-1] if ends else 0) + len(ids) + 1)
+                    file.write(np.array(ids + [end], dtype=np.uint32))
+        return ends
+    files = text_files(path)
+    with named_errors(path):
+        if sum(map(os.path.getsize, files)) < BLOCK:
+            ends = write_ids(memory := io.BytesIO())
+            return np.frombuffer(memory.getbuffer(), np.uint32), np.array(ends)
+        # The 500 million tokens of TinyStories are 2 GB in a file that is mapped into memory; as Python's ints they
+        # would be 18. Another tokenizer gives other ids: a few words tell them apart.
+        probe = repr(encode("The quick brown fox, 12 dogs; größer. def f(x):\n")) + str(end)
+        kept = cache("tokens", hashlib.sha1((fingerprint(*files) + probe).encode()).hexdigest()[:24])
     if not kept.with_suffix(".ends").exists():
         with new_file(kept.with_suffix(".ids")) as file:
-            for new in encoded():
-                file.write(new.data)
+            ends = write_ids(file)
         with new_file(kept.with_suffix(".ends")) as file:
             file.write(ends)
-    return (np.memmap(kept.with_suffix(".ids"), np.uint32, "r"),
-            np.fromfile(kept.with_suffix(".ends"), np.int64))
+    return np.memmap(kept.with_suffix(".ids"), np.uint32, "r"), np.fromfile(kept.with_suffix(".ends"), np.int64)
 
 
 def read_text_records(path, encode, end: int, seq_len: int) -> Records:
@@ -878,10 +820,10 @@ def read_text_records(path, encode, end: int, seq_len: int) -> Records:
     pieces = -(-(ends - starts - 1) // seq_len)                                 # of each document, rounded up
     document = np.repeat(np.arange(len(ends)), pieces)                          # of each piece
     at = starts[document] + (np.arange(len(document)) - np.repeat(np.cumsum(pieces) - pieces, pieces)) * seq_len
-    keys = np.array([hash_key(f"id {path} document {number}") for number in range(len(ends))], dtype=np.uint64)
 
     def make(number: int, begin: int, stop: int) -> dict:
         return {"id": f"{path} document {number}", "images": [], "ids": ids[begin:stop].tolist()}
+    keys = np.fromiter((hash_keys(make(number, 0, 0))[0] for number in range(len(ends))), np.uint64, len(ends))
     return Records(make, np.stack([document, at, np.minimum(at + seq_len + 1, ends[document])], axis=1),
                    np.repeat(keys, pieces), np.ones(len(document), dtype=np.int64))
 
@@ -943,14 +885,10 @@ def parse_mixture(text: str) -> list[tuple[str, float]]:
     return pairs
 
 
-def split_by_image(records, fraction: float | None = None, at_most: int = 500) -> tuple[Records, Records]:
+def split_by_image(records: Records, fraction: float | None = None, at_most: int = 500) -> tuple[Records, Records]:
     """-> (train, held out), which share no picture. fraction: of the pictures."""
     # VQAv2 has five questions about each photo. Split by record, nearly every held-out photo would be in training too,
     # and the score would reward memory. A record without pictures counts as a picture of its own.
-    if isinstance(records, list):
-        hashes = [hash_keys(record) for record in records]
-        records = Records(records.__getitem__, np.arange(len(records))[:, None], np.array(sum(hashes, []), np.uint64),
-                          np.array([len(one) for one in hashes]))
     if fraction is None:  # 5 % of 100 records would be 5 questions, and 4 of 5 right says nothing
         fraction = 0.05 if 0.05 * len(records) >= 50 else 0.2
     # In the order of their hashes: as good as random, but independent of the file's order and, unlike Python's hash(),
@@ -978,19 +916,23 @@ def questions_of(record: dict) -> list[dict]:
                       "images": record["images"][:shown[i]]} for i in turns]
 
 
+def read_any(name: str, world: World, count: int):
+    "A part of --data, conversations or text -> its records; of the world, which has no end, the first `count`."
+    if name == "world":
+        return [world[i] for i in range(count)]
+    # Chapter 1's kind of data: the first row is a text, not a conversation, and no picture's caption. Where even that
+    # row is an error, reading will say what is wrong with it.
+    if name.endswith(".txt") or isinstance(attempt(next, read_text(name)), str):
+        return ({"id": f"{name} document {i}", "text": text, "images": []} for i, text in enumerate(read_text(name)))
+    return read_records(name, 1.0)
+
+
 def tokenizer_texts(spec: str, seed: int, characters: int = 30_000_000) -> list[str]:
     "The first texts of --data, on which a tokenizer is trained, before a stage starts from random weights."
     texts = ["user\n", "assistant\n"] * 50  # these occur in every conversation: worth a token each
     for name, _ in parse_mixture(spec):
-        if name == "world":  # it has no end; 3,000 records stand for it
-            world = World("text", seed=seed)
-            records = (world[i] for i in range(3000))
-        elif is_text(name):
-            records = ({"text": text} for text in read_text(name))
-        else:
-            records = read_records(name, 1.0)
         left = characters  # of a large file a part is enough to find the frequent words
-        for record in records:
+        for record in read_any(name, World("text", seed=seed), 3000):
             texts += [record["text"]] if "text" in record else [m["content"] for m in record["messages"]]
             left -= len(texts[-1])
             if left < 0:
@@ -998,33 +940,35 @@ def tokenizer_texts(spec: str, seed: int, characters: int = 30_000_000) -> list[
     return texts
 
 
-def is_text(name: str) -> bool:
-    "Chapter 1's kind of data: the first row of the file is a text, not a conversation, and no picture's caption."
-    try:
-        next(read_text(name))
-        return True
-    except ValueError:  # not text: then it is conversations, or an error that names the file
-        if name.endswith(".txt"):
-            raise
-        return False
+class BadRecords:
+    "What is wrong with records that were left out. Each is named once; more than `limit` are an error."
+
+    def __init__(self, limit: float):
+        self.limit, self.lines = limit, set()
+
+    def leave_out(self, error: ValueError) -> None:
+        if str(error) not in self.lines:  # in the next epoch it is the same record
+            self.lines.add(str(error))
+            require(len(self.lines) <= self.limit, f"{error} ({len(self.lines)} bad records, {int(self.limit)} are "
+                    "allowed: see --max_bad, and python data.py --check)")
+            say(f"skipped, {len(self.lines)} of at most {int(self.limit)}: {error}")
 
 
-def keep_good(records: list[dict], limit: float) -> list[dict]:
-    "The records whose pictures open, by the same rules as in training; the others are named, up to `limit` of them."
-    def problem(record: dict) -> str:
+def keep_good(records: list, bad: BadRecords) -> list[dict]:
+    "The records whose pictures open, by the same rules as in training; in place of a record there may be its error."
+    def open_all(record) -> None:
+        if isinstance(record, Exception):
+            raise record
         try:
             for source in record["images"]:
                 if not isinstance(source, Scene):
                     open_source(source)
         except ValueError as error:
-            return f"record {record['id']}: {error}"
-        return ""
-    problems = list(thread_pools(os.getpid())[1].map(problem, records))  # Pillow works outside of Python's lock
-    bad = [line for line in problems if line]
-    require(len(bad) <= limit, bad and bad[0] + f" ({len(bad)} of {len(records)} records are bad, see --max_bad)")
-    for line in bad:
-        say(f"skipped: {line}")
-    return [record for record, line in zip(records, problems) if not line]
+            raise ValueError(f"record {record['id']}: {error}") from None
+    problems = list(threads("pictures").map(partial(attempt, open_all), records))
+    for problem in filter(None, problems):
+        bad.leave_out(problem)
+    return [record for record, problem in zip(records, problems) if not problem]
 
 
 def load_data(spec: str, world: World, held_out_worlds: dict[str, World], seed: int, eval_size: int, val: str = "",
@@ -1047,9 +991,10 @@ def load_data(spec: str, world: World, held_out_worlds: dict[str, World], seed: 
         parts.append((Shuffled(train, seed), weight))
         total += len(train)
         held = [question for record in held for question in questions_of(record)][:eval_size]
-        held = keep_good(held, max_bad * len(records))  # an error now, not after the training
+        held = keep_good(held, BadRecords(max_bad * len(records)))  # an error now, not after the training
         # and the first that train, unless they would have to be fetched: a wrong folder of pictures shows in a second
-        keep_good([r for r in train[:500] if not str(r["images"][:1]).startswith("['http")], max_bad * len(records))
+        keep_good([one for one in train[:500] if not str(one["images"][:1]).startswith("['http")],
+                  BadRecords(max_bad * len(records)))
         held_out["held_out"] = held_out.get("held_out", []) + held
         say(f"{name}: {len(train):,} of {len(records):,} records train, {len(held):,} questions are held out"
             + f" in {val}" * bool(val) + (": fewer than 50, so look at the interval of the score, not at the score"
@@ -1069,7 +1014,7 @@ class Document:
     slots: list[int]         # per picture: where its run of image tokens starts in ids
     record: dict
     weight: float = 1.0      # of each of its tokens in the loss; in reinforcement learning the advantage
-    pixels: list | None = None  # of its pictures, uint8 [3, S, S] each, where the loader has opened them already
+    pixels: list | torch.Tensor | None = None  # of its pictures, uint8 [3, S, S] each, where the loader opened them
 
 
 def make_document(record: dict, index: int, tokenizer, image_tokens: int, seq_len: int,
@@ -1159,21 +1104,19 @@ def cumulative_lengths(document_ids: np.ndarray) -> np.ndarray:
 
 
 @lru_cache
-def thread_pools(process: int) -> tuple[ThreadPoolExecutor, ThreadPoolExecutor]:
-    """-> (one thread that prepares batches, those that decode their pictures), started when first needed."""
+def threads(work: str) -> ThreadPoolExecutor:
+    "For \"batches\" one thread, for \"pictures\" those that decode them, started when first needed."
     # Two pools: in one, a batch could wait for pictures whose turn comes after it. Above 16 threads Python's lock is
-    # the limit. One pair per process, as in open_zip: a forked process has the pool objects, but not their threads.
-    return ThreadPoolExecutor(1), ThreadPoolExecutor(min(16, os.cpu_count()))
+    # the limit.
+    return ThreadPoolExecutor(1 if work == "batches" else min(16, os.cpu_count()))
 
 
-def collate(arrays: dict, packed: list[Document], load_pixels) -> dict:
+def collate(arrays: dict, packed: list[Document], load_pixels=None) -> dict:
     """pack's arrays as tensors, and the pictures' pixels. load_pixels(source, record) -> uint8 [3, S, S]."""
-    # {hash of a source: (its index in pixels, a document, which of its pictures it is)}. A picture that several
-    # documents share, as all answers to one question do in chapter 4, is decoded and later encoded once.
-    # TRAP: by hash, since a document from a worker process has hashes in place of its sources, and one that waited in
-    # a checkpoint has not.
+    # {source: (its index in pixels, a document, which of its pictures it is)}. A picture that several documents share,
+    # as all answers to one question do in chapter 4, is decoded and later encoded once.
     sources = {}
-    image_index = [sources.setdefault(source if type(source) is int else hash(source), (len(sources), doc, k))[0]
+    image_index = [sources.setdefault(source, (len(sources), doc, k))[0]
                    for doc in packed for k, source in enumerate(doc.record["images"])]
     # The last chance to notice: after this, a picture in another's place trains without any error.
     assert len(image_index) == sum(len(doc.slots) for doc in packed), \
@@ -1182,21 +1125,13 @@ def collate(arrays: dict, packed: list[Document], load_pixels) -> dict:
 
     def pixels_of(place: tuple) -> torch.Tensor:
         _, doc, k = place
-        return doc.pixels[k] if doc.pixels else load_pixels(doc.record["images"][k], doc.record)
-    closed = [doc.record["images"][k] for _, doc, k in sources.values() if not doc.pixels]
-    pixels = list(map_pictures(pixels_of, sources.values(), closed))
+        return load_pixels(doc.record["images"][k], doc.record) if doc.pixels is None else doc.pixels[k]
+    closed = load_pixels and not isinstance(next(iter(sources), None), Scene)
+    pixels = list((threads("pictures").map if closed else map)(pixels_of, sources.values()))  # as in Documents below
     batch["pixels"] = torch.stack(pixels) if pixels else None   # uint8 [n, 3, S, S]: a quarter of float32 to transfer
     batch["image_index"] = torch.tensor(image_index, dtype=torch.long)  # [m]: which of the n each slot shows
     batch["records"] = [doc.record["id"] for doc in packed]  # for messages
     return batch
-
-
-def map_pictures(work, items, closed: list):
-    "map(work, items), in threads where they help. closed: the pictures that are not open yet."
-    # Pillow releases Python's lock while it decodes and resizes, so threads help, and map keeps the order. The world's
-    # drawings are mostly Python, where threads would only slow each other down. A worker process is one of several.
-    alone = torch.utils.data.get_worker_info() or all(isinstance(source, Scene) for source in closed)
-    return map(work, items) if alone else thread_pools(os.getpid())[1].map(work, items)
 
 
 def share_workers(asked: int, device: str, world_size: int, micro_batches: int) -> list[int]:
@@ -1210,30 +1145,60 @@ def share_workers(asked: int, device: str, world_size: int, micro_batches: int) 
     return [asked // loaders + (i < asked % loaders) for i in range(loaders)]
 
 
-class Prepared(torch.utils.data.Dataset):
-    "Records as documents with their pixels, CHUNK of them at once: what the loader's worker processes make."
+class Documents(torch.utils.data.Dataset):
+    "Records as documents with their pixels, CHUNK of them at once: what a loader's thread or worker processes make."
     CHUNK = 32  # records sent at once: one message for each would keep the main process busy
 
-    def __init__(self, prepare, stride: int, workers: int):
-        self.prepare, self.stride = prepare, stride
+    def __init__(self, dataset, make_document, load_pixels, stride: int, workers: int):
+        self.dataset, self.make_document, self.load_pixels, self.stride = dataset, make_document, load_pixels, stride
+        # Pillow releases Python's lock while it decodes and resizes, so threads help, and map keeps the order. The
+        # world's drawings are mostly Python, where threads would only slow each other down. Processes are several.
+        drawn = all(isinstance(one, World) for one in getattr(dataset, "sets", [dataset]))
+        self.each = map if drawn or workers else threads("pictures").map
         # What each worker is busy with, in shared memory: if the system kills it, this is all that is left.
         self.current = torch.full((max(workers, 1),), -1, dtype=torch.int64).share_memory_()
 
-    def __getitem__(self, first: int) -> tuple[list, torch.Tensor | None]:
+    def make(self, index: int) -> Document | None:
+        if worker := torch.utils.data.get_worker_info():
+            self.current[worker.id] = index
+        document = self.make_document(self.dataset[index], index)
+        if document is None:
+            return None
+        sources = document.record["images"]
+        pixels = [self.load_pixels(source, document.record) for source in sources]
+        # The record stays here: it may contain picture files. A hash, which all forks of a process make alike, still
+        # tells which pictures are the same.
+        record = {"id": document.record.get("id"), "images": [hash(source) for source in sources]}
+        return replace(document, ids=np.array(document.ids), mask=np.array(document.mask, dtype=np.int8),
+                       record=record, pixels=pixels)
+
+    def __getitem__(self, first: int) -> tuple[list, torch.Tensor]:
         "-> (for each record a Document, None or a ValueError; the pixels of all their pictures)"
-        out, pixels = [], []
-        for index in range(first, first + self.CHUNK * self.stride, self.stride):
-            self.current[torch.utils.data.get_worker_info().id] = index
-            item = self.prepare(index)
-            if isinstance(item, Document):
-                pixels += item.pixels
-                # The record stays here: it may contain picture files. A hash, which all forks of a process make alike,
-                # still tells which pictures are the same.
-                record = {"id": item.record.get("id"), "images": [hash(source) for source in item.record["images"]]}
-                item = replace(item, ids=np.array(item.ids), mask=np.array(item.mask, dtype=np.int8), record=record,
-                               pixels=len(item.pixels))
-            out.append(item)
-        return out, torch.stack(pixels) if pixels else None
+        items = list(self.each(partial(attempt, self.make),
+                               range(first, first + self.CHUNK * self.stride, self.stride)))
+        pixels = []  # in one tensor: each that is sent takes a file handle
+        for document in items:
+            if isinstance(document, Document):
+                pixels += document.pixels
+                document.pixels = None
+        return items, torch.stack(pixels) if pixels else torch.zeros(0)
+
+    def unpack(self, chunks):
+        "Such chunks, made here or by worker processes -> one item after the other, documents with their pixels."
+        try:
+            for items, pixels in chunks:
+                documents = [item for item in items if isinstance(item, Document)]
+                for document, part in zip(documents, pixels.split([len(one.record["images"]) for one in documents])):
+                    document.pixels = part
+                yield from items
+        except RuntimeError:
+            for number, process in enumerate(getattr(chunks, "_workers", [])):
+                if code := process.exitcode:
+                    record = self.dataset[int(self.current[number])]
+                    raise ValueError(f"record {record.get('id')}: the loader's worker process that worked on it ended "
+                                     f"with code {code} (-9: killed, mostly for want of memory; -7: /dev/shm is full); "
+                                     "use fewer --workers, or --workers=0") from None
+            raise
 
 
 def start_worker(worker: int) -> None:
@@ -1252,137 +1217,73 @@ class Loader:
     workers: processes that make the documents and open their pictures; 0: the thread does it. The batches are the same.
     A record that turns out to be bad is left out, named, and counted: more than dataset.max_bad are an error.
     """
-    started = weakref.WeakSet()  # those of this process that have workers, for an error to find whose worker died
 
     def __init__(self, dataset, make_document, load_pixels, rows, seq_len, image_tokens, micro_batch=0, micro_batches=1,
                  state=None, prefetch=True, pin=False, workers=0):
-        self.dataset, self.make_document, self.load_pixels = dataset, make_document, load_pixels
         self.rows, self.seq_len, self.image_tokens = rows, seq_len, image_tokens
         self.prefetch, self.pin = prefetch, pin
         # Micro-batch 1 of 4 takes records 1, 5, 9, ... Counted by micro-batches, not by GPUs: the data of a step are
         # the same however many GPUs share it.
         self.next, self.stride = (state["next"] if state else micro_batch), micro_batches
-        self.waiting = [make_document(dataset[i], i) for i in state["waiting"]] if state else []
-        self.pending = {}  # {process: the next batch, in preparation}; a forked process finds none of its own
-        self.bad, self.max_bad = set(), getattr(dataset, "max_bad", 0)  # what was left out; how many may be
-        self.iterator, self.ready = None, deque()  # of the workers; what they have sent and no batch has used yet
+        self.documents = Documents(dataset, make_document, load_pixels, micro_batches, workers)
+        self.waiting = [self.documents.make(i) for i in state["waiting"]] if state else []
+        self.pending = None  # the next batch, in preparation
+        self.bad = BadRecords(getattr(dataset, "max_bad", 0))
+        chunks = itertools.count(self.next, self.stride * Documents.CHUNK)  # the number of each one's first record
         if workers:  # at once, and in the main thread: a fork copies the locks of other threads as they are, locked
-            self.start_workers(workers)
+            self.iterator = iter(torch.utils.data.DataLoader(
+                self.documents, batch_size=None, sampler=chunks, num_workers=workers, prefetch_factor=2,
+                worker_init_fn=start_worker, multiprocessing_context="fork",
+                generator=torch.Generator()))  # of its own: else it would draw from the one that samples answers
+            # TRAP: at its end Python stops its children by SIGTERM, which these ignore, and would wait for ever.
+            weakref.finalize(self, self.iterator._shutdown_workers)
+            # PyTorch would end the training step in which a worker dies. The next batch finds it, too, and in order.
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+        self.items = self.documents.unpack(self.iterator if workers else map(self.documents.__getitem__, chunks))
 
     def state(self) -> dict:  # {"next": 1201, "waiting": [1181, 1197]}: indices are enough, record i can be made again
         # As of the batches handed out. A prefetched one is not among them: a resumed run makes it again.
         return {"next": self.next, "waiting": [d.index for d in self.waiting]}
+
+    def failure(self) -> Exception | None:
+        "The error in which the preparation of the next batch ended, if it did. Waits for it."
+        return self.pending.exception() if self.pending else None
 
     def __iter__(self):
         return self
 
     def __next__(self) -> dict:
         # result() raises the thread's error here, and again at every later call: the state has not moved on.
-        process = os.getpid()
-        done = self.pending[process].result() if process in self.pending else self.prepare()
-        batch, self.next, self.waiting = done
+        batch, self.next, self.waiting = self.pending.result() if self.pending else self.prepare()
         if self.prefetch:
-            self.pending = {process: thread_pools(process)[0].submit(self.prepare)}
+            self.pending = threads("batches").submit(self.prepare)
         return batch
-
-    def start_workers(self, workers: int) -> None:
-        prepared = Prepared(self.make, self.stride, workers)
-        loader = torch.utils.data.DataLoader(
-            prepared, batch_size=None, sampler=itertools.count(self.next, self.stride * Prepared.CHUNK),
-            num_workers=workers, prefetch_factor=2, worker_init_fn=start_worker, multiprocessing_context="fork",
-            generator=torch.Generator())  # of its own: else it would draw from the one that samples answers
-        self.iterator, self.current = iter(loader), prepared.current
-        prepared.prepare = None  # the workers have theirs; here it would keep this loader, and them, for ever
-        # TRAP: at its end Python stops its children by SIGTERM, which these ignore, and would wait for them for ever.
-        weakref.finalize(self, self.iterator._shutdown_workers)
-        Loader.started.add(self)
-
-    def open_pictures(self, document: Document):
-        "-> the document, or the ValueError that names the picture that cannot be opened."
-        try:
-            if document.pixels is None:
-                document.pixels = [self.load_pixels(source, document.record) for source in document.record["images"]]
-            return document
-        except ValueError as error:
-            return error
-
-    def make(self, index: int, pictures: bool = True):
-        "Record `index` -> its document, None where it does not fit, or the ValueError that says what is wrong with it."
-        try:
-            document = self.make_document(self.dataset[index], index)
-        except ValueError as error:
-            return error
-        return self.open_pictures(document) if pictures and document else document
-
-    def take(self, index: int):
-        "As make, from the workers if there are any: they are asked for the records in order, and answer in order."
-        if self.iterator is None:
-            return self.make(index, pictures=False)  # those of a whole batch follow together, in threads
-        if not self.ready:
-            items, pixels = next(self.iterator)
-            at = 0
-            for item in items:
-                if isinstance(item, Document):
-                    item.pixels, at = list(pixels[at:at + item.pixels]) if item.pixels else [], at + item.pixels
-                self.ready.append(item)
-        return self.ready.popleft()
-
-    def leave_out(self, error: ValueError) -> None:
-        if str(error) not in self.bad:  # in the next epoch the same record has another index
-            self.bad.add(str(error))
-            require(len(self.bad) <= self.max_bad, f"{error} ({len(self.bad)} bad records, {self.max_bad} are allowed: "
-                    "see --max_bad, and python data.py --check)")
-            say(f"skipped, {len(self.bad)} of at most {self.max_bad}: {error}")
 
     def prepare(self) -> tuple[dict, int, list[Document]]:
         """-> (the next batch, `next` and `waiting` after it). TRAP: it runs in a thread and must not change those."""
-        documents, tokens = list(self.waiting), sum(len(d.ids) for d in self.waiting)
-        first, at, skipped = len(documents), self.next, 0
+        new, tokens, at, skipped = [], sum(len(document.ids) for document in self.waiting), self.next, 0
         # 2 % more than the rows hold: each document's last id takes no position, and a few spare documents fill the
         # gaps at the rows' ends. Many more would only wait longer.
         while tokens < self.rows * self.seq_len * 1.02:
-            new = []
-            while tokens < self.rows * self.seq_len * 1.02:
-                document = self.take(at)
-                if isinstance(document, ValueError):
-                    self.leave_out(document)
-                    document = None
-                at += self.stride
-                # A few records that are too long are normal; if none fits, this loop would never end.
-                skipped = 0 if document else skipped + 1
-                require(skipped <= 1000, f"{skipped} records in a row do not fit into --seq_len={self.seq_len}; raise "
-                                         "it")
-                if document:
-                    new.append(document)
-                    tokens += len(document.ids)
-            closed = [source for document in new if document.pixels is None for source in document.record["images"]]
-            for document, opened in zip(new, map_pictures(self.open_pictures, new, closed)):
-                if isinstance(opened, ValueError):
-                    self.leave_out(opened)
-                    tokens -= len(document.ids)
-                else:
-                    documents.append(document)
+            item, at = next(self.items), at + self.stride
+            if isinstance(item, Document):
+                new.append(item)
+                tokens, skipped = tokens + len(item.ids), 0
+                continue
+            if item is not None:
+                self.bad.leave_out(item)
+            # A few records that are too long are normal; if none fits, this loop would never end.
+            skipped += 1
+            require(skipped <= 1000, f"{skipped} records in a row do not fit into --seq_len={self.seq_len}; raise it")
         # Those that waited go first: sorted among the others, a short one could wait without end. Then long before
         # short, since short ones still fit into the gaps that long ones leave.
-        documents = documents[:first] + sorted(documents[first:], key=lambda d: -len(d.ids))
+        documents = self.waiting + sorted(new, key=lambda document: -len(document.ids))
         arrays, packed, waiting = pack(documents, self.rows, self.seq_len, self.image_tokens)
-        batch = collate(arrays, packed, self.load_pixels)
+        batch = collate(arrays, packed)
         if self.pin:  # from page-locked memory the copy to the GPU runs in the background; from other memory it blocks
             batch = {name: value.pin_memory() if torch.is_tensor(value) else value
                      for name, value in batch.items()}
         return batch, at, waiting
-
-
-def name_dead_worker(error: RuntimeError) -> str:
-    "PyTorch's words for a worker process that was killed -> ours, with the record that it was busy with."
-    for loader in Loader.started:
-        for number, process in enumerate(loader.iterator._workers):
-            if process.exitcode:
-                record = loader.dataset[int(loader.current[number])]
-                return (f"record {record.get('id')}: the loader's worker process that worked on it ended with code "
-                        f"{process.exitcode} (-9: killed, mostly for want of memory; -7: /dev/shm is full); use fewer "
-                        "--workers, or --workers=0")
-    return str(error).splitlines()[0]
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -1459,10 +1360,6 @@ def run(main) -> None:
         for bar in list(tqdm._instances):
             bar.close()  # else the message would be printed on the progress bar's line
         sys.exit(f"error: {error}")
-    except RuntimeError as error:
-        if "DataLoader worker" not in str(error):
-            raise
-        sys.exit(f"error: {name_dead_worker(error)}")
     except KeyboardInterrupt:
         print("stopped", file=sys.stderr)
         sys.exit(130)  # the shells' number for Ctrl-C: 128 + SIGINT (2)
@@ -1496,37 +1393,34 @@ def draw_sheet(path, sources: list, captions: list[list[tuple[str, str]]], colum
     pen = ImageDraw.Draw(sheet)
     for i, (source, texts) in enumerate(zip(sources, wrapped)):
         x, y = i % columns * px, i // columns * height
-        if source is not None:  # a text-only record has no picture
-            sheet.paste(open_source(source, px - 8).resize((px - 8, px - 8)), (x + 4, y + 4))
+        image = None if source is None else attempt(open_source, source, px - 8)  # a text-only record has no picture
+        if isinstance(image, Image.Image):  # nor is there one that cannot be opened
+            sheet.paste(image.resize((px - 8, px - 8)), (x + 4, y + 4))
         for row, (line, colour) in enumerate(texts):
             pen.text((x + 6, y + px + 18 * row), line, fill=colour, font=font)
     sheet.save(path)
+
+
+def turns_of(record: dict) -> list[dict]:
+    return record.get("messages") or [{"role": "", "content": record["text"]}]
+
+
+def draw_records(path: str, records: list) -> None:
+    "A contact sheet of records: the first picture and the first turns of each."
+    draw_sheet(path, [next(iter(record["images"]), None) for record in records],
+               [[(turn["content"].replace("<image>", "").strip(), "green" if turn["role"] == "assistant" else "black")
+                 for turn in turns_of(record)[:3]] for record in records], columns=5)
 
 
 def show_world(path: str) -> None:
     "A contact sheet of scenes, one question of each kind about the first ten of them, printed with its answer."
     exam, captions = World("exam", "scenes"), World("captions")
     records = [exam[i] for i in range(len(QUESTIONS))] + [captions[i] for i in range(20 - len(QUESTIONS))]
-    texts = [record["messages"] for record in records]
-    draw_sheet(path, [record["images"][0] for record in records], [
-        [(turn["content"].removeprefix("<image>").strip(), colour) for turn, colour in zip(turns, ("black", "green"))]
-        for turns in texts], columns=5)
+    draw_records(path, records)
     for number, record in enumerate(records[:len(QUESTIONS)], 1):  # record i of an exam is of the i-th kind
         question, answer = (message["content"] for message in record["messages"])
         print(f"{number:>3} {record['kind']:>9}: {question.removeprefix('<image>').strip()!r} -> {answer}")
     print(f"wrote {path}")
-
-
-def read_any(name: str) -> tuple:
-    "A part of --data -> (its records, what is wrong with its other rows). All of the world would be endless."
-    if name == "world":
-        world = World("chat")
-        return [world[i] for i in range(500)], []
-    if is_text(name):
-        texts = enumerate(read_text(name))
-        return [{"id": f"{name} document {i}", "text": text, "images": []} for i, text in texts], []
-    records = read_records(name, 1.0)
-    return records, records.bad
 
 
 def check_data(flags) -> dict:
@@ -1534,48 +1428,40 @@ def check_data(flags) -> dict:
     Every record and picture of --data (and --val) -> the counts, which are also the last line printed. Names each bad
     record. With --check tokens are counted, too, and check.png is drawn.
     """
-    bad, lengths, counts, seen, shown = [], [], Counter(records=0, images=0, turns=0, supervised_tokens=0), {}, []
-    parts = [(name, *read_any(name)) for name, _ in parse_mixture(flags.data)]
-    trained = {key for _, records, _ in parts for key in getattr(records, "keys", np.zeros(0)).tolist()}
-    if flags.val:
-        held, wrong = read_any(flags.val)
-        both = trained & set(getattr(held, "keys", np.zeros(0)).tolist())
-        parts.append((flags.val, held, wrong))
-        for record in held if both else ():
-            if both & set(hash_keys(record)):
-                bad.append(f"{flags.val}, record {record['id']}: a picture or text of it is in --data, too")
-    tokenizer = None
-    if flags.check:
-        tokenizer = Tokenizer.from_pretrained(flags.tokenizer) if flags.tokenizer else \
-            Tokenizer.train(tokenizer_texts(flags.data, 0, 3_000_000), 2048)
-    for name, records, wrong in parts:
-        bad += wrong
-        for number in tqdm(range(len(records)), desc=f"checking {name}", delay=5, disable=None):
+    counts, bad, lengths, shown, drawn = Counter(records=0, images=0, turns=0, supervised_tokens=0), [], [], [], []
+    seen, trained = {}, set()  # {hash of a record: the first that has it}; hashes of the pictures of --data
+    tokenizer = flags.check and (Tokenizer.from_pretrained(flags.tokenizer) if flags.tokenizer else
+                                 Tokenizer.train(tokenizer_texts(flags.data, 0, 3_000_000), 2048))
+    parts = [(name, False) for name, _ in parse_mixture(flags.data)] + [(flags.val, True)] * bool(flags.val)
+    for name, held_out in parts:
+        records = read_any(name, World("chat"), 500)
+        bad += getattr(records, "bad", [])
+        if isinstance(records, Records):  # a picture may have gone since the index was made
+            records = map(partial(attempt, records.__getitem__), range(len(records)))
+        for number, record in enumerate(tqdm(records, desc=f"checking {name}", delay=5, disable=None)):
+            where = f"{name}, record {number}"
             try:
-                record = records[number]
-                where = f"{name}, record {number} (id {record['id'][:60]!r})"
-                counts["records"] += 1
-                counts["images"] += len(record["images"])
-                counts["turns"] += len(record.get("messages", []))
-                bad += check_record(record, where, seen)
-                if tokenizer:
-                    document = whole = make_document(record, number, tokenizer, flags.image_tokens, 10 ** 9)
-                    require(whole, f"{where}: nothing in it is learned")
-                    lengths.append(len(whole.ids) - 1)
-                    if "messages" in record:  # text is cut into pieces, of which none is lost
-                        document = make_document(record, number, tokenizer, flags.image_tokens, flags.seq_len)
-                        counts["cut"] += lengths[-1] > flags.seq_len
-                    counts["left_out"] += document is None
-                    counts["supervised_tokens"] += sum(document.mask[1:]) if document else 0
-                    if document and len(shown) < 3:
-                        shown.append(show_tokens(document, tokenizer))
-                if len(shown) < 3 and not tokenizer:
-                    shown.append(json.dumps({"id": record["id"], "messages": record.get("messages", record.get("text")),
-                                             "images": len(record["images"])}, ensure_ascii=False))
+                if isinstance(record, ValueError):
+                    raise record
+                where += f" (id {record['id'][:60]!r})"
+                counts.update(records=1, images=len(record["images"]), turns=len(record.get("messages", [])))
+                bad += [f"{where}: {problem}" for problem in problems_of(record, where, seen)]
+                keys = hash_keys(record)
+                if not held_out:
+                    trained.update(keys)
+                elif not trained.isdisjoint(keys):
+                    bad.append(f"{where}: a picture or text of it is in --data, too")
+                drawn += [record] * (len(drawn) < 20)
+                line = count_tokens(record, tokenizer, flags, counts, lengths) if tokenizer else \
+                    json.dumps({"id": record["id"], "messages": record.get("messages", record.get("text")),
+                                "images": len(record["images"])}, ensure_ascii=False)
+                shown += [line] * (line != "" and len(shown) < 3)
             except ValueError as error:
-                bad.append(str(error) if name in str(error) else f"{name}: {error}")
+                bad.append(str(error) if name in str(error) else f"{where}: {error}")
     if flags.check:
-        draw_check(flags.out.replace("world.png", "check.png"), [r for _, some, _ in parts for r in some[:20]][:20])
+        path = flags.out.replace("world.png", "check.png")
+        draw_records(path, drawn)
+        say(f"wrote {path}")
     print("\n".join(shown + [f"bad: {line}" for line in bad]))
     if lengths:
         print(f"tokens of a record: median {int(np.median(lengths))}, longest {max(lengths)}; {counts['cut']} of "
@@ -1584,53 +1470,51 @@ def check_data(flags) -> dict:
     return {**counts, "bad": len(bad)}
 
 
-def check_record(record: dict, where: str, seen: dict) -> list[str]:
-    "What is wrong with a record that could be read. seen: {hash of a record: the first that has it}."
-    bad = []
+def problems_of(record: dict, where: str, seen: dict) -> list[str]:
+    "What is wrong with a record that could be read."
+    bad, turns, answers = [], turns_of(record), record.get("answer", [])
     for source in record["images"]:
-        try:
-            image = open_source(source)
-            if min(image.size) < 4 or max(image.size) > 100 * min(image.size):
-                bad.append(f"{where}: a picture of {image.width} x {image.height} pixels shows nothing")
-        except ValueError as error:
-            bad.append(f"{where}: {error}")
-    turns = record.get("messages") or [{"role": "", "content": record.get("text", "")}]
+        image = attempt(open_source, source)
+        if isinstance(image, ValueError):
+            bad.append(str(image))
+        elif min(image.size) < 4 or max(image.size) > 100 * min(image.size):
+            bad.append(f"a picture of {image.width} x {image.height} pixels shows nothing")
     for turn in turns:
-        if turn["role"] != "assistant" and turn["role"] and not turn["content"].replace("<image>", "").strip() \
-                and not record["images"]:
-            bad.append(f"{where}: a question is empty")
+        if turn["role"] in ("user", "system") and not turn["content"].strip() and not record["images"]:
+            bad.append("a question is empty")
         if found := re.search(r"<\|[a-z_]+\|>|\ufffd|[\x00-\x08\x0b\x0c\x0e-\x1f]|\[INST\]|</?s>", turn["content"]):
-            bad.append(f"{where}: {found[0]!r} in a text: a mark of another format, or a damaged letter")
+            bad.append(f"{found[0]!r} in a text: a mark of another format, or a damaged letter")
         if turn["role"] == "assistant" and "<image>" in turn["content"]:
-            bad.append(f"{where}: <image> in an answer: the model cannot draw")
-    answers = record.get("answer", [])
+            bad.append("<image> in an answer: the model cannot draw")
     if record.get("choices") and not set([answers] if isinstance(answers, str) else answers) <= set(record["choices"]):
-        bad.append(f"{where}: the answer {answers!r} is none of the choices")
+        bad.append(f"the answer {answers!r} is none of the choices")
     content = repr((turns, [picture_key(source) for source in record["images"]]))
     first = seen.setdefault(hashlib.sha1(content.encode("utf-8", "replace")).digest(), where)
-    return bad + ([f"{where}: the same as {first}"] if first != where else [])
+    return bad + [f"the same as {first}"] * (first != where)
 
 
-def show_tokens(document: Document, tokenizer) -> str:
-    "A record as the model reads it: pictures as [64 image tokens], the part that is learned in **stars**."
+def count_tokens(record: dict, tokenizer, flags, counts: Counter, lengths: list) -> str:
+    """
+    A record's tokens are added to the counts -> the record as the model reads it: pictures as [64 image tokens], the
+    part that is learned in **stars**; "" if it does not fit.
+    """
+    document = make_document(record, 0, tokenizer, flags.image_tokens, 10 ** 9)
+    require(document, "nothing in it is learned")
+    lengths.append(len(document.ids) - 1)
+    if "messages" in record:  # text is cut into pieces, of which none is lost
+        counts["cut"] += lengths[-1] > flags.seq_len
+        document = make_document(record, 0, tokenizer, flags.image_tokens, flags.seq_len)
+        counts["left_out"] += document is None
+    if document is None:
+        return ""
+    counts["supervised_tokens"] += sum(document.mask[1:])
     out, learned = "", False
-    for (token, mask), group in itertools.groupby(zip(document.ids, document.mask), lambda pair: (
-            pair[0] if pair[0] == tokenizer.image_pad else None, bool(pair[1]))):
-        ids = [one for one, _ in group]
-        text = f"[{len(ids)} image tokens]" if token is not None else tokenizer.decode(ids, skip_special=False)
+    for (picture, mask), group in itertools.groupby(zip(document.ids, document.mask), lambda pair: (
+            pair[0] == tokenizer.image_pad, bool(pair[1]))):
+        ids = [token for token, _ in group]
+        text = f"[{len(ids)} image tokens]" if picture else tokenizer.decode(ids, skip_special=False)
         out, learned = out + "**" * (mask != learned) + text, mask
     return (out + "**" * learned).replace("\n", "\\n")
-
-
-def draw_check(path: str, records: list) -> None:
-    def one(record):
-        with contextlib.suppress(ValueError, StopIteration):
-            return open_source(next(iter(record["images"])))
-    lines = [[(turn["content"].replace("<image>", "").strip(), "green" if turn["role"] == "assistant" else "black")
-              for turn in record.get("messages", [{"role": "", "content": record.get("text", "")}])][:3]
-             for record in records]
-    draw_sheet(path, [one(record) for record in records], lines, columns=5)
-    say(f"wrote {path}")
 
 
 def download(names: str, vision: str) -> None:

@@ -2323,29 +2323,36 @@ def test_a_mixture_names_files_and_weights():
         assert fails(lambda: data.parse_mixture(wrong), repr(wrong), "NAME:WEIGHT")
 
 
+def split(rows: list[dict], *options, **more):
+    "data.split_by_image of records that lie in no file."
+    keys = [data.hash_keys(row) for row in rows]
+    return data.split_by_image(data.Records(rows.__getitem__, np.arange(len(rows))[:, None], np.array(
+        sum(keys, []), np.uint64), np.array([len(one) for one in keys])), *options, **more)
+
+
 def test_one_picture_is_never_on_both_sides_of_a_split():
     rng = random.Random(0)
     records = [{"id": str(i), "images": [b"%d" % rng.randrange(200)] * (i % 9 > 0)} for i in range(900)]
     records += [{"id": f"m{i}", "images": [b"%d" % i, b"%d" % (i + 1)]} for i in range(0, 20, 2)]  # two pictures each
-    train, held = data.split_by_image(records, 0.1)
+    train, held = split(records, 0.1)
     # who shows both sides' goes
     assert 0.9 * len(records) < len(train) + len(held) <= len(records) and 60 < len(held) <= 91
     seen = {image for r in train for image in r["images"]}
     assert not any(image in seen for r in held for image in r["images"])
     assert any(r["images"] for r in held) and any(not r["images"] for r in held)
-    again = data.split_by_image(records[::-1], 0.1)[1]
+    again = split(records[::-1], 0.1)[1]
     assert {r["id"] for r in again} == {r["id"] for r in held}  # the order in the file does not matter
-    assert len(data.split_by_image(records, 0.5, at_most=40)[1]) <= 40
+    assert len(split(records, 0.5, at_most=40)[1]) <= 40
 
 
 def test_a_split_leaves_no_side_empty():
     for sizes in [(1, 1), (50, 1), (1, 50), (30, 30), (1, 1, 1)]:
         records = [{"id": f"{i}-{j}", "images": [b"%d" % i]} for i, size in enumerate(sizes) for j in range(size)]
         for fraction in (0.0, 0.05, 0.5):
-            train, held = data.split_by_image(records, fraction)
+            train, held = split(records, fraction)
             assert train and held, (sizes, fraction)
     for records in ([{"id": "1", "images": []}], [{"id": "1", "images": [b"x"]}, {"id": "2", "images": [b"x"]}]):
-        assert fails(lambda: data.split_by_image(records), "too few", "--val=")
+        assert fails(lambda: split(records), "too few", "--val=")
 
 
 def test_equal_bytes_under_two_names_in_a_zip_are_one_picture(tmp_path):
@@ -2611,8 +2618,7 @@ def test_every_answer_of_a_held_out_conversation_becomes_a_question():
 
 def test_of_small_sets_a_fifth_is_held_out_and_the_counts_are_said(tmp_path, capsys):
     for n, expected in (100, 20), (999, 200), (1000, 50), (3000, 150):
-        records = [{"id": str(i), "images": []} for i in range(n)]
-        train, held = data.split_by_image(records)
+        train, held = split(plain_records(n))
         assert len(held) == expected and len(train) == n - expected
     path = write(tmp_path / "d.json", [CHAT | {"id": i} for i in range(100)])
     data.load_data(str(path), None, {}, 0, 500)
@@ -2817,23 +2823,23 @@ def test_rows_of_public_sets_become_questions_that_can_be_scored(tmp_path):
                                                  "question_id": 7}]))
         file.writestr("CLEVR_v1.0/scenes/CLEVR_train_scenes.json", json.dumps(
             {"scenes": [{"image_filename": "CLEVR_train_000000.png", "objects": [{}, {}, {}]}]}))
-    row, = data.rows_of_tallyqa(str(tmp_path / "t.zip"))
-    assert (row["answer"], row["image"], row["metric"]) == ("2", "VG_100K/1.jpg", "exact")
-    row, = data.rows_of_clevr(str(tmp_path / "t.zip"))
-    assert (row["answer"], row["image"]) == ("3", "images/train/CLEVR_train_000000.png")
+    row, = (data.benchmark_row(*parts) for parts in data.recipe_rows("tallyqa", str(tmp_path / "t.zip")))
+    assert (row["answer"], row["images"], row["metric"]) == ("2", "VG_100K/1.jpg", "exact")
+    row, = (data.benchmark_row(*parts) for parts in data.recipe_rows("clevr", str(tmp_path / "t.zip")))
+    assert (row["answer"], row["images"]) == ("3", "images/train/CLEVR_train_000000.png")
     with tarfile.open(tmp_path / "a.tar.gz", "w:gz") as tar:
         add_to_tar(tar, "aokvqa_v1p0_train.json", json.dumps([
             {"image_id": 299207, "question": "What?", "question_id": "x", "choices": ["nine", "two"],
              "correct_choice_idx": 1}]).encode())
-    row, = data.rows_of_aokvqa(str(tmp_path / "a.tar.gz"))
-    assert (row["answer"], row["image"], row["choices"]) == ("B", "000000299207.jpg", {"A": "nine", "B": "two"})
+    row, = (data.benchmark_row(*parts) for parts in data.recipe_rows("aokvqa", str(tmp_path / "a.tar.gz")))
+    assert (row["answer"], row["images"], row["choices"]) == ("B", "000000299207.jpg", {"A": "nine", "B": "two"})
 
 
 def test_the_table_of_recipes_is_complete():
     for name, recipe in data.RECIPES.items():
         assert recipe["stage"] in ("base", "align", "sft", "rl", "benchmark") and recipe["licence"] and recipe["about"]
         assert recipe["hub"].startswith(("datasets/", "https://")) and recipe["files"], name
-        assert "rows" not in recipe or hasattr(data, f"rows_of_{recipe['rows']}")
+        assert recipe.get("rows", "gsm8k") in ("tallyqa", "aokvqa", "clevr", "gsm8k")
         for size, digest in recipe["files"].values():
             assert digest is None or len(digest) in (32, 64) and int(digest, 16)
     assert {n for n, r in data.RECIPES.items() if r["stage"] != "benchmark"} == {
@@ -2936,7 +2942,8 @@ def test_long_documents_wait_but_all_are_seen():
     for _ in range(60):
         shown.update(set(next(loader)["ids"].flatten().tolist()) - {0})
     waiting = {d.index for d in loader.waiting}
-    assert set(seen) - {0} - waiting == set(shown) and len(waiting) < 10  # nothing lost
+    made = {i for i in seen if 0 < i < loader.next}  # others are made ahead
+    assert made - waiting == set(shown) and len(waiting) < 10  # nothing lost
     assert max(seen.values()) == 1  # and nothing made twice
 
 
@@ -2992,7 +2999,8 @@ def test_the_batches_are_the_same_for_any_number_of_workers_and_from_any_state()
         processes = [*loader.iterator._workers, *resumed.iterator._workers]
         del loader, resumed  # and with the loaders their processes
         wait_until(lambda: not any(process.is_alive() for process in processes), 20)
-    assert plain.bad and {int(re.match(r"record r(\d+):", line)[1]) for line in plain.bad} <= set(broken)
+    lines = plain.bad.lines
+    assert lines and {int(re.match(r"record r(\d+):", line)[1]) for line in lines} <= set(broken)
 
 
 def test_a_bad_record_is_skipped_and_named_and_too_many_end_the_run(capsys):
@@ -3949,7 +3957,7 @@ def test_query_key_and_value_get_updates_of_one_size_whatever_their_gradients():
 def test_the_batch_that_chapter_4_tries_memory_with_is_full():
     import train_rl
     vlm, flags = tiny_vlm(), argparse.Namespace(seq_len=256, max_new_tokens=12)
-    batch = train_rl.full_batch(3, world.World("exam"), flags, vlm, tokenizer())
+    batch = train_rl.full_batch(3, world.World("exam"), flags, vlm, tokenizer(), data.BadRecords(0))
     assert batch["ids"].shape == (3, 256) and (batch["document_ids"] > 0).float().mean() > 0.6  # bytes: long questions
     documents = len(batch["image_index"])
     assert documents >= 3 and len(batch["pixels"]) == documents  # each with a picture of its own
@@ -4911,6 +4919,39 @@ def test_the_weights_are_the_same_for_any_number_of_workers(trained, tmp_path, o
         assert ran.code == 0, ran.err
         saved.append((tmp_path / str(workers) / "tiny/sft/model.safetensors").read_bytes())
     assert saved[0] == saved[1]
+
+
+def partly_broken(folder: Path) -> list:
+    "600 records, of which the last 60 have pictures that cannot be opened, and 8 held-out ones -> the flags."
+    rows = [llava(f"{i}.png", id=f"r{i}", answer=list(world.COLOURS)[i % 7]) for i in range(600)]
+    with zipfile.ZipFile(folder / "images.zip", "w") as file:
+        for i in range(600):
+            content = image_bytes((*world.COLOURS[list(world.COLOURS)[i % 7]][:2], i % 256))
+            file.writestr(f"{i}.png", content if i < 540 else content[:40] + b"%d" % i)
+    write(folder / "val.json", rows[:8])
+    return [f"--data={write(folder / 'd.json', rows)}", f"--val={folder / 'val.json'}", f"--out_dir={folder / 'out'}",
+            "--device=cpu", "--eval_size=4", "--seq_len=64"]
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_too_many_bad_records_end_the_run_after_the_steps_that_are_done_are_saved(tmp_path, workers):
+    flags = partly_broken(tmp_path)
+    ran = run("train_sft", *flags, "--steps=60", "--batch_size=4", "--max_bad=0.02", f"--workers={workers}")
+    assert ran.code == 1 and not ran.out and ran.err.splitlines()[-1].startswith("error: record r5")
+    assert "13 bad records, 12 are allowed: see --max_bad" in ran.err and ran.err.count("skipped, ") == 12
+    state = json.loads((tmp_path / "out/tiny/sft/state.json").read_text())
+    assert 2 < state["step"] < 60
+    more = run("train_sft", *flags, "--steps=60", "--batch_size=4", "--max_bad=0.2", "--resume")
+    assert more.code == 0 and f"at step {state['step']}" in more.err and more.result["step"] == 60
+
+
+def test_reinforcement_learning_leaves_out_bad_records_and_saves_before_they_end_it(tmp_path):
+    flags = [*partly_broken(tmp_path), "--steps=3", "--batch_size=16", "--samples=2", "--max_new_tokens=2"]
+    ran = run("train_rl", *flags, "--max_bad=0.1")
+    assert ran.code == 0 and "skipped, 1 of at most 60: record r5" in ran.err and ran.result["step"] == 3
+    ran = run("train_rl", *flags, "--max_bad=0.002")
+    assert ran.code == 1 and "2 bad records, 1 are allowed" in ran.err.splitlines()[-1]
+    assert json.loads((tmp_path / "out/tiny/rl/state.json").read_text())["step"] <= 3
 
 
 def test_alignment_goes_on_where_a_step_shows_no_picture(trained, tmp_path):

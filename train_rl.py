@@ -24,6 +24,7 @@ Left out, because it shrinks exactly the hard and the easy questions' share: the
 deviation (arXiv 2503.20783). Left out, because short right answers leave no room to drift: the KL penalty and its
 reference model.
 """
+import itertools
 import math
 import random
 import time
@@ -59,6 +60,8 @@ def rollout(vlm, tokenizer, records: list, flags, step: int) -> tuple[list, list
     # The same render as in training and in sample.py: it opens the assistant's turn, and the model continues it.
     prompts = [tokenizer.render(record["messages"][:-1], image_tokens=vlm.config.bridge.num_tokens,
                                 add_generation_prompt=True) for record in records]
+    if not prompts:
+        return [], []  # all of this rank's questions were bad records
     load_pixels = data.pixel_loader(vlm.config.vision)
     pixels = [load_pixels(source, record) for record in records for source in record["images"]]
     n = len(prompts) * flags.samples
@@ -124,11 +127,12 @@ def pack_all(documents: list, rows: int, seq_len: int, vlm) -> list[dict]:
     return batches
 
 
-def full_batch(rows: int, dataset, flags, vlm, tokenizer) -> dict:
+def full_batch(rows: int, dataset, flags, vlm, tokenizer, bad: data.BadRecords) -> dict:
     "The largest micro-batch possible: questions with a picture and the longest answer, until the rows are full."
     documents, M = [], vlm.config.bridge.num_tokens
+    good = (record for i in itertools.count() for record in data.keep_good([dataset[i]], bad))
     while sum(len(doc.ids) for doc in documents) < rows * flags.seq_len:
-        record = dataset[len(documents)]
+        record = next(good)
         prompt = tokenizer.render(record["messages"][:-1], image_tokens=M, add_generation_prompt=True)
         documents.append(data.Document(0, prompt.ids + [0] * flags.max_new_tokens,
                                        [0] * len(prompt.ids) + [1] * flags.max_new_tokens, prompt.slots, record))
@@ -165,18 +169,20 @@ def compare(before: dict, after: dict, records: list, kinds: list, setup: Setup)
 def main() -> None:
     flags = parse_flags(__doc__, STAGE, FLAGS, BY_MODEL)
     setup = Setup(flags)
+    # Data, first: a wrong file or picture shows before a large model is loaded. New: single questions, with an answer
+    # that code can check. No loader: the model itself makes the rows.
+    kinds = [kind for kind in flags.kinds.split(",") if kind]
+    # Held out are questions of all kinds: what is not trained on may be forgotten, and that should show.
+    exams = {split: World("exam", split, seed=1) for split in ("scenes", "pairs")}
+    dataset, held_out = data.load_data(flags.data, World("exam", seed=flags.seed, kinds=kinds), exams, flags.seed,
+                                   flags.eval_size, flags.val, max_bad=flags.max_bad)
+
     vlm, tokenizer, state, moments = load_start(flags, setup, STAGE)
     params = freeze_all_but(vlm, ["bridge", "decoder", "vit"])  # the same parts as in chapter 3
     optimizer = Optimizer(params, flags.optimizer, flags.lr, moments)
     vlm.to(setup.dtype)
     step = state.get("step", 0)  # above 0 with --resume
 
-    # Data. New: single questions, with an answer that code can check. No loader: the model itself makes the rows.
-    kinds = [kind for kind in flags.kinds.split(",") if kind]
-    # Held out are questions of all kinds: what is not trained on may be forgotten, and that should show.
-    exams = {split: World("exam", split, seed=1) for split in ("scenes", "pairs")}
-    dataset, held_out = data.load_data(flags.data, World("exam", seed=flags.seed, kinds=kinds), exams, flags.seed,
-                                   flags.eval_size, flags.val, max_bad=flags.max_bad)
     # A resumed run compares with where it began, not with where it was interrupted.
     before = state.get("before") or {name: evaluate(vlm, tokenizer, records, setup)
                                      for name, records in held_out.items()}
@@ -184,8 +190,9 @@ def main() -> None:
         setup.print(f"before: {name} {result['accuracy']:.1%} "
                   f"(95 % interval {result['ci95'][0]:.1%} to {result['ci95'][1]:.1%})")
 
+    bad = data.BadRecords(dataset.max_bad)
     rows = flags.micro_batch_size or largest_micro_batch(
-        vlm, setup, 16, lambda n: full_batch(n, dataset, flags, vlm, tokenizer))
+        vlm, setup, 16, lambda n: full_batch(n, dataset, flags, vlm, tokenizer, bad))
     log, interrupt = Log(flags, setup, STAGE), Interrupt()
     started, bar = time.time(), tqdm(total=flags.steps, initial=step, disable=not setup.is_main, desc=STAGE,
                                      unit="step")
@@ -193,7 +200,10 @@ def main() -> None:
         # ---- one step ------------------------------------------------------------------------------------------------
         # This rank's questions. The numbers run on from step to step: no question comes twice.
         mine = range(step * flags.batch_size + setup.rank, (step + 1) * flags.batch_size, setup.world_size)
-        records = [dataset[i] for i in mine]
+        try:
+            records = data.keep_good([data.attempt(dataset.__getitem__, i) for i in mine], bad)
+        except ValueError as error:  # more than --max_bad: this rank adds nothing to the step, which is the last one
+            setup.failure, records = error, []
         # New: rollouts, rewards, and advantages as token weights.
         prompts, groups = rollout(vlm, tokenizer, records, flags, step)
         documents, tokens, stats = to_documents(records, prompts, groups, tokenizer)

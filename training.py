@@ -138,6 +138,7 @@ class Setup:
                     f"--dtype=bfloat16, and a multiple of 16 as --seq_len, not {flags.seq_len}")
         self.compile = {"auto": name == "cuda", "True": True, "False": False}[str(flags.compile)]
         self.bad_steps, self.max_bad_steps = 0, getattr(flags, "max_bad_steps", 10)  # in a row, see train_step
+        self.loaders, self.failure = [], None  # of this rank; the error for which a run stops once it is saved
         # The same seed everywhere: all ranks draw the same first weights and then make the same updates. What must
         # differ between ranks, their data, does not come from this generator.
         torch.manual_seed(flags.seed)
@@ -495,9 +496,10 @@ def make_loaders(flags, setup: Setup, vlm: VLM, tokenizer: Tokenizer, dataset, s
         setup.print(f"{cut} of {len(whole)} conversations are longer than --seq_len={flags.seq_len} and are cut: "
                     "their last turns are left out")
     workers = data.share_workers(getattr(flags, "workers", 0), setup.device.type, setup.world_size, count)
-    return [make(rows=micro, micro_batch=i, micro_batches=count, state=saved[i] if saved else None,
-                 workers=workers[i // setup.world_size])
-            for i in range(setup.rank, count, setup.world_size)]  # 4 micro-batches, 2 ranks: 0 and 2, 1 and 3
+    setup.loaders = [make(rows=micro, micro_batch=i, micro_batches=count, state=saved[i] if saved else None,
+                          workers=workers[i // setup.world_size])
+                     for i in range(setup.rank, count, setup.world_size)]  # 4 micro-batches, 2 ranks: 0 and 2, 1 and 3
+    return setup.loaders
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -638,8 +640,11 @@ class Interrupt:
             raise KeyboardInterrupt
 
     def requested(self, setup: Setup) -> bool:
+        # Also if a loader cannot go on, for too many bad records, say: the steps that are done must not be lost.
+        failures = [setup.failure, *(loader.failure() for loader in setup.loaders)]
+        setup.failure = next(filter(None, failures), None)
         # On any rank, and then on all: one that stopped alone would leave the others waiting for its gradients.
-        self.interrupted = setup.all_reduce(float(self.interrupted)) > 0
+        self.interrupted = setup.all_reduce(float(self.interrupted or setup.failure is not None)) > 0
         return self.interrupted
 
     def close(self) -> None:
@@ -691,9 +696,11 @@ def save(flags, setup: Setup, stage: str, vlm: VLM, tokenizer: Tokenizer, optimi
 
 
 def finish(setup: Setup, log: Log, **results) -> None:
-    "The run's last line: one JSON object on standard output."
+    "The run's last line: one JSON object on standard output; or the error for which it stopped, now that it is saved."
     if setup.device.type == "cuda":
         results["peak_gib"] = round(torch.cuda.max_memory_allocated() / 2 ** 30, 2)
     log.write(**results)
+    if setup.failure:
+        raise setup.failure
     if setup.is_main:  # the only print to standard output: `python train_sft.py | tail -1` is ready for a script
         print(json.dumps(results))
