@@ -11,6 +11,8 @@ How good, and how fast: measured on the real code, never on a copy of it.
     python bench.py --what=profile --model=small                      # which kernels a step spends its time in
     python bench.py --what=memory --model=qwen2.5-3b --gpus=8         # what each stage will need; no GPU is asked
     python bench.py --what=serve                                      # 1 to 64 clients of a real server
+    python bench.py --what=compare --init=out/tiny/sft,out/tiny/sft.1 # two runs' curves in one picture, compare.png
+    python bench.py --what=figures --init=assets/tiny                 # the pictures of README.md and docs/
 
 The last line of standard output is one JSON object; tables go to standard error.
 """
@@ -32,18 +34,18 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageColor, ImageDraw, ImageFont
 
 import data
 import model
 import sample
 import train_rl
-from model import PRESETS, VLM, Block, add_lora, newest_checkpoint, preset, rope_table
+from model import PRESETS, VLM, Block, add_lora, newest_checkpoint, preset, respond, rope_table
 from tokenizer import Tokenizer
 from train_sft import answers, evaluate_with_baselines, exchange_pictures, score_answer, wilson, yes_or_no
-from training import (FROM_SCRATCH, Optimizer, Setup, count_supervised, freeze_all_but, largest_micro_batch, load_start,
-                      make_loaders, parse_flags, run, train_step)
-from vision import Bridge, ViTBlock
+from training import (FROM_SCRATCH, Optimizer, Setup, count_supervised, draw_lines, freeze_all_but,
+                      largest_micro_batch, load_start, make_loaders, parse_flags, read_curves, run, train_step)
+from vision import Bridge, ViTBlock, load_image
 from weights import named_errors, parse_json
 from world import World
 
@@ -54,12 +56,13 @@ BY_MODEL = {"tiny": {"batch_size": 32, "seq_len": 128}, "small": {"batch_size": 
             "released": {"batch_size": 32, "seq_len": 2048}}
 CARDS = (8, 12, 16, 24, 40, 80, 141)  # GiB
 FLAGS = {
-    "what": ("eval", "eval, data, speed, ladder, profile, memory or serve"),
+    "what": ("eval", "eval, data, speed, ladder, profile, memory, serve, compare or figures"),
     "clients": ("1,8,32,64", "serve: how many at once, one number after another"),
     "model": ("tiny", f"{', '.join(PRESETS)}, or a hub id (Org/Name) or folder"),
     "vision": ("", "speed: encoder in place of the preset's"),
     "bridge": ("", "speed: perceiver, pixelshuffle or mlp, in place of the preset's"),
-    "init": ("", "checkpoint folder; empty: the latest stage under --out_dir, for speed else random weights"),
+    "init": ("", "checkpoint folder; empty: the latest stage under --out_dir, for speed else random weights; "
+                 "compare: several, comma-separated"),
     "out_dir": ("out", "where the stages keep their checkpoints"),
     "data": ("world", "world, a benchmark's name (data.py --download=list), or files of records, comma-separated"),
     "answers": ("", "eval: a .jsonl that keeps the answers; run again to go on"),
@@ -521,21 +524,8 @@ def bench_ladder(flags) -> dict:
         del vlm, step
         if gpu:
             torch.cuda.empty_cache()
-    chart([(r["rung"], r["tokens_per_s"]) for r in rows], "ladder.png")
+    draw_ladder("ladder.png", rows)
     return {"what": "ladder", "model": flags.model, "rungs": rows, "chart": "ladder.png"}
-
-
-def chart(bars: list[tuple[str, float]], path: str) -> None:
-    "Labelled horizontal bars."
-    font, high, wide = ImageFont.load_default(18), 44, 1100
-    sheet = Image.new("RGB", (wide, high * len(bars) + 10), "white")
-    pen, most = ImageDraw.Draw(sheet), max(value for _, value in bars)
-    for i, (name, value) in enumerate(bars):
-        y, length = i * high + 8, round(540 * value / most)
-        pen.text((10, y + 6), name, fill="black", font=font)
-        pen.rectangle((450, y, 450 + length, y + high - 14), fill="steelblue")
-        pen.text((460 + length, y + 6), f"{value:,.0f}", fill="black", font=font)
-    sheet.save(path)
 
 
 def saved_bytes(module, compiled: bool, *inputs) -> int:
@@ -734,6 +724,276 @@ def bench_serve(flags) -> dict:
             "generate_32_tokens_per_s": 32 * 136 / seconds}
 
 
+# ----------------------------------------------------------------------------------------------------------------------
+# Pictures: the curves of several runs in one chart, and the figures of README.md and docs/, drawn from the checkpoint
+# and the logs themselves. All are 800 pixels wide with few, large letters, so that they can be read on a phone.
+
+def bench_compare(flags) -> dict:
+    "Several runs -> compare.png with a chart for each thing that their logs have, and the flags in which they differ."
+    logs = {name: [json.loads(line) for line in open(Path(name, "log.jsonl"), encoding="utf-8")]
+            for name in flags.init.split(",")}
+    charts, results = {}, {}
+    for name, rows in logs.items():
+        for title, lines in read_curves(rows).items():
+            # Of accuracy only the total: ten kinds of questions in each run would be too many lines.
+            for line in {"loss", "accuracy", "reward", "bits_per_byte", "caption_loss"} & lines.keys():
+                charts.setdefault(f"{title}: {line}", {})[name] = lines[line]
+        results[name] = {key: value for key, value in rows[-1].items() if isinstance(value, (int, float, str))}
+    if not charts:
+        raise ValueError(f"--init={flags.init}: these logs have no steps yet")
+    draw_lines(Path("compare.png"), charts)
+    told = [rows[0].get("flags", {}) for rows in logs.values()]
+    differ = {key: [one.get(key) for one in told] for key in told[0] if any(one.get(key) != told[0][key] for one in told)}
+    say("\n".join(f"{key}: {', '.join(map(str, values))}" for key, values in differ.items()) or "the same flags in all")
+    return {"what": "compare", "chart": "compare.png", "flags_that_differ": differ, "results": results}
+
+
+GREY, BLUE, GREEN, ORANGE, RED, PALE = "#d4d4d4", "#7db8e0", "#57b894", "#e8a33d", "#d0603a", "#e4eef6"
+WIDE = 800
+
+
+def font(size: int = 24):
+    return ImageFont.load_default(size)
+
+
+def page(high: int, title: str = "") -> tuple[Image.Image, ImageDraw.ImageDraw]:
+    "White paper with a title -> (the picture, a pen to draw on it)."
+    sheet = Image.new("RGB", (WIDE, high), "white")  # a background of its own: a reader's page may be dark
+    pen = ImageDraw.Draw(sheet)
+    pen.text((12, 10), title, "black", font(26))
+    return sheet, pen
+
+
+def cells(sheet, at: tuple, size: tuple, colours: list[list[str]]) -> None:
+    "A table of coloured cells, without lines between them, that fills size pixels."
+    rgb = np.array([[ImageColor.getrgb(colour) for colour in row] for row in colours], dtype=np.uint8)
+    sheet.paste(Image.fromarray(rgb).resize(size, Image.Resampling.NEAREST), at)
+
+
+def bars(title: str, rows: list[tuple[str, list[tuple[float, str]], str]], left: int = 300, tall: int = 46,
+         legend: dict = {}) -> Image.Image:
+    """
+    Horizontal bars, (name, [(length, colour), ...] end to end, what is written behind). Negative ones go to the left.
+    legend: {what a colour means: the colour}.
+    """
+    sheet, pen = page(60 + tall * len(rows) + 36 * -(-len(legend) // 3), title)
+    totals = [sum(value for value, _ in parts) for _, parts, _ in rows]
+    zero, unit = left, (WIDE - left - 110) / (max(0, *totals) - min(0, *totals))
+    zero -= min(0, *totals) * unit
+    for i, (name, parts, text) in enumerate(rows):
+        x, y = zero, 56 + tall * i
+        pen.text((left - 14, y + tall / 2 - 5), name, "black", font(), "rm")
+        for value, colour in parts:
+            pen.rectangle((min(x, x + value * unit), y, max(x, x + value * unit), y + tall - 10), colour)
+            x += value * unit
+        pen.text((max(x, zero) + 10, y + tall / 2 - 5), text, "black", font(), "lm")
+    for i, (name, colour) in enumerate(legend.items()):
+        x, y = 20 + i % 3 * 260, sheet.height - 36 * (-(-len(legend) // 3) - i // 3)
+        pen.rectangle((x, y, x + 22, y + 22), colour)
+        pen.text((x + 32, y + 11), name, "black", font(), "lm")
+    return sheet
+
+
+def draw_ladder(path, rungs: list[dict]) -> None:
+    bars("tokens a second; each idea on top of those above", [
+        (r["rung"], [(r["tokens_per_s"], BLUE)], f"{r['tokens_per_s']:,.0f}") for r in rungs], left=430).save(path)
+
+
+class Subject:
+    "What the figures are about: cat.jpg, a trained model, and what it computes of the picture."
+
+    def __init__(self, vlm: VLM, tokenizer: Tokenizer, log: list[dict]):
+        self.vlm, self.tokenizer, self.log, self.M = vlm.eval(), tokenizer, log, vlm.config.bridge.num_tokens
+        self.image = load_image(Path(__file__).with_name("cat.jpg"))
+        self.pixels = data.preprocess(self.image, vlm.config.vision.image_size)                  # [3, S, S]
+        self.features = vlm.vit_features(self.pixels[None])[0]                                   # [N, D]
+
+    def ask(self, question: str) -> str:
+        return respond(self.vlm, self.tokenizer, [[sample.user_message(question, 1)]], [[self.pixels]])[0]
+
+    def document(self, question: str, answer: str) -> data.Document:
+        messages = [sample.user_message(question, 1), {"role": "assistant", "content": answer}]
+        return data.make_document({"id": "cat", "messages": messages, "images": ["cat.jpg"]}, 0, self.tokenizer,
+                                  self.M, 1000)
+
+    def words(self, ids) -> list[str]:
+        "What each token stands for. <|im_end|> -> im_end"
+        texts = [self.tokenizer.decode([i], skip_special=False).replace("\n", "\\n").strip() for i in ids]
+        return [text.replace("<|image_pad|>", "pad").replace("<|", "").replace("|>", "") for text in texts]
+
+    def colours(self, ids, mask) -> list[str]:
+        return [GREEN if learned else BLUE if token == self.tokenizer.image_pad else GREY
+                for token, learned in zip(ids, mask)]
+
+
+def draw_answers(s: Subject) -> Image.Image:
+    sheet, pen = page(400)
+    sheet.paste(s.image.resize((380, 380)), (10, 10))
+    for i, question in enumerate(["What colour is the cat?", "Where is the tree?", "Is there a blue bird?",
+                                  "What is the smallest thing?", "How many things are there?"]):
+        pen.text((412, 12 + 76 * i), question, "#555555", font())
+        pen.text((412, 42 + 76 * i), s.ask(question), "black", font(30))
+    return sheet
+
+
+def draw_patches(s: Subject) -> Image.Image:
+    S, P, n = s.vlm.config.vision.image_size, s.vlm.config.vision.patch_size, math.isqrt(len(s.features))
+    sheet, _ = page(430, f"{S} x {S} pixels, cut into {n * n} patches of {P} x {P}")
+    picture = Image.fromarray(s.pixels.permute(1, 2, 0).numpy())
+    sheet.paste(picture.resize((360, 360), Image.Resampling.NEAREST), (20, 55))
+    for y, x in np.ndindex(n, n):  # a wider gap every second patch: 2 x 2 of them begin one latent
+        patch = picture.crop((x * P, y * P, x * P + P, y * P + P)).resize((54, 54), Image.Resampling.NEAREST)
+        sheet.paste(patch, (420 + x * 57 + x // 2 * 10, 55 + y * 57 + y // 2 * 10))
+    return sheet
+
+
+def draw_latents(s: Subject) -> Image.Image:
+    shares, n = sample.patch_shares(s.vlm.bridge, s.features), math.isqrt(len(s.features))       # [M, N]
+    sheet, pen = page(60 + 268 * -(-s.M // 3), "where each latent looks: the brighter, the more")
+    for i, share in enumerate(shares):
+        x, y = 8 + i % 3 * 264, 52 + i // 3 * 268
+        sheet.paste(sample.shade(s.image, (share / share.max()).view(n, n), 256), (x, y))
+        pen.text((x + 10, y + 6), str(i), "white", font(30), stroke_width=2, stroke_fill="black")
+    return sheet
+
+
+def draw_tokens(s: Subject) -> Image.Image:
+    document = s.document("What colour is the cat?", "orange")
+    sheet, pen = page(500, "grey: given   blue: image tokens   green: learned")
+    x, y = 12, 56
+    for token, text, colour in zip(document.ids, s.words(document.ids), s.colours(document.ids, document.mask)):
+        wide = max(52, pen.textlength(text, font(22)) + 18)
+        if x + wide > WIDE - 8:
+            x, y = 12, y + 76
+        pen.rectangle((x, y, x + wide - 3, y + 38), colour)
+        pen.text((x + wide / 2, y + 19), text, "black", font(22), "mm")
+        pen.text((x + wide / 2, y + 52), str(token), "#555555", font(19), "mm")
+        x += wide
+    return sheet.crop((0, 0, WIDE, y + 76))
+
+
+def draw_embeddings(s: Subject) -> Image.Image:
+    document = s.document("What colour is the cat?", "orange")
+    ids = torch.tensor([document.ids[:-1]])
+    places = torch.arange(s.M) + document.slots[0]
+    sheet, pen = page(566, f"24 of the {s.features.shape[1]} numbers at each of {ids.shape[1]} positions")
+    for y, title, x in ((82, "before: the same vector for every <|image_pad|>", s.vlm.embed(ids)), (
+            336, "after: image tokens are written over them",
+            s.vlm.embed(ids, s.vlm.bridge(s.features[None])[0], places))):
+        pen.text((12, y - 32), title, "#555555", font())
+        shades = ((x[0, :, :24].t() / 2).clamp(-1, 1) * 255).int().tolist()                      # [24, T]
+        cells(sheet, (12, y), (776, 192), [  # red above 0, white, blue below
+            [f"rgb({min(255, 255 + v)}, {255 - abs(v)}, {min(255, 255 - v)})" for v in row] for row in shades])
+        cells(sheet, (12, y + 196), (776, 18), [s.colours(document.ids[:-1], [0] * ids.shape[1])])
+    return sheet
+
+
+def draw_row(s: Subject) -> Image.Image:
+    "A row as chapter 3 packs it, only longer: what is in it, and which position attends to which."
+    T = 216
+    documents = [data.make_document(World("chat")[i], i, s.tokenizer, s.M, T) for i in range(40000, 40008)]
+    arrays, *_ = data.pack(documents, 1, T, s.M)
+    numbers, allowed = arrays["document_ids"][0], model.document_mask(torch.from_numpy(arrays["document_ids"]))[0, 0]
+    kinds = np.array(s.colours(arrays["ids"][0], arrays["targets"][0] >= 0))
+    kinds[numbers == 0] = PALE
+    sheet, pen = page(800, f"a row of {T} tokens: {numbers.max()} conversations, and its mask")
+    cells(sheet, (110, 56), (648, 34), [kinds])
+    cells(sheet, (66, 100), (34, 648), kinds[:, None])
+    cells(sheet, (110, 100), (648, 648), [[BLUE if yes else PALE for yes in row] for row in allowed.tolist()])
+    pen.text((12, 760), "each position attends to blue cells of its line", "#555555", font())
+    return sheet
+
+
+def draw_surprise(s: Subject) -> Image.Image:
+    "The loss at the first words of a caption, with the picture and with a grey one."
+    document = s.document("Describe the picture.", s.ask("Describe the picture."))
+    rows, losses = [], []
+    for pixels in (s.pixels, torch.full_like(s.pixels, 128)):
+        batch = data.collate(*data.pack([document], 1, len(document.ids), s.M)[:2], lambda *_: pixels)
+        x = s.vlm.embed(batch["ids"], s.vlm.encode_images(batch["pixels"]).flatten(0, 1), batch["image_positions"])
+        at = batch["supervised"][:12]
+        losses.append(F.cross_entropy(s.vlm.gpt.logits(s.vlm.gpt.hidden(x))[0, at], batch["targets"][0, at],
+                                      reduction="none").tolist())
+    for word, own, blind in zip(s.words(batch["targets"][0, at].tolist()), *losses):
+        rows += [(word, [(own, GREEN)], f"{own:.2f}"), ("", [(blind, GREY)], f"{blind:.2f}")]
+    return bars("loss at each token of an answer", rows, 150, 36, {"with the picture": GREEN, "grey picture": GREY})
+
+
+def draw_rollouts(s: Subject) -> Image.Image:
+    "The first question for a number of which the model answers neither nearly all nor nearly none of 16 right."
+    flags = argparse.Namespace(samples=16, max_new_tokens=12, temperature=1.0, seed=0)
+    for record in (World("exam", "scenes", kinds=["number"])[i] for i in range(100)):
+        _, (group, ) = train_rl.rollout(s.vlm, s.tokenizer, [record], flags, 0)
+        rewards = [train_rl.reward(record, ids, s.tokenizer) for ids in group]
+        if 5 <= sum(rewards) <= 11:
+            break
+    mean, texts = sum(rewards) / 16, [s.tokenizer.decode(ids) for ids in group]
+    found = sorted({(text, r) for text, r in zip(texts, rewards)}, key=lambda one: -texts.count(one[0]))
+    below = bars("advantage = reward - mean reward of the group", [
+        (f'{texts.count(text)} x "{text}", reward {r:.0f}', [(r - mean, GREEN if r else RED)], f"{r - mean:+.4g}")
+        for text, r in found], 320)
+    sheet, pen = page(300 + below.height)
+    sheet.paste(record["images"][0].draw(280), (10, 10))
+    sheet.paste(below, (0, 300))
+    question, right = (message["content"].removeprefix("<image>\n") for message in record["messages"])
+    for i, text in enumerate([question, f"right: {right}", "16 answers, temperature 1", f"mean reward {mean:.4g}"]):
+        pen.text((310, 24 + 50 * i), text, "black", font(28))
+    return sheet
+
+
+def draw_cache(s: Subject) -> Image.Image:
+    "Which keys and values a step computes, and which it only reads."
+    document = s.document("Describe the picture.", s.ask("Describe the picture."))
+    at = document.mask.index(1)
+    words, T = s.words(document.ids[at:at + 8]), at + 8
+    sheet, pen = page(130 + 46 * len(words), "keys and values in the cache, step by step")
+    for i, word in enumerate(words):  # step 0 is prefill; each further one has the token before it as input
+        pen.text((150, 78 + 46 * i), f"-> {word}", "black", font(), "rm")
+        new = range(at) if i == 0 else [at + i - 1]
+        cells(sheet, (165, 60 + 46 * i), (620, 36), [[ORANGE if j in new else BLUE if j < at + i else PALE
+                                                      for j in range(T)]])
+    pen.text((12, sheet.height - 46), f"orange: computed ({at} at first, then 1)   blue: read", "#555555", font())
+    return sheet
+
+
+def draw_memory(s: Subject) -> Image.Image:
+    "What chapter 3 of qwen2.5-1.5b needs, predicted."
+    flags = argparse.Namespace(model="qwen2.5-1.5b", bridge="", batch_size=32, seq_len=2048, gpus=1)
+    colours = dict(zip(("weights", "gradients", "masters", "optimizer", "activations", "loss"),
+                       (GREY, RED, BLUE, GREEN, ORANGE, "#9a7bc0")))
+    with torch.enable_grad():  # measured is what autograd stores
+        rows, ways = [], {lora: predict(flags, "sft", lora) for lora in (0, 16)}
+    for name, lora, thrift in (("no flag", 0, False), ("activation checkpointing", 0, True), ("LoRA, rank 16", 16, False),
+                               ("both", 16, True)):
+        told = ways[lora](8, thrift)
+        rows.append((name, [(told[part], colour) for part, colour in colours.items()], f"{told['peak']:.0f} GiB"))
+    return bars("SFT of qwen2.5-1.5b, 8 rows a pass, by part", rows, 310, legend=colours)
+
+
+@torch.no_grad()
+def bench_figures(flags) -> dict:
+    "assets/*.png, from the checkpoint --init, its log.jsonl and docs/results.json."
+    vlm, tokenizer = load(flags, Setup(flags))
+    runs = {}  # the log of assets/tiny holds the four chapters, one after the other
+    for row in map(json.loads, open(Path(flags.init, "log.jsonl"), encoding="utf-8")):
+        name = Path(row["command"].split()[0]).stem if "command" in row else name
+        runs.setdefault(name, []).append(row)
+    s = Subject(vlm, tokenizer, runs)
+    folder, draw = Path(__file__).with_name("assets"), {
+        "answers": draw_answers, "patches": draw_patches, "latents": draw_latents, "tokens": draw_tokens,
+        "embeddings": draw_embeddings, "row": draw_row, "surprise": draw_surprise, "rollouts": draw_rollouts,
+        "cache": draw_cache, "memory": draw_memory}
+    draw_ladder(folder / "ladder.png", parse_json((folder.parent / "docs/results.json").read_text(), "results.json")["ladder"]["rungs"])
+    for name in draw:
+        draw[name](s).save(folder / f"{name}.png", optimize=True)
+    curves = {name: read_curves(rows) for name, rows in runs.items()}
+    draw_lines(folder / "chapters.png", {f"{title}: {name}.py": lines for name, charts in curves.items()
+                                         for title, lines in charts.items() if title != "held-out accuracy"}, height=300)
+    if kinds := curves.get("train_sft", {}).get("held-out accuracy"):
+        draw_lines(folder / "kinds.png", {"chapter 3: held-out accuracy by kind of question": kinds}, height=460)
+    return {"what": "figures", "files": [f"assets/{name}.png" for name in [*draw, "chapters", "kinds"]]}
+
+
 def say(text: str) -> None:
     print(text, file=sys.stderr)
 
@@ -741,7 +1001,8 @@ def say(text: str) -> None:
 def main() -> None:
     flags = parse_flags(__doc__, "bench", FLAGS, BY_MODEL)
     jobs = {"eval": bench_eval, "data": bench_data, "speed": bench_speed, "ladder": bench_ladder,
-            "profile": bench_profile, "memory": bench_memory, "serve": bench_serve}
+            "profile": bench_profile, "memory": bench_memory, "serve": bench_serve, "compare": bench_compare,
+            "figures": bench_figures}
     if flags.what not in jobs:
         raise ValueError(f"--what={flags.what}: choose {', '.join(jobs)}")
     print(json.dumps(jobs[flags.what](flags)))

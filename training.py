@@ -680,10 +680,12 @@ def draw_lines(path: Path, charts: dict[str, dict[str, list]], width: int = 800,
             return (left + (right - left) * (x - min(xs)) / max(max(xs) - min(xs), 1e-9),
                     bottom - (bottom - top) * (scale(y) - scale(low)) / (scale(high) - scale(low)))
         pen.text((12, 10), title, "black", font)
+        above = math.inf
         for y in ticks:
-            if low <= y <= high:
+            if low <= y <= high and place(0, y)[1] < above - 26:  # no number on top of another
+                above = place(0, y)[1]
                 pen.line((place(min(xs), y), place(max(xs), y)), "#dddddd", 2)
-                pen.text((left - 10, place(0, y)[1]), f"{y:g}", "#555555", font, "rm")
+                pen.text((left - 10, above), f"{y:g}", "#555555", font, "rm")
         pen.text((left, bottom + 10), f"step {min(xs):g}", "#555555", font)
         pen.text((right, bottom + 10), f"{max(xs):g}", "#555555", font, "ra")
         free = 0.0  # The names from the highest line's end to the lowest's, moved apart where two would touch.
