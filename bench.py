@@ -25,6 +25,7 @@ import json
 import math
 import multiprocessing
 import random
+import re
 import sys
 import threading
 import time
@@ -46,7 +47,7 @@ from train_sft import answers, evaluate_with_baselines, exchange_pictures, score
 from training import (FROM_SCRATCH, Optimizer, Setup, count_supervised, draw_lines, freeze_all_but,
                       largest_micro_batch, load_start, make_loaders, parse_flags, read_curves, run, train_step)
 from vision import Bridge, ViTBlock, load_image
-from weights import named_errors, parse_json
+from weights import named_errors, parse_json, read_json
 from world import World
 
 # Its data in the built-in world, and the parts that are trained; chapter 4 trains the same parts as sft.
@@ -86,22 +87,6 @@ FLAGS = {
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Accuracy: the built-in world, one's own files, and the public benchmarks by their official rules
-
-# Published scores of models of this size, to stand beside ours: their papers and model cards.
-PUBLISHED = {
-    "MMStar": {"LLaVA-OneVision 0.5B": 37.5, "SmolVLM 2.2B": 46.0, "nanoVLM 222M": 35.3, "chance": 24.6},
-    "MMBench_DEV_EN": {"LLaVA-OneVision 0.5B": 52.1, "LLaVA-1.5 7B": 64.3, "TinyLLaVA 1.5B": 55.2},
-    "ScienceQA_TEST": {"LLaVA-OneVision 0.5B": 67.2, "TinyLLaVA Qwen2.5-0.5B": 60.3, "LLaVA-1.5 7B": 66.8},
-    "AI2D_TEST": {"LLaVA-OneVision 0.5B": 57.1},
-    "POPE": {"LLaVA-OneVision 0.5B": 87.2, "TinyLLaVA Qwen2.5-0.5B": 86.1, "LLaVA-1.5 7B": 85.9},
-    "ChartQA_TEST": {"LLaVA-OneVision 0.5B": 61.4},
-    "TextVQA_VAL": {"TinyLLaVA Qwen2.5-0.5B": 48.3, "LLaVA-1.5 7B": 58.2},
-    "RealWorldQA": {"LLaVA-OneVision 0.5B": 55.6},
-    "SEEDBench_IMG": {"LLaVA-OneVision 0.5B": 65.5},
-    "MME": {"LLaVA-OneVision 0.5B": 1478, "TinyLLaVA Qwen2.5-3B, perception only": 1438.7},
-    "GQA_TestDev_Balanced": {"LLaVA-OneVision 0.5B": 58.0, "TinyLLaVA Qwen2.5-0.5B": 59.5, "LLaVA-1.5 7B": 62.0},
-}
-
 
 def official_score(name: str, records: list, texts: list[str], right: list[float]) -> tuple[str, float]:
     "-> (what the benchmark calls its score, the score), where that is not plain accuracy."
@@ -167,8 +152,10 @@ def evaluate_file(name: str, records: list, ask: Answers) -> dict:
     low, high = wilson(sum(right), len(right))
     setup.print(f"\n{name}: {title} " + ", ".join(f"{image} {r['score']:.1f}" for image, r in results.items())
                 + f"   ({len(right)} questions, 95 % interval of the accuracy {low:.1%} to {high:.1%})")
-    for model_name, published in PUBLISHED.get(name, {}).items():
-        setup.print(f"  {model_name:<40}{published:>8.1f}")
+    # What the papers and model cards of models of this size say, to stand beside ours.
+    published = read_json(Path(__file__).with_name("assets") / "published.json")
+    for model_name, value in published.get(name, {}).items():
+        setup.print(f"  {model_name:<40}{value:>8.1f}")
     kinds = {}
     for record, value in zip(records, right):
         kinds.setdefault(record.get("kind", "all"), []).append(value)
@@ -334,10 +321,11 @@ class Step:
         self.optimizer = Optimizer(self.params, "muon" if flags.model in FROM_SCRATCH else "adamw", 1e-9)
         vlm.to(setup.dtype)
         if tokenizer is None:
-            make, endless, share = llava_like(vlm, stage, flags.seq_len), [{"images": []}] * 10 ** 6, flags.batch_size
+            self.make, share = llava_like(vlm, stage, flags.seq_len), flags.batch_size
+            endless = [{"images": []}] * 10 ** 6  # make needs no more than a record's number
 
             def loader(rows: int, micro_batch: int = 0, micro_batches: int = 1) -> data.Loader:
-                return data.Loader(endless, make, noise(vlm), rows, flags.seq_len, vlm.config.bridge.num_tokens,
+                return data.Loader(endless, self.make, noise(vlm), rows, flags.seq_len, vlm.config.bridge.num_tokens,
                                    micro_batch, micro_batches, prefetch=False, pin=setup.device.type == "cuda")
             micro = flags.micro_batch_size or largest_micro_batch(vlm, setup, share, lambda rows: next(loader(rows)))
             self.loaders = [loader(micro, i, share // micro) for i in range(share // micro)]
@@ -471,26 +459,17 @@ def plain_loss(x, head, targets, loss_weights=None, supervised=None, chunk=0, cr
     return F.cross_entropy(F.linear(x, head).flatten(0, 1).float(), targets.flatten(), reduction="sum")
 
 
-def pad(batch: dict, M: int) -> list[dict]:
-    "A packed batch -> the same documents, each in a row of its own, in passes of 4, padded to the pass's longest."
-    documents, at, out = [], 0, []
-    numbers = (batch["document_ids"] + torch.arange(len(batch["ids"]))[:, None] * 10 ** 6).flatten()
-    for number in numbers.unique().tolist():
-        places = (numbers == number).nonzero()[:, 0]
-        if number % 10 ** 6:  # 0 is padding
-            ids, targets = batch["ids"].flatten()[places].tolist(), batch["targets"].flatten()[places].tolist()
-            documents.append(data.Document(0, ids + [max(targets[-1], 0)], [0] + [int(t >= 0) for t in targets], [0],
-                                           {"id": "", "images": [at]}))
-            at += 1
-    for i in range(0, len(documents), 4):
-        width = max(len(d.ids) for d in documents[i:i + 4]) - 1
-        # Placed by hand: `pack` would lay short ones end to end.
-        rows = [data.pack([d], 1, width, M)[0] for d in documents[i:i + 4]]
-        out.append({name: torch.from_numpy(np.concatenate([r[name] for r in rows]))
-                    for name in ("ids", "targets", "positions", "document_ids", "loss_weights")})
-        out[-1] |= {"image_positions": torch.cat([torch.arange(M) + j * width for j in range(len(rows))]),
-                    "image_index": torch.arange(len(rows)), "pixels": batch["pixels"][i:i + 4],
-                    "cu_seqlens": None, "supervised": None}
+def one_by_one(step: Step) -> list[dict]:
+    "The documents of a step, each in a row of its own, in passes of four rows that are padded to the longest of them."
+    M, out = step.vlm.config.bridge.num_tokens, []
+    documents = [step.make(None, int(name)) for batch in step.batches for name in batch["records"]]
+    for four in (documents[i:i + 4] for i in range(0, len(documents), 4)):
+        width = max(len(document.ids) for document in four) - 1
+        # A batch of one row for each, and then these are joined: `pack` alone would lay two short ones into one row.
+        rows = [data.collate(*data.pack([document], 1, width, M)[:2], noise(step.vlm)) for document in four]
+        out.append({name: torch.cat([row[name] for row in rows]) for name in rows[0] if torch.is_tensor(rows[0][name])})
+        out[-1] |= {"image_positions": torch.cat([row["image_positions"] + j * width for j, row in enumerate(rows)]),
+                    "image_index": torch.arange(len(rows)), "cu_seqlens": None, "supervised": None, "records": []}
     return out
 
 
@@ -514,7 +493,7 @@ def bench_ladder(flags) -> dict:
         try:
             step = Step(flags, setup, vlm, None, "sft")
             if i < 2:
-                step.batches = [part for batch in step.batches for part in pad(batch, vlm.config.bridge.num_tokens)]
+                step.batches = one_by_one(step)
             seconds = clock(step, 3, setup.device)
             rows.append({"rung": rung, "tokens_per_s": step.tokens / seconds})
             setup.print(f"{rung:<50}{step.tokens / seconds:>10,.0f} tokens/s"
@@ -728,10 +707,14 @@ def bench_serve(flags) -> dict:
 # Pictures: the curves of several runs in one chart, and the figures of README.md and docs/, drawn from the checkpoint
 # and the logs themselves. All are 800 pixels wide with few, large letters, so that they can be read on a phone.
 
+def read_log(folder: str) -> list[dict]:
+    with open(path := Path(folder, "log.jsonl"), encoding="utf-8") as file:
+        return [parse_json(line, path) for line in file]
+
+
 def bench_compare(flags) -> dict:
     "Several runs -> compare.png with a chart for each thing that their logs have, and the flags in which they differ."
-    logs = {name: [json.loads(line) for line in open(Path(name, "log.jsonl"), encoding="utf-8")]
-            for name in flags.init.split(",")}
+    logs = {name: read_log(name) for name in flags.init.split(",")}
     charts, results = {}, {}
     for name, rows in logs.items():
         for title, lines in read_curves(rows).items():
@@ -802,8 +785,8 @@ def draw_ladder(path, rungs: list[dict]) -> None:
 class Subject:
     "What the figures are about: cat.jpg, a trained model, and what it computes of the picture."
 
-    def __init__(self, vlm: VLM, tokenizer: Tokenizer, log: list[dict]):
-        self.vlm, self.tokenizer, self.log, self.M = vlm.eval(), tokenizer, log, vlm.config.bridge.num_tokens
+    def __init__(self, vlm: VLM, tokenizer: Tokenizer):
+        self.vlm, self.tokenizer, self.M = vlm.eval(), tokenizer, vlm.config.bridge.num_tokens
         self.image = load_image(Path(__file__).with_name("cat.jpg"))
         self.pixels = data.preprocess(self.image, vlm.config.vision.image_size)                  # [3, S, S]
         self.features = vlm.vit_features(self.pixels[None])[0]                                   # [N, D]
@@ -972,26 +955,29 @@ def draw_memory(s: Subject) -> Image.Image:
 
 @torch.no_grad()
 def bench_figures(flags) -> dict:
-    "assets/*.png, from the checkpoint --init, its log.jsonl and docs/results.json."
+    "assets/*.png, from the checkpoint --init, its log.jsonl and docs/results.json; and README.md's count of lines."
     vlm, tokenizer = load(flags, Setup(flags))
-    runs = {}  # the log of assets/tiny holds the four chapters, one after the other
-    for row in map(json.loads, open(Path(flags.init, "log.jsonl"), encoding="utf-8")):
+    home, folder, runs = Path(__file__).parent, Path("assets"), {}
+    folder.mkdir(exist_ok=True)
+    for row in read_log(flags.init):  # that of assets/tiny holds the four chapters, one after the other
         name = Path(row["command"].split()[0]).stem if "command" in row else name
         runs.setdefault(name, []).append(row)
-    s = Subject(vlm, tokenizer, runs)
-    folder, draw = Path(__file__).with_name("assets"), {
-        "answers": draw_answers, "patches": draw_patches, "latents": draw_latents, "tokens": draw_tokens,
-        "embeddings": draw_embeddings, "row": draw_row, "surprise": draw_surprise, "rollouts": draw_rollouts,
-        "cache": draw_cache, "memory": draw_memory}
-    draw_ladder(folder / "ladder.png", parse_json((folder.parent / "docs/results.json").read_text(), "results.json")["ladder"]["rungs"])
-    for name in draw:
-        draw[name](s).save(folder / f"{name}.png", optimize=True)
-    curves = {name: read_curves(rows) for name, rows in runs.items()}
-    draw_lines(folder / "chapters.png", {f"{title}: {name}.py": lines for name, charts in curves.items()
-                                         for title, lines in charts.items() if title != "held-out accuracy"}, height=300)
-    if kinds := curves.get("train_sft", {}).get("held-out accuracy"):
-        draw_lines(folder / "kinds.png", {"chapter 3: held-out accuracy by kind of question": kinds}, height=460)
-    return {"what": "figures", "files": [f"assets/{name}.png" for name in [*draw, "chapters", "kinds"]]}
+    subject = Subject(vlm, tokenizer)
+    figures = (draw_answers, draw_patches, draw_latents, draw_tokens, draw_embeddings, draw_row, draw_surprise,
+               draw_rollouts, draw_cache, draw_memory)
+    for draw in figures:
+        draw(subject).save(folder / f"{draw.__name__.removeprefix('draw_')}.png", optimize=True)
+    draw_ladder(folder / "ladder.png", read_json(home / "docs/results.json")["ladder"]["rungs"])
+    charts = {f"{title}: {name}.py": lines for name, rows in runs.items() for title, lines in read_curves(rows).items()}
+    kinds = {title: charts.pop(title) for title in list(charts) if title.startswith("held-out accuracy")}
+    draw_lines(folder / "chapters.png", charts, height=300)
+    if kinds:  # chapter 3 was run with --eval_every
+        draw_lines(folder / "kinds.png", kinds, height=460)
+    if (readme := Path("README.md")).exists():
+        count = lambda m: f"| {m[1]} | {len((home / m[1]).read_text(encoding='utf-8').splitlines())} |"  # noqa: E731
+        readme.write_text(re.sub(r"\| (\w+\.py) \| \d+ \|", count, readme.read_text(encoding="utf-8")),
+                          encoding="utf-8")
+    return {"what": "figures", "files": sorted(map(str, folder.glob("*.png")))}
 
 
 def say(text: str) -> None:
