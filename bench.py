@@ -88,6 +88,9 @@ FLAGS = {
 # ----------------------------------------------------------------------------------------------------------------------
 # Accuracy: the built-in world, one's own files, and the public benchmarks by their official rules
 
+# Questions about one picture or one option are not worth a point each in every benchmark. To be comparable with
+# published numbers, ours must be counted as theirs are, odd rules included.
+
 def official_score(name: str, records: list, texts: list[str], right: list[float]) -> tuple[str, float]:
     "-> (what the benchmark calls its score, the score), where that is not plain accuracy."
     if name.startswith("MMBench"):
@@ -97,11 +100,15 @@ def official_score(name: str, records: list, texts: list[str], right: list[float
         for record, value in zip(records, right):
             groups.setdefault(int(record["id"]) % 10 ** 6, []).append(value)
         return "circular accuracy", 100 * sum(map(min, groups.values())) / len(groups)
-    if name.startswith("POPE"):  # F1 of "yes"; an answer that is neither counts as no
+    if name.startswith("POPE"):
+        # F1 of "yes", the harmonic mean of precision and recall: half of the questions ask for things that are not
+        # there, and a model that says yes to all has a recall of 100 %. An answer that is neither counts as no.
         yes = [(yes_or_no(text) == "yes", record["answer"].lower() == "yes") for record, text in zip(records, texts)]
         hits, said, true = sum(a and b for a, b in yes), sum(a for a, _ in yes), sum(b for _, b in yes)
         return "F1", 200 * hits / max(said + true, 1)
-    if name.startswith("MME"):  # per category: accuracy + share of pictures whose two questions are both right, in %
+    if name.startswith("MME"):
+        # Two questions about each picture, one to be answered by yes, one by no. For each category: the accuracy, plus
+        # the share of pictures with both right, in %. So the best score of a category is 200.
         categories = {}
         for record, value in zip(records, right):
             pictures = categories.setdefault(record["kind"], {})
@@ -113,10 +120,14 @@ def official_score(name: str, records: list, texts: list[str], right: list[float
 
 
 class Answers:
-    "The answers to one set, in a file of one JSON object per line: a run that was stopped goes on from there."
+    """
+    The answers to one set, in a file of one JSON object per line: a run that was stopped goes on from there. Thousands
+    of questions, asked three times (own picture, blind, shuffled), take a large model hours.
+    """
 
     def __init__(self, path: str, setup, vlm, tokenizer):
         self.path, self.setup, self.vlm, self.tokenizer, self.known = path, setup, vlm, tokenizer, {}
+        # Each rank writes a file of its own, PATH.0, PATH.1, ...; all are read, whatever number of ranks wrote them.
         for file in sorted(Path(path).parent.glob(Path(path).name + "*")) if path else ():
             with named_errors(file), open(file, encoding="utf-8") as lines:
                 for line in lines:
@@ -127,7 +138,7 @@ class Answers:
     def __call__(self, name: str, records: list, image: str) -> list[str]:
         "-> the texts, of all ranks, in order. image: own, blind or shuffled."
         setup, mine = self.setup, records[self.setup.rank::self.setup.world_size]
-        for at in range(0, len(mine), 100):
+        for at in range(0, len(mine), 100):  # written every 100: no more than these are lost
             new = [record for record in mine[at:at + 100] if (name, image, record["id"]) not in self.known]
             texts = answers(self.vlm, self.tokenizer, new, blind=image == "blind") if new else []
             self.known |= {(name, image, record["id"]): text for record, text in zip(new, texts)}
@@ -140,6 +151,8 @@ class Answers:
 
 def evaluate_file(name: str, records: list, ask: Answers) -> dict:
     "A benchmark or a file of questions -> its official score, accuracy and interval, blind and shuffled beside them."
+    # The distance between the columns is what the picture is worth. A score alone does not tell: the likeliest answer
+    # to a benchmark's question is often right.
     columns = {"own": records, "blind": records, "shuffled": exchange_pictures(records)}
     results, setup = {}, ask.setup
     for image, asked in columns.items():
@@ -176,6 +189,7 @@ def bench_eval(flags) -> dict:
     if flags.data == "world":
         held_out = {split: [world[i] for i in range(flags.eval_size)] for split in ("scenes", "pairs")
                     for world in [World("exam", split, seed=1)]}
+        # seed=1: the questions that the stages ask at their end, only more of them.
         results = evaluate_with_baselines(vlm, tokenizer, held_out, setup)
     else:
         # The whole file: nothing is held out, as it is in training. TRAP: on a file that the model was trained on this
@@ -191,6 +205,7 @@ def bench_eval(flags) -> dict:
 def bench_data(flags) -> dict:
     "The loader alone: records, pictures and tokens a second, padding, memory. No model, and no GPU."
     config, M = preset(flags.model, flags.bridge), preset(flags.model, flags.bridge).bridge.num_tokens
+    # A tokenizer of these data's own, so that nothing must be downloaded; its tokens are about as long as Qwen's.
     tokenizer = Tokenizer.train(data.tokenizer_texts(flags.data, 0, 3_000_000), min(config.decoder.vocab_size, 8192))
     started = time.perf_counter()
     dataset, _ = data.load_data(flags.data, World("chat"), {}, flags.seed, 1, max_bad=0.01)
@@ -209,6 +224,7 @@ def bench_data(flags) -> dict:
     # What was ready in the queues when the clock began is not paid for here: with few batches, that would flatter.
     seconds = times[-1] - times[0]
     records, pictures, tokens = (sum(column) for column in zip(*batches))
+    # What no packing could fill: attention and matrix products run over it for nothing.
     waste = 1 - tokens / (len(batches) * flags.batch_size * flags.seq_len)
     import resource  # not on Windows
     memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2 ** 10
@@ -243,6 +259,9 @@ def clock(work, steps: int, device) -> float:
     # The median of the rest, not the mean: one slow moment of a shared machine would move the mean.
     return sorted(times[3:])[steps // 2]
 
+
+# A step's speed alone says little: is 50,000 tokens/s good? So it is held against what this machine can do at most,
+# measured in the same minute: a card that is hot or shared is slower today than its data sheet.
 
 def matmul_ceiling(setup) -> float:
     "FLOP/s of large matrix products here and now, one after another: what no training step can exceed."
@@ -297,19 +316,34 @@ def noise(vlm: VLM):
     return lambda source, record: torch.randint(0, 256, (3, size, size), dtype=torch.uint8)
 
 
+# No kernel looks at the values that it multiplies, so a step takes as long with random weights. Accuracy needs real
+# ones: bench_eval refuses to measure without.
+
 def random_model(flags, setup) -> VLM:
-    "A preset of random weights, made on the device: a step takes as long with them, and nothing is fetched."
+    "A preset of random weights, made on the device."
     config = preset(flags.model, flags.bridge)
     config.lora_rank = flags.lora_rank
     with setup.device:
         vlm = VLM(config)
     vlm.gpt.activation_checkpointing = flags.activation_checkpointing
     vlm.gpt.set_float8(flags.float8)
+    if setup.compile:
+        vlm.compile_parts()
     return vlm
 
 
+def load_or_draw(flags, setup) -> tuple[VLM, Tokenizer | None]:
+    "A trained model, or, of those that are too large to train for a measurement, random weights and no tokenizer."
+    if flags.model in FROM_SCRATCH or flags.init:
+        return load(flags, setup)
+    return random_model(flags, setup), None
+
+
 class Step:
-    "One stage's real training step, again and again on the same rows."
+    """
+    One stage's real training step, again and again on the same rows: the functions that the stages call, in their
+    order. A copy of the loop would soon measure something else.
+    """
 
     def __init__(self, flags, setup, vlm: VLM, tokenizer, stage: str):
         task, self.trained = STAGES[stage]
@@ -344,13 +378,9 @@ class Step:
 
 
 def bench_speed(flags) -> dict:
+    "A training step of each stage, chapter 4's rollouts and update, decoding; each beside the machine's ceiling."
     setup = Setup(flags)
-    if flags.model in FROM_SCRATCH or flags.init:
-        vlm, tokenizer = load(flags, setup)
-    else:
-        vlm, tokenizer = random_model(flags, setup), None
-        if setup.compile:
-            vlm.compile_parts()
+    vlm, tokenizer = load_or_draw(flags, setup)
     ceiling, rows, gpu = matmul_ceiling(setup), {}, setup.device.type == "cuda"
     setup.print(f"{torch.cuda.get_device_name() if gpu else 'cpu'}, {setup.dtype}, {torch.get_num_threads()} threads, "
               f"torch {torch.__version__}; matrix products reach {ceiling / 1e9:,.0f} GFLOP/s")
@@ -434,8 +464,6 @@ def bench_profile(flags) -> dict:
     "A trace of one step of chapter 3, to be opened at ui.perfetto.dev, and the kernels that take longest."
     setup = Setup(flags)
     vlm = random_model(flags, setup)
-    if setup.compile:
-        vlm.compile_parts()
     step = Step(flags, setup, vlm, None, "sft")
     for _ in range(3):
         step()
@@ -453,6 +481,9 @@ def bench_profile(flags) -> dict:
 
 # ----------------------------------------------------------------------------------------------------------------------
 # The ladder: chapter 3's step from the plainest code to the one we use, one idea at a time
+
+# What is each idea for speed worth? The only honest answer is the same work on the same rows without it. From rung to
+# rung one idea is added, and the loss must stay the same (a test).
 
 def plain_loss(x, head, targets, loss_weights=None, supervised=None, chunk=0, cross_entropy=None) -> torch.Tensor:
     "What token_loss computes, in the obvious way: all logits at once, also where there is no target."
@@ -473,23 +504,22 @@ def one_by_one(step: Step) -> list[dict]:
     return out
 
 
+RUNGS = ["one conversation a row, float32", "bfloat16 over float32 masters", "packed rows",
+         "loss of supervised tokens only", "torch.compile", "float8"]
+
+
 def bench_ladder(flags) -> dict:
     "Real tokens per second of chapter 3's step on each rung. A rung keeps what those below it have."
-    flags.compile, rows = "False", []
-    rungs = ["one conversation a row, float32", "bfloat16 over float32 master weights", "packed rows",
-             "head and loss for supervised tokens only, in chunks", "torch.compile", "float8"]
-    gpu, fused = Setup(flags).device.type == "cuda", model.token_loss
+    rows, gpu, fused = [], Setup(flags).device.type == "cuda", model.token_loss
     # bfloat16 and the last two are for GPUs, and float8 for those that have it
     skipped = (1, 4, 5) if not gpu else (5,) if torch.cuda.get_device_capability() < (8, 9) else ()
-    for i, rung in enumerate(rungs):
+    for i, rung in enumerate(RUNGS):
         if i in skipped:
             continue
-        flags.dtype, flags.float8 = "float32" if i == 0 else "auto", i == 5
+        flags.dtype, flags.compile, flags.float8 = "float32" if i == 0 else "auto", str(i >= 4), i == 5
         model.token_loss = plain_loss if i < 3 else fused
         setup = Setup(flags)
         vlm = random_model(flags, setup)
-        if i >= 4:
-            vlm.compile_parts()
         try:
             step = Step(flags, setup, vlm, None, "sft")
             if i < 2:
@@ -506,6 +536,13 @@ def bench_ladder(flags) -> dict:
     draw_ladder("ladder.png", rows)
     return {"what": "ladder", "model": flags.model, "rungs": rows, "chart": "ladder.png"}
 
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Memory, predicted without a GPU
+# Memory of training has six parts. Weights, gradients, float32 master weights and the optimizer's moments follow from
+# the number of parameters. Activations, what the forward pass stores for the backward pass, are the largest part and
+# hard to derive: they depend on what the compiler decides to keep. So they are measured, on one layer, on the CPU. The
+# loss needs some logits at once.
 
 def saved_bytes(module, compiled: bool, *inputs) -> int:
     "Bytes that autograd stores of one call in bfloat16 for the backward pass."
@@ -525,6 +562,8 @@ def saved_bytes(module, compiled: bool, *inputs) -> int:
         call(*inputs)
     return sum(pieces.values())
 
+
+# A layer stores so many bytes for each token, and some that do not depend on their number. Two measurements tell both.
 
 def line(measure, a: int, b: int) -> tuple[float, float]:
     "measure(n) = each * n + fixed -> (each, fixed)."
@@ -617,6 +656,9 @@ def bench_memory(flags) -> dict:
 # ----------------------------------------------------------------------------------------------------------------------
 # Serving: clients of a real server, over real sockets
 
+# What counts for a user is not tokens per second, but how long the first word takes, and whether the next ones flow. So
+# each client notes when each piece of text arrives, over a real socket, with pictures that the server must decode.
+
 def make_bodies(n: int) -> list[bytes]:
     "n requests: a picture of 100 to 1,000 pixels a side and 40 words each, answers of 32 to 256 tokens."
     bodies, rng = [], random.Random(0)
@@ -667,12 +709,8 @@ def quantiles(values: list[float]) -> list[float]:
 def bench_serve(flags) -> dict:
     "1, 8, 32 and 64 clients at once; a single one sends its requests one after another."
     setup, rows = Setup(flags), {}
-    if flags.model in FROM_SCRATCH or flags.init:
-        vlm, tokenizer = load(flags, setup)
-    else:
-        vlm, tokenizer = random_model(flags, setup), Tokenizer.train(["user\nassistant\n"], 300)
-        if setup.compile:
-            vlm.compile_parts()
+    vlm, tokenizer = load_or_draw(flags, setup)
+    tokenizer = tokenizer or Tokenizer.train(["user\nassistant\n"], 300)
     asked = data.parse_flags("", sample.FLAGS, argv=["--serve", "--port=0"])
     server = sample.Server(vlm.to(setup.dtype).eval(), tokenizer, asked)
     server.stop = set()  # every answer is as long as it was asked to be
@@ -725,8 +763,8 @@ def bench_compare(flags) -> dict:
     if not charts:
         raise ValueError(f"--init={flags.init}: these logs have no steps yet")
     draw_lines(Path("compare.png"), charts)
-    told = [rows[0].get("flags", {}) for rows in logs.values()]
-    differ = {key: [one.get(key) for one in told] for key in told[0] if any(one.get(key) != told[0][key] for one in told)}
+    told = [rows[0].get("flags", {}) for rows in logs.values()]  # a log's first line says how the run was started
+    differ = {key: values for key in told[0] if len(set(map(str, values := [one.get(key) for one in told]))) > 1}
     say("\n".join(f"{key}: {', '.join(map(str, values))}" for key, values in differ.items()) or "the same flags in all")
     return {"what": "compare", "chart": "compare.png", "flags_that_differ": differ, "results": results}
 
@@ -946,8 +984,8 @@ def draw_memory(s: Subject) -> Image.Image:
                        (GREY, RED, BLUE, GREEN, ORANGE, "#9a7bc0")))
     with torch.enable_grad():  # measured is what autograd stores
         rows, ways = [], {lora: predict(flags, "sft", lora) for lora in (0, 16)}
-    for name, lora, thrift in (("no flag", 0, False), ("activation checkpointing", 0, True), ("LoRA, rank 16", 16, False),
-                               ("both", 16, True)):
+    for name, lora, thrift in (("no flag", 0, False), ("activation checkpointing", 0, True),
+                               ("LoRA, rank 16", 16, False), ("both", 16, True)):
         told = ways[lora](8, thrift)
         rows.append((name, [(told[part], colour) for part, colour in colours.items()], f"{told['peak']:.0f} GiB"))
     return bars("SFT of qwen2.5-1.5b, 8 rows a pass, by part", rows, 310, legend=colours)
