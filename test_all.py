@@ -29,6 +29,7 @@ import random
 import re
 import resource
 import runpy
+import shlex
 import shutil
 import signal
 import socket
@@ -6180,8 +6181,7 @@ def test_the_figures_are_those_that_the_checkpoint_gives(tmp_path, monkeypatch):
 # README.md and docs/: what they say is so
 
 BOOK = [HERE / "README.md", HERE / "CONTRIBUTING.md", *sorted((HERE / "docs").glob("*.md"))]
-FLAGS_OF_OTHERS = {"--nproc_per_node", "--nnodes", "--rdzv_backend", "--rdzv_endpoint", "--rdzv_id", "--shm-size", "--long",
-                   "--what=memory"}
+FLAGS_OF_OTHERS = {"--nproc_per_node", "--nnodes", "--rdzv_backend", "--rdzv_endpoint", "--rdzv_id", "--shm-size", "--long"}
 
 
 def commands(text: str):
@@ -6252,7 +6252,7 @@ def test_the_book_counts_lines_and_quotes_results_as_they_are():
     for path in BOOK:
         text = path.read_text(encoding="utf-8")
         for comment in re.finditer(r"<!-- results: (.*?) -->", text, re.S):
-            before = text[text.rfind("\n#", 0, comment.start()):comment.start()]
+            before = text[max(0, text.rfind("\n#", 0, comment.start())):comment.start()]
             for entry in comment[1].replace("\n", " ").split("; "):
                 place, _, shown = (part.strip() for part in entry.partition("="))
                 value = results

@@ -670,8 +670,8 @@ def draw_lines(path: Path, charts: dict[str, dict[str, list]], width: int = 800,
         pen, (xs, ys) = ImageDraw.Draw(chart), zip(*(point for line in lines.values() for point in line))
         round_numbers = [m * 10.0 ** e for e in range(-4, 7) for m in (1, 1.5, 2, 3, 5, 7)]
         if title.startswith("loss"):  # it falls from 15 to 0.2: on a logarithmic scale both ends can be read
-            scale = lambda y: math.log(max(y, 1e-4))  # noqa: E731
-            low, high, ticks = min(ys) / 1.1, max(ys) * 1.1, round_numbers
+            scale = lambda y: math.log(max(y, 9e-5))  # noqa: E731
+            low, high, ticks = max(min(ys), 1e-4) / 1.1, max(*ys, 1e-4) * 1.1, round_numbers
         else:
             scale, step = lambda y: y, next(n for n in round_numbers if 5 * n >= max(ys))
             low, high, ticks = min(0, *ys), step * math.ceil(max(*ys, step) / step), [step * i for i in range(6)]
