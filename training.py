@@ -639,7 +639,7 @@ def read_curves(rows: list[dict]) -> dict[str, dict[str, list]]:
     "A log's rows -> {title: {name: [(step, value), ...]}} for every chart of which the log has something."
     charts = {title: {} for title in CHARTS}
     for row in rows:
-        if "stage" in row:  # the run's last line: its result, which is no point of a curve
+        if "step" not in row or "stage" in row:  # how the run was started, and its result: no points of a curve
             continue
         # RL evaluates two held-out splits at one step, and says which; so the split is part of the name.
         values = {f"{name} {row.get('split', '')}".strip(): value for name, value in row.items()}
