@@ -752,13 +752,15 @@ def read_log(folder: str) -> list[dict]:
 
 def bench_compare(flags) -> dict:
     "Several runs -> compare.png with a chart for each thing that their logs have, and the flags in which they differ."
-    logs = {name: read_log(name) for name in flags.init.split(",")}
-    charts, results = {}, {}
+    if not flags.init:
+        raise ValueError("--what=compare: name the folders of two runs or more, --init=out/tiny/sft,out/tiny/sft.1")
+    logs, charts, results = {name: read_log(name) for name in flags.init.split(",")}, {}, {}
     for name, rows in logs.items():
         for title, lines in read_curves(rows).items():
             # Of accuracy only the total: ten kinds of questions in each run would be too many lines.
-            for line in {"loss", "accuracy", "reward", "bits_per_byte", "caption_loss"} & lines.keys():
-                charts.setdefault(f"{title}: {line}", {})[name] = lines[line]
+            for line in ("loss", "caption_loss", "bits_per_byte", "accuracy", "reward"):
+                if line in lines:
+                    charts.setdefault(f"{title}: {line}", {})[name] = lines[line]
         results[name] = {key: value for key, value in rows[-1].items() if isinstance(value, (int, float, str))}
     if not charts:
         raise ValueError(f"--init={flags.init}: these logs have no steps yet")
@@ -769,8 +771,10 @@ def bench_compare(flags) -> dict:
     return {"what": "compare", "chart": "compare.png", "flags_that_differ": differ, "results": results}
 
 
+# One meaning for each colour in all figures: grey is given or blind, blue comes from a picture or is read, green is
+# learned or right, orange is computed, red is wrong, pale is empty.
 GREY, BLUE, GREEN, ORANGE, RED, PALE = "#d4d4d4", "#7db8e0", "#57b894", "#e8a33d", "#d0603a", "#e4eef6"
-WIDE = 800
+WIDE = 800  # pixels. A page shows a figure at half of that or less on a phone: letters below 20 could not be read.
 
 
 def font(size: int = 24):
@@ -847,7 +851,11 @@ class Subject:
                 for token, learned in zip(ids, mask)]
 
 
+# Each of the figures says one thing. Nothing in them is written by hand: what the model says and computes is drawn,
+# and another checkpoint gives other pictures. The names of these functions are the names of the files.
+
 def draw_answers(s: Subject) -> Image.Image:
+    "Questions about cat.jpg, and what the model says, right or wrong."
     sheet, pen = page(400)
     sheet.paste(s.image.resize((380, 380)), (10, 10))
     for i, question in enumerate(["What colour is the cat?", "Where is the tree?", "Is there a blue bird?",
@@ -858,6 +866,7 @@ def draw_answers(s: Subject) -> Image.Image:
 
 
 def draw_patches(s: Subject) -> Image.Image:
+    "What the ViT gets: the picture at its size, and the pieces that become one vector each."
     S, P, n = s.vlm.config.vision.image_size, s.vlm.config.vision.patch_size, math.isqrt(len(s.features))
     sheet, _ = page(430, f"{S} x {S} pixels, cut into {n * n} patches of {P} x {P}")
     picture = Image.fromarray(s.pixels.permute(1, 2, 0).numpy())
@@ -869,22 +878,25 @@ def draw_patches(s: Subject) -> Image.Image:
 
 
 def draw_latents(s: Subject) -> Image.Image:
+    "How much each latent has from each patch: attention and the 2 x 2 patches it starts from, in one number."
     shares, n = sample.patch_shares(s.vlm.bridge, s.features), math.isqrt(len(s.features))       # [M, N]
     sheet, pen = page(60 + 268 * -(-s.M // 3), "where each latent looks: the brighter, the more")
     for i, share in enumerate(shares):
         x, y = 8 + i % 3 * 264, 52 + i // 3 * 268
+        # Relative to its own maximum: all have the same sum, and some spread it wider.
         sheet.paste(sample.shade(s.image, (share / share.max()).view(n, n), 256), (x, y))
         pen.text((x + 10, y + 6), str(i), "white", font(30), stroke_width=2, stroke_fill="black")
     return sheet
 
 
 def draw_tokens(s: Subject) -> Image.Image:
+    "One conversation as the renderer makes it: tokens, ids, and what is learned."
     document = s.document("What colour is the cat?", "orange")
     sheet, pen = page(500, "grey: given   blue: image tokens   green: learned")
     x, y = 12, 56
     for token, text, colour in zip(document.ids, s.words(document.ids), s.colours(document.ids, document.mask)):
         wide = max(52, pen.textlength(text, font(22)) + 18)
-        if x + wide > WIDE - 8:
+        if x + wide > WIDE - 8:  # the next line
             x, y = 12, y + 76
         pen.rectangle((x, y, x + wide - 3, y + 38), colour)
         pen.text((x + wide / 2, y + 19), text, "black", font(22), "mm")
@@ -894,6 +906,7 @@ def draw_tokens(s: Subject) -> Image.Image:
 
 
 def draw_embeddings(s: Subject) -> Image.Image:
+    "The decoder's input before and after VLM.embed writes image tokens into it; a column is a position."
     document = s.document("What colour is the cat?", "orange")
     ids = torch.tensor([document.ids[:-1]])
     places = torch.arange(s.M) + document.slots[0]
@@ -902,6 +915,7 @@ def draw_embeddings(s: Subject) -> Image.Image:
             336, "after: image tokens are written over them",
             s.vlm.embed(ids, s.vlm.bridge(s.features[None])[0], places))):
         pen.text((12, y - 32), title, "#555555", font())
+        # 2 and above is full colour. Text embeddings are smaller than image tokens, and that is to be seen.
         shades = ((x[0, :, :24].t() / 2).clamp(-1, 1) * 255).int().tolist()                      # [24, T]
         cells(sheet, (12, y), (776, 192), [  # red above 0, white, blue below
             [f"rgb({min(255, 255 + v)}, {255 - abs(v)}, {min(255, 255 - v)})" for v in row] for row in shades])
@@ -912,9 +926,11 @@ def draw_embeddings(s: Subject) -> Image.Image:
 def draw_row(s: Subject) -> Image.Image:
     "A row as chapter 3 packs it, only longer: what is in it, and which position attends to which."
     T = 216
+    # From record 12,000 on nine of ten records are questions: short, so that several fit.
     documents = [data.make_document(World("chat")[i], i, s.tokenizer, s.M, T) for i in range(40000, 40008)]
     arrays, *_ = data.pack(documents, 1, T, s.M)
     numbers, allowed = arrays["document_ids"][0], model.document_mask(torch.from_numpy(arrays["document_ids"]))[0, 0]
+    # The row stands on top (what is attended to) and once more at the left (who attends).
     kinds = np.array(s.colours(arrays["ids"][0], arrays["targets"][0] >= 0))
     kinds[numbers == 0] = PALE
     sheet, pen = page(800, f"a row of {T} tokens: {numbers.max()} conversations, and its mask")
@@ -928,11 +944,12 @@ def draw_row(s: Subject) -> Image.Image:
 def draw_surprise(s: Subject) -> Image.Image:
     "The loss at the first words of a caption, with the picture and with a grey one."
     document = s.document("Describe the picture.", s.ask("Describe the picture."))
+    # The text is the model's own caption, so the losses with the picture are small. Without it the same words surprise.
     rows, losses = [], []
     for pixels in (s.pixels, torch.full_like(s.pixels, 128)):
         batch = data.collate(*data.pack([document], 1, len(document.ids), s.M)[:2], lambda *_: pixels)
         x = s.vlm.embed(batch["ids"], s.vlm.encode_images(batch["pixels"]).flatten(0, 1), batch["image_positions"])
-        at = batch["supervised"][:12]
+        at = batch["supervised"][:12]  # positions; what is predicted there is the target
         losses.append(F.cross_entropy(s.vlm.gpt.logits(s.vlm.gpt.hidden(x))[0, at], batch["targets"][0, at],
                                       reduction="none").tolist())
     for word, own, blind in zip(s.words(batch["targets"][0, at].tolist()), *losses):
@@ -948,6 +965,7 @@ def draw_rollouts(s: Subject) -> Image.Image:
         rewards = [train_rl.reward(record, ids, s.tokenizer) for ids in group]
         if 5 <= sum(rewards) <= 11:
             break
+    # Equal answers are one bar, as they are one document in the update (train_rl.to_documents).
     mean, texts = sum(rewards) / 16, [s.tokenizer.decode(ids) for ids in group]
     found = sorted({(text, r) for text, r in zip(texts, rewards)}, key=lambda one: -texts.count(one[0]))
     below = bars("advantage = reward - mean reward of the group", [
@@ -970,7 +988,7 @@ def draw_cache(s: Subject) -> Image.Image:
     sheet, pen = page(130 + 46 * len(words), "keys and values in the cache, step by step")
     for i, word in enumerate(words):  # step 0 is prefill; each further one has the token before it as input
         pen.text((150, 78 + 46 * i), f"-> {word}", "black", font(), "rm")
-        new = range(at) if i == 0 else [at + i - 1]
+        new = range(at) if i == 0 else [at + i - 1]  # prefill computes the whole prompt
         cells(sheet, (165, 60 + 46 * i), (620, 36), [[ORANGE if j in new else BLUE if j < at + i else PALE
                                                       for j in range(T)]])
     pen.text((12, sheet.height - 46), f"orange: computed ({at} at first, then 1)   blue: read", "#555555", font())
@@ -995,7 +1013,7 @@ def draw_memory(s: Subject) -> Image.Image:
 def bench_figures(flags) -> dict:
     "assets/*.png, from the checkpoint --init, its log.jsonl and docs/results.json; and README.md's count of lines."
     vlm, tokenizer = load(flags, Setup(flags))
-    home, folder, runs = Path(__file__).parent, Path("assets"), {}
+    home, folder, runs, name = Path(__file__).parent, Path("assets"), {}, ""
     folder.mkdir(exist_ok=True)
     for row in read_log(flags.init):  # that of assets/tiny holds the four chapters, one after the other
         name = Path(row["command"].split()[0]).stem if "command" in row else name
@@ -1011,6 +1029,7 @@ def bench_figures(flags) -> dict:
     draw_lines(folder / "chapters.png", charts, height=300)
     if kinds:  # chapter 3 was run with --eval_every
         draw_lines(folder / "kinds.png", kinds, height=460)
+    # Counts of lines go stale with every change: here they are counted anew, and a test compares them.
     if (readme := Path("README.md")).exists():
         count = lambda m: f"| {m[1]} | {len((home / m[1]).read_text(encoding='utf-8').splitlines())} |"  # noqa: E731
         readme.write_text(re.sub(r"\| (\w+\.py) \| \d+ \|", count, readme.read_text(encoding="utf-8")),

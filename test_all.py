@@ -6181,7 +6181,8 @@ def test_the_figures_are_those_that_the_checkpoint_gives(tmp_path, monkeypatch):
 # README.md and docs/: what they say is so
 
 BOOK = [HERE / "README.md", HERE / "CONTRIBUTING.md", *sorted((HERE / "docs").glob("*.md"))]
-FLAGS_OF_OTHERS = {"--nproc_per_node", "--nnodes", "--rdzv_backend", "--rdzv_endpoint", "--rdzv_id", "--shm-size", "--long"}
+FLAGS_OF_OTHERS = {"--nproc_per_node", "--nnodes", "--rdzv_backend", "--rdzv_endpoint", "--rdzv_id", "--shm-size",
+                   "--long"}
 
 
 def commands(text: str):
@@ -6247,7 +6248,7 @@ def test_the_book_counts_lines_and_quotes_results_as_they_are():
     for file, lines in re.findall(r"^\| (\w+\.py) \| (\d+) \|", text, re.M):
         real = len((HERE / file).read_text(encoding="utf-8").splitlines())
         assert int(lines) == real, f"README.md: {file} has {real} lines; bench.py --what=figures counts them anew"
-    # <!-- results: sft.accuracy = 87 %; ... -->: the numbers of the text before it, and where in docs/results.json each is
+    # <!-- results: sft.accuracy = 87 %; ... -->: numbers of the text before it, and where in docs/results.json each is
     results, checked = json.loads((HERE / "docs/results.json").read_text()), 0
     for path in BOOK:
         text = path.read_text(encoding="utf-8")
