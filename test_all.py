@@ -6216,7 +6216,7 @@ def test_the_book_names_commands_that_parse(path):
             assert hasattr(module, f"bench_{flags.what}"), flags.what
     for flag in re.findall(r"`(--\w[\w-]*)", text):
         assert flag in known, f"{path.name}: {flag}"
-    for expression in re.findall(r"pytest test_all.py[^\n]*? -k \"?([^\"\n#]+)", text):
+    for expression in re.findall(r"pytest test_all.py[^\n]*? -k \"?([^\"\n#`]+)", text):
         for word in set(expression.split()) - {"and", "or", "not"}:
             assert any(word in name for name in tests), f"{path.name}: no test named {word}"
 
@@ -6268,6 +6268,36 @@ def test_the_book_counts_lines_and_quotes_results_as_they_are():
     # The log of the model that comes with the code has the same result lines.
     lines = [json.loads(line) for line in (HERE / "assets/tiny/log.jsonl").read_text().splitlines()]
     assert all(results[line["stage"]] == line for line in lines if "stage" in line)
+
+
+@torch.no_grad()
+def test_the_book_works_its_examples_with_the_tiny_models_numbers():
+    import bench
+    text = " ".join((HERE / "README.md").read_text(encoding="utf-8").split())
+    s = bench.Subject(model.load_checkpoint(sample.TINY), Tokenizer.from_pretrained(sample.TINY))
+    middle = s.pixels[:, 36, 36]
+    said = [str(tuple(middle.tolist())), "({:.2f}, {:.2f}, {:.2f})".format(*(middle / 127.5 - 1).tolist())]
+    share = sample.patch_shares(s.vlm.bridge, s.features)[4].view(6, 6)[2:4, 2:4].sum()
+    said += [f"Latent 4 takes {share:.0%}".replace("%", " %")]
+    document = s.document("What colour is the cat?", "orange")
+    said += [f"Here {len(document.ids)} ids stand"]
+    for pixels, told in ((s.pixels, "the model gives {:.2f}, so the loss is {:.2f} nats"), (
+            torch.full_like(s.pixels, 128), "it gives {:.2f}, and the loss is {:.2f}")):
+        batch = data.collate(*data.pack([document], 1, len(document.ids), s.M)[:2], lambda *_: pixels)
+        x = s.vlm.embed(batch["ids"], s.vlm.encode_images(batch["pixels"]).flatten(0, 1), batch["image_positions"])
+        at = batch["supervised"][0]
+        loss = F.cross_entropy(s.vlm.gpt.logits(s.vlm.gpt.hidden(x))[0, at], batch["targets"][0, at]).item()
+        said += [told.format(math.exp(-loss), loss)]
+    documents = [data.make_document(world.World("chat")[i], i, s.tokenizer, s.M, 216) for i in range(40000, 40008)]
+    arrays, packed, _ = data.pack(documents, 1, 216, s.M)  # as bench.draw_row
+    lengths = [len(one.ids) - 1 for one in packed]
+    said += ["conversations of {}, {}, {} and {} tokens".format(*lengths), f"{len(arrays['supervised'])} have a target",
+             "boundaries " + ", ".join(map(str, np.cumsum([0, *lengths])))]
+    said += [f"the prompt, {s.document('Describe the picture.', 'x').mask.index(1)} positions"]
+    sizes = {name: sum(p.numel() for p in part.parameters()) / 1e6 for name, part in s.vlm.parts().items()}
+    said += [f"`ViT`: {sizes['vit']:.2f} or", f"Perceiver {sizes['bridge']:.2f} or", f"`GPT`: {sizes['decoder']:.2f} or"]
+    assert [one for one in said if one not in text] == []
+    assert s.ask("Describe the picture.") in text
 
 
 def test_the_book_names_tests_that_exist():
