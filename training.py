@@ -647,7 +647,8 @@ def read_curves(rows: list[dict]) -> dict[str, dict[str, list]]:
             "accuracy_by_kind", {}).items()}
         for title, names in CHARTS.items():
             for name, value in values.items():
-                if re.split("[ :]", name)[0] in names and value is not None:  # None: a step that was skipped
+                # None: a step that was skipped, as its loss was no finite number
+                if re.split("[ :]", name)[0] in names and value is not None and math.isfinite(value):
                     # By step: after a crash, a resumed run repeats some steps, and what it did then counts.
                     charts[title].setdefault(name.removeprefix("accuracy: "), {})[row["step"]] = value
     return {title: {name: sorted(line.items()) for name, line in lines.items()}
