@@ -11,6 +11,8 @@ How good, and how fast: measured on the real code, never on a copy of it.
     python bench.py --what=profile --model=small                      # which kernels a step spends its time in
     python bench.py --what=memory --model=qwen2.5-3b --gpus=8         # what each stage will need; no GPU is asked
     python bench.py --what=serve                                      # 1 to 64 clients of a real server
+    python bench.py --what=compare --init=out/tiny/sft,out/tiny/sft.1 # two runs' curves in one picture, compare.png
+    python bench.py --what=figures --init=assets/tiny                 # the pictures of README.md and docs/
 
 The last line of standard output is one JSON object; tables go to standard error.
 """
@@ -23,6 +25,7 @@ import json
 import math
 import multiprocessing
 import random
+import re
 import sys
 import threading
 import time
@@ -32,19 +35,19 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageColor, ImageDraw, ImageFont
 
 import data
 import model
 import sample
 import train_rl
-from model import PRESETS, VLM, Block, add_lora, newest_checkpoint, preset, rope_table
+from model import PRESETS, VLM, Block, add_lora, newest_checkpoint, preset, respond, rope_table
 from tokenizer import Tokenizer
 from train_sft import answers, evaluate_with_baselines, exchange_pictures, score_answer, wilson, yes_or_no
-from training import (FROM_SCRATCH, Optimizer, Setup, count_supervised, freeze_all_but, largest_micro_batch, load_start,
-                      make_loaders, parse_flags, run, train_step)
-from vision import Bridge, ViTBlock
-from weights import named_errors, parse_json
+from training import (FROM_SCRATCH, Optimizer, Setup, count_supervised, draw_lines, freeze_all_but,
+                      largest_micro_batch, load_start, make_loaders, parse_flags, read_curves, run, train_step)
+from vision import Bridge, ViTBlock, load_image
+from weights import named_errors, parse_json, read_json
 from world import World
 
 # Its data in the built-in world, and the parts that are trained; chapter 4 trains the same parts as sft.
@@ -54,12 +57,13 @@ BY_MODEL = {"tiny": {"batch_size": 32, "seq_len": 128}, "small": {"batch_size": 
             "released": {"batch_size": 32, "seq_len": 2048}}
 CARDS = (8, 12, 16, 24, 40, 80, 141)  # GiB
 FLAGS = {
-    "what": ("eval", "eval, data, speed, ladder, profile, memory or serve"),
+    "what": ("eval", "eval, data, speed, ladder, profile, memory, serve, compare or figures"),
     "clients": ("1,8,32,64", "serve: how many at once, one number after another"),
     "model": ("tiny", f"{', '.join(PRESETS)}, or a hub id (Org/Name) or folder"),
     "vision": ("", "speed: encoder in place of the preset's"),
     "bridge": ("", "speed: perceiver, pixelshuffle or mlp, in place of the preset's"),
-    "init": ("", "checkpoint folder; empty: the latest stage under --out_dir, for speed else random weights"),
+    "init": ("", "checkpoint folder; empty: the latest stage under --out_dir, for speed else random weights; "
+                 "compare: several, comma-separated"),
     "out_dir": ("out", "where the stages keep their checkpoints"),
     "data": ("world", "world, a benchmark's name (data.py --download=list), or files of records, comma-separated"),
     "answers": ("", "eval: a .jsonl that keeps the answers; run again to go on"),
@@ -84,21 +88,8 @@ FLAGS = {
 # ----------------------------------------------------------------------------------------------------------------------
 # Accuracy: the built-in world, one's own files, and the public benchmarks by their official rules
 
-# Published scores of models of this size, to stand beside ours: their papers and model cards.
-PUBLISHED = {
-    "MMStar": {"LLaVA-OneVision 0.5B": 37.5, "SmolVLM 2.2B": 46.0, "nanoVLM 222M": 35.3, "chance": 24.6},
-    "MMBench_DEV_EN": {"LLaVA-OneVision 0.5B": 52.1, "LLaVA-1.5 7B": 64.3, "TinyLLaVA 1.5B": 55.2},
-    "ScienceQA_TEST": {"LLaVA-OneVision 0.5B": 67.2, "TinyLLaVA Qwen2.5-0.5B": 60.3, "LLaVA-1.5 7B": 66.8},
-    "AI2D_TEST": {"LLaVA-OneVision 0.5B": 57.1},
-    "POPE": {"LLaVA-OneVision 0.5B": 87.2, "TinyLLaVA Qwen2.5-0.5B": 86.1, "LLaVA-1.5 7B": 85.9},
-    "ChartQA_TEST": {"LLaVA-OneVision 0.5B": 61.4},
-    "TextVQA_VAL": {"TinyLLaVA Qwen2.5-0.5B": 48.3, "LLaVA-1.5 7B": 58.2},
-    "RealWorldQA": {"LLaVA-OneVision 0.5B": 55.6},
-    "SEEDBench_IMG": {"LLaVA-OneVision 0.5B": 65.5},
-    "MME": {"LLaVA-OneVision 0.5B": 1478, "TinyLLaVA Qwen2.5-3B, perception only": 1438.7},
-    "GQA_TestDev_Balanced": {"LLaVA-OneVision 0.5B": 58.0, "TinyLLaVA Qwen2.5-0.5B": 59.5, "LLaVA-1.5 7B": 62.0},
-}
-
+# Questions about one picture or one option are not worth a point each in every benchmark. To be comparable with
+# published numbers, ours must be counted as theirs are, odd rules included.
 
 def official_score(name: str, records: list, texts: list[str], right: list[float]) -> tuple[str, float]:
     "-> (what the benchmark calls its score, the score), where that is not plain accuracy."
@@ -109,11 +100,15 @@ def official_score(name: str, records: list, texts: list[str], right: list[float
         for record, value in zip(records, right):
             groups.setdefault(int(record["id"]) % 10 ** 6, []).append(value)
         return "circular accuracy", 100 * sum(map(min, groups.values())) / len(groups)
-    if name.startswith("POPE"):  # F1 of "yes"; an answer that is neither counts as no
+    if name.startswith("POPE"):
+        # F1 of "yes", the harmonic mean of precision and recall: half of the questions ask for things that are not
+        # there, and a model that says yes to all has a recall of 100 %. An answer that is neither counts as no.
         yes = [(yes_or_no(text) == "yes", record["answer"].lower() == "yes") for record, text in zip(records, texts)]
         hits, said, true = sum(a and b for a, b in yes), sum(a for a, _ in yes), sum(b for _, b in yes)
         return "F1", 200 * hits / max(said + true, 1)
-    if name.startswith("MME"):  # per category: accuracy + share of pictures whose two questions are both right, in %
+    if name.startswith("MME"):
+        # Two questions about each picture, one to be answered by yes, one by no. For each category: the accuracy, plus
+        # the share of pictures with both right, in %. So the best score of a category is 200.
         categories = {}
         for record, value in zip(records, right):
             pictures = categories.setdefault(record["kind"], {})
@@ -125,10 +120,14 @@ def official_score(name: str, records: list, texts: list[str], right: list[float
 
 
 class Answers:
-    "The answers to one set, in a file of one JSON object per line: a run that was stopped goes on from there."
+    """
+    The answers to one set, in a file of one JSON object per line: a run that was stopped goes on from there. Thousands
+    of questions, asked three times (own picture, blind, shuffled), take a large model hours.
+    """
 
     def __init__(self, path: str, setup, vlm, tokenizer):
         self.path, self.setup, self.vlm, self.tokenizer, self.known = path, setup, vlm, tokenizer, {}
+        # Each rank writes a file of its own, PATH.0, PATH.1, ...; all are read, whatever number of ranks wrote them.
         for file in sorted(Path(path).parent.glob(Path(path).name + "*")) if path else ():
             with named_errors(file), open(file, encoding="utf-8") as lines:
                 for line in lines:
@@ -139,7 +138,7 @@ class Answers:
     def __call__(self, name: str, records: list, image: str) -> list[str]:
         "-> the texts, of all ranks, in order. image: own, blind or shuffled."
         setup, mine = self.setup, records[self.setup.rank::self.setup.world_size]
-        for at in range(0, len(mine), 100):
+        for at in range(0, len(mine), 100):  # written every 100: no more than these are lost
             new = [record for record in mine[at:at + 100] if (name, image, record["id"]) not in self.known]
             texts = answers(self.vlm, self.tokenizer, new, blind=image == "blind") if new else []
             self.known |= {(name, image, record["id"]): text for record, text in zip(new, texts)}
@@ -152,6 +151,8 @@ class Answers:
 
 def evaluate_file(name: str, records: list, ask: Answers) -> dict:
     "A benchmark or a file of questions -> its official score, accuracy and interval, blind and shuffled beside them."
+    # The distance between the columns is what the picture is worth. A score alone does not tell: the likeliest answer
+    # to a benchmark's question is often right.
     columns = {"own": records, "blind": records, "shuffled": exchange_pictures(records)}
     results, setup = {}, ask.setup
     for image, asked in columns.items():
@@ -164,8 +165,10 @@ def evaluate_file(name: str, records: list, ask: Answers) -> dict:
     low, high = wilson(sum(right), len(right))
     setup.print(f"\n{name}: {title} " + ", ".join(f"{image} {r['score']:.1f}" for image, r in results.items())
                 + f"   ({len(right)} questions, 95 % interval of the accuracy {low:.1%} to {high:.1%})")
-    for model_name, published in PUBLISHED.get(name, {}).items():
-        setup.print(f"  {model_name:<40}{published:>8.1f}")
+    # What the papers and model cards of models of this size say, to stand beside ours.
+    published = read_json(Path(__file__).with_name("assets") / "published.json")
+    for model_name, value in published.get(name, {}).items():
+        setup.print(f"  {model_name:<40}{value:>8.1f}")
     kinds = {}
     for record, value in zip(records, right):
         kinds.setdefault(record.get("kind", "all"), []).append(value)
@@ -186,6 +189,7 @@ def bench_eval(flags) -> dict:
     if flags.data == "world":
         held_out = {split: [world[i] for i in range(flags.eval_size)] for split in ("scenes", "pairs")
                     for world in [World("exam", split, seed=1)]}
+        # seed=1: the questions that the stages ask at their end, only more of them.
         results = evaluate_with_baselines(vlm, tokenizer, held_out, setup)
     else:
         # The whole file: nothing is held out, as it is in training. TRAP: on a file that the model was trained on this
@@ -201,6 +205,7 @@ def bench_eval(flags) -> dict:
 def bench_data(flags) -> dict:
     "The loader alone: records, pictures and tokens a second, padding, memory. No model, and no GPU."
     config, M = preset(flags.model, flags.bridge), preset(flags.model, flags.bridge).bridge.num_tokens
+    # A tokenizer of these data's own, so that nothing must be downloaded; its tokens are about as long as Qwen's.
     tokenizer = Tokenizer.train(data.tokenizer_texts(flags.data, 0, 3_000_000), min(config.decoder.vocab_size, 8192))
     started = time.perf_counter()
     dataset, _ = data.load_data(flags.data, World("chat"), {}, flags.seed, 1, max_bad=0.01)
@@ -219,6 +224,7 @@ def bench_data(flags) -> dict:
     # What was ready in the queues when the clock began is not paid for here: with few batches, that would flatter.
     seconds = times[-1] - times[0]
     records, pictures, tokens = (sum(column) for column in zip(*batches))
+    # What no packing could fill: attention and matrix products run over it for nothing.
     waste = 1 - tokens / (len(batches) * flags.batch_size * flags.seq_len)
     import resource  # not on Windows
     memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2 ** 10
@@ -253,6 +259,9 @@ def clock(work, steps: int, device) -> float:
     # The median of the rest, not the mean: one slow moment of a shared machine would move the mean.
     return sorted(times[3:])[steps // 2]
 
+
+# A step's speed alone says little: is 50,000 tokens/s good? So it is held against what this machine can do at most,
+# measured in the same minute: a card that is hot or shared is slower today than its data sheet.
 
 def matmul_ceiling(setup) -> float:
     "FLOP/s of large matrix products here and now, one after another: what no training step can exceed."
@@ -307,19 +316,34 @@ def noise(vlm: VLM):
     return lambda source, record: torch.randint(0, 256, (3, size, size), dtype=torch.uint8)
 
 
+# No kernel looks at the values that it multiplies, so a step takes as long with random weights. Accuracy needs real
+# ones: bench_eval refuses to measure without.
+
 def random_model(flags, setup) -> VLM:
-    "A preset of random weights, made on the device: a step takes as long with them, and nothing is fetched."
+    "A preset of random weights, made on the device."
     config = preset(flags.model, flags.bridge)
     config.lora_rank = flags.lora_rank
     with setup.device:
         vlm = VLM(config)
     vlm.gpt.activation_checkpointing = flags.activation_checkpointing
     vlm.gpt.set_float8(flags.float8)
+    if setup.compile:
+        vlm.compile_parts()
     return vlm
 
 
+def load_or_draw(flags, setup) -> tuple[VLM, Tokenizer | None]:
+    "A trained model, or, of those that are too large to train for a measurement, random weights and no tokenizer."
+    if flags.model in FROM_SCRATCH or flags.init:
+        return load(flags, setup)
+    return random_model(flags, setup), None
+
+
 class Step:
-    "One stage's real training step, again and again on the same rows."
+    """
+    One stage's real training step, again and again on the same rows: the functions that the stages call, in their
+    order. A copy of the loop would soon measure something else.
+    """
 
     def __init__(self, flags, setup, vlm: VLM, tokenizer, stage: str):
         task, self.trained = STAGES[stage]
@@ -331,10 +355,11 @@ class Step:
         self.optimizer = Optimizer(self.params, "muon" if flags.model in FROM_SCRATCH else "adamw", 1e-9)
         vlm.to(setup.dtype)
         if tokenizer is None:
-            make, endless, share = llava_like(vlm, stage, flags.seq_len), [{"images": []}] * 10 ** 6, flags.batch_size
+            self.make, share = llava_like(vlm, stage, flags.seq_len), flags.batch_size
+            endless = [{"images": []}] * 10 ** 6  # make needs no more than a record's number
 
             def loader(rows: int, micro_batch: int = 0, micro_batches: int = 1) -> data.Loader:
-                return data.Loader(endless, make, noise(vlm), rows, flags.seq_len, vlm.config.bridge.num_tokens,
+                return data.Loader(endless, self.make, noise(vlm), rows, flags.seq_len, vlm.config.bridge.num_tokens,
                                    micro_batch, micro_batches, prefetch=False, pin=setup.device.type == "cuda")
             micro = flags.micro_batch_size or largest_micro_batch(vlm, setup, share, lambda rows: next(loader(rows)))
             self.loaders = [loader(micro, i, share // micro) for i in range(share // micro)]
@@ -353,13 +378,9 @@ class Step:
 
 
 def bench_speed(flags) -> dict:
+    "A training step of each stage, chapter 4's rollouts and update, decoding; each beside the machine's ceiling."
     setup = Setup(flags)
-    if flags.model in FROM_SCRATCH or flags.init:
-        vlm, tokenizer = load(flags, setup)
-    else:
-        vlm, tokenizer = random_model(flags, setup), None
-        if setup.compile:
-            vlm.compile_parts()
+    vlm, tokenizer = load_or_draw(flags, setup)
     ceiling, rows, gpu = matmul_ceiling(setup), {}, setup.device.type == "cuda"
     setup.print(f"{torch.cuda.get_device_name() if gpu else 'cpu'}, {setup.dtype}, {torch.get_num_threads()} threads, "
               f"torch {torch.__version__}; matrix products reach {ceiling / 1e9:,.0f} GFLOP/s")
@@ -443,8 +464,6 @@ def bench_profile(flags) -> dict:
     "A trace of one step of chapter 3, to be opened at ui.perfetto.dev, and the kernels that take longest."
     setup = Setup(flags)
     vlm = random_model(flags, setup)
-    if setup.compile:
-        vlm.compile_parts()
     step = Step(flags, setup, vlm, None, "sft")
     for _ in range(3):
         step()
@@ -463,55 +482,48 @@ def bench_profile(flags) -> dict:
 # ----------------------------------------------------------------------------------------------------------------------
 # The ladder: chapter 3's step from the plainest code to the one we use, one idea at a time
 
+# What is each idea for speed worth? The only honest answer is the same work on the same rows without it. From rung to
+# rung one idea is added, and the loss must stay the same (a test).
+
 def plain_loss(x, head, targets, loss_weights=None, supervised=None, chunk=0, cross_entropy=None) -> torch.Tensor:
     "What token_loss computes, in the obvious way: all logits at once, also where there is no target."
     return F.cross_entropy(F.linear(x, head).flatten(0, 1).float(), targets.flatten(), reduction="sum")
 
 
-def pad(batch: dict, M: int) -> list[dict]:
-    "A packed batch -> the same documents, each in a row of its own, in passes of 4, padded to the pass's longest."
-    documents, at, out = [], 0, []
-    numbers = (batch["document_ids"] + torch.arange(len(batch["ids"]))[:, None] * 10 ** 6).flatten()
-    for number in numbers.unique().tolist():
-        places = (numbers == number).nonzero()[:, 0]
-        if number % 10 ** 6:  # 0 is padding
-            ids, targets = batch["ids"].flatten()[places].tolist(), batch["targets"].flatten()[places].tolist()
-            documents.append(data.Document(0, ids + [max(targets[-1], 0)], [0] + [int(t >= 0) for t in targets], [0],
-                                           {"id": "", "images": [at]}))
-            at += 1
-    for i in range(0, len(documents), 4):
-        width = max(len(d.ids) for d in documents[i:i + 4]) - 1
-        # Placed by hand: `pack` would lay short ones end to end.
-        rows = [data.pack([d], 1, width, M)[0] for d in documents[i:i + 4]]
-        out.append({name: torch.from_numpy(np.concatenate([r[name] for r in rows]))
-                    for name in ("ids", "targets", "positions", "document_ids", "loss_weights")})
-        out[-1] |= {"image_positions": torch.cat([torch.arange(M) + j * width for j in range(len(rows))]),
-                    "image_index": torch.arange(len(rows)), "pixels": batch["pixels"][i:i + 4],
-                    "cu_seqlens": None, "supervised": None}
+def one_by_one(step: Step) -> list[dict]:
+    "The documents of a step, each in a row of its own, in passes of four rows that are padded to the longest of them."
+    M, out = step.vlm.config.bridge.num_tokens, []
+    documents = [step.make(None, int(name)) for batch in step.batches for name in batch["records"]]
+    for four in (documents[i:i + 4] for i in range(0, len(documents), 4)):
+        width = max(len(document.ids) for document in four) - 1
+        # A batch of one row for each, and then these are joined: `pack` alone would lay two short ones into one row.
+        rows = [data.collate(*data.pack([document], 1, width, M)[:2], noise(step.vlm)) for document in four]
+        out.append({name: torch.cat([row[name] for row in rows]) for name in rows[0] if torch.is_tensor(rows[0][name])})
+        out[-1] |= {"image_positions": torch.cat([row["image_positions"] + j * width for j, row in enumerate(rows)]),
+                    "image_index": torch.arange(len(rows)), "cu_seqlens": None, "supervised": None, "records": []}
     return out
+
+
+RUNGS = ["one conversation a row, float32", "bfloat16 over float32 masters", "packed rows",
+         "loss of supervised tokens only", "torch.compile", "float8"]
 
 
 def bench_ladder(flags) -> dict:
     "Real tokens per second of chapter 3's step on each rung. A rung keeps what those below it have."
-    flags.compile, rows = "False", []
-    rungs = ["one conversation a row, float32", "bfloat16 over float32 master weights", "packed rows",
-             "head and loss for supervised tokens only, in chunks", "torch.compile", "float8"]
-    gpu, fused = Setup(flags).device.type == "cuda", model.token_loss
+    rows, gpu, fused = [], Setup(flags).device.type == "cuda", model.token_loss
     # bfloat16 and the last two are for GPUs, and float8 for those that have it
     skipped = (1, 4, 5) if not gpu else (5,) if torch.cuda.get_device_capability() < (8, 9) else ()
-    for i, rung in enumerate(rungs):
+    for i, rung in enumerate(RUNGS):
         if i in skipped:
             continue
-        flags.dtype, flags.float8 = "float32" if i == 0 else "auto", i == 5
+        flags.dtype, flags.compile, flags.float8 = "float32" if i == 0 else "auto", str(i >= 4), i == 5
         model.token_loss = plain_loss if i < 3 else fused
         setup = Setup(flags)
         vlm = random_model(flags, setup)
-        if i >= 4:
-            vlm.compile_parts()
         try:
             step = Step(flags, setup, vlm, None, "sft")
             if i < 2:
-                step.batches = [part for batch in step.batches for part in pad(batch, vlm.config.bridge.num_tokens)]
+                step.batches = one_by_one(step)
             seconds = clock(step, 3, setup.device)
             rows.append({"rung": rung, "tokens_per_s": step.tokens / seconds})
             setup.print(f"{rung:<50}{step.tokens / seconds:>10,.0f} tokens/s"
@@ -521,22 +533,16 @@ def bench_ladder(flags) -> dict:
         del vlm, step
         if gpu:
             torch.cuda.empty_cache()
-    chart([(r["rung"], r["tokens_per_s"]) for r in rows], "ladder.png")
+    draw_ladder("ladder.png", rows)
     return {"what": "ladder", "model": flags.model, "rungs": rows, "chart": "ladder.png"}
 
 
-def chart(bars: list[tuple[str, float]], path: str) -> None:
-    "Labelled horizontal bars."
-    font, high, wide = ImageFont.load_default(18), 44, 1100
-    sheet = Image.new("RGB", (wide, high * len(bars) + 10), "white")
-    pen, most = ImageDraw.Draw(sheet), max(value for _, value in bars)
-    for i, (name, value) in enumerate(bars):
-        y, length = i * high + 8, round(540 * value / most)
-        pen.text((10, y + 6), name, fill="black", font=font)
-        pen.rectangle((450, y, 450 + length, y + high - 14), fill="steelblue")
-        pen.text((460 + length, y + 6), f"{value:,.0f}", fill="black", font=font)
-    sheet.save(path)
-
+# ----------------------------------------------------------------------------------------------------------------------
+# Memory, predicted without a GPU
+# Memory of training has six parts. Weights, gradients, float32 master weights and the optimizer's moments follow from
+# the number of parameters. Activations, what the forward pass stores for the backward pass, are the largest part and
+# hard to derive: they depend on what the compiler decides to keep. So they are measured, on one layer, on the CPU. The
+# loss needs some logits at once.
 
 def saved_bytes(module, compiled: bool, *inputs) -> int:
     "Bytes that autograd stores of one call in bfloat16 for the backward pass."
@@ -556,6 +562,8 @@ def saved_bytes(module, compiled: bool, *inputs) -> int:
         call(*inputs)
     return sum(pieces.values())
 
+
+# A layer stores so many bytes for each token, and some that do not depend on their number. Two measurements tell both.
 
 def line(measure, a: int, b: int) -> tuple[float, float]:
     "measure(n) = each * n + fixed -> (each, fixed)."
@@ -648,6 +656,9 @@ def bench_memory(flags) -> dict:
 # ----------------------------------------------------------------------------------------------------------------------
 # Serving: clients of a real server, over real sockets
 
+# What counts for a user is not tokens per second, but how long the first word takes, and whether the next ones flow. So
+# each client notes when each piece of text arrives, over a real socket, with pictures that the server must decode.
+
 def make_bodies(n: int) -> list[bytes]:
     "n requests: a picture of 100 to 1,000 pixels a side and 40 words each, answers of 32 to 256 tokens."
     bodies, rng = [], random.Random(0)
@@ -701,12 +712,8 @@ def quantiles(values: list[float]) -> list[float]:
 def bench_serve(flags) -> dict:
     "1, 8, 32 and 64 clients at once; a single one sends its requests one after another."
     setup, rows = Setup(flags), {}
-    if flags.model in FROM_SCRATCH or flags.init:
-        vlm, tokenizer = load(flags, setup)
-    else:
-        vlm, tokenizer = random_model(flags, setup), Tokenizer.train(["user\nassistant\n"], 300)
-        if setup.compile:
-            vlm.compile_parts()
+    vlm, tokenizer = load_or_draw(flags, setup)
+    tokenizer = tokenizer or Tokenizer.train(["user\nassistant\n"], 300)
     asked = data.parse_flags("", sample.FLAGS, argv=["--serve", "--port=0"])
     server = sample.Server(vlm.to(setup.dtype).eval(), tokenizer, asked)
     server.stop = set()  # every answer is as long as it was asked to be
@@ -737,6 +744,302 @@ def bench_serve(flags) -> dict:
             "generate_32_tokens_per_s": 32 * 136 / seconds}
 
 
+# ----------------------------------------------------------------------------------------------------------------------
+# Pictures: the curves of several runs in one chart, and the figures of README.md and docs/, drawn from the checkpoint
+# and the logs themselves. All are 800 pixels wide with few, large letters, so that they can be read on a phone.
+
+def read_log(folder: str) -> list[dict]:
+    with open(path := Path(folder, "log.jsonl"), encoding="utf-8") as file:
+        return [parse_json(line, path) for line in file]
+
+
+def bench_compare(flags) -> dict:
+    "Several runs -> compare.png with a chart for each thing that their logs have, and the flags in which they differ."
+    if not flags.init:
+        raise ValueError("--what=compare: name the folders of two runs or more, --init=out/tiny/sft,out/tiny/sft.1")
+    logs, charts, results = {name: read_log(name) for name in flags.init.split(",")}, {}, {}
+    for name, rows in logs.items():
+        for title, lines in read_curves(rows).items():
+            # Of accuracy only the total: ten kinds of questions in each run would be too many lines.
+            for line in ("loss", "caption_loss", "bits_per_byte", "accuracy", "reward"):
+                if line in lines:
+                    charts.setdefault(f"{title}: {line}", {})[name] = lines[line]
+        results[name] = {key: value for key, value in rows[-1].items() if isinstance(value, (int, float, str))}
+    if not charts:
+        raise ValueError(f"--init={flags.init}: these logs have no steps yet")
+    draw_lines(Path("compare.png"), charts)
+    told = [rows[0].get("flags", {}) for rows in logs.values()]  # a log's first line says how the run was started
+    differ = {key: values for key in told[0] if len(set(map(str, values := [one.get(key) for one in told]))) > 1}
+    say("\n".join(f"{key}: {', '.join(map(str, values))}" for key, values in differ.items()) or "the same flags in all")
+    return {"what": "compare", "chart": "compare.png", "flags_that_differ": differ, "results": results}
+
+
+# One meaning for each colour in all figures: grey is given or blind, blue comes from a picture or is read, green is
+# learned or right, orange is computed, red is wrong, pale is empty.
+GREY, BLUE, GREEN, ORANGE, RED, PALE = "#d4d4d4", "#7db8e0", "#57b894", "#e8a33d", "#d0603a", "#e4eef6"
+WIDE = 800  # pixels. A page shows a figure at half of that or less on a phone: letters below 20 could not be read.
+
+
+def font(size: int = 24):
+    return ImageFont.load_default(size)
+
+
+def page(high: int, title: str = "") -> tuple[Image.Image, ImageDraw.ImageDraw]:
+    "White paper with a title -> (the picture, a pen to draw on it)."
+    sheet = Image.new("RGB", (WIDE, high), "white")  # a background of its own: a reader's page may be dark
+    pen = ImageDraw.Draw(sheet)
+    pen.text((12, 10), title, "black", font(26))
+    return sheet, pen
+
+
+def cells(sheet, at: tuple, size: tuple, colours: list[list[str]]) -> None:
+    "A table of coloured cells, without lines between them, that fills size pixels."
+    rgb = np.array([[ImageColor.getrgb(colour) for colour in row] for row in colours], dtype=np.uint8)
+    sheet.paste(Image.fromarray(rgb).resize(size, Image.Resampling.NEAREST), at)
+
+
+def bars(title: str, rows: list[tuple[str, list[tuple[float, str]], str]], left: int = 300, tall: int = 46,
+         legend: dict = {}) -> Image.Image:
+    """
+    Horizontal bars, (name, [(length, colour), ...] end to end, what is written behind). Negative ones go to the left.
+    legend: {what a colour means: the colour}.
+    """
+    sheet, pen = page(60 + tall * len(rows) + 36 * -(-len(legend) // 3), title)
+    totals = [sum(value for value, _ in parts) for _, parts, _ in rows]
+    zero, unit = left, (WIDE - left - 110) / (max(0, *totals) - min(0, *totals))
+    zero -= min(0, *totals) * unit
+    for i, (name, parts, text) in enumerate(rows):
+        x, y = zero, 56 + tall * i
+        pen.text((left - 14, y + tall / 2 - 5), name, "black", font(), "rm")
+        for value, colour in parts:
+            pen.rectangle((min(x, x + value * unit), y, max(x, x + value * unit), y + tall - 10), colour)
+            x += value * unit
+        pen.text((max(x, zero) + 10, y + tall / 2 - 5), text, "black", font(), "lm")
+    for i, (name, colour) in enumerate(legend.items()):
+        x, y = 20 + i % 3 * 260, sheet.height - 36 * (-(-len(legend) // 3) - i // 3)
+        pen.rectangle((x, y, x + 22, y + 22), colour)
+        pen.text((x + 32, y + 11), name, "black", font(), "lm")
+    return sheet
+
+
+def draw_ladder(path, rungs: list[dict]) -> None:
+    bars("tokens a second; each idea on top of those above", [
+        (r["rung"], [(r["tokens_per_s"], BLUE)], f"{r['tokens_per_s']:,.0f}") for r in rungs], left=430).save(path)
+
+
+class Subject:
+    "What the figures are about: cat.jpg, a trained model, and what it computes of the picture."
+
+    def __init__(self, vlm: VLM, tokenizer: Tokenizer):
+        self.vlm, self.tokenizer, self.M = vlm.eval(), tokenizer, vlm.config.bridge.num_tokens
+        self.image = load_image(Path(__file__).with_name("cat.jpg"))
+        self.pixels = data.preprocess(self.image, vlm.config.vision.image_size)                  # [3, S, S]
+        self.features = vlm.vit_features(self.pixels[None])[0]                                   # [N, D]
+
+    def ask(self, question: str) -> str:
+        return respond(self.vlm, self.tokenizer, [[sample.user_message(question, 1)]], [[self.pixels]])[0]
+
+    def document(self, question: str, answer: str) -> data.Document:
+        messages = [sample.user_message(question, 1), {"role": "assistant", "content": answer}]
+        return data.make_document({"id": "cat", "messages": messages, "images": ["cat.jpg"]}, 0, self.tokenizer,
+                                  self.M, 1000)
+
+    def words(self, ids) -> list[str]:
+        "What each token stands for. <|im_end|> -> im_end"
+        texts = [self.tokenizer.decode([i], skip_special=False).replace("\n", "\\n").strip() for i in ids]
+        return [text.replace("<|image_pad|>", "pad").replace("<|", "").replace("|>", "") for text in texts]
+
+    def colours(self, ids, mask) -> list[str]:
+        return [GREEN if learned else BLUE if token == self.tokenizer.image_pad else GREY
+                for token, learned in zip(ids, mask)]
+
+
+# Each of the figures says one thing. Nothing in them is written by hand: what the model says and computes is drawn,
+# and another checkpoint gives other pictures. The names of these functions are the names of the files.
+
+def draw_answers(s: Subject) -> Image.Image:
+    "Questions about cat.jpg, and what the model says, right or wrong."
+    sheet, pen = page(400)
+    sheet.paste(s.image.resize((380, 380)), (10, 10))
+    for i, question in enumerate(["What colour is the cat?", "Where is the tree?", "Is there a blue bird?",
+                                  "What is the smallest thing?", "How many things are there?"]):
+        pen.text((412, 12 + 76 * i), question, "#555555", font())
+        pen.text((412, 42 + 76 * i), s.ask(question), "black", font(30))
+    return sheet
+
+
+def draw_patches(s: Subject) -> Image.Image:
+    "What the ViT gets: the picture at its size, and the pieces that become one vector each."
+    S, P, n = s.vlm.config.vision.image_size, s.vlm.config.vision.patch_size, math.isqrt(len(s.features))
+    sheet, _ = page(430, f"{S} x {S} pixels, cut into {n * n} patches of {P} x {P}")
+    picture = Image.fromarray(s.pixels.permute(1, 2, 0).numpy())
+    sheet.paste(picture.resize((360, 360), Image.Resampling.NEAREST), (20, 55))
+    for y, x in np.ndindex(n, n):  # a wider gap every second patch: 2 x 2 of them begin one latent
+        patch = picture.crop((x * P, y * P, x * P + P, y * P + P)).resize((54, 54), Image.Resampling.NEAREST)
+        sheet.paste(patch, (420 + x * 57 + x // 2 * 10, 55 + y * 57 + y // 2 * 10))
+    return sheet
+
+
+def draw_latents(s: Subject) -> Image.Image:
+    "How much each latent has from each patch: attention and the 2 x 2 patches it starts from, in one number."
+    shares, n = sample.patch_shares(s.vlm.bridge, s.features), math.isqrt(len(s.features))       # [M, N]
+    sheet, pen = page(60 + 268 * -(-s.M // 3), "where each latent looks: the brighter, the more")
+    for i, share in enumerate(shares):
+        x, y = 8 + i % 3 * 264, 52 + i // 3 * 268
+        # Relative to its own maximum: all have the same sum, and some spread it wider.
+        sheet.paste(sample.shade(s.image, (share / share.max()).view(n, n), 256), (x, y))
+        pen.text((x + 10, y + 6), str(i), "white", font(30), stroke_width=2, stroke_fill="black")
+    return sheet
+
+
+def draw_tokens(s: Subject) -> Image.Image:
+    "One conversation as the renderer makes it: tokens, ids, and what is learned."
+    document = s.document("What colour is the cat?", "orange")
+    sheet, pen = page(500, "grey: given   blue: image tokens   green: learned")
+    x, y = 12, 56
+    for token, text, colour in zip(document.ids, s.words(document.ids), s.colours(document.ids, document.mask)):
+        wide = max(52, pen.textlength(text, font(22)) + 18)
+        if x + wide > WIDE - 8:  # the next line
+            x, y = 12, y + 76
+        pen.rectangle((x, y, x + wide - 3, y + 38), colour)
+        pen.text((x + wide / 2, y + 19), text, "black", font(22), "mm")
+        pen.text((x + wide / 2, y + 52), str(token), "#555555", font(19), "mm")
+        x += wide
+    return sheet.crop((0, 0, WIDE, y + 76))
+
+
+def draw_embeddings(s: Subject) -> Image.Image:
+    "The decoder's input before and after VLM.embed writes image tokens into it; a column is a position."
+    document = s.document("What colour is the cat?", "orange")
+    ids = torch.tensor([document.ids[:-1]])
+    places = torch.arange(s.M) + document.slots[0]
+    sheet, pen = page(566, f"24 of the {s.features.shape[1]} numbers at each of {ids.shape[1]} positions")
+    for y, title, x in ((82, "before: the same vector for every <|image_pad|>", s.vlm.embed(ids)), (
+            336, "after: image tokens are written over them",
+            s.vlm.embed(ids, s.vlm.bridge(s.features[None])[0], places))):
+        pen.text((12, y - 32), title, "#555555", font())
+        # 2 and above is full colour. Text embeddings are smaller than image tokens, and that is to be seen.
+        shades = ((x[0, :, :24].t() / 2).clamp(-1, 1) * 255).int().tolist()                      # [24, T]
+        cells(sheet, (12, y), (776, 192), [  # red above 0, white, blue below
+            [f"rgb({min(255, 255 + v)}, {255 - abs(v)}, {min(255, 255 - v)})" for v in row] for row in shades])
+        cells(sheet, (12, y + 196), (776, 18), [s.colours(document.ids[:-1], [0] * ids.shape[1])])
+    return sheet
+
+
+def draw_row(s: Subject) -> Image.Image:
+    "A row as chapter 3 packs it, only longer: what is in it, and which position attends to which."
+    T = 216
+    # From record 12,000 on nine of ten records are questions: short, so that several fit.
+    documents = [data.make_document(World("chat")[i], i, s.tokenizer, s.M, T) for i in range(40000, 40008)]
+    arrays, *_ = data.pack(documents, 1, T, s.M)
+    numbers, allowed = arrays["document_ids"][0], model.document_mask(torch.from_numpy(arrays["document_ids"]))[0, 0]
+    # The row stands on top (what is attended to) and once more at the left (who attends).
+    kinds = np.array(s.colours(arrays["ids"][0], arrays["targets"][0] >= 0))
+    kinds[numbers == 0] = PALE
+    sheet, pen = page(800, f"a row of {T} tokens: {numbers.max()} conversations, and its mask")
+    cells(sheet, (110, 56), (648, 34), [kinds])
+    cells(sheet, (66, 100), (34, 648), kinds[:, None])
+    cells(sheet, (110, 100), (648, 648), [[BLUE if yes else PALE for yes in row] for row in allowed.tolist()])
+    pen.text((12, 760), "each position attends to blue cells of its line", "#555555", font())
+    return sheet
+
+
+def draw_surprise(s: Subject) -> Image.Image:
+    "The loss at the first words of a caption, with the picture and with a grey one."
+    document = s.document("Describe the picture.", s.ask("Describe the picture."))
+    # The text is the model's own caption, so the losses with the picture are small. Without it the same words surprise.
+    rows, losses = [], []
+    for pixels in (s.pixels, torch.full_like(s.pixels, 128)):
+        batch = data.collate(*data.pack([document], 1, len(document.ids), s.M)[:2], lambda *_: pixels)
+        x = s.vlm.embed(batch["ids"], s.vlm.encode_images(batch["pixels"]).flatten(0, 1), batch["image_positions"])
+        at = batch["supervised"][:12]  # positions; what is predicted there is the target
+        losses.append(F.cross_entropy(s.vlm.gpt.logits(s.vlm.gpt.hidden(x))[0, at], batch["targets"][0, at],
+                                      reduction="none").tolist())
+    for word, own, blind in zip(s.words(batch["targets"][0, at].tolist()), *losses):
+        rows += [(word, [(own, GREEN)], f"{own:.2f}"), ("", [(blind, GREY)], f"{blind:.2f}")]
+    return bars("loss at each token of an answer", rows, 150, 36, {"with the picture": GREEN, "grey picture": GREY})
+
+
+def draw_rollouts(s: Subject) -> Image.Image:
+    "The first question for a number of which the model answers neither nearly all nor nearly none of 16 right."
+    flags = argparse.Namespace(samples=16, max_new_tokens=12, temperature=1.0, seed=0)
+    for record in (World("exam", "scenes", kinds=["number"])[i] for i in range(100)):
+        _, (group, ) = train_rl.rollout(s.vlm, s.tokenizer, [record], flags, 0)
+        rewards = [train_rl.reward(record, ids, s.tokenizer) for ids in group]
+        if 5 <= sum(rewards) <= 11:
+            break
+    # Equal answers are one bar, as they are one document in the update (train_rl.to_documents).
+    mean, texts = sum(rewards) / 16, [s.tokenizer.decode(ids) for ids in group]
+    found = sorted({(text, r) for text, r in zip(texts, rewards)}, key=lambda one: -texts.count(one[0]))
+    below = bars("advantage = reward - mean reward of the group", [
+        (f'{texts.count(text)} x "{text}", reward {r:.0f}', [(r - mean, GREEN if r else RED)], f"{r - mean:+.4g}")
+        for text, r in found], 320)
+    sheet, pen = page(300 + below.height)
+    sheet.paste(record["images"][0].draw(280), (10, 10))
+    sheet.paste(below, (0, 300))
+    question, right = (message["content"].removeprefix("<image>\n") for message in record["messages"])
+    for i, text in enumerate([question, f"right: {right}", "16 answers, temperature 1", f"mean reward {mean:.4g}"]):
+        pen.text((310, 24 + 50 * i), text, "black", font(28))
+    return sheet
+
+
+def draw_cache(s: Subject) -> Image.Image:
+    "Which keys and values a step computes, and which it only reads."
+    document = s.document("Describe the picture.", s.ask("Describe the picture."))
+    at = document.mask.index(1)
+    words, T = s.words(document.ids[at:at + 8]), at + 8
+    sheet, pen = page(130 + 46 * len(words), "keys and values in the cache, step by step")
+    for i, word in enumerate(words):  # step 0 is prefill; each further one has the token before it as input
+        pen.text((150, 78 + 46 * i), f"-> {word}", "black", font(), "rm")
+        new = range(at) if i == 0 else [at + i - 1]  # prefill computes the whole prompt
+        cells(sheet, (165, 60 + 46 * i), (620, 36), [[ORANGE if j in new else BLUE if j < at + i else PALE
+                                                      for j in range(T)]])
+    pen.text((12, sheet.height - 46), f"orange: computed ({at} at first, then 1)   blue: read", "#555555", font())
+    return sheet
+
+
+def draw_memory(s: Subject) -> Image.Image:
+    "What chapter 3 of qwen2.5-1.5b needs, predicted."
+    flags = argparse.Namespace(model="qwen2.5-1.5b", bridge="", batch_size=32, seq_len=2048, gpus=1)
+    colours = dict(zip(("weights", "gradients", "masters", "optimizer", "activations", "loss"),
+                       (GREY, RED, BLUE, GREEN, ORANGE, "#9a7bc0")))
+    with torch.enable_grad():  # measured is what autograd stores
+        rows, ways = [], {lora: predict(flags, "sft", lora) for lora in (0, 16)}
+    for name, lora, thrift in (("no flag", 0, False), ("activation checkpointing", 0, True),
+                               ("LoRA, rank 16", 16, False), ("both", 16, True)):
+        told = ways[lora](8, thrift)
+        rows.append((name, [(told[part], colour) for part, colour in colours.items()], f"{told['peak']:.0f} GiB"))
+    return bars("SFT of qwen2.5-1.5b, 8 rows a pass, by part", rows, 310, legend=colours)
+
+
+@torch.no_grad()
+def bench_figures(flags) -> dict:
+    "assets/*.png, from the checkpoint --init, its log.jsonl and docs/results.json; and README.md's count of lines."
+    vlm, tokenizer = load(flags, Setup(flags))
+    home, folder, runs, name = Path(__file__).parent, Path("assets"), {}, ""
+    folder.mkdir(exist_ok=True)
+    for row in read_log(flags.init):  # that of assets/tiny holds the four chapters, one after the other
+        name = Path(row["command"].split()[0]).stem if "command" in row else name
+        runs.setdefault(name, []).append(row)
+    subject = Subject(vlm, tokenizer)
+    figures = (draw_answers, draw_patches, draw_latents, draw_tokens, draw_embeddings, draw_row, draw_surprise,
+               draw_rollouts, draw_cache, draw_memory)
+    for draw in figures:
+        draw(subject).save(folder / f"{draw.__name__.removeprefix('draw_')}.png", optimize=True)
+    results = read_json(home / "docs/results.json")
+    draw_ladder(folder / "ladder.png", results["ladder"]["rungs"])
+    charts = {f"{title}: {name}.py": lines for name, rows in runs.items() for title, lines in read_curves(rows).items()}
+    draw_lines(folder / "chapters.png", charts, height=300)
+    # Chapter 3 once more, with --eval_every: the log of assets/tiny has no evaluations between its steps.
+    draw_lines(folder / "kinds.png", read_curves(results["evaluations"]["rows"]), height=460)
+    # Counts of lines go stale with every change: here they are counted anew, and a test compares them.
+    if (readme := Path("README.md")).exists():
+        count = lambda m: f"| {m[1]} | {len((home / m[1]).read_text(encoding='utf-8').splitlines())} |"  # noqa: E731
+        readme.write_text(re.sub(r"\| (\w+\.py) \| \d+ \|", count, readme.read_text(encoding="utf-8")),
+                          encoding="utf-8")
+    return {"what": "figures", "files": sorted(map(str, folder.glob("*.png")))}
+
+
 def say(text: str) -> None:
     print(text, file=sys.stderr)
 
@@ -744,7 +1047,8 @@ def say(text: str) -> None:
 def main() -> None:
     flags = parse_flags(__doc__, "bench", FLAGS, BY_MODEL)
     jobs = {"eval": bench_eval, "data": bench_data, "speed": bench_speed, "ladder": bench_ladder,
-            "profile": bench_profile, "memory": bench_memory, "serve": bench_serve}
+            "profile": bench_profile, "memory": bench_memory, "serve": bench_serve, "compare": bench_compare,
+            "figures": bench_figures}
     if flags.what not in jobs:
         raise ValueError(f"--what={flags.what}: choose {', '.join(jobs)}")
     print(json.dumps(jobs[flags.what](flags)))

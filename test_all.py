@@ -29,6 +29,7 @@ import random
 import re
 import resource
 import runpy
+import shlex
 import shutil
 import signal
 import socket
@@ -4415,7 +4416,7 @@ KEYS = {"base": {"bits_per_byte", "bits_per_byte_before"}, "align": {"caption_lo
         "sft": {"accuracy", "blind_accuracy", "ci95", "held_out"},
         "rl": {"accuracy", "before", "gain_ci95", "held_out"}}
 FILES = {"model.safetensors", "config.json", "tokenizer.tiktoken", "special_tokens.json", "optimizer.safetensors",
-         "state.json", "log.jsonl"}
+         "state.json", "log.jsonl", "curves.png"}
 
 
 @pytest.mark.parametrize("stage", CHAPTERS)
@@ -6130,7 +6131,7 @@ def test_the_ladder_computes_the_same_on_every_rung_and_is_drawn(tmp_path, monke
     assert ran.code == 0 and [rung["tokens_per_s"] > 0 for rung in ran.result["rungs"]] == [True] * 3
     # Slower code for the same loss; but for which thread draws which noise as a picture, and that is chance.
     assert losses == pytest.approx([losses[0]] * 3, rel=1e-2)
-    assert Image.open(tmp_path / "ladder.png").size[0] > 1000 and bench.model.token_loss is model.token_loss
+    assert Image.open(tmp_path / "ladder.png").size[0] == 800 and bench.model.token_loss is model.token_loss
 
 
 def test_the_profile_is_written_and_names_what_takes_long(tmp_path, monkeypatch):
@@ -6195,6 +6196,202 @@ def test_memory_is_told_for_each_stage_and_card(monkeypatch):
     assert shared["weights"] == alone["weights"] and shared["8 GiB"] == "--micro_batch_size=1"
     one_line(run("bench", "--what=memory", "--batch_size=4", "--gpus=3"), "--batch_size=4", "--gpus=3")
     one_line(run("bench", "--what=memory", "--model=Org/Name"), "--what=memory", "Org/Name")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# bench.py and training.py: curves, the comparison of runs, and the figures of README.md
+
+def test_curves_show_what_the_log_says(tmp_path):
+    rows = [{"command": "train_sft.py", "flags": {}}, *({"step": i, "loss": 4.0 / i, "lr": 1.0} for i in range(1, 9)),
+            {"step": 5, "loss": None}, {"step": 4, "accuracy": 0.25, "accuracy_by_kind": {"colour": 0.5, "count": 0.0}},
+            {"step": 8, "accuracy": 0.75, "accuracy_by_kind": {"colour": 1.0, "count": 0.5}},
+            {"step": 2, "loss": 1.0, "lr": 1.0},  # again, after a crash
+            {"stage": "sft", "step": 8, "accuracy": 0.1}]  # the result is no point of a curve
+    charts = training.read_curves(rows)
+    assert charts["loss, nats per token"] == {"loss": [(i, 1.0 if i == 2 else 4.0 / i) for i in range(1, 9)]}
+    assert charts["held-out accuracy"] == {"accuracy": [(4, 0.25), (8, 0.75)], "colour": [(4, 0.5), (8, 1.0)],
+                                           "count": [(4, 0.0), (8, 0.5)]}
+    assert set(training.read_curves([{"step": 1, "reward": 0.5, "teaching": 0.8}])["reward"]) == {"reward", "teaching"}
+    training.draw_lines(tmp_path / "a.png", {"up": {"one": [(0, 0.0), (10, 1.0)]}, "loss": {"two": [(0, 9.0), (9, 1)]}})
+    picture = np.asarray(Image.open(tmp_path / "a.png").convert("RGB")).astype(int)
+    blue = (abs(picture - (0, 114, 178)).sum(-1) < 30) & (np.arange(800) < 580)  # the lines, without their names
+    (upper, lower), across = (blue[:420], blue[420:]), np.arange(800)
+    for chart, sign in ((upper, -1), (lower, 1)):  # y counts downwards in a picture
+        heights = [np.argwhere(chart[:, x]).mean() for x in across[chart.any(0)]]
+        assert np.sign(np.diff(heights[::40])).tolist() == [sign] * len(heights[::40][1:]) and len(heights) > 400
+    # One point, one value, no step yet, and values of zero are no errors.
+    training.draw_lines(tmp_path / "b.png", {"loss": {"x": [(1, 0.0)]}, "other": {"x": [(1, 0.0)], "y": [(3, 0.0)]}})
+    (tmp_path / "log.jsonl").write_text(json.dumps(rows[0]) + "\n")
+    training.draw_curves(tmp_path / "log.jsonl")
+    assert not (tmp_path / "curves.png").exists()
+
+
+def test_every_stage_draws_its_curves(trained, tmp_path):
+    for stage in CHAPTERS:
+        folder = trained[0] / "tiny" / stage
+        expected = training.read_curves([json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()])
+        assert expected and Image.open(folder / "curves.png").size == (800, 420 * len(expected))
+    ran = run("train_sft", *QUICK, f"--out_dir={tmp_path}", "--eval_every=1", f"--init={trained[0] / 'tiny/align'}")
+    assert ran.code == 0 and Image.open(tmp_path / "tiny/sft/curves.png").size == (800, 840)  # accuracy by kind, too
+
+
+def test_runs_are_compared_in_one_picture_with_the_flags_that_differ(trained, tmp_path, monkeypatch):
+    import bench
+    monkeypatch.chdir(tmp_path)
+    run("train_sft", *QUICK, f"--out_dir={tmp_path / 'b'}", "--lr=0.001", f"--init={trained[0] / 'tiny/align'}")
+    folders = [str(trained[0] / "tiny/sft"), str(tmp_path / "b/tiny/sft")]
+    ran = run("bench", "--what=compare", f"--init={','.join(folders)}", main=bench.main)
+    assert ran.code == 0 and Image.open("compare.png").size == (800, 420) and "lr: 0.005, 0.001" in ran.err
+    assert ran.result["flags_that_differ"]["lr"] == [0.005, 0.001] and set(ran.result["results"]) == set(folders)
+    assert "seed" not in ran.result["flags_that_differ"]
+    one_line(run("bench", "--what=compare", f"--init={tmp_path / 'none'}"), tmp_path / "none")
+
+
+def test_the_figures_are_those_that_the_checkpoint_gives(tmp_path, monkeypatch):
+    import bench
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(bench, "saved_bytes", lambda module, compiled, *inputs: inputs[0].nbytes)  # tested above
+    shutil.copy(HERE / "README.md", "README.md")
+    ran = run("bench", "--what=figures", f"--init={sample.TINY}", "--device=cpu", main=bench.main)
+    assert ran.code == 0, ran.err
+    ours = {Path(name).name for name in ran.result["files"]}
+    assert ours == {path.name for path in (HERE / "assets").glob("*.png")}
+    assert sum(path.stat().st_size for path in (HERE / "assets").glob("*.png")) < 1_500_000  # bytes
+    for name in ours - {"memory.png"}:
+        new, old = (np.asarray(Image.open(folder / name).convert("RGB")).astype(int)
+                    for folder in (tmp_path / "assets", HERE / "assets"))
+        assert new.shape[1] == 800 and new.shape == old.shape, name
+        assert abs(new - old).mean() < 3, name  # letters are drawn a little differently from Pillow to Pillow
+    assert "| bench.py | " + str(len((HERE / "bench.py").read_text().splitlines())) in Path("README.md").read_text()
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# README.md and docs/: what they say is so
+
+BOOK = [HERE / "README.md", HERE / "CONTRIBUTING.md", *sorted((HERE / "docs").glob("*.md"))]
+FLAGS_OF_OTHERS = {"--nproc_per_node", "--nnodes", "--rdzv_backend", "--rdzv_endpoint", "--rdzv_id", "--shm-size",
+                   "--long"}
+
+
+def commands(text: str):
+    "Each call of one of our scripts in a text -> (script, its arguments)."
+    text = text.replace("\\\n", " ")
+    for line in re.findall(r"^(?:python|torchrun|srun torchrun|    --rdzv).*$", text, re.M) + re.findall(
+            r"`((?:python|torchrun) [^`]+)`", text):
+        words = shlex.split(line.split("  #")[0])
+        for i, word in enumerate(words):
+            if word.endswith(".py"):
+                yield word, words[i + 1:]
+                break
+
+
+@pytest.mark.parametrize("path", BOOK, ids=lambda path: path.name)
+def test_the_book_names_commands_that_parse(path):
+    text, tests = path.read_text(encoding="utf-8"), re.findall(r"^def (test_\w+)", Path(__file__).read_text(), re.M)
+    known = set(FLAGS_OF_OTHERS)
+    for script in (*SCRIPTS, "data"):
+        module = importlib.import_module(script)
+        known |= {f"--{name}" for name in getattr(module, "FLAGS", training.SHARED_FLAGS)}
+    for script, arguments in commands(text):
+        if script == "test_all.py":
+            continue
+        module = importlib.import_module(script.removesuffix(".py"))
+        flags = data.parse_flags("", getattr(module, "FLAGS", training.SHARED_FLAGS), getattr(module, "BY_MODEL", {}),
+                                 argv=arguments)  # an unknown flag ends the test by SystemExit
+        model_ = getattr(flags, "model", "") or "tiny"
+        model.check_name(model_)
+        if script == "bench.py":
+            assert hasattr(module, f"bench_{flags.what}"), flags.what
+    for flag in re.findall(r"`(--\w[\w-]*)", text):
+        assert flag in known, f"{path.name}: {flag}"
+    for expression in re.findall(r"pytest test_all.py[^\n]*? -k \"?([^\"\n#`]+)", text):
+        for word in set(expression.split()) - {"and", "or", "not"}:
+            assert any(word in name for name in tests), f"{path.name}: no test named {word}"
+
+
+@pytest.mark.parametrize("path", BOOK, ids=lambda path: path.name)
+def test_the_book_names_places_that_exist(path):
+    text = path.read_text(encoding="utf-8")
+
+    def anchors(file: Path) -> set:
+        titles = re.findall(r"^#+ (.*)$", re.sub(r"```.*?```", "", file.read_text(encoding="utf-8"), flags=re.S), re.M)
+        return {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}
+    for target in re.findall(r"\]\(([^)]+)\)", text):
+        name, _, anchor = target.partition("#")
+        file = path.parent / name if name else path
+        assert file.exists() and (not anchor or anchor in anchors(file)), f"{path.name}: {target}"
+    # "`Perceiver` and `Bridge` in vision.py", "`ViT.forward` in vision.py"
+    for names, file in re.findall(r"((?:`[\w.]+`(?:, | and )?)+) in (\w+\.py)", text):
+        source = (HERE / file).read_text(encoding="utf-8")
+        for name in re.findall(r"[\w.]+", names.replace(" and ", " ").replace("`", " ")):
+            for part in name.split("."):
+                assert re.search(rf"(def|class) {part}\b|^{part}\b.*=", source, re.M), f"{path.name}: {name} in {file}"
+    for script in re.findall(r"\b(\w+\.py)\b", text):
+        assert (HERE / script).exists(), f"{path.name}: {script}"
+
+
+def test_the_book_counts_lines_and_quotes_results_as_they_are():
+    text = (HERE / "README.md").read_text(encoding="utf-8")
+    assert len(text.splitlines()) <= 350
+    for file, lines in re.findall(r"^\| (\w+\.py) \| (\d+) \|", text, re.M):
+        real = len((HERE / file).read_text(encoding="utf-8").splitlines())
+        assert int(lines) == real, f"README.md: {file} has {real} lines; bench.py --what=figures counts them anew"
+    # <!-- results: sft.accuracy = 87 %; ... -->: numbers of the text before it, and where in docs/results.json each is
+    results, checked = json.loads((HERE / "docs/results.json").read_text()), 0
+    for path in BOOK:
+        text = path.read_text(encoding="utf-8")
+        for comment in re.finditer(r"<!-- results: (.*?) -->", text, re.S):
+            before = text[max(0, text.rfind("\n#", 0, comment.start())):comment.start()]
+            for entry in comment[1].replace("\n", " ").split("; "):
+                place, _, shown = (part.strip() for part in entry.partition("="))
+                value = results
+                for key in place.split("."):
+                    value = value[int(key) if key.isdigit() else key]
+                number = shown.split()[0]
+                digits = len(number.partition(".")[2])
+                assert f"{value * (100 if '%' in shown else 1):.{digits}f}" == number, (path.name, place, value, shown)
+                assert number in before, (path.name, entry)
+                checked += 1
+    assert checked > 20
+    # The log of the model that comes with the code has the same result lines.
+    lines = [json.loads(line) for line in (HERE / "assets/tiny/log.jsonl").read_text().splitlines()]
+    assert all(results[line["stage"]] == line for line in lines if "stage" in line)
+
+
+@torch.no_grad()
+def test_the_book_works_its_examples_with_the_tiny_models_numbers():
+    import bench
+    text = " ".join((HERE / "README.md").read_text(encoding="utf-8").split())
+    s = bench.Subject(model.load_checkpoint(sample.TINY), Tokenizer.from_pretrained(sample.TINY))
+    middle = s.pixels[:, 36, 36]
+    said = [str(tuple(middle.tolist())), "({:.2f}, {:.2f}, {:.2f})".format(*(middle / 127.5 - 1).tolist())]
+    share = sample.patch_shares(s.vlm.bridge, s.features)[4].view(6, 6)[2:4, 2:4].sum()
+    said += [f"Latent 4 takes {share:.0%}".replace("%", " %")]
+    document = s.document("What colour is the cat?", "orange")
+    said += [f"Here {len(document.ids)} ids stand"]
+    for pixels, told in ((s.pixels, "the model gives {:.2f}, so the loss is {:.2f} nats"), (
+            torch.full_like(s.pixels, 128), "it gives {:.2f}, and the loss is {:.2f}")):
+        batch = data.collate(*data.pack([document], 1, len(document.ids), s.M)[:2], lambda *_: pixels)
+        x = s.vlm.embed(batch["ids"], s.vlm.encode_images(batch["pixels"]).flatten(0, 1), batch["image_positions"])
+        at = batch["supervised"][0]
+        loss = F.cross_entropy(s.vlm.gpt.logits(s.vlm.gpt.hidden(x))[0, at], batch["targets"][0, at]).item()
+        said += [told.format(math.exp(-loss), loss)]
+    documents = [data.make_document(world.World("chat")[i], i, s.tokenizer, s.M, 216) for i in range(40000, 40008)]
+    arrays, packed, _ = data.pack(documents, 1, 216, s.M)  # as bench.draw_row
+    lengths = [len(one.ids) - 1 for one in packed]
+    said += ["conversations of {}, {}, {} and {} tokens".format(*lengths), f"{len(arrays['supervised'])} have a target",
+             "boundaries " + ", ".join(map(str, np.cumsum([0, *lengths])))]
+    said += [f"the prompt, {s.document('Describe the picture.', 'x').mask.index(1)} positions"]
+    sizes = {name: sum(p.numel() for p in part.parameters()) / 1e6 for name, part in s.vlm.parts().items()}
+    said += [f"`ViT`: {sizes['vit']:.2f} or", f"Perceiver {sizes['bridge']:.2f} or", f"`GPT`: {sizes['decoder']:.2f} or"]
+    assert [one for one in said if one not in text] == []
+    assert s.ask("Describe the picture.") in text
+
+
+def test_the_book_names_tests_that_exist():
+    tests = " ".join(re.findall(r"^def (test_\w+)", Path(__file__).read_text(), re.M))
+    for row in re.findall(r"^\| [^|]+ \| ([^|]*`[^|]*) \|", (HERE / "docs/tests.md").read_text(), re.M):
+        assert all(name in tests for name in re.findall(r"`(\w+)`", row)), row
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -8,6 +8,7 @@ weights (every GPU holds the whole model; only master weights and optimizer stat
 import json
 import math
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -19,6 +20,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from PIL import Image, ImageDraw, ImageFont
 from torch.nn.utils import get_total_norm
 from tqdm import tqdm
 
@@ -617,8 +619,86 @@ class Log:
         with open(self.path, "a", encoding="utf-8") as file:
             file.write("".join(json.dumps(line) + "\n" for line in [*self.waiting, values]))
         self.keep, self.waiting = 0, []
+        if "lr" not in values:  # an evaluation or the run's result, not one of its many steps
+            draw_curves(self.path)
         if self.wandb:
             self.wandb.log(values)
+
+
+# The curves of a run: log.jsonl as a picture. {title of a chart: the log's names that are drawn in it}
+CHARTS = {"loss, nats per token": ("loss", "caption_loss", "blind_loss"), "bits per byte": ("bits_per_byte", ),
+          "held-out accuracy": ("accuracy", ), "reward": ("reward", "teaching")}
+LINE_COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#b8860b", "#56b4e9", "#7f3fbf", "#8c564b", "#707070",
+                "#e01010", "#000000")
+
+
+def read_curves(rows: list[dict]) -> dict[str, dict[str, list]]:
+    "A log's rows -> {title: {name: [(step, value), ...]}} for every chart of which the log has something."
+    charts = {title: {} for title in CHARTS}
+    for row in rows:
+        if "step" not in row or "stage" in row:  # how the run was started, and its result: no points of a curve
+            continue
+        # RL evaluates two held-out splits at one step, and says which; so the split is part of the name.
+        values = {f"{name} {row.get('split', '')}".strip(): value for name, value in row.items()}
+        values |= {} if "split" in row else {f"accuracy: {kind}": value for kind, value in row.get(
+            "accuracy_by_kind", {}).items()}
+        for title, names in CHARTS.items():
+            for name, value in values.items():
+                # None: a step that was skipped, as its loss was no finite number
+                if re.split("[ :]", name)[0] in names and value is not None and math.isfinite(value):
+                    # By step: after a crash, a resumed run repeats some steps, and what it did then counts.
+                    charts[title].setdefault(name.removeprefix("accuracy: "), {})[row["step"]] = value
+    return {title: {name: sorted(line.items()) for name, line in lines.items()}
+            for title, lines in charts.items() if lines}
+
+
+def draw_curves(log: Path) -> None:
+    "curves.png beside a log.jsonl."
+    if charts := read_curves([json.loads(line) for line in log.read_text(encoding="utf-8").splitlines()]):
+        draw_lines(log.with_name("curves.png"), charts)
+
+
+def draw_lines(path: Path, charts: dict[str, dict[str, list]], width: int = 800, height: int = 420) -> None:
+    "Line charts under each other, {title: {name: [(x, y), ...]}}. Each line's name stands at its right end."
+    # 24 pixels of 800 are letters that can still be read on a phone. White paper, so that dark pages show it too.
+    font, (left, top, right, bottom) = ImageFont.load_default(24), (90, 60, width - 220, height - 50)
+    sheet = Image.new("RGB", (width, height * len(charts)), "white")
+    for number, (title, lines) in enumerate(charts.items()):
+        chart = Image.new("RGB", (width, height), "white")
+        pen, (xs, ys) = ImageDraw.Draw(chart), zip(*(point for line in lines.values() for point in line))
+        round_numbers = [m * 10.0 ** e for e in range(-4, 7) for m in (1, 1.5, 2, 3, 5, 7)]
+        if title.startswith("loss"):  # it falls from 15 to 0.2: on a logarithmic scale both ends can be read
+            scale = lambda y: math.log(max(y, 9e-5))  # noqa: E731
+            low, high, ticks = max(min(ys), 1e-4) / 1.1, max(*ys, 1e-4) * 1.1, round_numbers
+        else:
+            scale, step = lambda y: y, next(n for n in round_numbers if 5 * n >= max(ys))
+            low, high, ticks = min(0, *ys), step * math.ceil(max(*ys, step) / step), [step * i for i in range(6)]
+
+        def place(x: float, y: float) -> tuple[float, float]:  # a point of the chart -> a point of the picture
+            return (left + (right - left) * (x - min(xs)) / max(max(xs) - min(xs), 1e-9),
+                    bottom - (bottom - top) * (scale(y) - scale(low)) / (scale(high) - scale(low)))
+        pen.text((12, 10), title, "black", font)
+        above = math.inf
+        for y in ticks:
+            if low <= y <= high and place(0, y)[1] < above - 26:  # no number on top of another
+                above = place(0, y)[1]
+                pen.line((place(min(xs), y), place(max(xs), y)), "#dddddd", 2)
+                pen.text((left - 10, above), f"{y:g}", "#555555", font, "rm")
+        pen.text((left, bottom + 10), f"step {min(xs):g}", "#555555", font)
+        pen.text((right, bottom + 10), f"{max(xs):g}", "#555555", font, "ra")
+        free = 0.0  # The names from the highest line's end to the lowest's, moved apart where two would touch.
+        for rest, (i, (name, line)) in zip(range(len(lines) - 1, -1, -1), sorted(
+                enumerate(lines.items()), key=lambda item: -item[1][1][-1][1])):
+            # Long runs are noisy: at most 150 points, each the mean of as many steps as that needs.
+            colour, n = LINE_COLOURS[i % len(LINE_COLOURS)], -(-len(line) // 150)
+            means = [[sum(axis) / len(axis) for axis in zip(*line[at:at + n])] for at in range(0, len(line), n)]
+            points = [place(x, y) for x, y in means]
+            pen.line(points, colour, 4, "curve")
+            pen.circle(points[-1], 6, colour)
+            free = max(free + 27, min(points[-1][1], bottom - 27 * rest))
+            pen.text((right + 16, free), name, colour, font, "lm")
+        sheet.paste(chart, (0, number * height))
+    sheet.save(path)
 
 
 class Interrupt:
@@ -688,6 +768,7 @@ def save(flags, setup: Setup, stage: str, vlm: VLM, tokenizer: Tokenizer, optimi
                 if name not in ("init", "out_dir", "resume", "micro_batch_size")}  # these are found anew
         state = {"step": step, "data": positions, "flags": kept, **more}
         try:
+            draw_curves(folder / "log.jsonl")
             save_checkpoint(folder, vlm, tokenizer, moments, state, master_weights)
         except OSError as error:  # a full disk, a network folder that is gone; Python does not name the file
             raise ValueError(f"{folder}: step {step} could not be saved ({error}); what was saved before is whole: "
