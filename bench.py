@@ -43,7 +43,7 @@ import sample
 import train_rl
 from model import PRESETS, VLM, Block, add_lora, newest_checkpoint, preset, respond, rope_table
 from tokenizer import Tokenizer
-from train_sft import answers, evaluate_with_baselines, exchange_pictures, score_answer, wilson, yes_or_no
+from train_sft import answers, cider, evaluate_with_baselines, exchange_pictures, score_answer, wilson, yes_or_no
 from training import (FROM_SCRATCH, Optimizer, Setup, count_supervised, draw_lines, freeze_all_but,
                       largest_micro_batch, load_start, make_loaders, parse_flags, read_curves, run, train_step)
 from vision import Bridge, ViTBlock, load_image
@@ -116,6 +116,20 @@ def official_score(name: str, records: list, texts: list[str], right: list[float
         return "sum of accuracy and accuracy+", sum(
             100 * sum(map(sum, pictures.values())) / sum(map(len, pictures.values()))
             + 100 * sum(map(min, pictures.values())) / len(pictures) for pictures in categories.values())
+    if name.startswith("HallusionBench"):
+        # An id ends in _SET_FIGURE_QUESTION. A figure counts if all questions about it are right, a question if it is
+        # right about all figures of its set: one is drawn with other facts, and there the answer is the opposite.
+        figures, questions = {}, {}
+        for record, value in zip(records, right):
+            *some, figure, question = record["id"].split("_")
+            figures.setdefault((*some, figure), []).append(value)
+            questions.setdefault((*some, "", question), []).append(value)
+        shares = [100 * sum(right) / len(right)] + [100 * sum(map(min, of.values())) / len(of)
+                                                    for of in (figures, questions)]
+        return "mean of aAcc {:.1f}, fAcc {:.1f} and qAcc {:.1f}".format(*shares), sum(shares) / 3
+    if all(record.get("metric") == "cider" for record in records):
+        references = [[a] if isinstance(a, str) else a for a in (record["answer"] for record in records)]
+        return "CIDEr", 100 * sum(cider(texts, references)) / len(records)
     return "accuracy", 100 * sum(right) / len(right)
 
 
@@ -693,8 +707,8 @@ def ask(port: int, body: bytes) -> tuple[float, list[float], int]:
 
 def clients(port: int, n: int, each: int, out) -> None:
     """
-    n clients, a thread each, in a process of their own. Each takes the next request as soon as it has an answer, so that
-    all are busy nearly to the end.
+    n clients, a thread each, in a process of their own. Each takes the next request as soon as it has an answer, so
+    that all are busy nearly to the end.
     """
     bodies = make_bodies(n * each)
     with ThreadPoolExecutor(n) as pool:

@@ -208,7 +208,7 @@ def image_finder(folder: str, places: dict = {}):
 #    "images": [source], and where the file has them "kind", "answer", "metric", "choices"}
 
 ROLES = {"human": "user", "gpt": "assistant", "user": "user", "assistant": "assistant", "system": "system"}
-METRICS = ("exact", "yesno", "relaxed", "anls", "contains", "vqa", "choice")  # train_sft.py has the rules
+METRICS = ("exact", "yesno", "relaxed", "anls", "contains", "vqa", "choice", "cider")  # train_sft.py has the rules
 CAPTION_PROMPT = "Describe the image."  # the question for a picture that comes with a caption only
 CLASS_PROMPT = "What is this?"          # and for one in a folder that is named after what it shows
 CHOICE_PROMPT = "Answer with the option's letter from the given choices directly."  # LLaVA's wording, as is the next:

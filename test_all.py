@@ -1926,7 +1926,7 @@ def test_preprocessing_equals_transformers(tmp_path, resample, bicubic):
     from transformers import SiglipImageProcessor
     from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
     from transformers.utils import is_torchvision_available
-    # transformers' own choice resizes with torchvision, as we do, bit for bit; the one on Pillow is a level of 255 away.
+    # transformers' own choice resizes with torchvision, and we as it does, bit for bit. Pillow is a level of 255 away.
     processors = [(SiglipImageProcessorPil, 1.01 / 127.5)] + [(SiglipImageProcessor, 1e-5)] * is_torchvision_available()
     for kind, most in processors:
         processor, rng = kind(size={"height": 48, "width": 48}, resample=resample), np.random.default_rng(0)
@@ -5486,6 +5486,26 @@ def test_benchmarks_are_scored_by_their_official_rules():
     rows = records(["Yes", "No"], kind="count", picture=b"p") + records(["Yes", "No"], [2, 3], "count", b"q")
     assert bench.official_score("MME", rows, [], [1, 1, 1, 0])[1] == 125
     assert bench.official_score("MMStar", rows, [], [1, 0, 0, 0]) == ("accuracy", 25)
+    # HallusionBench, two figures with two questions each: 3 of 4 right, one figure and one question wholly right
+    rows = records(["Yes"] * 4, [f"hallusion_VS_table_0_{figure}_{question}" for figure in "01" for question in "01"])
+    assert bench.official_score("HallusionBench", rows, [], [1, 1, 0, 1]) == (
+        "mean of aAcc 75.0, fAcc 50.0 and qAcc 50.0", pytest.approx(175 / 3))
+    captions = [{"id": str(i), "metric": "cider", "answer": answer} for i, answer in enumerate(CAPTIONS)]
+    assert bench.official_score("mine", captions, WRITTEN, [0, 0, 0]) == ("CIDEr", pytest.approx(311.9558751))
+
+
+CAPTIONS = [["a cat is sitting on the table", "a cat on a table"],
+            ["two dogs play on the grass", "dogs running on grass"], ["a red car is parked", "red car on a street"]]
+WRITTEN = ["a cat sits on a table", "two dogs run on grass", "a red car"]
+
+
+def test_captions_score_what_the_reference_implementation_gives():
+    # computed with pycocoevalcap 1.2 (CiderScorer, n=4, sigma=6)
+    assert train_sft.cider(WRITTEN, CAPTIONS) == pytest.approx([3.15658748, 2.27989102, 3.92219775])
+    assert train_sft.cider(["", "cat"], [["a cat"], ["a dog", "dogs"]]) == [0, 0]
+    # its tokenizer's words, without marks
+    grams = train_sft.caption_ngrams("The dog doesn't run. It's a T-shirt, at 6:55!")
+    assert [gram[0] for gram in grams if len(gram) == 1] == "the dog does n't run it 's a t-shirt at 6:55".split()
 
 
 def test_a_benchmark_is_fetched_by_name_and_goes_on_where_it_stopped(trained, tmp_path, own_data, web, monkeypatch):

@@ -36,7 +36,7 @@ STAGE = "align"
 # Rows are longer than a caption: several captions, each with its picture, share a row (data.pack). The learning rate of
 # released models is 100 times that of chapter 1, because only the bridge is trained, and it starts from random weights.
 BY_MODEL = {"tiny": {"batch_size": 16, "seq_len": 256, "steps": 80, "lr": 0.003},
-            "small": {"batch_size": 64, "seq_len": 512, "steps": 1500, "lr": 0.003},
+            "small": {"batch_size": 64, "seq_len": 512, "steps": 200, "lr": 0.003},
             "released": {"batch_size": 16, "seq_len": 2048, "steps": 1000, "lr": 1e-3}}
 
 

@@ -33,7 +33,7 @@ STAGE = "base"
 # what the decoder has learned too firmly is harder to change. The rate for released models is the one with which LLaVA
 # and others trained such models further (arXiv 2310.03744).
 BY_MODEL = {"tiny": {"batch_size": 16, "seq_len": 256, "steps": 100, "lr": 0.002},
-            "small": {"batch_size": 64, "seq_len": 1024, "steps": 3000, "lr": 0.003},
+            "small": {"batch_size": 64, "seq_len": 1024, "steps": 200, "lr": 0.003},
             "released": {"batch_size": 16, "seq_len": 2048, "steps": 1000, "lr": 1e-5}}
 
 

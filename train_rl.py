@@ -42,7 +42,7 @@ STAGE = "rl"
 # batch_size counts questions here, not rows. A learning rate far below chapter 3's: a policy that changes too fast
 # answers badly, is rarely rewarded, and learns nothing.
 BY_MODEL = {"tiny": {"batch_size": 64, "seq_len": 256, "steps": 200, "lr": 0.0003, "eval_size": 2000},
-            "small": {"batch_size": 64, "seq_len": 1024, "steps": 300, "lr": 0.0005, "eval_size": 1200},
+            "small": {"batch_size": 64, "seq_len": 1024, "steps": 50, "lr": 0.0005, "eval_size": 1200},
             "released": {"batch_size": 16, "seq_len": 2048, "steps": 300, "lr": 1e-6, "eval_size": 1000}}
 FLAGS = SHARED_FLAGS | {
     "batch_size": (None, "questions per step, over all GPUs"),

@@ -21,6 +21,7 @@ Left out: a separate learning rate for each part. It was tried, and one rate for
 import math
 import re
 import time
+from collections import Counter
 
 import torch
 from tqdm import tqdm
@@ -38,7 +39,7 @@ STAGE = "sft"
 # with two questions takes 45 to 70 tokens. TRAP: longer conversations of your own need a longer --seq_len. Turns that
 # do not fit are left out.
 BY_MODEL = {"tiny": {"batch_size": 96, "seq_len": 72, "steps": 1200, "lr": 0.005, "eval_size": 400},
-            "small": {"batch_size": 64, "seq_len": 1024, "steps": 4000, "lr": 0.002, "eval_size": 1000},
+            "small": {"batch_size": 64, "seq_len": 1024, "steps": 800, "lr": 0.002, "eval_size": 1000},
             "released": {"batch_size": 32, "seq_len": 2048, "steps": 1000, "lr": 2e-5, "eval_size": 1000}}
 FLAGS = SHARED_FLAGS | {"eval_size": (None, "held-out questions per evaluation, of each set")}
 
@@ -145,8 +146,42 @@ def simple(text: str) -> str:
     return text.strip().lower().removesuffix(".").strip()
 
 
+def caption_ngrams(text: str) -> Counter:
+    """"It doesn't run." -> how often each run of 1 to 4 of the words it, does, n't, run occurs."""
+    text = re.sub(r"n't\b|'(s|re|ve|ll|d|m)\b", r" \g<0>", text.lower())
+    words = re.findall(r"n't|'\w+|[\w.:/-]*\w", text)
+    return Counter(tuple(words[i:i + n]) for n in range(1, 5) for i in range(len(words) - n + 1))
+
+
+def cider(texts: list[str], references: list[list[str]]) -> list[float]:
+    """CIDEr-D (arXiv 1411.5726) of each caption, 0 to 10: is it like what several people wrote about the picture?"""
+    # A run of words that occurs in the references of nearly all pictures ("a", "on the") says little about this one:
+    # each counts by the logarithm of how rare it is. So the score of one caption depends on all pictures of the set.
+    references = [[caption_ngrams(one) for one in some] for some in references]
+    pictures_with = Counter(gram for some in references for gram in set().union(*some))
+
+    def weigh(counts: Counter) -> tuple[dict, list[float], int]:
+        "-> (each run's weight, the length of the vector of weights for runs of 1 to 4 words, pairs of words)"
+        vector = {gram: n * math.log(len(texts) / max(1, pictures_with[gram])) for gram, n in counts.items()}
+        norms = [math.sqrt(sum(w * w for gram, w in vector.items() if len(gram) == n)) for n in range(1, 5)]
+        return vector, norms, sum(n for gram, n in counts.items() if len(gram) == 2)
+    scores = []
+    for text, some in zip(texts, references):
+        (mine, norms, length), total = weigh(caption_ngrams(text)), 0.0
+        for vector, other_norms, other_length in map(weigh, some):
+            # Cosine of the two vectors; min: a word said again and again earns no more than the reference has of it.
+            products = [sum(min(w, vector[gram]) * vector[gram] for gram, w in mine.items()
+                            if len(gram) == n and gram in vector) for n in range(1, 5)]
+            cosines = [p / (a * b) if a and b else 0.0 for p, a, b in zip(products, norms, other_norms)]
+            total += sum(cosines) / 4 * math.exp(-(length - other_length) ** 2 / 72)  # 72 = 2 x 6^2: 6 words apart
+        scores.append(10 * total / len(some))
+    return scores
+
+
 RULES = {  # (prediction, one right answer) -> 0 to 1
     "exact": lambda got, answer: simple(got) == simple(answer),
+    # A caption alone can only be equal to a reference or not. bench.py scores a whole set of them, see cider.
+    "cider": lambda got, answer: simple(got) == simple(answer),
     "yesno": lambda got, answer: yes_or_no(got) == simple(answer),
     "relaxed": relaxed,
     "anls": anls,
