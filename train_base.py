@@ -3,7 +3,7 @@ Chapter 1: a language model from nothing. It reads text and learns to predict th
 
     python train_base.py                                       # tiny, on the built-in world: half a minute on a laptop
     python train_base.py --data=books.txt                      # your own text
-    python train_base.py --model=small --steps=5000            # one GPU
+    python train_base.py --model=small                         # one GPU
     torchrun --nproc_per_node=8 train_base.py --model=small    # several GPUs: each takes a share of the rows
 
 What it teaches: next-token prediction, the training loop that all four chapters share, and bits per byte, a measure of
