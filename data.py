@@ -45,7 +45,7 @@ import zlib
 from array import array
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import lru_cache, partial
 from operator import itemgetter
 from pathlib import Path
@@ -1161,30 +1161,36 @@ class Documents(torch.utils.data.Dataset):
     def make(self, index: int) -> Document | None:
         if worker := torch.utils.data.get_worker_info():
             self.current[worker.id] = index
-        document = self.make_document(self.dataset[index], index)
-        if document is None:
-            return None
-        sources = document.record["images"]
-        pixels = [self.load_pixels(source, document.record) for source in sources]
-        # The record stays here: it may contain picture files. A hash, which all forks of a process make alike, still
-        # tells which pictures are the same.
-        record = {"id": document.record.get("id"), "images": [hash(source) for source in sources]}
-        return replace(document, ids=np.array(document.ids), mask=np.array(document.mask, dtype=np.int8),
-                       record=record, pixels=pixels)
+        return self.make_document(self.dataset[index], index)
+
+    def open_pictures(self, item):
+        if isinstance(item, Document):  # not an error, and not None
+            if worker := torch.utils.data.get_worker_info():
+                self.current[worker.id] = item.index
+            sources = item.record["images"]
+            item.pixels = [self.load_pixels(source, item.record) for source in sources]
+            # The record is not kept: it may contain picture files. A hash, which all forks of a process make alike,
+            # still tells which pictures are the same.
+            item.record = {"id": item.record.get("id"), "images": [hash(source) for source in sources]}
+        return item
+
+    def chunk(self, first: int) -> list:
+        "-> for each record a Document, None or a ValueError."
+        indices = range(first, first + self.CHUNK * self.stride, self.stride)
+        return list(self.each(partial(attempt, self.open_pictures), [attempt(self.make, index) for index in indices]))
 
     def __getitem__(self, first: int) -> tuple[list, torch.Tensor]:
-        "-> (for each record a Document, None or a ValueError; the pixels of all their pictures)"
-        items = list(self.each(partial(attempt, self.make),
-                               range(first, first + self.CHUNK * self.stride, self.stride)))
-        pixels = []  # in one tensor: each that is sent takes a file handle
+        "A chunk as a worker process sends it: arrays, and all pixels in one tensor, as each takes a file handle."
+        items, pixels = self.chunk(first), []
         for document in items:
             if isinstance(document, Document):
                 pixels += document.pixels
+                document.ids, document.mask = np.array(document.ids), np.array(document.mask, dtype=np.int8)
                 document.pixels = None
         return items, torch.stack(pixels) if pixels else torch.zeros(0)
 
     def unpack(self, chunks):
-        "Such chunks, made here or by worker processes -> one item after the other, documents with their pixels."
+        "What worker processes send -> one item after the other, documents with their pixels."
         try:
             for items, pixels in chunks:
                 documents = [item for item in items if isinstance(item, Document)]
@@ -1192,7 +1198,7 @@ class Documents(torch.utils.data.Dataset):
                     document.pixels = part
                 yield from items
         except RuntimeError:
-            for number, process in enumerate(getattr(chunks, "_workers", [])):
+            for number, process in enumerate(chunks._workers):
                 if code := process.exitcode:
                     record = self.dataset[int(self.current[number])]
                     raise ValueError(f"record {record.get('id')}: the loader's worker process that worked on it ended "
@@ -1226,7 +1232,8 @@ class Loader:
         # the same however many GPUs share it.
         self.next, self.stride = (state["next"] if state else micro_batch), micro_batches
         self.documents = Documents(dataset, make_document, load_pixels, micro_batches, workers)
-        self.waiting = [self.documents.make(i) for i in state["waiting"]] if state else []
+        waiting = map(self.documents.make, state["waiting"] if state else [])
+        self.waiting = [self.documents.open_pictures(document) for document in waiting]
         self.pending = None  # the next batch, in preparation
         self.bad = BadRecords(getattr(dataset, "max_bad", 0))
         chunks = itertools.count(self.next, self.stride * Documents.CHUNK)  # the number of each one's first record
@@ -1239,7 +1246,8 @@ class Loader:
             weakref.finalize(self, self.iterator._shutdown_workers)
             # PyTorch would end the training step in which a worker dies. The next batch finds it, too, and in order.
             signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-        self.items = self.documents.unpack(self.iterator if workers else map(self.documents.__getitem__, chunks))
+        self.items = self.documents.unpack(self.iterator) if workers else \
+            itertools.chain.from_iterable(map(self.documents.chunk, chunks))
 
     def state(self) -> dict:  # {"next": 1201, "waiting": [1181, 1197]}: indices are enough, record i can be made again
         # As of the batches handed out. A prefetched one is not among them: a resumed run makes it again.
