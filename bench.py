@@ -984,7 +984,7 @@ def draw_rollouts(s: Subject) -> Image.Image:
             break
     # Equal answers are one bar, as they are one document in the update (train_rl.to_documents).
     mean, texts = sum(rewards) / 16, [s.tokenizer.decode(ids) for ids in group]
-    found = sorted({(text, r) for text, r in zip(texts, rewards)}, key=lambda one: -texts.count(one[0]))
+    found = sorted(set(zip(texts, rewards)), key=lambda one: (-texts.count(one[0]), -one[1], one[0]))
     below = bars("advantage = reward - mean reward of the group", [
         (f'{texts.count(text)} x "{text}", reward {r:.0f}', [(r - mean, GREEN if r else RED)], f"{r - mean:+.4g}")
         for text, r in found], 320)
