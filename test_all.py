@@ -3979,9 +3979,10 @@ def test_the_gain_of_questions_asked_twice_and_its_interval():
 def test_one_ranks_ctrl_c_is_heard_by_all():
     interrupt = training.Interrupt()
     interrupt.close()
-    others = argparse.Namespace(all_reduce=lambda value: value + 0.0)
-    assert not interrupt.requested(others)
-    assert interrupt.requested(argparse.Namespace(all_reduce=lambda value: value + 1.0)) and interrupt.interrupted
+    setup = argparse.Namespace(loaders=[], failure=None, all_reduce=lambda value: value + 0.0)
+    assert not interrupt.requested(setup)
+    setup.all_reduce = lambda value: value + 1.0
+    assert interrupt.requested(setup) and interrupt.interrupted
 
 
 @pytest.mark.parametrize("kind", ["muon", "adamw"])
