@@ -18,11 +18,11 @@ kinds trained on), with 95 % intervals, and the interval of the difference, whic
 questions are the same.
 
 New in this chapter: rollouts with the picture in the prompt, rewards, advantages as token weights.
-Left out, because the policy that samples is the policy that learns (one update per rollout, temperature 1): the ratio
-and its clipping.
-Left out, because it shrinks exactly the hard and the easy questions' share: the division by the group's standard
-deviation (arXiv 2503.20783). Left out, because short right answers leave no room to drift: the KL penalty and its
-reference model.
+Left out:
+- the ratio and its clipping: the policy that samples is the policy that learns (one update per rollout, temperature 1);
+- the division by the group's standard deviation, which gives the groups that are nearly all right or nearly all wrong
+  more weight than the others (arXiv 2503.20783);
+- the KL penalty and its reference model: short right answers leave no room to drift.
 """
 import itertools
 import math
@@ -175,7 +175,7 @@ def main() -> None:
     # Held out are questions of all kinds: what is not trained on may be forgotten, and that should show.
     exams = {split: World("exam", split, seed=1) for split in ("scenes", "pairs")}
     dataset, held_out = data.load_data(flags.data, World("exam", seed=flags.seed, kinds=kinds), exams, flags.seed,
-                                   flags.eval_size, flags.val, max_bad=flags.max_bad)
+                                       flags.eval_size, flags.val, max_bad=flags.max_bad)
 
     vlm, tokenizer, state, moments = load_start(flags, setup, STAGE)
     params = freeze_all_but(vlm, ["bridge", "decoder", "vit"])  # the same parts as in chapter 3
