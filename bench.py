@@ -325,9 +325,10 @@ def llava_like(vlm: VLM, stage: str, seq_len: int):
 
 
 def noise(vlm: VLM):
-    # How long a picture takes does not depend on what it shows.
+    # How long a picture takes does not depend on what it shows. The same for the same source, whichever thread draws it.
     size = vlm.config.vision.image_size
-    return lambda source, record: torch.randint(0, 256, (3, size, size), dtype=torch.uint8)
+    return lambda source, record: torch.randint(0, 256, (3, size, size), dtype=torch.uint8,
+                                                generator=torch.Generator().manual_seed(int(source)))
 
 
 # No kernel looks at the values that it multiplies, so a step takes as long with random weights. Accuracy needs real
@@ -456,7 +457,7 @@ def bench_decode(flags, setup, vlm: VLM) -> dict:
     rows, M, new = {}, vlm.config.bridge.num_tokens, 128
     # How long words take does not depend on what they say; but equal prompts and pictures would be computed once.
     prompts = [data.Document(0, [1] * (M + 39) + [2 + i], [], [0], {}) for i in range(flags.batch_size)]
-    pictures = [noise(vlm)(None, None) for _ in prompts]
+    pictures = [noise(vlm)(i, None) for i in range(len(prompts))]
     for batch in sorted({1, flags.batch_size}):
         # list() runs the generator to its end: without it nothing would be computed. No stop tokens: all answers are
         # equally long.
@@ -751,7 +752,7 @@ def bench_serve(flags) -> dict:
     server.shutdown()
     # The same without sockets: 32 rows of generate, prompts and pictures included, 136 tokens each, the mean above.
     prompts = [data.Document(0, [1] * (vlm.config.bridge.num_tokens + 59) + [i], [], [0], {}) for i in range(32)]
-    pictures = [noise(vlm)(None, None) for _ in prompts]
+    pictures = [noise(vlm)(i, None) for i in range(len(prompts))]
     seconds = clock(lambda: list(vlm.generate(prompts, pictures, max_new_tokens=136)), 3, setup.device)
     setup.print(f"generate, 32 rows: {32 * 136 / seconds:,.0f} tokens/s")
     return {"what": "serve", "model": flags.model, "device": setup.device.type, "clients": rows,

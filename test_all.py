@@ -6157,8 +6157,7 @@ def test_the_ladder_computes_the_same_on_every_rung_and_is_drawn(tmp_path, monke
     ran = run("bench", "--what=ladder", "--device=cpu", "--batch_size=4", "--micro_batch_size=2", "--seq_len=64",
               main=bench.main)
     assert ran.code == 0 and [rung["tokens_per_s"] > 0 for rung in ran.result["rungs"]] == [True] * 3
-    # Slower code for the same loss; but for which thread draws which noise as a picture, and that is chance.
-    assert losses == pytest.approx([losses[0]] * 3, rel=1e-2)
+    assert losses == pytest.approx([losses[0]] * 3, rel=1e-4)  # slower code for the same loss
     assert Image.open(tmp_path / "ladder.png").size[0] == 800 and bench.model.token_loss is model.token_loss
 
 

@@ -84,6 +84,12 @@ def caption_losses(vlm, documents: list, setup: Setup, seq_len: int) -> dict[str
 def main() -> None:
     flags = parse_flags(__doc__, STAGE, SHARED_FLAGS, BY_MODEL)
     setup = Setup(flags)
+    # Data. New: records with a picture and its caption. Held out are scenes that training does not show: of those that
+    # it shows, the captions could be remembered.
+    dataset, held_out = data.load_data(flags.data, World("captions", seed=flags.seed),
+                                       {"scenes": World("captions", "scenes", seed=1)}, flags.seed, flags.eval_size,
+                                       flags.val, max_bad=flags.max_bad)
+
     # From chapter 1 if it was run. Else from random weights: then the frozen decoder knows no words, and the captions
     # will be nonsense. A released --model needs no chapter 1.
     vlm, tokenizer, state, moments = load_start(flags, setup, STAGE)
@@ -93,12 +99,6 @@ def main() -> None:
     optimizer = Optimizer(params, flags.optimizer, flags.lr, moments)
     vlm.to(setup.dtype)
     step = state.get("step", 0)  # above 0 with --resume
-
-    # Data. New: records with a picture and its caption. Held out are scenes that training does not show: of those that
-    # it shows, the captions could be remembered.
-    dataset, held_out = data.load_data(flags.data, World("captions", seed=flags.seed),
-                                       {"scenes": World("captions", "scenes", seed=1)}, flags.seed, flags.eval_size,
-                                       flags.val, max_bad=flags.max_bad)
     loaders = make_loaders(flags, setup, vlm, tokenizer, dataset, state)
     records = next(iter(held_out.values()))
     documents = make_documents(records, vlm, tokenizer, flags.seq_len)

@@ -314,15 +314,6 @@ def save_samples(path, vlm, tokenizer, held_out: dict) -> None:
 def main() -> None:
     flags = parse_flags(__doc__, STAGE, FLAGS, BY_MODEL)
     setup = Setup(flags)
-    vlm, tokenizer, state, moments = load_start(flags, setup, STAGE)
-    # New: all parts are trained. The decoder must be: to answer, it has to find a thing among the image tokens by the
-    # name that the question gives it, and text has taught it nothing of that kind.
-    params = freeze_all_but(vlm, ["bridge", "decoder", "vit"])
-    # A fresh optimizer state, even when the weights come from chapter 2: its moments belong to another loss.
-    optimizer = Optimizer(params, flags.optimizer, flags.lr, moments)
-    vlm.to(setup.dtype)
-    step = state.get("step", 0)  # above 0 with --resume
-
     # Data. New: conversations, and a curriculum. The world starts with 90 % captions, which train the ViT word by word;
     # from record 12,000 on 10 % are captions and 90 % questions, which teach more once the picture is understood.
     world = World("chat", seed=flags.seed, caption_share=lambda i: max(0.1, 0.9 - i / 15_000))
@@ -331,6 +322,15 @@ def main() -> None:
     exams = {split: World("exam", split, seed=1) for split in ("scenes", "pairs")}
     dataset, held_out = data.load_data(flags.data, world, exams, flags.seed, flags.eval_size, flags.val,
                                        max_bad=flags.max_bad)
+
+    vlm, tokenizer, state, moments = load_start(flags, setup, STAGE)
+    # New: all parts are trained. The decoder must be: to answer, it has to find a thing among the image tokens by the
+    # name that the question gives it, and text has taught it nothing of that kind.
+    params = freeze_all_but(vlm, ["bridge", "decoder", "vit"])
+    # A fresh optimizer state, even when the weights come from chapter 2: its moments belong to another loss.
+    optimizer = Optimizer(params, flags.optimizer, flags.lr, moments)
+    vlm.to(setup.dtype)
+    step = state.get("step", 0)  # above 0 with --resume
     loaders = make_loaders(flags, setup, vlm, tokenizer, dataset, state)
     first = next(iter(held_out.values()))
     setup.print(f"{sum(p.numel() for p in params.values()):,} parameters are trained, {flags.batch_size} rows x "
