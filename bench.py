@@ -852,10 +852,10 @@ class Subject:
         self.features = vlm.vit_features(self.pixels[None])[0]                                   # [N, D]
 
     def ask(self, question: str) -> str:
-        return respond(self.vlm, self.tokenizer, [[sample.user_message(question, 1)]], [[self.pixels]])[0]
+        return respond(self.vlm, self.tokenizer, [[sample.make_message(question, 1)]], [[self.pixels]])[0]
 
     def document(self, question: str, answer: str) -> data.Document:
-        messages = [sample.user_message(question, 1), {"role": "assistant", "content": answer}]
+        messages = [sample.make_message(question, 1), {"role": "assistant", "content": answer}]
         return data.make_document({"id": "cat", "messages": messages, "images": ["cat.jpg"]}, 0, self.tokenizer,
                                   self.M, 1000)
 
