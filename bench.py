@@ -886,7 +886,7 @@ def draw_answers(s: Subject) -> Image.Image:
 def draw_patches(s: Subject) -> Image.Image:
     "What the ViT gets: the picture at its size, and the pieces that become one vector each."
     S, P, n = s.vlm.config.vision.image_size, s.vlm.config.vision.patch_size, math.isqrt(len(s.features))
-    sheet, _ = page(430, f"{S} x {S} pixels, cut into {n * n} patches of {P} x {P}")
+    sheet, _ = page(430, f"{S} x {S} pixels; {n * n} patches of {P} x {P}, 4 for each latent")
     picture = Image.fromarray(s.pixels.permute(1, 2, 0).numpy())
     sheet.paste(picture.resize((360, 360), Image.Resampling.NEAREST), (20, 55))
     for y, x in np.ndindex(n, n):  # a wider gap every second patch: 2 x 2 of them begin one latent
@@ -954,8 +954,8 @@ def draw_row(s: Subject) -> Image.Image:
     sheet, pen = page(800, f"a row of {T} tokens: {numbers.max()} conversations, and its mask")
     cells(sheet, (110, 56), (648, 34), [kinds])
     cells(sheet, (66, 100), (34, 648), kinds[:, None])
-    cells(sheet, (110, 100), (648, 648), [[BLUE if yes else PALE for yes in row] for row in allowed.tolist()])
-    pen.text((12, 760), "each position attends to blue cells of its line", "#555555", font())
+    cells(sheet, (110, 100), (648, 648), [[ORANGE if yes else PALE for yes in row] for row in allowed.tolist()])
+    pen.text((12, 760), "line i: what position i may attend to, in orange", "#555555", font())
     return sheet
 
 
@@ -972,7 +972,7 @@ def draw_surprise(s: Subject) -> Image.Image:
                                       reduction="none").tolist())
     for word, own, blind in zip(s.words(batch["targets"][0, at].tolist()), *losses):
         rows += [(word, [(own, GREEN)], f"{own:.2f}"), ("", [(blind, GREY)], f"{blind:.2f}")]
-    return bars("loss at each token of an answer", rows, 150, 36, {"with the picture": GREEN, "grey picture": GREY})
+    return bars("loss at the first tokens of a caption, in nats", rows, 150, 36, {"with the picture": GREEN, "grey picture": GREY})
 
 
 def draw_rollouts(s: Subject) -> Image.Image:
@@ -1043,10 +1043,12 @@ def bench_figures(flags) -> dict:
         draw(subject).save(folder / f"{draw.__name__.removeprefix('draw_')}.png", optimize=True)
     results = read_json(home / "docs/results.json")
     draw_ladder(folder / "ladder.png", results["ladder"]["rungs"])
-    charts = {f"{title}: {name}.py": lines for name, rows in runs.items() for title, lines in read_curves(rows).items()}
-    draw_lines(folder / "chapters.png", charts, height=300)
-    # Chapter 3 once more, with --eval_every: the log of assets/tiny has no evaluations between its steps.
-    draw_lines(folder / "kinds.png", read_curves(results["evaluations"]["rows"]), height=460)
+    curves = {name: read_curves(rows) for name, rows in runs.items()}
+    draw_lines(folder / "chapters.png", {f"{title}: {name}.py": lines for name, charts in curves.items()
+                                         for title, lines in charts.items() if "accuracy" not in title}, height=300)
+    accuracy = curves["train_sft"]["held-out accuracy"]  # half of the ten kinds: more lines would hide each other
+    draw_lines(folder / "kinds.png", {"held-out accuracy": {"all kinds": accuracy["accuracy"]} | {
+        kind: accuracy[kind] for kind in ("count", "kind", "relation", "number", "choice")}}, height=460)
     # Counts of lines go stale with every change: here they are counted anew, and a test compares them.
     if (readme := Path("README.md")).exists():
         count = lambda m: f"| {m[1]} | {len((home / m[1]).read_text(encoding='utf-8').splitlines())} |"  # noqa: E731

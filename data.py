@@ -1299,7 +1299,7 @@ class Loader:
 
 POSITIVE = ("batch_size", "seq_len", "steps", "lr", "eval_size", "samples", "max_new_tokens", "gpus", "keep",
             "max_bad_steps", "max_requests")
-NOT_NEGATIVE = ("micro_batch_size", "lora_rank", "temperature", "warmup", "cooldown", "top_k")
+NOT_NEGATIVE = ("micro_batch_size", "lora_rank", "temperature", "warmup", "cooldown", "top_k", "rehearse")
 
 
 class Parser(argparse.ArgumentParser):

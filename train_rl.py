@@ -8,14 +8,15 @@ usual become more likely.
     python train_rl.py --model=qwen2.5-1.5b --data=my.json                           # one GPU
     torchrun --nproc_per_node=8 train_rl.py --model=small
 
-What it teaches: GRPO (arXiv 2402.03300) in its plainest form. For each question the model samples a group of answers,
+What it teaches: GRPO, group relative policy optimization (arXiv 2402.03300), in a plain form. For each question the model samples a group of answers,
 at temperature 1. An answer's advantage is its reward minus the mean reward of its group: no value network, the group is
 the baseline. The update is the ordinary loss of chapter 3 on the model's own answers, with the advantage as the weight
 of each token.
 
-Prints the accuracy on held-out questions of all kinds before and after (on the laptop run 60.2 and 68.0 % of the two
+Prints the accuracy on held-out questions of all kinds before and after (on the laptop run 60.2 and 71.0 % of the two
 kinds trained on), with 95 % intervals, and the interval of the difference, which is narrower because both times the
-questions are the same.
+questions are the same. What is not rewarded may be forgotten: trained on two kinds alone, "How many things are there?"
+fell from 100 to 75 %. With a quarter of the questions of all kinds (--rehearse) it stays.
 
 New in this chapter: rollouts with the picture in the prompt, rewards, advantages as token weights.
 Left out:
@@ -36,12 +37,12 @@ import data
 from train_sft import evaluate, save_samples, score_answer, wilson
 from training import (SHARED_FLAGS, Interrupt, Log, Optimizer, Setup, finish, freeze_all_but, largest_micro_batch,
                       load_start, lr_scale, parse_flags, run, save, train_step)
-from world import World
+from world import QUESTIONS, World
 
 STAGE = "rl"
 # batch_size counts questions here, not rows. A learning rate far below chapter 3's: a policy that changes too fast
 # answers badly, is rarely rewarded, and learns nothing.
-BY_MODEL = {"tiny": {"batch_size": 64, "seq_len": 256, "steps": 200, "lr": 0.0003, "eval_size": 2000},
+BY_MODEL = {"tiny": {"batch_size": 64, "seq_len": 256, "steps": 300, "lr": 0.0005, "eval_size": 2000},
             "small": {"batch_size": 64, "seq_len": 1024, "steps": 50, "lr": 0.0005, "eval_size": 1200},
             "released": {"batch_size": 16, "seq_len": 2048, "steps": 300, "lr": 1e-6, "eval_size": 1000}}
 FLAGS = SHARED_FLAGS | {
@@ -52,6 +53,7 @@ FLAGS = SHARED_FLAGS | {
     "temperature": (1.0, "of sampling; anything but 1 samples from another policy than the one that learns"),
     # A question that is always answered right teaches nothing: train on what chapter 3 has not learned.
     "kinds": ("number,relation", "kinds of the world's questions to train on, comma-separated; empty: all"),
+    "rehearse": (0.25, "share of the world's questions that are of all kinds, so that none is forgotten"),
 }
 
 
@@ -172,9 +174,13 @@ def main() -> None:
     # Data, first: a wrong file or picture shows before a large model is loaded. New: single questions, with an answer
     # that code can check. No loader: the model itself makes the rows.
     kinds = [kind for kind in flags.kinds.split(",") if kind]
+    asked = kinds
+    if kinds and flags.rehearse > 0:
+        # Kinds that are always answered right cost little: their groups teach nothing, until one is being forgotten.
+        asked = kinds * round(len(QUESTIONS) * (1 / flags.rehearse - 1) / len(kinds)) + list(QUESTIONS)
     # Held out are questions of all kinds: what is not trained on may be forgotten, and that should show.
     exams = {split: World("exam", split, seed=1) for split in ("scenes", "pairs")}
-    dataset, held_out = data.load_data(flags.data, World("exam", seed=flags.seed, kinds=kinds), exams, flags.seed,
+    dataset, held_out = data.load_data(flags.data, World("exam", seed=flags.seed, kinds=asked), exams, flags.seed,
                                        flags.eval_size, flags.val, max_bad=flags.max_bad)
 
     vlm, tokenizer, state, moments = load_start(flags, setup, STAGE)
