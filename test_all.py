@@ -6396,8 +6396,8 @@ def test_the_book_works_its_examples_with_the_tiny_models_numbers():
     said += [f"Latent 4 gives {share:.0%}".replace("%", " %")]
     document = s.document("What colour is the cat?", "orange")
     said += [f"Here {len(document.ids)} ids stand"]
-    for pixels, told in ((s.pixels, "the model gives {:.3f}, so the loss is {:.2f} nats"), (
-            torch.full_like(s.pixels, 128), "it gives {:.3f}, and the loss is {:.2f}")):
+    for pixels, told in ((s.pixels, "the model gives {:.4f}, so the loss is {:.2f} nats"), (
+            torch.full_like(s.pixels, 128), "it gives {:.4f}, and the loss is {:.2f}")):
         batch = data.collate(*data.pack([document], 1, len(document.ids), s.M)[:2], lambda *_: pixels)
         x = s.vlm.embed(batch["ids"], s.vlm.encode_images(batch["pixels"]).flatten(0, 1), batch["image_positions"])
         at = batch["supervised"][0]
