@@ -325,7 +325,7 @@ def llava_like(vlm: VLM, stage: str, seq_len: int):
 
 
 def noise(vlm: VLM):
-    # How long a picture takes does not depend on what it shows. The same for the same source, whichever thread draws it.
+    # How long a picture takes does not depend on what it shows. Seeded: whichever thread draws it, it is the same one.
     size = vlm.config.vision.image_size
     return lambda source, record: torch.randint(0, 256, (3, size, size), dtype=torch.uint8,
                                                 generator=torch.Generator().manual_seed(int(source)))
@@ -972,7 +972,8 @@ def draw_surprise(s: Subject) -> Image.Image:
                                       reduction="none").tolist())
     for word, own, blind in zip(s.words(batch["targets"][0, at].tolist()), *losses):
         rows += [(word, [(own, GREEN)], f"{own:.2f}"), ("", [(blind, GREY)], f"{blind:.2f}")]
-    return bars("loss at the first tokens of a caption, in nats", rows, 150, 36, {"with the picture": GREEN, "grey picture": GREY})
+    return bars("loss at the first tokens of a caption, in nats", rows, 150, 36,
+                {"with the picture": GREEN, "grey picture": GREY})
 
 
 def draw_rollouts(s: Subject) -> Image.Image:

@@ -3241,7 +3241,7 @@ def hf_pixels(images: list, side: int = 28) -> dict:
 
 
 def set_pixels(theirs: dict, pixels: torch.Tensor) -> None:
-    "Their pixels, by Pillow, are ours within a level of 255. Ours take their place, so that the models can be compared."
+    "Their pixels, by Pillow, are ours within a level of 255. Ours take their place: so the models can be compared."
     mine, given = vision.normalize(pixels, torch.float32), theirs["pixel_values"].flatten(0, 1)[:len(pixels)]
     assert (mine - given).abs().max() < 1.01 / 127.5
     given.copy_(mine)
@@ -3981,6 +3981,12 @@ def test_the_gain_of_questions_asked_twice_and_its_interval():
     assert high - low == pytest.approx(2 * 1.96 * (0.25 * 0.75 / 400) ** 0.5, rel=0.01)
     # Before and after being right independently of each other, the same accuracies would give a wider interval.
     assert r["gain_ci95"][0] > 0 and train_rl.gain([0, 0, 1, 1] * 5, [1, 0, 1, 0] * 5)["gain_ci95"][0] < 0
+
+
+def test_rehearsal_gives_every_kind_of_question_its_share():
+    kinds = Counter(train_rl.with_rehearsal(["number", "relation"], 0.25))
+    assert kinds == {kind: 16 if kind in ("number", "relation") else 1 for kind in world.QUESTIONS}  # 10 of 40
+    assert train_rl.with_rehearsal(["number"], 0) == ["number"] and train_rl.with_rehearsal([], 0.25) == []
 
 
 def test_one_ranks_ctrl_c_is_heard_by_all():
@@ -6406,11 +6412,13 @@ def test_the_book_works_its_examples_with_the_tiny_models_numbers():
     documents = [data.make_document(world.World("chat")[i], i, s.tokenizer, s.M, 216) for i in range(40000, 40008)]
     arrays, packed, _ = data.pack(documents, 1, 216, s.M)  # as bench.draw_row
     lengths = [len(one.ids) - 1 for one in packed]
-    said += ["conversations of {}, {}, {} and {} tokens".format(*lengths), f"At {len(arrays['supervised'])} of the 216 positions",
+    said += ["conversations of {}, {}, {} and {} tokens".format(*lengths),
+             f"At {len(arrays['supervised'])} of the 216 positions",
              "boundaries " + ", ".join(map(str, np.cumsum([0, *lengths])))]
     said += [f"the prompt of a caption, {s.document('Describe the picture.', 'x').mask.index(1)} positions"]
     sizes = {name: sum(p.numel() for p in part.parameters()) / 1e6 for name, part in s.vlm.parts().items()}
-    said += [f"`ViT`: {sizes['vit']:.2f} or", f"Perceiver {sizes['bridge']:.2f} or", f"`GPT`: {sizes['decoder']:.2f} or"]
+    said += [f"`ViT`: {sizes['vit']:.2f} or", f"Perceiver {sizes['bridge']:.2f} or",
+             f"`GPT`: {sizes['decoder']:.2f} or"]
     assert [one for one in said if one not in text] == []
     assert s.ask("Describe the picture.") in text
 

@@ -82,7 +82,7 @@ def to_rgb(image: Image.Image) -> Image.Image:
 
 def resize(image: Image.Image, width: int, height: int, bicubic: bool) -> torch.Tensor:
     "RGB image -> uint8 [3, height, width]. SigLIP was released with bicubic, SigLIP 2 with bilinear resampling."
-    pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)                                   # [h, w, 3] -> [3, h, w]
+    pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)                                 # [h, w, 3] -> [3, h, w]
     if image.size == (width, height):
         return pixels.contiguous()
     # As Pillow resizes, at most one level of 255 apart, but four times as fast.
