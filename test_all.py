@@ -3984,6 +3984,7 @@ def test_the_gain_of_questions_asked_twice_and_its_interval():
 
 
 def test_rehearsal_gives_every_kind_of_question_its_share():
+    import train_rl
     kinds = Counter(train_rl.with_rehearsal(["number", "relation"], 0.25))
     assert kinds == {kind: 16 if kind in ("number", "relation") else 1 for kind in world.QUESTIONS}  # 10 of 40
     assert train_rl.with_rehearsal(["number"], 0) == ["number"] and train_rl.with_rehearsal([], 0.25) == []
