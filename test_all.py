@@ -6092,16 +6092,18 @@ def test_a_browser_shows_the_page_and_talks(served, photo):
         page.click("#send")  # now it says stop
         expect(page.locator(".bot .foot")).to_contain_text("stopped")
         wait_until(lambda: not engine.running)
-        engine.step, served.server.stop = step, kept
-        # An edited question takes the place of the first.
+        engine.step = step
+        # An edited question takes the place of the first. Its answer is long: it grows under the pointer.
         page.click(".user .foot button")
         expect(page.locator("#text")).to_have_value("What is it?")
         page.fill("#text", "What is this?")
         page.press("#text", "Enter")
+        expect(page.locator(".bot .text")).to_contain_text("a")
+        page.hover(".bot .text")  # before the answer has ended, and it does not move until the words are there
         expect(page.locator(".bot .foot")).to_contain_text("tokens", timeout=20_000)  # a busy machine
         expect(page.locator(".user .text")).to_have_text(["What is this?"])
+        served.server.stop = kept
         # The words under the pointer, and under the arrow keys, change the overlay.
-        page.hover(".bot .text")
         expect(page.locator(".bot .text span").first).to_be_visible(timeout=20_000)  # a busy machine
         page.locator(".bot .text span").first.hover()
         expect(page.locator("figure canvas.on")).to_have_count(1)
