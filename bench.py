@@ -32,12 +32,12 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import data  # first: see its imports
 import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image, ImageColor, ImageDraw, ImageFont
 
-import data
 import model
 import sample
 import train_rl

@@ -51,6 +51,11 @@ from operator import itemgetter
 from pathlib import Path
 from string import ascii_uppercase
 
+# PyTorch takes two seconds to import. Ctrl-C in that time, or later, ends a script in one line, without a traceback. So
+# that it does, the scripts import this file before any other.
+sys.excepthook = lambda kind, *error: print("stopped", file=sys.stderr) if kind is KeyboardInterrupt else \
+    sys.__excepthook__(kind, *error)
+
 import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
@@ -1368,9 +1373,6 @@ def run(main) -> None:
         for bar in list(tqdm._instances):
             bar.close()  # else the message would be printed on the progress bar's line
         sys.exit(f"error: {error}")
-    except KeyboardInterrupt:
-        print("stopped", file=sys.stderr)
-        sys.exit(130)  # the shells' number for Ctrl-C: 128 + SIGINT (2)
     finally:
         if torch.distributed.is_initialized():  # else PyTorch warns of connections left open
             torch.distributed.destroy_process_group()

@@ -43,13 +43,13 @@ import traceback
 from dataclasses import asdict
 from pathlib import Path
 
+from data import draw_sheet, parse_flags, pick_device, run  # first: see its imports
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from PIL import Image, ImageOps
 
 import weights
-from data import draw_sheet, parse_flags, pick_device, run
 from model import (FROM_SCRATCH, PRESETS, STAGES, Attention, Engine, LoRALinear, Request, VLM, VLMConfig, check_name,
                    checkpoints, load_checkpoint, load_pretrained, rope_table)
 from tokenizer import Tokenizer

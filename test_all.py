@@ -4684,6 +4684,26 @@ def test_a_model_that_has_not_learned_to_see_or_to_answer_says_so(trained, photo
                "--max_new_tokens=2").code == 0
 
 
+@pytest.mark.parametrize("script", [*SCRIPTS, "data"])
+def test_ctrl_c_while_pytorch_is_imported_ends_a_script_in_one_line(tmp_path, script):
+    (tmp_path / "torch.py").write_text("import os, signal\nos.kill(os.getpid(), signal.SIGINT)\n")
+    ran = subprocess.run([sys.executable, str(HERE / f"{script}.py")], text=True, capture_output=True,
+                         env={**os.environ, "PYTHONPATH": str(tmp_path)})
+    assert (ran.returncode, ran.stdout, ran.stderr) == (-signal.SIGINT, "", "stopped\n")
+
+
+def test_ctrl_c_before_the_first_step_leaves_the_run_before_as_it_was(trained, monkeypatch):
+    def interrupted(self, real=training.Interrupt.__init__):
+        real(self)
+        os.kill(os.getpid(), signal.SIGINT)
+    monkeypatch.setattr(training.Interrupt, "__init__", interrupted)
+    before = snapshot(trained[0])
+    for script in CHAPTERS.values():
+        with pytest.raises(KeyboardInterrupt):
+            run(script, *QUICK, f"--out_dir={trained[0]}")
+    assert snapshot(trained[0]) == before
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 def test_a_signal_finishes_the_step_saves_and_ends_without_an_evaluation(trained, tmp_path, number):
     out = tmp_path / "out"

@@ -23,9 +23,9 @@ ViT of --model=tiny learns from captions alone.
 """
 import time
 
+import data  # first: see its imports
 from tqdm import tqdm
 
-import data
 from model import respond
 from train_base import held_out_loss, make_documents
 from training import (SHARED_FLAGS, Interrupt, Log, Optimizer, Setup, count_images, count_supervised, finish,

@@ -17,10 +17,10 @@ import math
 import time
 from functools import partial
 
+import data  # first: see its imports
 import torch
 from tqdm import tqdm
 
-import data
 from model import VLM
 from tokenizer import Tokenizer
 from training import (SHARED_FLAGS, Interrupt, Log, Optimizer, Setup, count_supervised, finish, freeze_all_but,

@@ -30,10 +30,10 @@ import math
 import random
 import time
 
+import data  # first: see its imports
 import torch
 from tqdm import tqdm
 
-import data
 from train_sft import evaluate, save_samples, score_answer, wilson
 from training import (SHARED_FLAGS, Interrupt, Log, Optimizer, Setup, finish, freeze_all_but, largest_micro_batch,
                       load_start, lr_scale, parse_flags, run, save, train_step)

@@ -23,10 +23,10 @@ import re
 import time
 from collections import Counter
 
+import data  # first: see its imports
 import torch
 from tqdm import tqdm
 
-import data
 from model import respond
 from train_base import held_out_loss, make_documents
 from training import (SHARED_FLAGS, Interrupt, Log, Optimizer, Setup, count_images, count_supervised, finish,

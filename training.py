@@ -705,7 +705,7 @@ class Interrupt:
     "Ctrl-C, SIGTERM (a machine that is taken back) or SIGHUP: finish the step, save, stop. Ctrl-C again: stop at once."
 
     def __init__(self):
-        self.interrupted, self.first = False, 0.0
+        self.interrupted, self.first, self.steps = False, 0.0, 0
         signals = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
         self.old = {number: signal.signal(number, self.handle) for number in signals
                     if signal.getsignal(number) != signal.SIG_IGN}  # as nohup wishes
@@ -720,11 +720,15 @@ class Interrupt:
             raise KeyboardInterrupt
 
     def requested(self, setup: Setup) -> bool:
+        "To be called before each step."
         # Also if a loader cannot go on, for too many bad records, say: the steps that are done must not be lost.
         failures = [setup.failure, *(loader.failure() for loader in setup.loaders)]
         setup.failure = next(filter(None, failures), None)
         # On any rank, and then on all: one that stopped alone would leave the others waiting for its gradients.
         self.interrupted = setup.all_reduce(float(self.interrupted or setup.failure is not None)) > 0
+        if self.interrupted and not self.steps:  # nothing was learned yet: an earlier run's checkpoint stays where it is
+            raise setup.failure or KeyboardInterrupt
+        self.steps += 1
         return self.interrupted
 
     def close(self) -> None:
