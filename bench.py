@@ -519,7 +519,7 @@ def one_by_one(step: Step) -> list[dict]:
     return out
 
 
-RUNGS = ["one conversation a row, float32", "bfloat16 over float32 masters", "packed rows",
+RUNGS = ["one conversation a row, float32", "bfloat16 over float32 master weights", "packed rows",
          "loss of supervised tokens only", "torch.compile", "float8"]
 
 
@@ -631,14 +631,14 @@ def predict(flags, stage: str, lora: int):
         loss = max(0, logits - returning) + 6 * V * H * vlm.gpt.embed.weight.requires_grad
         # All in bfloat16; master weights and moments, two by AdamW, one by Muon, in float32.
         own = learn / flags.gpus  # each GPU keeps those of its share
-        out = {"weights": 2 * total, "gradients": 2 * learn, "masters": 4 * own,
+        out = {"weights": 2 * total, "gradients": 2 * learn, "master weights": 4 * own,
                "optimizer": (4 if flags.model in FROM_SCRATCH else 8) * own,
                "activations": stored + returning, "loss": loss}
         # Of several passes the last meets the gradients of those before. Of one, they are made while activations go.
         one_pass = micro * flags.gpus >= flags.batch_size
         out["peak"] = sum(out.values()) - one_pass * min(2 * learn, out["activations"] + loss)
         # The optimizer takes the gradients in float32; by then no activations are left.
-        out["peak"] = max(out["peak"], out["weights"] + out["masters"] + out["optimizer"] + 4 * own)
+        out["peak"] = max(out["peak"], out["weights"] + out["master weights"] + out["optimizer"] + 4 * own)
         return {name: value / 2 ** 30 for name, value in out.items()}
     return parts
 
@@ -1017,7 +1017,7 @@ def draw_cache(s: Subject) -> Image.Image:
 def draw_memory(s: Subject) -> Image.Image:
     "What chapter 3 of qwen2.5-1.5b needs, predicted."
     flags = argparse.Namespace(model="qwen2.5-1.5b", bridge="", batch_size=32, seq_len=2048, gpus=1)
-    colours = dict(zip(("weights", "gradients", "masters", "optimizer", "activations", "loss"),
+    colours = dict(zip(("weights", "gradients", "master weights", "optimizer", "activations", "loss"),
                        (GREY, RED, BLUE, GREEN, ORANGE, "#9a7bc0")))
     with torch.enable_grad():  # measured is what autograd stores
         rows, ways = [], {lora: predict(flags, "sft", lora) for lora in (0, 16)}

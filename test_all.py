@@ -6231,7 +6231,7 @@ def test_predicted_memory_is_within_a_tenth_of_what_an_h200_measured():
         assert parts(1, True)["peak"] <= parts(1, False)["peak"] < parts(4, False)["peak"] < parts(8, False)["peak"]
         # However few the rows, the optimizer needs the gradients in float32 beside all that it keeps.
         one = parts(1, True)
-        assert one["peak"] >= one["weights"] + one["masters"] + one["optimizer"] + 2 * one["gradients"]
+        assert one["peak"] >= one["weights"] + one["master weights"] + one["optimizer"] + 2 * one["gradients"]
 
 
 def test_memory_is_told_for_each_stage_and_card(monkeypatch):
@@ -6242,13 +6242,13 @@ def test_memory_is_told_for_each_stage_and_card(monkeypatch):
     for stage in ("base", "align", "sft"):
         told = ran.result[stage]
         assert told["8 GiB"] == "--micro_batch_size=4"  # a tiny model fits everywhere
-        parts = ("weights", "masters", "optimizer", "gradients", "activations", "loss")
-        optimizing = told["weights"] + told["masters"] + told["optimizer"] + 2 * told["gradients"]  # in float32
+        parts = ("weights", "master weights", "optimizer", "gradients", "activations", "loss")
+        optimizing = told["weights"] + told["master weights"] + told["optimizer"] + 2 * told["gradients"]  # in float32
         assert optimizing <= told["peak"] <= max(optimizing, sum(told[part] for part in parts))
     shared = run("bench", "--what=memory", "--model=tiny", "--batch_size=4", "--seq_len=64", "--gpus=4",
                  main=bench.main)
     alone, shared = ran.result["sft"], shared.result["sft"]
-    assert shared["masters"] == alone["masters"] / 4 and shared["optimizer"] == alone["optimizer"] / 4
+    assert shared["master weights"] == alone["master weights"] / 4 and shared["optimizer"] == alone["optimizer"] / 4
     assert shared["weights"] == alone["weights"] and shared["8 GiB"] == "--micro_batch_size=1"
     one_line(run("bench", "--what=memory", "--batch_size=4", "--gpus=3"), "--batch_size=4", "--gpus=3")
     one_line(run("bench", "--what=memory", "--model=Org/Name"), "--what=memory", "Org/Name")

@@ -726,7 +726,7 @@ class Interrupt:
         setup.failure = next(filter(None, failures), None)
         # On any rank, and then on all: one that stopped alone would leave the others waiting for its gradients.
         self.interrupted = setup.all_reduce(float(self.interrupted or setup.failure is not None)) > 0
-        if self.interrupted and not self.steps:  # nothing was learned yet: an earlier run's checkpoint stays where it is
+        if self.interrupted and not self.steps:  # nothing was learned yet, so an earlier run's checkpoint stays
             raise setup.failure or KeyboardInterrupt
         self.steps += 1
         return self.interrupted
