@@ -680,7 +680,8 @@ def fetch_recipe(name: str) -> tuple[list[str], dict]:
     "As locate, for a recipe."
     recipe = RECIPES[name]
     repository = weights.Repository(recipe["hub"], recipe["revision"],
-                                    {file: tuple(known) for file, known in recipe["files"].items()}, recipe["licence"])
+                                    {file: tuple(known) for file, known in recipe["files"].items()}, recipe["licence"],
+                                    mirror=recipe.get("mirror", ""))
     if weights.missing_files(repository, weights.folders(repository)[0]):
         say(f"{name}: {recipe['about']}; licence: {recipe['licence']}. Ahead of time: python data.py --download={name}")
     folder = weights.fetch(repository)

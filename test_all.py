@@ -2804,6 +2804,22 @@ def test_a_recipe_says_its_size_and_licence_and_is_checked_by_its_hash(web, monk
     assert len(data.read_records("sums")) == 8
 
 
+def test_a_recipe_whose_server_is_gone_comes_from_its_mirror_with_the_same_hash(hub, monkeypatch, capsys):
+    content = json.dumps({"question": "1+1?", "answer": "#### 2"}).encode()
+    hub.large, hub.files["Org/Mirror"] = ("jsonl",), {"t.jsonl": content}
+    recipe = {"stage": "rl", "about": "a sum", "licence": "MIT", "rows": "gsm8k", "hub": "http://127.0.0.1:9/gone",
+              "revision": "", "files": {"t.jsonl": [len(content), hashlib.md5(content).hexdigest()]}}
+    monkeypatch.setitem(data.RECIPES, "sums", recipe)
+    assert fails(lambda: data.read_records("sums"), "127.0.0.1:9", "5 times")
+    monkeypatch.setitem(data.RECIPES, "sums", recipe | {"mirror": f"Org/Mirror@{COMMIT}"})
+    assert len(data.read_records("sums")) == 1 and "trying its mirror, Org/Mirror" in capsys.readouterr().err
+    (file,), asked = data.locate("sums")[0], len(hub.log)
+    assert len(data.read_records("sums")) == 1 and len(hub.log) == asked  # from the cache
+    shutil.rmtree(Path(file).parent)
+    hub.files["Org/Mirror"]["t.jsonl"] = content.replace(b"2", b"3")  # of the same size, but another file
+    assert fails(lambda: data.read_records("sums"), "t.jsonl", "expected", hashlib.md5(content).hexdigest())
+
+
 def test_a_recipes_pictures_come_from_where_it_says(web, monkeypatch, tmp_path):
     web.files["/train/a.png"] = image_bytes()
     web.files["/d.json"] = json.dumps([llava("coco/train/a.png"), llava("vg/b.png")]).encode()

@@ -373,6 +373,7 @@ class Repository:
     licence: str
     prefix: str = ""   # take only the tensors of model.safetensors whose names begin with this. The rest of a SigLIP
                        # file, more than half of it, is a text encoder that we never use.
+    mirror: str = ""   # another address of the same files, Org/Name@commit, for when the first does not answer
 
 
 # The table of what we know by name: commits, sizes, hashes and licences.
@@ -541,7 +542,8 @@ def look_up(repository: Repository, name: str, optional=False) -> RemoteFile | N
     length = headers.get("X-Linked-Size") or ("" if reply.is_redirect else headers.get("Content-Length", ""))
     require(length.isdecimal(), f"{remote}: the server does not say how long this file is; fetch it by hand")
     total = int(length)  # a small file's ETag is not a sha256: such a file is compared with the table after download
-    require(size in (None, total) and (digest in (None, etag) or len(etag) != 64), f"{remote}: {endpoint()} has "
+    other = digest and len(digest) == len(etag) and digest != etag  # hashes of one kind that differ
+    require(size in (None, total) and not other, f"{remote}: {endpoint()} has "
             f"{total:,} bytes with hash {etag}, expected are {size or total:,} with {digest or etag}; the file was "
             "replaced, or the mirror is wrong: check HF_ENDPOINT")
     return RemoteFile(replace(repository, revision=commit), name, digest or etag, total, total)
@@ -598,7 +600,14 @@ def select_tensors(remote: RemoteFile) -> RemoteFile:
 def plan(repository: Repository, folder: Path) -> list[RemoteFile]:
     "What has to be downloaded, the weights last. Only headers, and the index of shards, are downloaded here already."
     if repository.files:
-        return [select_tensors(look_up(repository, name)) for name in missing_files(repository, folder)]
+        try:
+            return [select_tensors(look_up(repository, name)) for name in missing_files(repository, folder)]
+        except ValueError as error:
+            if not repository.mirror:
+                raise
+            note(f"{error}\ntrying its mirror, {repository.mirror}: the same hash proves the same file")
+            hub, _, revision = repository.mirror.partition("@")
+            return plan(replace(repository, hub=hub, revision=revision, mirror=""), folder)
     # A branch moves on, and files of two commits must not be mixed. So the first commit is recorded and used from then
     # on; delete the folder to get a newer one.
     record = folder / "commit"
