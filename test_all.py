@@ -6141,7 +6141,7 @@ def test_a_browser_shows_the_page_and_talks(served, photo):
         expect(page.locator(".user .text")).to_have_text(["What is this?"])
         served.server.stop = kept
         # The words under the pointer, and under the arrow keys, change the overlay.
-        expect(page.locator(".bot .text span").first).to_be_visible(timeout=20_000)  # a busy machine
+        expect(page.locator(".bot .text span").first).to_be_visible()
         page.locator(".bot .text span").first.hover()
         expect(page.locator("figure canvas.on")).to_have_count(1)
         seen = page.locator("figure canvas").screenshot()
