@@ -720,7 +720,7 @@ def read_message(message, images: list) -> dict:
 def read_messages(server: Server, messages) -> tuple[list, list]:
     "-> (our messages, the pixels of their pictures)."
     if not isinstance(messages, list) or not 1 <= len(messages) <= TURNS:
-        raise Refused(400, f"messages must be a list of 1 to {TURNS}", "messages")
+        raise Refused(400, f"messages must be a list of 1 to {TURNS}; for more, start over", "messages")
     out, images = [], []
     for i, message in enumerate(messages):
         try:
@@ -841,7 +841,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         if "Transfer-Encoding" in self.headers:
             raise Refused(411, "send the body as one piece, with its Content-Length")
         key = self.server.flags.api_key
-        sent = self.headers.get("Authorization", "").removeprefix("Bearer ").encode("utf-8", "replace")
+        sent = self.headers.get("Authorization", "").removeprefix("Bearer ").encode("latin-1")  # as it came
         # compare_digest takes equally long for all wrong keys: the time does not tell how much of one is right.
         if key and path not in ("/", "/health") and not secrets.compare_digest(sent, key.encode()):
             raise Refused(401, "the API key is missing or wrong", code="invalid_api_key")

@@ -6178,17 +6178,85 @@ def test_a_browser_shows_the_page_and_talks(served, photo):
 def test_the_page_asks_for_the_key(trained):
     from playwright.sync_api import expect, sync_playwright
     expect.set_options(timeout=20_000)  # milliseconds: a busy machine
-    there = Served(trained[0], "--api_key=sesame", "--max_requests=4")
+    there = Served(trained[0], "--api_key=clé", "--max_requests=4", "--max_new_tokens=5")
+    assert requests.get(there.url + "/v1/models", headers={"Authorization": "Bearer clé".encode()}).ok  # as curl does
     with sync_playwright() as play:
         browser = play.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
         page = browser.new_page()
         page.goto(there.url)
-        for key, said in (("wrong", "asks for one"), ("sesame", "not accepted")):
+        for key, said in (("ключ", "asks for one"), ("clé", "not accepted")):
             expect(page.locator("#key-note")).to_contain_text(said)
             page.fill("#key", key)
             page.press("#key", "Enter")
         expect(page.locator("#model")).to_contain_text("tiny")
         expect(page.locator(".error")).to_have_count(0)
+        assert page.input_value("#length") == "5"  # --max_new_tokens
+        # Another key counts from now on: the question that was refused is asked again with it.
+        there.server.flags.api_key = "new"
+        page.fill("#text", "What?")
+        page.press("#text", "Enter")
+        page.fill("#key", "new")
+        page.press("#key", "Enter")
+        expect(page.locator(".bot .foot")).to_contain_text("token")
+        expect(page.locator(".error")).to_have_count(0)
+        # A server that is gone, and back.
+        page.route("**/v1/**", lambda route: route.abort())
+        page.reload()
+        expect(page.locator(".error")).to_contain_text("The server does not answer.")
+        page.unroute("**/v1/**")
+        page.click(".error button")
+        expect(page.locator("#model")).to_contain_text("tiny")
+        browser.close()
+    there.server.shutdown()
+
+
+@needs("playwright")
+@pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium: apt-get install chromium")
+def test_the_page_takes_any_picture_follows_the_answer_and_shows_at_the_first_tap_where_it_looked(tmp_path):
+    from playwright.sync_api import expect, sync_playwright
+    expect.set_options(timeout=20_000)  # milliseconds: a busy machine
+    there = Served(tmp_path, "--max_requests=4")  # the model that comes with the code
+
+    def file(size, noise=False) -> dict:
+        out, image = io.BytesIO(), Image.new("RGB", size, "red")
+        (Image.frombytes("RGB", size, os.urandom(size[0] * size[1] * 3)) if noise else image).save(out, "PNG")
+        return {"name": "a.png", "mimeType": "image/png", "buffer": out.getvalue()}
+    with sync_playwright() as play:
+        browser = play.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        page = browser.new_page(viewport={"width": 800, "height": 700}, has_touch=True)
+        page.goto(there.url)
+        expect(page.locator("#model")).to_contain_text("tiny")
+        page.set_input_files("#file", {"name": "a.pdf", "mimeType": "application/pdf", "buffer": b"%PDF"})
+        expect(page.locator(".error")).to_contain_text("a.pdf")
+        # Eight pictures fit into one request, and each into its number of pixels. What is transparent becomes white.
+        lines = b'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 9 9"><path d="M2 2h1v1"/></svg>'
+        page.set_input_files("#file", [file((960, 960), True)] * 6 + [file((5100, 4000)), {
+            "name": "a.svg", "mimeType": "image/svg+xml", "buffer": lines}])
+        expect(page.locator("#waiting figure")).to_have_count(8)
+        assert page.evaluate("waiting.join().length") < sample.BODY
+        pictures = [sample.read_picture(url) for url in page.evaluate("waiting")]
+        assert max(image.width * image.height for image in pictures) < sample.PIXELS
+        assert pictures[7].getpixel((0, 0)) == (255, 255, 255)
+        # Side by side, a wide and a tall one keep their shapes: what is laid over them lies on them.
+        page.reload()
+        page.set_input_files("#file", [file((90, 40)), file((40, 90))])
+        page.click("#send")
+        expect(page.locator(".bot .foot")).to_contain_text("tokens")
+        for figure in page.locator(".user figure").all():
+            assert figure.bounding_box() == figure.locator("img").bounding_box()
+        # A finger moves nothing before it taps.
+        place = page.locator(".bot .text").bounding_box()
+        page.touchscreen.tap(place["x"] + 5, place["y"] + 14)
+        expect(page.locator("figure canvas.on")).to_have_count(2)
+        # An answer that comes faster than a page can glide is followed to its end.
+        event = "data: " + json.dumps({"choices": [{"delta": {"content": "word\n"}, "finish_reason": None}]}) + "\n\n"
+        page.route("**/chat/completions", lambda route: route.fulfill(body=event * 300 + "data: [DONE]\n\n"))
+        page.fill("#text", "What?")
+        page.click("#send")
+        expect(page.locator(".error")).to_contain_text("broke off")
+        expect(page.locator(".error")).to_be_in_viewport()
+        main = page.locator("#main")
+        assert main.evaluate("main => main.scrollHeight - main.scrollTop - main.clientHeight") < 120
         browser.close()
     there.server.shutdown()
 
