@@ -6258,7 +6258,7 @@ def test_the_page_takes_any_picture_follows_the_answer_and_shows_at_the_first_ta
         assert pictures[7].getpixel((0, 0)) == (255, 255, 255)
         # Side by side, a wide and a tall one keep their shapes: what is laid over them lies on them.
         page.reload()
-        page.set_input_files("#file", [file((90, 40)), file((40, 90))])
+        page.set_input_files("#file", [file((90, 40)), file((40, 90)), file((60, 60))])
         page.click("#send")
         expect(page.locator(".bot .foot")).to_contain_text("tokens")
         for figure in page.locator(".user figure").all():
@@ -6266,7 +6266,7 @@ def test_the_page_takes_any_picture_follows_the_answer_and_shows_at_the_first_ta
         # A finger moves nothing before it taps.
         place = page.locator(".bot .text").bounding_box()
         page.touchscreen.tap(place["x"] + 5, place["y"] + 14)
-        expect(page.locator("figure canvas.on")).to_have_count(2)
+        expect(page.locator("figure canvas.on")).to_have_count(3)
         # An answer that comes faster than a page can glide is followed to its end.
         event = "data: " + json.dumps({"choices": [{"delta": {"content": "word\n"}, "finish_reason": "stop"}]}) + "\n\n"
         page.route("**/chat/completions", lambda route: route.fulfill(body=event * 300))
@@ -6274,6 +6274,12 @@ def test_the_page_takes_any_picture_follows_the_answer_and_shows_at_the_first_ta
         page.click("#send")
         expect(page.locator(".bot .foot").last).to_contain_text("first word")
         expect(page.locator(".bot .foot").last).to_be_in_viewport()
+        # The pictures have scrolled away: copies are shown, all of them, also on a phone, and not over the word.
+        page.set_viewport_size({"width": 390, "height": 700})
+        page.touchscreen.tap(20, 100)
+        expect(page.locator("#lens canvas")).to_have_count(3)
+        places = [canvas.bounding_box() for canvas in page.locator("#lens canvas").all()]
+        assert min(place["x"] for place in places) >= 0 and min(place["y"] for place in places) > 130
         browser.close()
     there.server.shutdown()
 
