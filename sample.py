@@ -269,7 +269,7 @@ class Chat:
     """
     /image PATH  show a picture; ask about it with the next question
     /draw        draw a scene of the built-in world, save it here and show it
-    /undo        take back the last question and its answer
+    /undo        take back the last picture that no question has shown, else the last question and its answer
     /save FILE   write the conversation as a JSON record, which data.py reads, with copies of its pictures
     /reset       start over
     /help        this list
@@ -304,13 +304,14 @@ class Chat:
         return sum(part["type"] == "image" for message in self.messages for part in message["content"])
 
     def do_undo(self, rest: str) -> None:
-        what = "the picture"
-        if len(self.pictures) == self.asked():
-            if not self.messages:
-                raise ValueError("nothing to take back")
+        if len(self.pictures) > self.asked():
+            what = self.pictures.pop()[0]
+        elif self.messages:
             what = self.messages[-2]["content"][-1]["text"].strip()
             del self.messages[-2:]
-        del self.pictures[self.asked():]
+            del self.pictures[self.asked():]
+        else:
+            raise ValueError("nothing to take back")
         note(f"(took back: {what})")
 
     def do_save(self, rest: str) -> None:

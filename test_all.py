@@ -5420,9 +5420,11 @@ def test_chat_shows_pictures_and_survives_a_slip(trained, photo, monkeypatch):
         return "A cat."
     monkeypatch.setattr(sample, "stream", answer)
     ran = talk(trained, "Hello?", f"/image {photo}", "What is <image> it?", "", "/image nowhere.png",
-               f"/image '{photo}'", "And this?", "/frobnicate", "/reset", "/help", "Again?", "/quit", "no")
-    assert ran.code == 0 and ran.out == "A cat.\n" * 4  # no prompts, no notes: they go to standard error
-    assert seen == [(0, 0), (1, 1), (2, 2), (0, 0)]  # pictures, places
+               f"/image '{photo}'", "And this?", "/frobnicate", "/reset", "/help", "Again?", f"/image {photo}",
+               f"/image {photo}", "/undo", "Or?", "/undo", "/undo", "/quit", "no")
+    assert ran.code == 0 and ran.out == "A cat.\n" * 5  # no prompts, no notes: they go to standard error
+    assert seen == [(0, 0), (1, 1), (2, 2), (0, 0), (1, 1)]  # pictures, places
+    assert re.findall(r"took back: (.*)\)", ran.err) == [str(photo), "Or?", "Again?"]
     assert "error: nowhere.png" in ran.err and "error: /frobnicate: no such command" in ran.err and "/undo" in ran.err
     monkeypatch.undo()
     real = talk(trained, f"/image {photo}", "What is it?", "/exit", "And?")
