@@ -28,6 +28,7 @@ import io
 import ipaddress
 import json
 import math
+import os
 import queue
 import re
 import secrets
@@ -104,7 +105,7 @@ def check_flags(flags) -> None:
     written = [Path(path) for path in (flags.attention, flags.images and flags.out) if path]
     new = [Path(folder) for folder in (flags.export, flags.slim) if folder]
     for wrong, message in [
-        (not 0 < top_p <= 1 or min(flags.temperature or 0, flags.top_k or 0) < 0 or penalty <= 0,
+        (not (0 < top_p <= 1 and (flags.temperature or 0) >= 0 <= (flags.top_k or 0) and penalty > 0),  # so NaN is, too
          "--top_p must be in 0 to 1, --temperature and --top_k from 0, --repetition_penalty above 0"),
         (flags.anyres not in ("auto", "True", "False"), f"--anyres={flags.anyres}: choose auto, True or False"),
         *((not Path(path).is_file(), f"{path}: no such image file") for path in flags.image),
@@ -175,7 +176,9 @@ def options(vlm: VLM, flags) -> dict:
     # What is given; else the publisher's; else generate's own defaults, greedy as in the evaluation: the answers shown
     # are the answers measured.
     given = {name: getattr(flags, name) for name in SAMPLING if getattr(flags, name) is not None}
-    return {"max_new_tokens": flags.max_new_tokens, **vlm.config.generation, **given}
+    # No answer is longer than what the model can read: a huge --max_new_tokens must not ask for as much memory.
+    most = min(flags.max_new_tokens, vlm.config.decoder.max_position_embeddings)
+    return {"max_new_tokens": most, **vlm.config.generation, **given}
 
 
 def to_pixels(vlm: VLM, path, flags, alone: bool = True):
@@ -259,14 +262,14 @@ def typed_path(text: str) -> Path:
     "As shells do, because paths are pasted and dragged in from there: 'quotes', ~ for the home folder, my\\ cat.jpg."
     if not text.strip():
         raise ValueError("/image PATH, /save FILE: name the file")
-    return Path(text.strip().strip("'\"").replace("\\ ", " ")).expanduser()
+    return Path(os.path.expanduser(text.strip().strip("'\"").replace("\\ ", " ")))
 
 
 class Chat:
     """
     /image PATH  show a picture; ask about it with the next question
     /draw        draw a scene of the built-in world, save it here and show it
-    /undo        take back the last question and its answer
+    /undo        take back the last picture that no question has shown, else the last question and its answer
     /save FILE   write the conversation as a JSON record, which data.py reads, with copies of its pictures
     /reset       start over
     /help        this list
@@ -301,13 +304,14 @@ class Chat:
         return sum(part["type"] == "image" for message in self.messages for part in message["content"])
 
     def do_undo(self, rest: str) -> None:
-        what = "the picture"
-        if len(self.pictures) == self.asked():
-            if not self.messages:
-                raise ValueError("nothing to take back")
+        if len(self.pictures) > self.asked():
+            what = self.pictures.pop()[0]
+        elif self.messages:
             what = self.messages[-2]["content"][-1]["text"].strip()
             del self.messages[-2:]
-        del self.pictures[self.asked():]
+            del self.pictures[self.asked():]
+        else:
+            raise ValueError("nothing to take back")
         note(f"(took back: {what})")
 
     def do_save(self, rest: str) -> None:
@@ -317,7 +321,11 @@ class Chat:
         # Its pictures are copied beside it: a record may only name what is in its own folder (data.py).
         for source, _ in self.pictures[:self.asked()]:
             images.append(f"{path.stem}-{len(images) + 1}{source.suffix}")
-            shutil.copyfile(source, path.with_name(images[-1]))
+            copy = path.with_name(images[-1])
+            if not copy.exists():
+                shutil.copyfile(source, copy)
+            elif copy.read_bytes() != source.read_bytes():
+                raise ValueError(f"{copy} is another picture, which would be lost: save under another name")
         record = [{"id": "chat", "messages": self.messages, "images": images}]
         path.write_text(json.dumps(record, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
         note(f"(wrote {path})")
@@ -344,12 +352,13 @@ class Chat:
             if not line or word in ("/quit", "/exit"):
                 return
             try:  # a mistyped path should not cost the conversation so far
-                if not word.startswith("/"):
+                # Dragged into the terminal; some quote the path. isfile: a long question is no file, and no error.
+                if word.startswith(("/", "'", '"', "~")) and os.path.isfile(typed_path(line)):
+                    self.do_image(line)
+                elif not word.startswith("/"):
                     self.ask(line.strip()) if word else None
                 elif command := getattr(self, "do_" + word[1:], None):
                     command(rest)
-                elif typed_path(line).is_file():  # dragged into the terminal
-                    self.do_image(line)
                 else:
                     raise ValueError(f"{word}: no such command; /help lists them")
             except (ValueError, OSError) as error:
@@ -366,12 +375,13 @@ def answer_folder(vlm: VLM, tokenizer: Tokenizer, flags) -> None:
     root, out = Path(flags.images), Path(flags.out)
     # A large folder takes hours. A run that was stopped continues: what --out answers already is skipped. The question
     # is part of the key: another question is other work. Lines with an error do not count: those are tried again.
-    done = set()
+    done, lines = set(), [""]
     if out.exists():
         # A line cut off by a crash is an error that names the file. Appending after it would spoil the next line too.
         with weights.named_errors(out):
+            lines = out.read_text(encoding="utf-8").split("\n")  # splitlines would also cut at an answer's U+2028
             done = {(row.get("image"), row.get("question"))
-                    for row in map(json.loads, out.read_text(encoding="utf-8").splitlines()) if "answer" in row}
+                    for row in map(json.loads, filter(None, lines)) if "answer" in row}
     # Relative to the folder: it may be moved, and a.png in two subfolders stays two pictures. Sorted: the file system's
     # order differs from machine to machine.
     names = sorted(str(path.relative_to(root)) for path in root.rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES)
@@ -387,6 +397,8 @@ def answer_folder(vlm: VLM, tokenizer: Tokenizer, flags) -> None:
     engine = Engine(vlm, rows=flags.batch_size, width=width, vocab_used=tokenizer.vocab_size)
     # Append, never rewrite: nothing that goes wrong later can harm the answers that are there.
     with open(out, "a", encoding="utf-8") as file:
+        file.write("\n" * bool(lines[-1]))  # an editor may have left the last line without its end
+
         def write(name: str, **result) -> None:
             # ensure_ascii=False: answers in any script stay readable in the file. Flushed: a crash loses none of them.
             file.write(json.dumps({"image": name, "question": flags.question, **result}, ensure_ascii=False) + "\n")
@@ -720,7 +732,7 @@ def read_message(message, images: list) -> dict:
 def read_messages(server: Server, messages) -> tuple[list, list]:
     "-> (our messages, the pixels of their pictures)."
     if not isinstance(messages, list) or not 1 <= len(messages) <= TURNS:
-        raise Refused(400, f"messages must be a list of 1 to {TURNS}", "messages")
+        raise Refused(400, f"messages must be a list of 1 to {TURNS}; for more, start over", "messages")
     out, images = [], []
     for i, message in enumerate(messages):
         try:
@@ -740,7 +752,7 @@ def read_request(server: Server, fields: dict) -> list[Request]:
     most = fields.get("max_completion_tokens", fields.get("max_tokens"))
     if len(prompt.ids) + (most or 1) > width:
         raise Refused(400, f"{len(prompt.ids):,} tokens and an answer of up to {most or 1:,}: there is room for "
-                      f"{width:,}", "messages", "context_length_exceeded")
+                      f"{width:,}; send less, or start over", "messages", "context_length_exceeded")
     given["max_new_tokens"] = most or min(given["max_new_tokens"], width - len(prompt.ids))
     given |= {name: fields[name] for name in SAMPLING if name in fields}
     seed = fields.get("seed", secrets.randbits(31))
@@ -841,7 +853,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         if "Transfer-Encoding" in self.headers:
             raise Refused(411, "send the body as one piece, with its Content-Length")
         key = self.server.flags.api_key
-        sent = self.headers.get("Authorization", "").removeprefix("Bearer ").encode("utf-8", "replace")
+        sent = self.headers.get("Authorization", "").removeprefix("Bearer ").encode("latin-1")  # as it came
         # compare_digest takes equally long for all wrong keys: the time does not tell how much of one is right.
         if key and path not in ("/", "/health") and not secrets.compare_digest(sent, key.encode()):
             raise Refused(401, "the API key is missing or wrong", code="invalid_api_key")
