@@ -318,6 +318,8 @@ class Chat:
         path, images = typed_path(rest), []
         if not self.messages:
             raise ValueError("nothing to save yet")
+        if path.exists() and path.suffix != ".json":  # /save cat.jpg
+            raise ValueError(f"{path} would be lost: name a .json file")
         # Its pictures are copied beside it: a record may only name what is in its own folder (data.py).
         for source, _ in self.pictures[:self.asked()]:
             images.append(f"{path.stem}-{len(images) + 1}{source.suffix}")

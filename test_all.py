@@ -5472,10 +5472,13 @@ def test_chat_knows_a_path_as_people_paste_and_drag_it(trained, photo, tmp_path,
 def test_chat_saves_over_no_other_picture(trained, photo, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "photo-1.png").write_bytes(b"another")
-    ran = talk(trained, "/image photo.png", "What?", "/save photo.json", "/save talk.json", "/save talk.json")
-    assert "error: photo-1.png is another picture" in ran.err and ran.err.count("(wrote talk.json)") == 2
+    pixels = photo.read_bytes()
+    ran = talk(trained, "/image photo.png", "What?", "/save photo.json", "/save photo.png",
+               "/save talk.json", "/save talk.json")
+    assert "error: photo-1.png is another picture" in ran.err and "error: photo.png would be lost" in ran.err
+    assert ran.err.count("(wrote talk.json)") == 2
     assert (tmp_path / "photo-1.png").read_bytes() == b"another" and not (tmp_path / "photo.json").exists()
-    assert (tmp_path / "talk-1.png").read_bytes() == photo.read_bytes()
+    assert (tmp_path / "talk-1.png").read_bytes() == photo.read_bytes() == pixels
 
 
 def test_a_folder_of_pictures_is_answered_and_gone_on_with(trained, photo, tmp_path):
