@@ -72,6 +72,7 @@ from world import QUESTIONS, Scene, World
 # built-in world. It is opened only when its record is used: the 558,000 pictures of LLaVA's first stage fill 110 GB.
 
 PICTURES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp")
+UNREAD = (".heic", ".heif", ".avif", ".tif", ".tiff")  # pictures, too, but not for every Pillow
 LEADS_OUT = re.compile(r"^[/\\]|^[A-Za-z]:|(^|[/\\])\.\.($|[/\\])|\0")  # /etc/passwd, C:x, ../x
 MAX_PICTURE = 200 * 2 ** 20  # bytes of one picture's file; a larger one is a mistake or an attack (a zip bomb)
 
@@ -124,7 +125,8 @@ def open_source(source, px: int = 256) -> Image.Image:
         with named_errors(name):
             source = read_member(*source)
     elif name.startswith(("http://", "https://")):
-        source = weights.fetch_url(name, cache("pictures"), MAX_PICTURE)
+        source = weights.fetch_url(name, cache("pictures"), MAX_PICTURE,
+                                   check=lambda content: load_image(io.BytesIO(content), name))
     return load_image(io.BytesIO(source) if isinstance(source, bytes) else source, name)
 
 
@@ -533,11 +535,16 @@ def read_folder(path: str):
     if os.path.exists(listing):
         yield from read_json_rows(listing)
         return
-    for kind in sorted(entry.name for entry in os.scandir(path) if entry.is_dir()):
-        for name in sorted(os.listdir(os.path.join(path, kind))):
-            if name.lower().endswith(PICTURES):
-                name = f"{kind}/{name}"
-                yield 0, 0, {"id": name, "image": name, "question": CLASS_PROMPT, "answer": kind, "metric": "exact"}
+    names = [f"{entry.name}/{name}" for entry in os.scandir(path) if entry.is_dir() for name in os.listdir(entry)]
+    # Hidden ones are no pictures of the user's: .ipynb_checkpoints/7.jpg, or cat/._7.jpg, macOS's companion of 7.jpg
+    names = [name for name in names if name.lower().endswith(PICTURES + UNREAD) and not re.search(r"(^|/)\.", name)]
+    require(names, f"{path}: no metadata.jsonl here, and no sub-folders (one for each kind) with pictures in them")
+    for name in sorted(names, key=lambda name: name.split("/")):
+        if name.lower().endswith(UNREAD):
+            yield 0, 0, ValueError(f"{name}: pictures of this kind are not read; convert it to .jpg, or remove it")
+        else:
+            yield 0, 0, {"id": name, "image": name, "question": CLASS_PROMPT, "answer": name.split("/")[0],
+                         "metric": "exact"}
 
 
 def parquet_to_tar(path: str) -> str:
@@ -600,8 +607,9 @@ def read_file(path: str, places: dict = {}) -> Records:
             return index_records(path, read_folder, None, image_finder(path, places))
         kinds = {".tar": (read_tar, parse_sample), ".tsv": (read_tsv, None), ".gz": (read_json_rows, None),
                  ".json": (read_json_rows, json.loads), ".jsonl": (read_json_rows, json.loads)}
-        require(path.endswith((".tsv", ".tar", *JSON_SUFFIXES)), f"{path}: unknown kind of file; give a .json, .jsonl, "
-                                                                 ".tsv, .tar or .parquet, or a folder of pictures")
+        require(path.endswith((".tsv", ".tar", *JSON_SUFFIXES)), f"{path}: " + (
+            "unknown kind of file; give a .json, .jsonl, .tsv, .tar or .parquet, or a folder of pictures"
+            if os.path.exists(path) else "no such file or folder, nor a public set (python data.py --download=list)"))
         return index_records(path, *kinds[os.path.splitext(path)[1]], image_finder(os.path.dirname(path), places))
 
 
@@ -617,7 +625,7 @@ def index_records(path: str, read, read_again, find) -> Records:
         row = attempt(read_again, read_span(path, start, end)) if read_again else rows[number]
         return read_row(instances_of(row)[part], f"{path}, record {number}", number, find)
     if read_again and kept.exists():
-        with contextlib.suppress(OSError, ValueError, KeyError, zipfile.BadZipFile), np.load(kept) as saved:
+        with contextlib.suppress(*weights.BROKEN, ValueError, KeyError), np.load(kept) as saved:
             return Records(make, saved["spans"], saved["keys"], saved["counts"])
     spans, keys, counts, bad, started = array("q"), array("Q"), array("q"), [], time.time()
     for number, (start, end, row) in enumerate(tqdm(read(path), desc=f"reading {path}", delay=5, disable=None)):
@@ -657,7 +665,8 @@ def read_records(name, max_bad: float = 0.0) -> Records:
         f" (and {len(bad) - 1} more; python data.py --data={name} names all)" if len(bad) > 1 else ""))
     for line in bad:
         say(f"skipped: {line}")
-    require(len(records), f"{name}: the file is empty; was its download cut off?")
+    require(len(records), f"{name}: " + (f"all of its {len(bad)} records are bad; they are named above" if bad else
+                                         "the file is empty; was its download cut off?"))
     if share := re.search(r"@(0?\.\d+)$", str(name)):  # the same records every time
         chosen = random.Random("share").sample(range(len(records)), max(1, round(float(share[1]) * len(records))))
         records = records.select(np.isin(np.arange(len(records)), chosen))
@@ -708,6 +717,7 @@ def locate(name: str) -> tuple[list[str], dict]:
     if shards := re.fullmatch(r"(.*)\{(\d+)\.\.(\d+)\}(.*)", name):  # name-{000..127}.tar
         start, first, last, end = shards.groups()
         names = [f"{start}{number:0{len(first)}}{end}" for number in range(int(first), int(last) + 1)]
+        require(names, f"{name}: the second number is below the first")
     return [fetch_file(one) if one.startswith(("http://", "https://")) else one for one in names], {}
 
 
@@ -928,7 +938,8 @@ def read_any(name: str, world: World, count: int):
         return [world[i] for i in range(count)]
     # Chapter 1's kind of data: the first row is a text, not a conversation, and no picture's caption. Where even that
     # row is an error, reading will say what is wrong with it.
-    if name.endswith(".txt") or isinstance(attempt(next, read_text(name)), str):
+    pictures = os.path.isdir(name) and attempt(next, read_folder(name), None)  # beside them may lie a notes.txt
+    if name.endswith(".txt") or not isinstance(pictures, tuple) and isinstance(attempt(next, read_text(name)), str):
         return ({"id": f"{name} document {i}", "text": text, "images": []} for i, text in enumerate(read_text(name)))
     return read_records(name, 1.0)
 
@@ -1304,8 +1315,8 @@ class Loader:
 # Flags, for every script
 
 POSITIVE = ("batch_size", "seq_len", "steps", "lr", "eval_size", "samples", "max_new_tokens", "gpus", "keep",
-            "max_bad_steps", "max_requests")
-NOT_NEGATIVE = ("micro_batch_size", "lora_rank", "temperature", "warmup", "cooldown", "top_k", "rehearse")
+            "max_bad_steps", "max_requests", "image_tokens")
+NOT_NEGATIVE = ("max_bad", "micro_batch_size", "lora_rank", "temperature", "warmup", "cooldown", "top_k", "rehearse")
 
 
 class Parser(argparse.ArgumentParser):
@@ -1457,7 +1468,8 @@ def check_data(flags) -> dict:
                 where += f" (id {record['id'][:60]!r})"
                 counts.update(records=1, images=len(record["images"]), turns=len(record.get("messages", [])))
                 bad += [f"{where}: {problem}" for problem in problems_of(record, where, seen)]
-                keys = hash_keys(record)
+                # A text's id may be its number in the file: two files' first texts are not the same.
+                keys = hash_keys(record) if record["images"] else [hash(repr(turns_of(record)))]
                 if not held_out:
                     trained.update(keys)
                 elif not trained.isdisjoint(keys):
@@ -1469,7 +1481,7 @@ def check_data(flags) -> dict:
                 shown += [line] * (line != "" and len(shown) < 3)
             except ValueError as error:
                 bad.append(str(error) if name in str(error) else f"{where}: {error}")
-    if flags.check:
+    if drawn and flags.check:
         path = flags.out.replace("world.png", "check.png")
         draw_records(path, drawn)
         say(f"wrote {path}")
@@ -1560,6 +1572,9 @@ FLAGS = {
 
 def main() -> None:
     flags = parse_flags(__doc__, FLAGS)
+    # Now, not after an hour of reading.
+    require(flags.out.lower().endswith(PICTURES) and Path(flags.out).parent.is_dir(),
+            f"--out={flags.out}: give a picture's name, such as sheet.png, in a folder that exists")
     if flags.download:
         download(flags.download, flags.vision)
     elif flags.data == "world" and not flags.check:
