@@ -491,6 +491,10 @@ def read_tsv(path: str):
 SAMPLE = re.compile(r"(.*?[^/.]*)\.?([^/]*)")  # cut at the first dot of the name, not of its folders: v1.0/7, jpg
 
 
+def is_ours(member: tarfile.TarInfo) -> bool:
+    return member.isfile() and not os.path.basename(member.name).startswith("._")  # macOS's companion of a file
+
+
 def read_tar(path: str):
     """webdataset: 7.jpg with 7.json (a record) or 7.txt (a caption) is record 7. Its files are neighbours."""
     # A tar has no directory like a zip: the headers of all members are read, once, and from then on the index knows
@@ -502,7 +506,7 @@ def read_tar(path: str):
             plain = (member.isfile() or member.isdir()) and not member.issparse() and not LEADS_OUT.search(member.name)
             require(plain, f"{path}: member {member.name[:100]!r} is a link, a device, sparse, or leads out of the "
                            "archive; pack plain files only")
-            if member.isfile() and SAMPLE.fullmatch(member.name)[1] != stem:
+            if is_ours(member) and SAMPLE.fullmatch(member.name)[1] != stem:
                 stem = SAMPLE.fullmatch(member.name)[1]
                 starts.append(member.offset)
         starts.append(tar.offset)
@@ -514,13 +518,14 @@ def parse_sample(raw: bytes) -> dict:
     "The bytes of one record's members in a tar -> its row."
     files, stem = {}, ""
     with tarfile.open(fileobj=io.BytesIO(raw), mode="r:") as tar:
-        for member in filter(tarfile.TarInfo.isfile, tar):
+        for member in filter(is_ours, tar):
             stem, suffix = SAMPLE.fullmatch(member.name).groups()
             files[suffix.lower()] = tar.extractfile(member).read()
     pictures = [files[suffix] for suffix in sorted(files) if ("." + suffix).endswith(PICTURES)]
     row = parse_json(files.get("json", b"{}"), f"{stem}.json")
     require(isinstance(row, dict), f"{stem}.json is no object")
-    require(pictures or "txt" not in files, f"{stem}.txt: a caption without its .jpg, .png or .webp")
+    require(pictures or "txt" not in files, f"{stem}.txt: a caption without its .jpg, .png or .webp next to it")
+    require(files.keys() & {"json", "txt"}, f"{stem}: no {stem}.json or .txt next to it in the archive")
     if "txt" in files and not {"messages", "conversations", "question"} & row.keys():
         with named_errors(f"{stem}.txt"):
             row = {"caption": files["txt"].decode().strip()}
@@ -574,8 +579,11 @@ def parquet_to_tar(path: str) -> str:
             for row in (row for group in range(file.num_row_groups)
                         for batch in file.iter_batches(batch_size=32, row_groups=[group]) for row in batch.to_pylist()):
                 pictures = row.pop("images", None) or [row.pop("image", None)]
-                pictures = [picture["bytes"] if isinstance(picture, dict) else picture for picture in pictures]
-                pictures = [picture for picture in pictures if isinstance(picture, bytes)]
+                pictures = [picture["bytes"] or picture.get("path") if isinstance(picture, dict) else picture
+                            for picture in pictures]
+                pictures = [picture for picture in pictures if picture]  # None: a text-only row
+                require(all(isinstance(picture, bytes) for picture in pictures), f"{path}, record {number}: a picture "
+                        f"is only named, {str(pictures)[:70]}, but not in the file; give a .jsonl beside the pictures")
                 if "texts" in row:  # no markers here: the pictures come first
                     row["messages"] = [{"role": role, "content": turn[role]} for turn in row.pop("texts")
                                        for role in ("user", "assistant")]
@@ -586,7 +594,10 @@ def parquet_to_tar(path: str) -> str:
                 add(f"{number}.json", json.dumps(row, default=str).encode())
                 number += 1
     except (ArrowException, OSError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{path}, record {number}: not a .parquet of images and texts ({error})") from None
+        # pyarrow calls what it cannot read an OSError, too, but without a number: the others are the disk's.
+        raise ValueError(f"{path}: cannot be laid out in {target} ({error}); make room there, or set GHOSTVIS_CACHE to "
+                         "a folder on another disk" if getattr(error, "errno", None) else
+                         f"{path}, record {number}: not a .parquet of images and texts ({error})") from None
     return str(target)
 
 
@@ -596,25 +607,28 @@ def fingerprint(*paths: str) -> str:
     return hashlib.sha1(repr((1, stats)).encode()).hexdigest()[:24]  # 1: raise it if what is kept changes
 
 
-def read_file(path: str, places: dict = {}) -> Records:
+def read_file(name: str, places: dict = {}) -> Records:
     "One file, or a folder of pictures."
-    with named_errors(path):
+    path = name
+    with named_errors(name):
         if path.endswith(".parquet"):
             path = parquet_to_tar(path)
         # The reader, and what reads a row again from its bytes. None: rows stay in memory, as no row of a compressed
         # file can be read alone.
         if os.path.isdir(path):
-            return index_records(path, read_folder, None, image_finder(path, places))
+            return index_records(name, path, read_folder, None, image_finder(path, places))
         kinds = {".tar": (read_tar, parse_sample), ".tsv": (read_tsv, None), ".gz": (read_json_rows, None),
                  ".json": (read_json_rows, json.loads), ".jsonl": (read_json_rows, json.loads)}
         require(path.endswith((".tsv", ".tar", *JSON_SUFFIXES)), f"{path}: " + (
             "unknown kind of file; give a .json, .jsonl, .tsv, .tar or .parquet, or a folder of pictures"
             if os.path.exists(path) else "no such file or folder, nor a public set (python data.py --download=list)"))
-        return index_records(path, *kinds[os.path.splitext(path)[1]], image_finder(os.path.dirname(path), places))
+        kind = kinds[os.path.splitext(path)[1]]
+        return index_records(name, path, *kind, image_finder(os.path.dirname(path), places))
 
 
-def index_records(path: str, read, read_again, find) -> Records:
+def index_records(name: str, path: str, read, read_again, find) -> Records:
     """
+    name: what the user calls the file, also where it was laid out anew at `path`.
     Every row is read and checked once. A large file's index is kept in the cache until the file or a zip beside it
     changes, so that the next run, and every other rank, starts at once.
     """
@@ -623,16 +637,16 @@ def index_records(path: str, read, read_again, find) -> Records:
 
     def make(number: int, start: int, end: int, part: int) -> dict:
         row = attempt(read_again, read_span(path, start, end)) if read_again else rows[number]
-        return read_row(instances_of(row)[part], f"{path}, record {number}", number, find)
+        return read_row(instances_of(row)[part], f"{name}, record {number}", number, find)
     if read_again and kept.exists():
         with contextlib.suppress(*weights.BROKEN, ValueError, KeyError), np.load(kept) as saved:
             return Records(make, saved["spans"], saved["keys"], saved["counts"])
     spans, keys, counts, bad, started = array("q"), array("Q"), array("q"), [], time.time()
-    for number, (start, end, row) in enumerate(tqdm(read(path), desc=f"reading {path}", delay=5, disable=None)):
+    for number, (start, end, row) in enumerate(tqdm(read(path), desc=f"reading {name}", delay=5, disable=None)):
         if not read_again:
             rows.append(row)
         for part, one in enumerate(instances_of(row)):
-            record = attempt(read_row, one, f"{path}, record {number}", number, find)
+            record = attempt(read_row, one, f"{name}, record {number}", number, find)
             if isinstance(record, ValueError):
                 bad.append(str(record))
                 continue
@@ -1458,9 +1472,11 @@ def check_data(flags) -> dict:
     for name, held_out in parts:
         records = read_any(name, World("chat"), 500)
         bad += getattr(records, "bad", [])
+        numbers = itertools.count()
         if isinstance(records, Records):  # a picture may have gone since the index was made
+            numbers = records.spans[:, 0]  # in the file, where bad ones count, too
             records = map(partial(attempt, records.__getitem__), range(len(records)))
-        for number, record in enumerate(tqdm(records, desc=f"checking {name}", delay=5, disable=None)):
+        for number, record in zip(numbers, tqdm(records, desc=f"checking {name}", delay=5, disable=None)):
             where = f"{name}, record {number}"
             try:
                 if isinstance(record, ValueError):

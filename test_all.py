@@ -2283,6 +2283,28 @@ def test_tar_shards_hold_captions_or_conversations(tmp_path):
     assert data.open_source(two["images"][0]).size == (8, 8)
     (tmp_path / "bad.tar").write_bytes((tmp_path / "s.tar").read_bytes()[:700])
     assert fails(lambda: data.read_records(tmp_path / "bad.tar"), "bad.tar")
+    with tarfile.open(tmp_path / "mac.tar", "w") as tar:  # macOS packs a companion of each file
+        for name, content in ("./._1.jpg", b"?"), ("./1.jpg", image_bytes()), ("./._1.txt", b"?"), ("./1.txt", b"Red."):
+            add_to_tar(tar, name, content)
+        add_to_tar(tar, "2.jpg", image_bytes())
+    record, = data.read_records(tmp_path / "mac.tar", max_bad=0.5)
+    assert record["messages"][1]["content"] == "Red."
+    assert fails(lambda: data.read_records(tmp_path / "mac.tar"), "record 1: 2: no 2.json or .txt next to it")
+
+
+def test_what_is_wrong_with_a_parquet_is_said_of_the_users_file(tmp_path, monkeypatch):
+    pyarrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    monkeypatch.setenv("GHOSTVIS_CACHE", str(tmp_path / "cache"))
+    path, picture = tmp_path / "d.parquet", {"bytes": image_bytes(), "path": None}
+    table = {"image": [picture, picture], "question": ["q", "q"], "answer": ["a", ""]}
+    parquet.write_table(pyarrow.table(table), path)
+    assert fails(lambda: data.read_records(path), f"{path}, record 1", "empty")  # not of the .tar in the cache
+    monkeypatch.setenv("GHOSTVIS_CACHE", str(path))  # a disk that takes nothing
+    assert fails(lambda: data.read_records(path), path, "cannot be laid out", "GHOSTVIS_CACHE")
+    monkeypatch.setenv("GHOSTVIS_CACHE", str(tmp_path / "cache"))
+    table["image"][0] = {"bytes": None, "path": "a.jpg"}  # without it this would train as a question about nothing
+    parquet.write_table(pyarrow.table(table), path)
+    assert fails(lambda: data.read_records(path), f"{path}, record 0", "a.jpg", "only named")
 
 
 def test_text_is_cut_where_documents_end(tmp_path):
@@ -5355,6 +5377,8 @@ def test_data_py_checks_a_file_of_records(tmp_path):
     (tmp_path / "a.png").write_bytes(bytes_of("cut"))
     ran = run("data", f"--data={path}")
     assert ran.code == 1 and "1 of the records is bad" in ran.err and ran.result["bad"] == 1
+    ran = run("data", f"--data={write(tmp_path / 'e.json', [{'id': 'x'}, llava()])}")
+    assert "e.json, record 1 (id 'r1')" in ran.out  # its place in the file, not among the good ones
     (tmp_path / "a.png").write_bytes(bytes_of("huge"))
     ran = run_process("data", f"--data={path}")  # not here: it must not be decoded
     line, = (line for line in ran.out.splitlines() if line.startswith("bad: "))
