@@ -544,6 +544,8 @@ def read_folder(path: str):
     # Hidden ones are no pictures of the user's: .ipynb_checkpoints/7.jpg, or cat/._7.jpg, macOS's companion of 7.jpg
     names = [name for name in names if name.lower().endswith(PICTURES + UNREAD) and not re.search(r"(^|/)\.", name)]
     require(names, f"{path}: no metadata.jsonl here, and no sub-folders (one for each kind) with pictures in them")
+    require(any(not name.startswith("images/") for name in names), f"{path}: images/ is no kind of thing but belongs to "
+            "a .json or .jsonl; give that file")
     for name in sorted(names, key=lambda name: name.split("/")):
         if name.lower().endswith(UNREAD):
             yield 0, 0, ValueError(f"{name}: pictures of this kind are not read; convert it to .jpg, or remove it")
@@ -833,12 +835,19 @@ def token_file(path: str, encode, end: int) -> tuple[np.ndarray, np.ndarray]:
         # would be 18. Another tokenizer gives other ids: a few words tell them apart.
         probe = repr(encode("The quick brown fox, 12 dogs; größer. def f(x):\n")) + str(end)
         kept = cache("tokens", hashlib.sha1((fingerprint(*files) + probe).encode()).hexdigest()[:24])
-    if not kept.with_suffix(".ends").exists():
-        with new_file(kept.with_suffix(".ids")) as file:
-            ends = write_ids(file)
-        with new_file(kept.with_suffix(".ends")) as file:
-            file.write(ends)
-    return np.memmap(kept.with_suffix(".ids"), np.uint32, "r"), np.fromfile(kept.with_suffix(".ends"), np.int64)
+    ids_file, ends_file, whole = kept.with_suffix(".ids"), kept.with_suffix(".ends"), False
+    with contextlib.suppress(OSError, IndexError):  # one was deleted, or cut short by a power cut
+        whole = ids_file.stat().st_size == 4 * np.fromfile(ends_file, np.int64)[-1]
+    if not whole:
+        try:
+            with new_file(ids_file) as file:
+                ends = write_ids(file)
+            with new_file(ends_file) as file:
+                file.write(ends)
+        except OSError as error:
+            raise ValueError(f"{path}: its tokens cannot be kept in {ids_file} ({error}); make room there, or set "
+                             "GHOSTVIS_CACHE to a folder on another disk") from None
+    return np.memmap(ids_file, np.uint32, "r"), np.fromfile(ends_file, np.int64)
 
 
 def read_text_records(path, encode, end: int, seq_len: int) -> Records:

@@ -2505,10 +2505,11 @@ def test_of_a_folder_of_pictures_nothing_is_left_out_in_silence_but_hidden_files
 
 
 @pytest.mark.parametrize("name,problem", [
-    ("flat", "no sub-folders"), ("nosuch", "no such file or folder"), ("s-{2..0}.tar", "below the first")])
+    ("flat", "no sub-folders"), ("llava", "give that file"), ("nosuch", "no such file or folder"), ("s-{2..0}.tar", "below the first")])
 def test_data_that_are_not_there_are_not_called_an_empty_file(tmp_path, name, problem):
-    (tmp_path / "flat").mkdir()
-    (tmp_path / "flat" / "1.png").write_bytes(image_bytes())
+    for folder in tmp_path / "flat", tmp_path / "llava" / "images":
+        folder.mkdir(parents=True)
+        (folder / "1.png").write_bytes(image_bytes())
     assert fails(lambda: data.read_records(tmp_path / name), name, problem)
 
 
@@ -2683,8 +2684,14 @@ def test_a_long_text_is_cut_into_the_same_pieces_from_memory_and_from_the_disk(t
     small = data.read_text_records(tmp_path / "a.txt", encode, 300, 16)
     monkeypatch.setattr(data, "BLOCK", 100)
     large = data.read_text_records(tmp_path / "a.txt", encode, 300, 16)
-    again = data.read_text_records(tmp_path / "a.txt", None if False else encode, 300, 16)
-    assert list((tmp_path / "cache" / "tokens").iterdir()) and list(small) == list(large) == list(again)
+    again = data.read_text_records(tmp_path / "a.txt", encode, 300, 16)
+    kept = list((tmp_path / "cache" / "tokens").iterdir())
+    assert len(kept) == 2 and list(small) == list(large) == list(again)
+    for file, spoil in itertools.product(kept, (Path.unlink, lambda file: os.truncate(file, 8))):
+        spoil(file)  # the cache was cleaned, or the power went
+        assert list(data.read_text_records(tmp_path / "a.txt", encode, 300, 16)) == list(small)
+    monkeypatch.setenv("GHOSTVIS_CACHE", str(tmp_path / "a.txt"))  # a disk that takes nothing
+    assert fails(lambda: data.read_text_records(tmp_path / "a.txt", encode, 300, 16), "a.txt", "GHOSTVIS_CACHE")
     expected = []
     for number, text in enumerate(data.read_text(tmp_path / "a.txt")):
         ids = encode(text) + [300]
