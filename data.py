@@ -544,8 +544,8 @@ def read_folder(path: str):
     # Hidden ones are no pictures of the user's: .ipynb_checkpoints/7.jpg, or cat/._7.jpg, macOS's companion of 7.jpg
     names = [name for name in names if name.lower().endswith(PICTURES + UNREAD) and not re.search(r"(^|/)\.", name)]
     require(names, f"{path}: no metadata.jsonl here, and no sub-folders (one for each kind) with pictures in them")
-    require(any(not name.startswith("images/") for name in names), f"{path}: images/ is no kind of thing but belongs to "
-            "a .json or .jsonl; give that file")
+    listed = all(name.startswith("images/") for name in names)
+    require(not listed, f"{path}: all its pictures are in images/, as those of a .json or .jsonl are; give that file")
     for name in sorted(names, key=lambda name: name.split("/")):
         if name.lower().endswith(UNREAD):
             yield 0, 0, ValueError(f"{name}: pictures of this kind are not read; convert it to .jpg, or remove it")
@@ -1398,6 +1398,8 @@ def parse_flags(doc: str, flags: dict, by_model: dict[str, dict] = {}, argv=None
 
 def run(main) -> None:
     "Run a script's main(): bad input ends in one line on standard error and exit code 1."
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # a pipe on Windows cannot take every letter
     try:
         main()
     # Only these two: a wrong value or file is for the user to correct. Any other exception is our mistake, and its

@@ -5179,6 +5179,7 @@ WRONG = {
     "batch_does_not_divide": (TRAINING[:3],
                               lambda f, t: (["--batch_size=5", "--micro_batch_size=2"], "--micro_batch_size=2")),
     "float8": (TRAINING + ["bench"], lambda f, t: ("--float8", "--float8")),  # not on a CPU
+    "max_bad_below_0": (TRAINING, lambda f, t: ("--max_bad=-1", "--max_bad=-1")),
     "micro_batch_below_0": (TRAINING, lambda f, t: ("--micro_batch_size=-1", "--micro_batch_size=-1")),
     "eval_size_0": (TRAINING + ["bench"], lambda f, t: ("--eval_size=0", "--eval_size=0")),
     "nothing_to_resume": (TRAINING, lambda f, t: (["--resume", f"--out_dir={f / 'new'}"], f / "new")),
@@ -5366,6 +5367,12 @@ def test_the_check_finds_held_out_pictures_that_also_train(tmp_path):
     assert check(tmp_path, f"--val={tmp_path / 'v.jsonl'}").code == 0
     shutil.copy(tmp_path / "d.jsonl", tmp_path / "v.jsonl")
     assert "is in --data, too" in check(tmp_path, f"--val={tmp_path / 'v.jsonl'}").out
+
+
+def test_letters_that_the_terminal_lacks_are_written_as_numbers(monkeypatch):
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(io.BytesIO(), encoding="cp1252"))  # a pipe on Windows
+    data.run(lambda: print("猫 café \udce9", flush=True))
+    assert sys.stdout.buffer.getvalue().decode("cp1252").strip() == r"\u732b café \udce9"
 
 
 def test_mixtures_text_and_the_world_are_checked_too(tmp_path):
