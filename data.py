@@ -72,6 +72,7 @@ from world import QUESTIONS, Scene, World
 # built-in world. It is opened only when its record is used: the 558,000 pictures of LLaVA's first stage fill 110 GB.
 
 PICTURES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp")
+UNREAD = (".heic", ".heif", ".avif", ".tif", ".tiff")  # pictures, too, but not for every Pillow
 LEADS_OUT = re.compile(r"^[/\\]|^[A-Za-z]:|(^|[/\\])\.\.($|[/\\])|\0")  # /etc/passwd, C:x, ../x
 MAX_PICTURE = 200 * 2 ** 20  # bytes of one picture's file; a larger one is a mistake or an attack (a zip bomb)
 
@@ -124,7 +125,8 @@ def open_source(source, px: int = 256) -> Image.Image:
         with named_errors(name):
             source = read_member(*source)
     elif name.startswith(("http://", "https://")):
-        source = weights.fetch_url(name, cache("pictures"), MAX_PICTURE)
+        source = weights.fetch_url(name, cache("pictures"), MAX_PICTURE,
+                                   check=lambda content: load_image(io.BytesIO(content), name))
     return load_image(io.BytesIO(source) if isinstance(source, bytes) else source, name)
 
 
@@ -489,6 +491,10 @@ def read_tsv(path: str):
 SAMPLE = re.compile(r"(.*?[^/.]*)\.?([^/]*)")  # cut at the first dot of the name, not of its folders: v1.0/7, jpg
 
 
+def is_ours(member: tarfile.TarInfo) -> bool:
+    return member.isfile() and not os.path.basename(member.name).startswith("._")  # macOS's companion of a file
+
+
 def read_tar(path: str):
     """webdataset: 7.jpg with 7.json (a record) or 7.txt (a caption) is record 7. Its files are neighbours."""
     # A tar has no directory like a zip: the headers of all members are read, once, and from then on the index knows
@@ -500,7 +506,7 @@ def read_tar(path: str):
             plain = (member.isfile() or member.isdir()) and not member.issparse() and not LEADS_OUT.search(member.name)
             require(plain, f"{path}: member {member.name[:100]!r} is a link, a device, sparse, or leads out of the "
                            "archive; pack plain files only")
-            if member.isfile() and SAMPLE.fullmatch(member.name)[1] != stem:
+            if is_ours(member) and SAMPLE.fullmatch(member.name)[1] != stem:
                 stem = SAMPLE.fullmatch(member.name)[1]
                 starts.append(member.offset)
         starts.append(tar.offset)
@@ -512,13 +518,14 @@ def parse_sample(raw: bytes) -> dict:
     "The bytes of one record's members in a tar -> its row."
     files, stem = {}, ""
     with tarfile.open(fileobj=io.BytesIO(raw), mode="r:") as tar:
-        for member in filter(tarfile.TarInfo.isfile, tar):
+        for member in filter(is_ours, tar):
             stem, suffix = SAMPLE.fullmatch(member.name).groups()
             files[suffix.lower()] = tar.extractfile(member).read()
     pictures = [files[suffix] for suffix in sorted(files) if ("." + suffix).endswith(PICTURES)]
     row = parse_json(files.get("json", b"{}"), f"{stem}.json")
     require(isinstance(row, dict), f"{stem}.json is no object")
-    require(pictures or "txt" not in files, f"{stem}.txt: a caption without its .jpg, .png or .webp")
+    require(pictures or "txt" not in files, f"{stem}.txt: a caption without its .jpg, .png or .webp next to it")
+    require(files.keys() & {"json", "txt"}, f"{stem}: no {stem}.json or .txt next to it in the archive")
     if "txt" in files and not {"messages", "conversations", "question"} & row.keys():
         with named_errors(f"{stem}.txt"):
             row = {"caption": files["txt"].decode().strip()}
@@ -533,11 +540,18 @@ def read_folder(path: str):
     if os.path.exists(listing):
         yield from read_json_rows(listing)
         return
-    for kind in sorted(entry.name for entry in os.scandir(path) if entry.is_dir()):
-        for name in sorted(os.listdir(os.path.join(path, kind))):
-            if name.lower().endswith(PICTURES):
-                name = f"{kind}/{name}"
-                yield 0, 0, {"id": name, "image": name, "question": CLASS_PROMPT, "answer": kind, "metric": "exact"}
+    names = [f"{entry.name}/{name}" for entry in os.scandir(path) if entry.is_dir() for name in os.listdir(entry)]
+    # Hidden ones are no pictures of the user's: .ipynb_checkpoints/7.jpg, or cat/._7.jpg, macOS's companion of 7.jpg
+    names = [name for name in names if name.lower().endswith(PICTURES + UNREAD) and not re.search(r"(^|/)\.", name)]
+    require(names, f"{path}: no metadata.jsonl here, and no sub-folders (one for each kind) with pictures in them")
+    listed = all(name.startswith("images/") for name in names)
+    require(not listed, f"{path}: all its pictures are in images/, as those of a .json or .jsonl are; give that file")
+    for name in sorted(names, key=lambda name: name.split("/")):
+        if name.lower().endswith(UNREAD):
+            yield 0, 0, ValueError(f"{name}: pictures of this kind are not read; convert it to .jpg, or remove it")
+        else:
+            yield 0, 0, {"id": name, "image": name, "question": CLASS_PROMPT, "answer": name.split("/")[0],
+                         "metric": "exact"}
 
 
 def parquet_to_tar(path: str) -> str:
@@ -567,8 +581,11 @@ def parquet_to_tar(path: str) -> str:
             for row in (row for group in range(file.num_row_groups)
                         for batch in file.iter_batches(batch_size=32, row_groups=[group]) for row in batch.to_pylist()):
                 pictures = row.pop("images", None) or [row.pop("image", None)]
-                pictures = [picture["bytes"] if isinstance(picture, dict) else picture for picture in pictures]
-                pictures = [picture for picture in pictures if isinstance(picture, bytes)]
+                pictures = [picture["bytes"] or picture.get("path") if isinstance(picture, dict) else picture
+                            for picture in pictures]
+                pictures = [picture for picture in pictures if picture]  # None: a text-only row
+                require(all(isinstance(picture, bytes) for picture in pictures), f"{path}, record {number}: a picture "
+                        f"is only named, {str(pictures)[:70]}, but not in the file; give a .jsonl beside the pictures")
                 if "texts" in row:  # no markers here: the pictures come first
                     row["messages"] = [{"role": role, "content": turn[role]} for turn in row.pop("texts")
                                        for role in ("user", "assistant")]
@@ -579,7 +596,10 @@ def parquet_to_tar(path: str) -> str:
                 add(f"{number}.json", json.dumps(row, default=str).encode())
                 number += 1
     except (ArrowException, OSError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{path}, record {number}: not a .parquet of images and texts ({error})") from None
+        # pyarrow calls what it cannot read an OSError, too, but without a number: the others are the disk's.
+        raise ValueError(f"{path}: cannot be laid out in {target} ({error}); make room there, or set GHOSTVIS_CACHE to "
+                         "a folder on another disk" if getattr(error, "errno", None) else
+                         f"{path}, record {number}: not a .parquet of images and texts ({error})") from None
     return str(target)
 
 
@@ -589,24 +609,28 @@ def fingerprint(*paths: str) -> str:
     return hashlib.sha1(repr((1, stats)).encode()).hexdigest()[:24]  # 1: raise it if what is kept changes
 
 
-def read_file(path: str, places: dict = {}) -> Records:
+def read_file(name: str, places: dict = {}) -> Records:
     "One file, or a folder of pictures."
-    with named_errors(path):
+    path = name
+    with named_errors(name):
         if path.endswith(".parquet"):
             path = parquet_to_tar(path)
         # The reader, and what reads a row again from its bytes. None: rows stay in memory, as no row of a compressed
         # file can be read alone.
         if os.path.isdir(path):
-            return index_records(path, read_folder, None, image_finder(path, places))
+            return index_records(name, path, read_folder, None, image_finder(path, places))
         kinds = {".tar": (read_tar, parse_sample), ".tsv": (read_tsv, None), ".gz": (read_json_rows, None),
                  ".json": (read_json_rows, json.loads), ".jsonl": (read_json_rows, json.loads)}
-        require(path.endswith((".tsv", ".tar", *JSON_SUFFIXES)), f"{path}: unknown kind of file; give a .json, .jsonl, "
-                                                                 ".tsv, .tar or .parquet, or a folder of pictures")
-        return index_records(path, *kinds[os.path.splitext(path)[1]], image_finder(os.path.dirname(path), places))
+        require(path.endswith((".tsv", ".tar", *JSON_SUFFIXES)), f"{path}: " + (
+            "unknown kind of file; give a .json, .jsonl, .tsv, .tar or .parquet, or a folder of pictures"
+            if os.path.exists(path) else "no such file or folder, nor a public set (python data.py --download=list)"))
+        kind = kinds[os.path.splitext(path)[1]]
+        return index_records(name, path, *kind, image_finder(os.path.dirname(path), places))
 
 
-def index_records(path: str, read, read_again, find) -> Records:
+def index_records(name: str, path: str, read, read_again, find) -> Records:
     """
+    name: what the user calls the file, also where it was laid out anew at `path`.
     Every row is read and checked once. A large file's index is kept in the cache until the file or a zip beside it
     changes, so that the next run, and every other rank, starts at once.
     """
@@ -615,16 +639,16 @@ def index_records(path: str, read, read_again, find) -> Records:
 
     def make(number: int, start: int, end: int, part: int) -> dict:
         row = attempt(read_again, read_span(path, start, end)) if read_again else rows[number]
-        return read_row(instances_of(row)[part], f"{path}, record {number}", number, find)
+        return read_row(instances_of(row)[part], f"{name}, record {number}", number, find)
     if read_again and kept.exists():
-        with contextlib.suppress(OSError, ValueError, KeyError, zipfile.BadZipFile), np.load(kept) as saved:
+        with contextlib.suppress(*weights.BROKEN, ValueError, KeyError), np.load(kept) as saved:
             return Records(make, saved["spans"], saved["keys"], saved["counts"])
     spans, keys, counts, bad, started = array("q"), array("Q"), array("q"), [], time.time()
-    for number, (start, end, row) in enumerate(tqdm(read(path), desc=f"reading {path}", delay=5, disable=None)):
+    for number, (start, end, row) in enumerate(tqdm(read(path), desc=f"reading {name}", delay=5, disable=None)):
         if not read_again:
             rows.append(row)
         for part, one in enumerate(instances_of(row)):
-            record = attempt(read_row, one, f"{path}, record {number}", number, find)
+            record = attempt(read_row, one, f"{name}, record {number}", number, find)
             if isinstance(record, ValueError):
                 bad.append(str(record))
                 continue
@@ -657,7 +681,8 @@ def read_records(name, max_bad: float = 0.0) -> Records:
         f" (and {len(bad) - 1} more; python data.py --data={name} names all)" if len(bad) > 1 else ""))
     for line in bad:
         say(f"skipped: {line}")
-    require(len(records), f"{name}: the file is empty; was its download cut off?")
+    require(len(records), f"{name}: " + (f"all of its {len(bad)} records are bad; they are named above" if bad else
+                                         "the file is empty; was its download cut off?"))
     if share := re.search(r"@(0?\.\d+)$", str(name)):  # the same records every time
         chosen = random.Random("share").sample(range(len(records)), max(1, round(float(share[1]) * len(records))))
         records = records.select(np.isin(np.arange(len(records)), chosen))
@@ -708,6 +733,7 @@ def locate(name: str) -> tuple[list[str], dict]:
     if shards := re.fullmatch(r"(.*)\{(\d+)\.\.(\d+)\}(.*)", name):  # name-{000..127}.tar
         start, first, last, end = shards.groups()
         names = [f"{start}{number:0{len(first)}}{end}" for number in range(int(first), int(last) + 1)]
+        require(names, f"{name}: the second number is below the first")
     return [fetch_file(one) if one.startswith(("http://", "https://")) else one for one in names], {}
 
 
@@ -809,12 +835,19 @@ def token_file(path: str, encode, end: int) -> tuple[np.ndarray, np.ndarray]:
         # would be 18. Another tokenizer gives other ids: a few words tell them apart.
         probe = repr(encode("The quick brown fox, 12 dogs; größer. def f(x):\n")) + str(end)
         kept = cache("tokens", hashlib.sha1((fingerprint(*files) + probe).encode()).hexdigest()[:24])
-    if not kept.with_suffix(".ends").exists():
-        with new_file(kept.with_suffix(".ids")) as file:
-            ends = write_ids(file)
-        with new_file(kept.with_suffix(".ends")) as file:
-            file.write(ends)
-    return np.memmap(kept.with_suffix(".ids"), np.uint32, "r"), np.fromfile(kept.with_suffix(".ends"), np.int64)
+    ids_file, ends_file, whole = kept.with_suffix(".ids"), kept.with_suffix(".ends"), False
+    with contextlib.suppress(OSError, IndexError):  # one was deleted, or cut short by a power cut
+        whole = ids_file.stat().st_size == 4 * np.fromfile(ends_file, np.int64)[-1]
+    if not whole:
+        try:
+            with new_file(ids_file) as file:
+                ends = write_ids(file)
+            with new_file(ends_file) as file:
+                file.write(ends)
+        except OSError as error:
+            raise ValueError(f"{path}: its tokens cannot be kept in {ids_file} ({error}); make room there, or set "
+                             "GHOSTVIS_CACHE to a folder on another disk") from None
+    return np.memmap(ids_file, np.uint32, "r"), np.fromfile(ends_file, np.int64)
 
 
 def read_text_records(path, encode, end: int, seq_len: int) -> Records:
@@ -928,7 +961,8 @@ def read_any(name: str, world: World, count: int):
         return [world[i] for i in range(count)]
     # Chapter 1's kind of data: the first row is a text, not a conversation, and no picture's caption. Where even that
     # row is an error, reading will say what is wrong with it.
-    if name.endswith(".txt") or isinstance(attempt(next, read_text(name)), str):
+    pictures = os.path.isdir(name) and attempt(next, read_folder(name), None)  # beside them may lie a notes.txt
+    if name.endswith(".txt") or not isinstance(pictures, tuple) and isinstance(attempt(next, read_text(name)), str):
         return ({"id": f"{name} document {i}", "text": text, "images": []} for i, text in enumerate(read_text(name)))
     return read_records(name, 1.0)
 
@@ -1304,8 +1338,8 @@ class Loader:
 # Flags, for every script
 
 POSITIVE = ("batch_size", "seq_len", "steps", "lr", "eval_size", "samples", "max_new_tokens", "gpus", "keep",
-            "max_bad_steps", "max_requests")
-NOT_NEGATIVE = ("micro_batch_size", "lora_rank", "temperature", "warmup", "cooldown", "top_k", "rehearse")
+            "max_bad_steps", "max_requests", "image_tokens")
+NOT_NEGATIVE = ("max_bad", "micro_batch_size", "lora_rank", "temperature", "warmup", "cooldown", "top_k", "rehearse")
 
 
 class Parser(argparse.ArgumentParser):
@@ -1364,6 +1398,8 @@ def parse_flags(doc: str, flags: dict, by_model: dict[str, dict] = {}, argv=None
 
 def run(main) -> None:
     "Run a script's main(): bad input ends in one line on standard error and exit code 1."
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # a pipe on Windows cannot take every letter
     try:
         main()
     # Only these two: a wrong value or file is for the user to correct. Any other exception is our mistake, and its
@@ -1447,9 +1483,11 @@ def check_data(flags) -> dict:
     for name, held_out in parts:
         records = read_any(name, World("chat"), 500)
         bad += getattr(records, "bad", [])
+        numbers = itertools.count()
         if isinstance(records, Records):  # a picture may have gone since the index was made
+            numbers = records.spans[:, 0]  # in the file, where bad ones count, too
             records = map(partial(attempt, records.__getitem__), range(len(records)))
-        for number, record in enumerate(tqdm(records, desc=f"checking {name}", delay=5, disable=None)):
+        for number, record in zip(numbers, tqdm(records, desc=f"checking {name}", delay=5, disable=None)):
             where = f"{name}, record {number}"
             try:
                 if isinstance(record, ValueError):
@@ -1457,7 +1495,8 @@ def check_data(flags) -> dict:
                 where += f" (id {record['id'][:60]!r})"
                 counts.update(records=1, images=len(record["images"]), turns=len(record.get("messages", [])))
                 bad += [f"{where}: {problem}" for problem in problems_of(record, where, seen)]
-                keys = hash_keys(record)
+                # A text's id may be its number in the file: two files' first texts are not the same.
+                keys = hash_keys(record) if record["images"] else [hash(repr(turns_of(record)))]
                 if not held_out:
                     trained.update(keys)
                 elif not trained.isdisjoint(keys):
@@ -1469,7 +1508,7 @@ def check_data(flags) -> dict:
                 shown += [line] * (line != "" and len(shown) < 3)
             except ValueError as error:
                 bad.append(str(error) if name in str(error) else f"{where}: {error}")
-    if flags.check:
+    if drawn and flags.check:
         path = flags.out.replace("world.png", "check.png")
         draw_records(path, drawn)
         say(f"wrote {path}")
@@ -1560,6 +1599,9 @@ FLAGS = {
 
 def main() -> None:
     flags = parse_flags(__doc__, FLAGS)
+    # Now, not after an hour of reading.
+    require(flags.out.lower().endswith(PICTURES) and Path(flags.out).parent.is_dir(),
+            f"--out={flags.out}: give a picture's name, such as sheet.png, in a folder that exists")
     if flags.download:
         download(flags.download, flags.vision)
     elif flags.data == "world" and not flags.check:

@@ -2283,6 +2283,28 @@ def test_tar_shards_hold_captions_or_conversations(tmp_path):
     assert data.open_source(two["images"][0]).size == (8, 8)
     (tmp_path / "bad.tar").write_bytes((tmp_path / "s.tar").read_bytes()[:700])
     assert fails(lambda: data.read_records(tmp_path / "bad.tar"), "bad.tar")
+    with tarfile.open(tmp_path / "mac.tar", "w") as tar:  # macOS packs a companion of each file
+        for name, content in ("./._1.jpg", b"?"), ("./1.jpg", image_bytes()), ("./._1.txt", b"?"), ("./1.txt", b"Red."):
+            add_to_tar(tar, name, content)
+        add_to_tar(tar, "2.jpg", image_bytes())
+    record, = data.read_records(tmp_path / "mac.tar", max_bad=0.5)
+    assert record["messages"][1]["content"] == "Red."
+    assert fails(lambda: data.read_records(tmp_path / "mac.tar"), "record 1: 2: no 2.json or .txt next to it")
+
+
+def test_what_is_wrong_with_a_parquet_is_said_of_the_users_file(tmp_path, monkeypatch):
+    pyarrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    monkeypatch.setenv("GHOSTVIS_CACHE", str(tmp_path / "cache"))
+    path, picture = tmp_path / "d.parquet", {"bytes": image_bytes(), "path": None}
+    table = {"image": [picture, picture], "question": ["q", "q"], "answer": ["a", ""]}
+    parquet.write_table(pyarrow.table(table), path)
+    assert fails(lambda: data.read_records(path), f"{path}, record 1", "empty")  # not of the .tar in the cache
+    monkeypatch.setenv("GHOSTVIS_CACHE", str(path))  # a disk that takes nothing
+    assert fails(lambda: data.read_records(path), path, "cannot be laid out", "GHOSTVIS_CACHE")
+    monkeypatch.setenv("GHOSTVIS_CACHE", str(tmp_path / "cache"))
+    table["image"][0] = {"bytes": None, "path": "a.jpg"}  # without it this would train as a question about nothing
+    parquet.write_table(pyarrow.table(table), path)
+    assert fails(lambda: data.read_records(path), f"{path}, record 0", "a.jpg", "only named")
 
 
 def test_text_is_cut_where_documents_end(tmp_path):
@@ -2467,7 +2489,28 @@ def test_a_folder_per_class_and_captions_in_a_listing_are_read(tmp_path):
     record, = data.read_records(tmp_path)
     assert record["messages"][0]["content"] == "<image>\nDescribe the image."
     assert record["messages"][1]["content"] == "A red square."
-    assert run("data", f"--data={tmp_path}").result["images"] == 1  # no text, though there is a "text" in it
+    (tmp_path / "LICENSE.txt").write_text("My own.")
+    assert run("data", f"--data={tmp_path}").result["images"] == 1  # no text, though there are "text" and .txt
+
+
+def test_of_a_folder_of_pictures_nothing_is_left_out_in_silence_but_hidden_files(tmp_path):
+    for name in "cat/1.png", "dog/1.png", ".hidden/1.png", "cat/._1.png":
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(image_bytes())
+    (tmp_path / "notes.txt").write_text("A note.")
+    assert [record["id"] for record in data.read_records(tmp_path)] == ["cat/1.png", "dog/1.png"]
+    assert run("data", f"--data={tmp_path}").result["images"] == 2  # it is no text
+    (tmp_path / "cat" / "IMG_1.HEIC").write_bytes(b"x")  # as iPhones write them
+    assert fails(lambda: data.read_records(tmp_path), "cat/IMG_1.HEIC", "convert it")
+
+
+@pytest.mark.parametrize("name,problem", [
+    ("flat", "no sub-folders"), ("llava", "give that file"), ("nosuch", "no such file or folder"), ("s-{2..0}.tar", "below the first")])
+def test_data_that_are_not_there_are_not_called_an_empty_file(tmp_path, name, problem):
+    for folder in tmp_path / "flat", tmp_path / "llava" / "images":
+        folder.mkdir(parents=True)
+        (folder / "1.png").write_bytes(image_bytes())
+    assert fails(lambda: data.read_records(tmp_path / name), name, problem)
 
 
 def nested(depth: int = 200_000) -> str:
@@ -2571,6 +2614,8 @@ def test_all_bad_records_are_listed_not_only_the_first(tmp_path):
     assert ran.code == 1 and len(lines) == 20 and all(f"record {i} " in " ".join(lines) for i in range(30) if i % 3)
     assert ran.result["bad"] == 20 and ran.result["records"] == 10
     assert fails(lambda: data.read_records(tmp_path / "d.json"), "record 1 ", "19 more")
+    write(tmp_path / "d.json", [row for row in rows if isinstance(row["answer"], int)])
+    assert fails(lambda: data.read_records(tmp_path / "d.json", max_bad=1.0), "all of its 20 records are bad")
 
 
 def test_a_list_of_any_layout_is_read_block_by_block(tmp_path, monkeypatch):
@@ -2602,8 +2647,10 @@ def test_the_index_of_a_file_is_kept_until_the_file_changes(tmp_path, monkeypatc
     assert not read and list(again) == list(first) and (again.keys == first.keys).all()
     write(path, [CHAT | {"id": i} for i in range(51)])
     assert len(data.read_records(path)) == 51 and read
-    kept.write_bytes(b"damaged")
-    assert len(data.read_records(path)) == 51
+    kept, = {*kept.parent.iterdir()} - {kept}
+    for content in b"damaged", b"":  # empty: after a power cut
+        kept.write_bytes(content)
+        assert len(data.read_records(path)) == 51
 
 
 def test_every_answer_of_a_held_out_conversation_becomes_a_question():
@@ -2637,8 +2684,14 @@ def test_a_long_text_is_cut_into_the_same_pieces_from_memory_and_from_the_disk(t
     small = data.read_text_records(tmp_path / "a.txt", encode, 300, 16)
     monkeypatch.setattr(data, "BLOCK", 100)
     large = data.read_text_records(tmp_path / "a.txt", encode, 300, 16)
-    again = data.read_text_records(tmp_path / "a.txt", None if False else encode, 300, 16)
-    assert list((tmp_path / "cache" / "tokens").iterdir()) and list(small) == list(large) == list(again)
+    again = data.read_text_records(tmp_path / "a.txt", encode, 300, 16)
+    kept = list((tmp_path / "cache" / "tokens").iterdir())
+    assert len(kept) == 2 and list(small) == list(large) == list(again)
+    for file, spoil in itertools.product(kept, (Path.unlink, lambda file: os.truncate(file, 8))):
+        spoil(file)  # the cache was cleaned, or the power went
+        assert list(data.read_text_records(tmp_path / "a.txt", encode, 300, 16)) == list(small)
+    monkeypatch.setenv("GHOSTVIS_CACHE", str(tmp_path / "a.txt"))  # a disk that takes nothing
+    assert fails(lambda: data.read_text_records(tmp_path / "a.txt", encode, 300, 16), "a.txt", "GHOSTVIS_CACHE")
     expected = []
     for number, text in enumerate(data.read_text(tmp_path / "a.txt")):
         ids = encode(text) + [300]
@@ -2767,6 +2820,10 @@ def test_pictures_named_by_urls_are_fetched_when_they_are_used_and_only_once(web
     assert fails(lambda: weights.fetch_url(f"{web.url}/big.png", tmp_path / "c", 4000), "4,000 bytes")
     web.redirects = {"/there.png": "/a.png", "/circle.png": "/circle.png"}
     assert data.open_source(f"{web.url}/there.png").getpixel((0, 0)) == (255, 0, 0)
+    web.files["/later.png"] = b"<html>please log in</html>"
+    assert fails(lambda: data.open_source(f"{web.url}/later.png"), "/later.png", "not a readable image")
+    web.files["/later.png"] = image_bytes()  # the page was not kept in the picture's place
+    assert data.open_source(f"{web.url}/later.png").getpixel((0, 0)) == (255, 0, 0)
     for url in f"{web.url}/circle.png", "http://[::1/a.png", "http:///a.png":
         assert fails(lambda: data.open_source(url), url)
 
@@ -5122,6 +5179,7 @@ WRONG = {
     "batch_does_not_divide": (TRAINING[:3],
                               lambda f, t: (["--batch_size=5", "--micro_batch_size=2"], "--micro_batch_size=2")),
     "float8": (TRAINING + ["bench"], lambda f, t: ("--float8", "--float8")),  # not on a CPU
+    "max_bad_below_0": (TRAINING, lambda f, t: ("--max_bad=-1", "--max_bad=-1")),
     "micro_batch_below_0": (TRAINING, lambda f, t: ("--micro_batch_size=-1", "--micro_batch_size=-1")),
     "eval_size_0": (TRAINING + ["bench"], lambda f, t: ("--eval_size=0", "--eval_size=0")),
     "nothing_to_resume": (TRAINING, lambda f, t: (["--resume", f"--out_dir={f / 'new'}"], f / "new")),
@@ -5304,6 +5362,17 @@ def test_the_check_finds_held_out_pictures_that_also_train(tmp_path):
     assert ran.code == 1 and ran.result["bad"] == 2 and "is in --data, too" in ran.out  # it is a duplicate as well
     (tmp_path / "v.jsonl").write_text("\n".join(map(json.dumps, rows[8:])))
     assert check(tmp_path, f"--val={tmp_path / 'v.jsonl'}").code == 0
+    for name, answer in ("d.jsonl", "a"), ("v.jsonl", "b"):  # texts without an id are told apart by their words
+        write(tmp_path / name, [{"question": "q", "answer": answer}], lines=True)
+    assert check(tmp_path, f"--val={tmp_path / 'v.jsonl'}").code == 0
+    shutil.copy(tmp_path / "d.jsonl", tmp_path / "v.jsonl")
+    assert "is in --data, too" in check(tmp_path, f"--val={tmp_path / 'v.jsonl'}").out
+
+
+def test_letters_that_the_terminal_lacks_are_written_as_numbers(monkeypatch):
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(io.BytesIO(), encoding="cp1252"))  # a pipe on Windows
+    data.run(lambda: print("猫 café \udce9", flush=True))
+    assert sys.stdout.buffer.getvalue().decode("cp1252").strip() == r"\u732b café \udce9"
 
 
 def test_mixtures_text_and_the_world_are_checked_too(tmp_path):
@@ -5322,10 +5391,15 @@ def test_data_py_checks_a_file_of_records(tmp_path):
     (tmp_path / "a.png").write_bytes(bytes_of("cut"))
     ran = run("data", f"--data={path}")
     assert ran.code == 1 and "1 of the records is bad" in ran.err and ran.result["bad"] == 1
+    ran = run("data", f"--data={write(tmp_path / 'e.json', [{'id': 'x'}, llava()])}")
+    assert "e.json, record 1 (id 'r1')" in ran.out  # its place in the file, not among the good ones
     (tmp_path / "a.png").write_bytes(bytes_of("huge"))
     ran = run_process("data", f"--data={path}")  # not here: it must not be decoded
     line, = (line for line in ran.out.splitlines() if line.startswith("bad: "))
     assert ran.code == 1 and str(path) in line and "'r1'" in line and "a.png" in line and "limit" in line
+    for name in "nosuch/sheet.png", "sheet":
+        ran = run("data", f"--data={path}", f"--out={tmp_path / name}")
+        assert ran.code == 1 and "--out=" in ran.err and not ran.out  # before all is read, not after
     ran = run("data", f"--out={tmp_path / 'world.png'}")
     assert ran.code == 0 and Image.open(tmp_path / "world.png").size[0] == 1200
     asked = [world.World("exam", "scenes")[i]["messages"][0]["content"].removeprefix("<image>\n") for i in range(10)]

@@ -436,7 +436,7 @@ def find_repository(name: str) -> Repository:
         return known[name]
     match = re.fullmatch(r"(\w[\w.-]*/\w[\w.-]*)(?:@(\S+))?", name)  # neither part may begin with a dot: ../../x
     require(match, f"{name!r}: no such repository; known are {', '.join(REPOSITORIES)}, and any other as Org/Name or "
-                   "Org/Name@revision")
+                   "Org/Name@revision; data.py --download=list shows data sets, too")
     return Repository(match[1], match[2] or "main", {}, f"see {endpoint()}/{match[1]}")
 
 
@@ -490,11 +490,12 @@ def request(method: str, url: str, where, headers: dict = {}, accept=()) -> requ
     status, code = reply.status_code, reply.headers.get("X-Error-Code")
     if status in TRY_AGAIN:
         raise requests.ConnectionError(f"the server answers {status}", response=reply)
-    remedy = REMEDIES.get((status, code)) or REMEDIES.get(status) if at_hub(url) else None
+    known = REMEDIES.get((status, code)) or REMEDIES.get(status) if at_hub(url) else None
+    place = f"HF_ENDPOINT ({endpoint()})" if at_hub(url) else "the address"
     # A redirect as GET's last answer: after ten of them it is a circle.
     arrived = status < (300 if method == "GET" else 400)
     require(arrived or status in accept, f"{where}: the server answers {status}, " + (
-        remedy or f"{reply.reason}; check the address, HF_ENDPOINT ({endpoint()}) and proxies"))
+        known or f"{reply.reason}; check {place} and proxies"))
     return reply
 
 
@@ -719,8 +720,11 @@ def fetch(name: str | Repository) -> Path:
     return folder
 
 
-def fetch_url(url: str, folder: Path, most: int) -> bytes:
-    "One small file from any web server, such as a picture that a record names, kept in the folder -> its bytes."
+def fetch_url(url: str, folder: Path, most: int, check=len) -> bytes:
+    """
+    One small file from any web server, such as a picture that a record names, kept in the folder -> its bytes.
+    check(bytes) raises an error where they are something else: a hotel's login page must not be kept as the picture.
+    """
     digest = hashlib.sha1(url.encode()).hexdigest()
     kept = folder / digest[:2] / digest  # 256 folders: a hundred thousand files in one are slow
     with contextlib.suppress(FileNotFoundError):
@@ -737,6 +741,7 @@ def fetch_url(url: str, folder: Path, most: int) -> bytes:
         return content
 
     content = retry(url, receive_all)
+    check(content)
     kept.parent.mkdir(parents=True, exist_ok=True)
     part = kept.with_name(f"{digest}.{os.getpid()}.part")
     part.write_bytes(content)
