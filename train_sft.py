@@ -286,7 +286,7 @@ def evaluate_with_baselines(vlm, tokenizer, held_out: dict, setup: Setup) -> dic
             setup.print(f"  {kind:<10}" + "".join(f"{column['by_kind'][kind]:>10.1%}" for column in columns.values()))
         setup.print(f"  {'all':<10}" + "".join(f"{column['accuracy']:>10.1%}" for column in columns.values()))
         if not exchanged:
-            setup.print("  no shuffled baseline: all of these questions are about the same picture")
+            setup.print("  no shuffled baseline: it takes questions about different pictures")
         results[name] = {"n": own["n"], "accuracy": own["accuracy"], "ci95": own["ci95"], "by_kind": own["by_kind"],
                          "blind_accuracy": columns["blind"]["accuracy"],
                          "shuffled_accuracy": columns["shuffled"]["accuracy"] if exchanged else None}
