@@ -4530,6 +4530,8 @@ def test_a_stopped_and_resumed_run_equals_one_never_stopped_bit_for_bit(trained,
     assert weights.read_json(tmp_path / "b" / "tiny" / stage / "state.json")["step"] == 2
     rest = run(script, *flags, f"--out_dir={tmp_path / 'b'}", "--resume", main=main)
     assert rest.code == 0 and rest.result["step"] == 4 and "at step 2" in rest.err
+    same = {"seconds": 0, "checkpoint": ""}  # these alone differ; "before" is where the run began, not the resumed part
+    assert {**rest.result, **same} == {**whole.result, **same}
     start = (trained[0] / "tiny" / START[stage] / "model.safetensors").read_bytes()
     for name in ("model.safetensors", "optimizer.safetensors", "state.json"):
         one, two = ((tmp_path / run_ / "tiny" / stage / name).read_bytes() for run_ in "ab")
@@ -4550,6 +4552,33 @@ def test_resuming_with_a_flag_that_changes_the_result_is_refused(trained, tmp_pa
     ran = run(CHAPTERS[stage], *QUICK, f"--out_dir={out}", "--resume", flag)
     one_line(ran, flag.split("=")[0], "--resume")
     assert snapshot(out) == before
+
+
+def test_two_runs_never_write_into_one_folder(trained, tmp_path):
+    shutil.copytree(trained[0] / "tiny/base", tmp_path / "tiny/base")
+    before = snapshot(tmp_path)
+    with training.claim(tmp_path / "tiny/base"):  # as a run does that is still at work
+        for resume in ((), ("--resume", )):
+            one_line(run("train_base", *QUICK, f"--out_dir={tmp_path}", *resume), "tiny/base", "--out_dir")
+        assert snapshot(tmp_path, but=[".base.lock"]) == before
+    assert run("train_base", *QUICK, f"--out_dir={tmp_path}").code == 0
+
+
+def test_a_log_whose_last_line_was_cut_is_continued(trained, tmp_path):
+    shutil.copytree(trained[0] / "tiny/base", tmp_path / "tiny/base")
+    whole = (log := tmp_path / "tiny/base/log.jsonl").read_text()
+    log.write_text(whole + '{"step": 2, "lo')  # by a full disk
+    assert run("train_base", *QUICK, f"--out_dir={tmp_path}", "--resume").code == 0
+    assert log.read_text().startswith(whole) and json.loads(log.read_text().removeprefix(whole).splitlines()[0])
+
+
+def test_a_stage_folder_that_is_a_link_stays_one(trained, tmp_path):
+    (tmp_path / "out/tiny").mkdir(parents=True)
+    shutil.copytree(trained[0] / "tiny/base", tmp_path / "large_disk")
+    (tmp_path / "out/tiny/base").symlink_to(tmp_path / "large_disk")
+    for _ in range(2):
+        assert run("train_base", *QUICK, f"--out_dir={tmp_path / 'out'}", "--resume").code == 0
+    assert (tmp_path / "out/tiny/base").is_symlink() and not list(tmp_path.rglob("*.old"))
 
 
 def test_a_finished_run_resumes_to_itself(trained, tmp_path):
@@ -4625,7 +4654,7 @@ def test_a_run_keeps_the_runs_before_it_and_their_logs(trained, tmp_path):
         ran = run(*flags, f"--seed={seed}")
         assert ran.code == 0 and (f"is now {out}/tiny/sft.1" in ran.err) == (seed > 0)
     seeds = {path.name: [json.loads(line)["flags"]["seed"] for line in (path / "log.jsonl").read_text().splitlines()
-                         if "flags" in line] for path in (out / "tiny").iterdir()}
+                         if "flags" in line] for path in (out / "tiny").glob("sft*")}
     assert seeds == {"sft": [3], "sft.1": [2], "sft.2": [1]}  # each run with a log of its own
     assert model.load_checkpoint(out / "tiny/sft.1").config.run["saved"] < model.load_checkpoint(
         out / "tiny/sft").config.run["saved"]

@@ -99,8 +99,8 @@ def main() -> None:
     # What the flags amount to, said before the time is spent: a wrong --batch_size shows here.
     setup.print(f"{sum(p.numel() for p in params.values()):,} parameters, {flags.batch_size * flags.seq_len:,} tokens "
                 f"a step, {flags.steps} steps on {setup.world_size} x {setup.device.type} in {setup.dtype}")
-    # To compare with at the end. The weights are random now, or those of --init or --resume.
-    before = bits_per_byte(vlm, tokenizer, documents, setup, flags.seq_len)
+    # To compare with at the end. A resumed run compares with where it began, not with where it was interrupted.
+    before = state.get("before") or bits_per_byte(vlm, tokenizer, documents, setup, flags.seq_len)
 
     vlm.train()
     log, interrupt = Log(flags, setup, STAGE), Interrupt()
@@ -125,12 +125,12 @@ def main() -> None:
             setup.print(f"step {step}: {now:.3f} bits per byte")
             log.write(step=step, bits_per_byte=now)
         if flags.save_every > 0 and step % flags.save_every == 0:
-            save(flags, setup, STAGE, vlm, tokenizer, optimizer, loaders, step)
+            save(flags, setup, STAGE, vlm, tokenizer, optimizer, loaders, step, before=before)
     bar.close()
     interrupt.close()
 
     # Save before anything else: an error in the evaluation must not cost the run.
-    folder = save(flags, setup, STAGE, vlm, tokenizer, optimizer, loaders, step)
+    folder = save(flags, setup, STAGE, vlm, tokenizer, optimizer, loaders, step, before=before)
     if interrupt.interrupted and not flags.eval_on_stop:
         return finish(setup, log, stage=STAGE, step=step, checkpoint=str(folder), interrupted=True)
     after = bits_per_byte(vlm, tokenizer, documents, setup, flags.seq_len)

@@ -578,11 +578,29 @@ def set_aside(folder: Path, keep: int) -> bool:
     return True
 
 
+def claim(folder: Path):
+    "For one run at a time: two would mix their logs, and the later save would replace the other's -> a locked file."
+    if os.name == "posix":  # there is no fcntl on Windows
+        import fcntl
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        file = open(folder.with_name(f".{folder.name}.lock"), "w")
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # until the file is closed, at the latest as the run ends
+        except BlockingIOError:
+            raise ValueError(f"{folder}: another run is at work there; give this one another --out_dir=") from None
+        except OSError:  # a network folder that knows no locks
+            pass
+        return file
+
+
 class Log:
     "One JSON object per line, in log.jsonl beside the checkpoint; each run has its own."
 
     def __init__(self, flags, setup: Setup, stage: str):
         self.path, self.is_main, self.usual = stage_folder(flags, stage) / "log.jsonl", setup.is_main, None
+        self.lock = claim(self.path.parent) if setup.is_main else None
+        if setup.is_main and flags.resume and self.path.exists():  # a full disk or a crash may have cut its last line
+            os.truncate(self.path, self.path.read_bytes().rfind(b"\n") + 1)
         self.keep, self.wandb = 0 if flags.resume else flags.keep, None
         if flags.wandb and setup.is_main:
             try:
@@ -772,8 +790,9 @@ def save(flags, setup: Setup, stage: str, vlm: VLM, tokenizer: Tokenizer, optimi
                 if name not in ("init", "out_dir", "resume", "micro_batch_size")}  # these are found anew
         state = {"step": step, "data": positions, "flags": kept, **more}
         try:
+            # resolve: a link to a folder on a larger disk stays one; the folder that it names is replaced.
+            save_checkpoint(folder.resolve(), vlm, tokenizer, moments, state, master_weights)
             draw_curves(folder / "log.jsonl")
-            save_checkpoint(folder, vlm, tokenizer, moments, state, master_weights)
         except OSError as error:  # a full disk, a network folder that is gone; Python does not name the file
             raise ValueError(f"{folder}: step {step} could not be saved ({error}); what was saved before is whole: "
                              "make room and continue it by --resume") from None
