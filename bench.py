@@ -24,6 +24,7 @@ import io
 import json
 import math
 import multiprocessing
+import os
 import random
 import re
 import sys
@@ -773,12 +774,14 @@ def bench_compare(flags) -> dict:
     if not flags.init:
         raise ValueError("--what=compare: name the folders of two runs or more, --init=out/tiny/sft,out/tiny/sft.1")
     logs, charts, results = {name: read_log(name) for name in flags.init.split(",")}, {}, {}
+    common = os.path.commonpath([os.path.dirname(os.path.abspath(name)) for name in logs])
     for name, rows in logs.items():
         for title, lines in read_curves(rows).items():
             # Of accuracy only the total: ten kinds of questions in each run would be too many lines.
-            for line in ("loss", "caption_loss", "bits_per_byte", "accuracy", "reward"):
-                if line in lines:
-                    charts.setdefault(f"{title}: {line}", {})[name] = lines[line]
+            for line, points in lines.items():
+                if line.split()[0] in ("loss", "caption_loss", "bits_per_byte", "accuracy", "reward"):
+                    # Beside a line there is room for some 18 letters: what all names begin with is left out.
+                    charts.setdefault(f"{title}: {line}", {})[os.path.relpath(name, common)] = points
         results[name] = {key: value for key, value in rows[-1].items() if isinstance(value, (int, float, str))}
     if not charts:
         raise ValueError(f"--init={flags.init}: these logs have no steps yet")

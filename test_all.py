@@ -5167,6 +5167,8 @@ WRONG = {
     "val_missing": (TRAINING[1:],
                     lambda f, t: ([f"--data={write(f / 'd.json', [{'question': 'q', 'answer': 'a'}] * 3)}",
                                    f"--val={f / 'none.json'}"], f / "none.json")),
+    "val_with_the_world": (TRAINING, lambda f, t: (f"--val={f / 'v.json'}", f"--val={f / 'v.json'}")),
+    "no_byte_held_out": (["train_base"], lambda f, t: ("--seq_len=1", "--seq_len=1")),
     "kinds": (["train_rl"], lambda f, t: ("--kinds=count,foo", "'foo'")),
     "samples": (["train_rl"], lambda f, t: ("--samples=0", "--samples")),
     "temperature": (["train_rl", "sample"], lambda f, t: ("--temperature=-1", "--temperature")),
@@ -6348,6 +6350,16 @@ def test_runs_are_compared_in_one_picture_with_the_flags_that_differ(trained, tm
     assert ran.result["flags_that_differ"]["lr"] == [0.005, 0.001] and set(ran.result["results"]) == set(folders)
     assert "seed" not in ran.result["flags_that_differ"]
     one_line(run("bench", "--what=compare", f"--init={tmp_path / 'none'}"), tmp_path / "none")
+    drawn, names = {}, [f"{tmp_path}/{'long' * 9}/{seed}/rl" for seed in "ab"]
+    monkeypatch.setattr(bench, "draw_lines", lambda path, charts: drawn.update(charts))
+    for name in names:
+        Path(name).mkdir(parents=True)
+        rows = [{"step": 1, "reward": 0.5}, {"step": 1, "split": "pairs", "accuracy": 0.25}]
+        write(Path(name, "log.jsonl"), rows, lines=True)
+    ran = run("bench", "--what=compare", f"--init={','.join(names)}", main=bench.main)
+    # Names short enough to be read in the picture, and chapter 4's accuracy, which its log has for each held-out set.
+    assert ran.code == 0 and drawn == {"reward: reward": {"a/rl": [(1, 0.5)], "b/rl": [(1, 0.5)]},
+                                       "held-out accuracy: accuracy pairs": {"a/rl": [(1, 0.25)], "b/rl": [(1, 0.25)]}}
 
 
 def test_the_figures_are_those_that_the_checkpoint_gives(tmp_path, monkeypatch):

@@ -25,6 +25,7 @@ from model import VLM
 from tokenizer import Tokenizer
 from training import (SHARED_FLAGS, Interrupt, Log, Optimizer, Setup, count_supervised, finish, freeze_all_but,
                       load_start, lr_scale, make_loaders, parse_flags, run, save, train_step)
+from weights import require
 from world import World
 
 STAGE = "base"
@@ -74,7 +75,9 @@ def bits_per_byte(vlm, tokenizer, documents: list, setup: Setup, seq_len: int) -
     # 8 means no knowledge at all, one of 256 equally likely bytes; good models of prose reach 0.7.
     nats, _ = held_out_loss(vlm, documents, setup, seq_len)
     # ids[1:]: the first id is given, not predicted, so its bytes do not count
-    return nats / math.log(2) / sum(len(tokenizer.decode_bytes(doc.ids[1:])) for doc in documents)
+    size = sum(len(tokenizer.decode_bytes(doc.ids[1:])) for doc in documents)
+    require(size, f"no byte of the held-out text can be predicted; give more by --val=, or raise --seq_len={seq_len}")
+    return nats / math.log(2) / size
 
 
 # ----------------------------------------------------------------------------------------------------------------------

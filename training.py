@@ -91,6 +91,8 @@ def parse_flags(doc: str, stage: str, flags: dict, by_model: dict, argv=None):
     check_name(out.model)
     if getattr(out, "optimizer", "") == "auto":
         out.optimizer = "muon" if out.model in FROM_SCRATCH else "adamw"
+    require(not getattr(out, "val", "") or any(name != "world" for name, _ in data.parse_mixture(out.data)),
+            f"--val={getattr(out, 'val', '')}: goes with files in --data=; the world holds out scenes of its own")
     if not getattr(out, "resume", False):
         return out
     given = {text[2:].split("=")[0] for text in (sys.argv[1:] if argv is None else argv)} | {"resume"}
