@@ -30,7 +30,7 @@ import re
 import sys
 import threading
 import time
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from pathlib import Path
 
 import data  # first: see its imports
@@ -707,16 +707,16 @@ def ask(port: int, body: bytes) -> tuple[float, list[float], int]:
     return sent, times, tokens
 
 
-def clients(port: int, n: int, each: int, out) -> None:
+def clients(port: int, n: int, each: int) -> tuple[float, list]:
     """
-    n clients, a thread each, in a process of their own. Each takes the next request as soon as it has an answer, so
-    that all are busy nearly to the end.
+    n clients, a thread each, in a process of their own -> (seconds, what `ask` gave for each request). Each takes the
+    next request as soon as it has an answer, so that all are busy nearly to the end.
     """
     bodies = make_bodies(n * each)
     with ThreadPoolExecutor(n) as pool:
         started = time.perf_counter()
         results = list(pool.map(functools.partial(ask, port), bodies))
-    out.put((time.perf_counter() - started, results))
+    return time.perf_counter() - started, results
 
 
 def quantiles(values: list[float]) -> list[float]:
@@ -727,6 +727,8 @@ def quantiles(values: list[float]) -> list[float]:
 
 def bench_serve(flags) -> dict:
     "1, 8, 32 and 64 clients at once; a single one sends its requests one after another."
+    if not re.fullmatch(r"[1-9]\d*(,[1-9]\d*)*", flags.clients):
+        raise ValueError(f"--clients={flags.clients}: give numbers above 0, comma-separated")
     setup, rows = Setup(flags), {}
     vlm, tokenizer = load_or_draw(flags, setup)
     tokenizer = tokenizer or Tokenizer.train(["user\nassistant\n"], 300)
@@ -735,21 +737,19 @@ def bench_serve(flags) -> dict:
     server.stop = set()  # every answer is as long as it was asked to be
     sample.Handler.log_message = lambda *_: None
     threading.Thread(target=server.serve_forever, daemon=True).start()
-    process = multiprocessing.get_context("spawn")  # clients in this process would compete for its interpreter
+    # Clients in this process would compete for its interpreter.
+    process = ProcessPoolExecutor(1, multiprocessing.get_context("spawn"))
     setup.print(f"{'clients':>8}{'tokens/s':>10}{'first token ms, p50':>21}{'p95':>8}{'next ms, p50':>14}{'p95':>8}")
     counts = [int(n) for n in flags.clients.split(",")]
     for n in [max(counts), *counts]:  # the first time compiles, and records what the others replay
-        out = process.Queue()
-        worker = process.Process(target=clients, args=(server.server_port, n, flags.steps, out))
-        worker.start()
-        seconds, results = out.get()
-        worker.join()
+        seconds, results = process.submit(clients, server.server_port, n, flags.steps).result()
         speed = sum(tokens for *_, tokens in results) / seconds
-        # The first n arrive together. Those that follow are newcomers among others.
-        first = quantiles([times[0] - sent for sent, times, _ in results[n:] if times])
+        # The first n arrive together. Those that follow, if there are any, are newcomers among others.
+        first = quantiles([times[0] - sent for sent, times, _ in results[n:] or results if times])
         after = quantiles([b - a for _, times, _ in results for a, b in zip(times, times[1:])])
         rows[str(n)] = {"tokens_per_s": speed, "first_token_ms": first, "next_token_ms": after}
         setup.print(f"{n:>8}{speed:>10,.0f}{first[0]:>21.1f}{first[1]:>8.1f}{after[0]:>14.1f}{after[1]:>8.1f}")
+    process.shutdown()
     server.shutdown()
     # The same without sockets: 32 rows of generate, prompts and pictures included, 136 tokens each, the mean above.
     prompts = [data.Document(0, [1] * (vlm.config.bridge.num_tokens + 59) + [i], [], [0], {}) for i in range(32)]

@@ -5174,6 +5174,7 @@ WRONG = {
     "temperature": (["train_rl", "sample"], lambda f, t: ("--temperature=-1", "--temperature")),
     "max_new_tokens": (["train_rl", "sample"], lambda f, t: ("--max_new_tokens=0", "--max_new_tokens")),
     "prompt_too_long": (["train_sft"], lambda f, t: ("--seq_len=8", "--seq_len=8")),
+    "clients": (["bench"], lambda f, t: (["--what=serve", "--clients=0"], "--clients=0")),
     "what": (["bench"], lambda f, t: ("--what=magic", "--what=magic")),
     "no_checkpoint": (["sample", "bench"], lambda f, t: ([f"--out_dir={f / 'new'}", "--model=small"], f / "new")),
     "top_p": (["sample"], lambda f, t: ("--top_p=0", "--top_p")),
@@ -6258,6 +6259,9 @@ def test_bench_serves_clients_of_its_own(trained, monkeypatch):
     assert set(ran.result["clients"]) == {"3"} and ran.result["generate_32_tokens_per_s"] > 0
     for row in ran.result["clients"].values():
         assert row["tokens_per_s"] > 0 and 0 < row["first_token_ms"][0] <= row["first_token_ms"][1]
+    # What goes wrong at a client, in its own process, ends the measurement in one line, and it does not wait for ever.
+    monkeypatch.setattr(sample.Handler, "do_POST", lambda self: self.send_error(507))
+    one_line(run("bench", "--what=serve", f"--out_dir={trained[0]}", "--device=cpu", "--clients=1", "--steps=1"), "507")
 
 
 # ----------------------------------------------------------------------------------------------------------------------

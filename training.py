@@ -253,7 +253,8 @@ def load_start(flags, setup: Setup, stage: str) -> tuple[VLM, Tokenizer, dict, d
                                ("vision", flags.vision, vlm.config.pretrained_vision),
                                ("bridge", flags.bridge, vlm.config.bridge.kind),
                                ("lora_rank", flags.lora_rank, vlm.config.lora_rank or flags.lora_rank)):
-        require(asked in ("", 0, found), f"--{name}={asked}, but {source} holds a {found or 'home-made'} {name}")
+        require(asked in ("", 0, found), f"--{name}={asked}, but {source} has --{name}={found}: "
+                "give that, or start from another model by --init= or --out_dir=")
     if flags.lora_rank and not vlm.config.lora_rank:
         vlm.add_lora(flags.lora_rank)
     vlm.gpt.activation_checkpointing = flags.activation_checkpointing
