@@ -824,7 +824,7 @@ def bars(title: str, rows: list[tuple[str, list[tuple[float, str]], str]], left:
     """
     sheet, pen = page(60 + tall * len(rows) + 36 * -(-len(legend) // 3), title)
     totals = [sum(value for value, _ in parts) for _, parts, _ in rows]
-    zero, unit = left, (WIDE - left - 110) / (max(0, *totals) - min(0, *totals))
+    zero, unit = left, (WIDE - left - 110) / (max(0, *totals) - min(0, *totals) or 1)
     zero -= min(0, *totals) * unit
     for i, (name, parts, text) in enumerate(rows):
         x, y = zero, 56 + tall * i
@@ -1034,24 +1034,27 @@ def draw_memory(s: Subject) -> Image.Image:
 @torch.no_grad()
 def bench_figures(flags) -> dict:
     "assets/*.png, from the checkpoint --init, its log.jsonl and docs/results.json; and README.md's count of lines."
-    vlm, tokenizer = load(flags, Setup(flags))
     home, folder, runs, name = Path(__file__).parent, Path("assets"), {}, ""
-    folder.mkdir(exist_ok=True)
-    for row in read_log(flags.init):  # that of assets/tiny holds the four chapters, one after the other
+    for row in read_log(flags.init) if flags.init else ():  # that of assets/tiny holds all four chapters, in order
         name = Path(row["command"].split()[0]).stem if "command" in row else name
         runs.setdefault(name, []).append(row)
-    subject = Subject(vlm, tokenizer)
+    curves = {name: read_curves(rows) for name, rows in runs.items()}
+    accuracy = curves.get("train_sft", {}).get("held-out accuracy")
+    if not accuracy:
+        raise ValueError(f"--what=figures --init={flags.init}: needs a log of chapter 3 with --eval_every, such as "
+                         "--init=assets/tiny has")
+    subject = Subject(*load(flags, Setup(flags)))
+    folder.mkdir(exist_ok=True)
     figures = (draw_answers, draw_patches, draw_latents, draw_tokens, draw_embeddings, draw_row, draw_surprise,
                draw_rollouts, draw_cache, draw_memory)
     for draw in figures:
         draw(subject).save(folder / f"{draw.__name__.removeprefix('draw_')}.png", optimize=True)
     results = read_json(home / "docs/results.json")
     draw_ladder(folder / "ladder.png", results["ladder"]["rungs"])
-    curves = {name: read_curves(rows) for name, rows in runs.items()}
     draw_lines(folder / "chapters.png", {f"{title}: {name}.py": lines for name, charts in curves.items()
                                          for title, lines in charts.items() if "accuracy" not in title}, height=300)
-    accuracy = curves["train_sft"]["held-out accuracy"]  # half of the ten kinds: more lines would hide each other
     draw_lines(folder / "kinds.png", {"held-out accuracy": {"all kinds": accuracy["accuracy"]} | {
+        # half of the ten kinds: more lines would hide each other
         kind: accuracy[kind] for kind in ("count", "kind", "relation", "number", "choice")}}, height=460)
     # Counts of lines go stale with every change: here they are counted anew, and a test compares them.
     if (readme := Path("README.md")).exists():
