@@ -588,7 +588,7 @@ def claim(folder: Path):
         folder.parent.mkdir(parents=True, exist_ok=True)
         file = open(folder.with_name(f".{folder.name}.lock"), "w")
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # until the file is closed, at the latest as the run ends
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # until the file is closed or the process ends
         except BlockingIOError:
             raise ValueError(f"{folder}: another run is at work there; give this one another --out_dir=") from None
         except OSError:  # a network folder that knows no locks
@@ -807,6 +807,8 @@ def finish(setup: Setup, log: Log, **results) -> None:
     if setup.device.type == "cuda":
         results["peak_gib"] = round(torch.cuda.max_memory_allocated() / 2 ** 30, 2)
     log.write(**results)
+    if log.lock:
+        log.lock.close()  # the next run may write here
     if setup.failure:
         raise setup.failure
     if setup.is_main:  # the only print to standard output: `python train_sft.py | tail -1` is ready for a script
