@@ -24,12 +24,13 @@ import io
 import json
 import math
 import multiprocessing
+import os
 import random
 import re
 import sys
 import threading
 import time
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from pathlib import Path
 
 import data  # first: see its imports
@@ -706,16 +707,16 @@ def ask(port: int, body: bytes) -> tuple[float, list[float], int]:
     return sent, times, tokens
 
 
-def clients(port: int, n: int, each: int, out) -> None:
+def clients(port: int, n: int, each: int) -> tuple[float, list]:
     """
-    n clients, a thread each, in a process of their own. Each takes the next request as soon as it has an answer, so
-    that all are busy nearly to the end.
+    n clients, a thread each, in a process of their own -> (seconds, what `ask` gave for each request). Each takes the
+    next request as soon as it has an answer, so that all are busy nearly to the end.
     """
     bodies = make_bodies(n * each)
     with ThreadPoolExecutor(n) as pool:
         started = time.perf_counter()
         results = list(pool.map(functools.partial(ask, port), bodies))
-    out.put((time.perf_counter() - started, results))
+    return time.perf_counter() - started, results
 
 
 def quantiles(values: list[float]) -> list[float]:
@@ -726,6 +727,8 @@ def quantiles(values: list[float]) -> list[float]:
 
 def bench_serve(flags) -> dict:
     "1, 8, 32 and 64 clients at once; a single one sends its requests one after another."
+    if not re.fullmatch(r"[1-9]\d*(,[1-9]\d*)*", flags.clients):
+        raise ValueError(f"--clients={flags.clients}: give numbers above 0, comma-separated")
     setup, rows = Setup(flags), {}
     vlm, tokenizer = load_or_draw(flags, setup)
     tokenizer = tokenizer or Tokenizer.train(["user\nassistant\n"], 300)
@@ -734,21 +737,19 @@ def bench_serve(flags) -> dict:
     server.stop = set()  # every answer is as long as it was asked to be
     sample.Handler.log_message = lambda *_: None
     threading.Thread(target=server.serve_forever, daemon=True).start()
-    process = multiprocessing.get_context("spawn")  # clients in this process would compete for its interpreter
+    # Clients in this process would compete for its interpreter.
+    process = ProcessPoolExecutor(1, multiprocessing.get_context("spawn"))
     setup.print(f"{'clients':>8}{'tokens/s':>10}{'first token ms, p50':>21}{'p95':>8}{'next ms, p50':>14}{'p95':>8}")
     counts = [int(n) for n in flags.clients.split(",")]
     for n in [max(counts), *counts]:  # the first time compiles, and records what the others replay
-        out = process.Queue()
-        worker = process.Process(target=clients, args=(server.server_port, n, flags.steps, out))
-        worker.start()
-        seconds, results = out.get()
-        worker.join()
+        seconds, results = process.submit(clients, server.server_port, n, flags.steps).result()
         speed = sum(tokens for *_, tokens in results) / seconds
-        # The first n arrive together. Those that follow are newcomers among others.
-        first = quantiles([times[0] - sent for sent, times, _ in results[n:] if times])
+        # The first n arrive together. Those that follow, if there are any, are newcomers among others.
+        first = quantiles([times[0] - sent for sent, times, _ in results[n:] or results if times])
         after = quantiles([b - a for _, times, _ in results for a, b in zip(times, times[1:])])
         rows[str(n)] = {"tokens_per_s": speed, "first_token_ms": first, "next_token_ms": after}
         setup.print(f"{n:>8}{speed:>10,.0f}{first[0]:>21.1f}{first[1]:>8.1f}{after[0]:>14.1f}{after[1]:>8.1f}")
+    process.shutdown()
     server.shutdown()
     # The same without sockets: 32 rows of generate, prompts and pictures included, 136 tokens each, the mean above.
     prompts = [data.Document(0, [1] * (vlm.config.bridge.num_tokens + 59) + [i], [], [0], {}) for i in range(32)]
@@ -773,12 +774,14 @@ def bench_compare(flags) -> dict:
     if not flags.init:
         raise ValueError("--what=compare: name the folders of two runs or more, --init=out/tiny/sft,out/tiny/sft.1")
     logs, charts, results = {name: read_log(name) for name in flags.init.split(",")}, {}, {}
+    common = os.path.commonpath([os.path.dirname(os.path.abspath(name)) for name in logs])
     for name, rows in logs.items():
         for title, lines in read_curves(rows).items():
             # Of accuracy only the total: ten kinds of questions in each run would be too many lines.
-            for line in ("loss", "caption_loss", "bits_per_byte", "accuracy", "reward"):
-                if line in lines:
-                    charts.setdefault(f"{title}: {line}", {})[name] = lines[line]
+            for line, points in lines.items():
+                if line.split()[0] in ("loss", "caption_loss", "bits_per_byte", "accuracy", "reward"):
+                    # Beside a line there is room for some 18 letters: what all names begin with is left out.
+                    charts.setdefault(f"{title}: {line}", {})[os.path.relpath(name, common)] = points
         results[name] = {key: value for key, value in rows[-1].items() if isinstance(value, (int, float, str))}
     if not charts:
         raise ValueError(f"--init={flags.init}: these logs have no steps yet")
@@ -821,7 +824,7 @@ def bars(title: str, rows: list[tuple[str, list[tuple[float, str]], str]], left:
     """
     sheet, pen = page(60 + tall * len(rows) + 36 * -(-len(legend) // 3), title)
     totals = [sum(value for value, _ in parts) for _, parts, _ in rows]
-    zero, unit = left, (WIDE - left - 110) / (max(0, *totals) - min(0, *totals))
+    zero, unit = left, (WIDE - left - 110) / (max(0, *totals) - min(0, *totals) or 1)
     zero -= min(0, *totals) * unit
     for i, (name, parts, text) in enumerate(rows):
         x, y = zero, 56 + tall * i
@@ -1031,24 +1034,27 @@ def draw_memory(s: Subject) -> Image.Image:
 @torch.no_grad()
 def bench_figures(flags) -> dict:
     "assets/*.png, from the checkpoint --init, its log.jsonl and docs/results.json; and README.md's count of lines."
-    vlm, tokenizer = load(flags, Setup(flags))
     home, folder, runs, name = Path(__file__).parent, Path("assets"), {}, ""
-    folder.mkdir(exist_ok=True)
-    for row in read_log(flags.init):  # that of assets/tiny holds the four chapters, one after the other
+    for row in read_log(flags.init) if flags.init else ():  # that of assets/tiny holds all four chapters, in order
         name = Path(row["command"].split()[0]).stem if "command" in row else name
         runs.setdefault(name, []).append(row)
-    subject = Subject(vlm, tokenizer)
+    curves = {name: read_curves(rows) for name, rows in runs.items()}
+    accuracy = curves.get("train_sft", {}).get("held-out accuracy")
+    if not accuracy:
+        raise ValueError(f"--what=figures --init={flags.init}: needs a log of chapter 3 with --eval_every, such as "
+                         "--init=assets/tiny has")
+    subject = Subject(*load(flags, Setup(flags)))
+    folder.mkdir(exist_ok=True)
     figures = (draw_answers, draw_patches, draw_latents, draw_tokens, draw_embeddings, draw_row, draw_surprise,
                draw_rollouts, draw_cache, draw_memory)
     for draw in figures:
         draw(subject).save(folder / f"{draw.__name__.removeprefix('draw_')}.png", optimize=True)
     results = read_json(home / "docs/results.json")
     draw_ladder(folder / "ladder.png", results["ladder"]["rungs"])
-    curves = {name: read_curves(rows) for name, rows in runs.items()}
     draw_lines(folder / "chapters.png", {f"{title}: {name}.py": lines for name, charts in curves.items()
                                          for title, lines in charts.items() if "accuracy" not in title}, height=300)
-    accuracy = curves["train_sft"]["held-out accuracy"]  # half of the ten kinds: more lines would hide each other
     draw_lines(folder / "kinds.png", {"held-out accuracy": {"all kinds": accuracy["accuracy"]} | {
+        # half of the ten kinds: more lines would hide each other
         kind: accuracy[kind] for kind in ("count", "kind", "relation", "number", "choice")}}, height=460)
     # Counts of lines go stale with every change: here they are counted anew, and a test compares them.
     if (readme := Path("README.md")).exists():

@@ -4587,6 +4587,8 @@ def test_a_stopped_and_resumed_run_equals_one_never_stopped_bit_for_bit(trained,
     assert weights.read_json(tmp_path / "b" / "tiny" / stage / "state.json")["step"] == 2
     rest = run(script, *flags, f"--out_dir={tmp_path / 'b'}", "--resume", main=main)
     assert rest.code == 0 and rest.result["step"] == 4 and "at step 2" in rest.err
+    same = {"seconds": 0, "checkpoint": ""}  # these alone differ; "before" is where the run began, not the resumed part
+    assert {**rest.result, **same} == {**whole.result, **same}
     start = (trained[0] / "tiny" / START[stage] / "model.safetensors").read_bytes()
     for name in ("model.safetensors", "optimizer.safetensors", "state.json"):
         one, two = ((tmp_path / run_ / "tiny" / stage / name).read_bytes() for run_ in "ab")
@@ -4607,6 +4609,33 @@ def test_resuming_with_a_flag_that_changes_the_result_is_refused(trained, tmp_pa
     ran = run(CHAPTERS[stage], *QUICK, f"--out_dir={out}", "--resume", flag)
     one_line(ran, flag.split("=")[0], "--resume")
     assert snapshot(out) == before
+
+
+def test_two_runs_never_write_into_one_folder(trained, tmp_path):
+    shutil.copytree(trained[0] / "tiny/base", tmp_path / "tiny/base")
+    before = snapshot(tmp_path)
+    with training.claim(tmp_path / "tiny/base"):  # as a run does that is still at work
+        for resume in ((), ("--resume", )):
+            one_line(run("train_base", *QUICK, f"--out_dir={tmp_path}", *resume), "tiny/base", "--out_dir")
+        assert snapshot(tmp_path, but=[".base.lock"]) == before
+    assert run("train_base", *QUICK, f"--out_dir={tmp_path}").code == 0
+
+
+def test_a_log_whose_last_line_was_cut_is_continued(trained, tmp_path):
+    shutil.copytree(trained[0] / "tiny/base", tmp_path / "tiny/base")
+    whole = (log := tmp_path / "tiny/base/log.jsonl").read_text()
+    log.write_text(whole + '{"step": 2, "lo')  # by a full disk
+    assert run("train_base", *QUICK, f"--out_dir={tmp_path}", "--resume").code == 0
+    assert log.read_text().startswith(whole) and json.loads(log.read_text().removeprefix(whole).splitlines()[0])
+
+
+def test_a_stage_folder_that_is_a_link_stays_one(trained, tmp_path):
+    (tmp_path / "out/tiny").mkdir(parents=True)
+    shutil.copytree(trained[0] / "tiny/base", tmp_path / "large_disk")
+    (tmp_path / "out/tiny/base").symlink_to(tmp_path / "large_disk")
+    for _ in range(2):
+        assert run("train_base", *QUICK, f"--out_dir={tmp_path / 'out'}", "--resume").code == 0
+    assert (tmp_path / "out/tiny/base").is_symlink() and not list(tmp_path.rglob("*.old"))
 
 
 def test_a_finished_run_resumes_to_itself(trained, tmp_path):
@@ -4682,7 +4711,7 @@ def test_a_run_keeps_the_runs_before_it_and_their_logs(trained, tmp_path):
         ran = run(*flags, f"--seed={seed}")
         assert ran.code == 0 and (f"is now {out}/tiny/sft.1" in ran.err) == (seed > 0)
     seeds = {path.name: [json.loads(line)["flags"]["seed"] for line in (path / "log.jsonl").read_text().splitlines()
-                         if "flags" in line] for path in (out / "tiny").iterdir()}
+                         if "flags" in line] for path in (out / "tiny").glob("sft*")}
     assert seeds == {"sft": [3], "sft.1": [2], "sft.2": [1]}  # each run with a log of its own
     assert model.load_checkpoint(out / "tiny/sft.1").config.run["saved"] < model.load_checkpoint(
         out / "tiny/sft").config.run["saved"]
@@ -5196,11 +5225,18 @@ WRONG = {
     "val_missing": (TRAINING[1:],
                     lambda f, t: ([f"--data={write(f / 'd.json', [{'question': 'q', 'answer': 'a'}] * 3)}",
                                    f"--val={f / 'none.json'}"], f / "none.json")),
+    "val_with_the_world": (TRAINING, lambda f, t: (f"--val={f / 'v.json'}", f"--val={f / 'v.json'}")),
+    "another_bridge": (TRAINING[1:], lambda f, t: (["--bridge=mlp", f"--init={t / 'tiny/align'}"],
+                                                   "--bridge=perceiver: give that")),
+    "no_byte_held_out": (["train_base"], lambda f, t: ("--seq_len=1", "--seq_len=1")),
     "kinds": (["train_rl"], lambda f, t: ("--kinds=count,foo", "'foo'")),
     "samples": (["train_rl"], lambda f, t: ("--samples=0", "--samples")),
     "temperature": (["train_rl", "sample"], lambda f, t: ("--temperature=-1", "--temperature")),
     "max_new_tokens": (["train_rl", "sample"], lambda f, t: ("--max_new_tokens=0", "--max_new_tokens")),
     "prompt_too_long": (["train_sft"], lambda f, t: ("--seq_len=8", "--seq_len=8")),
+    "figures_of_nothing": (["bench"], lambda f, t: ("--what=figures", "--init=")),
+    "figures_without_chapters": (["bench"], lambda f, t: (["--what=figures", f"--init={t / 'tiny/sft'}"], "--init=")),
+    "clients": (["bench"], lambda f, t: (["--what=serve", "--clients=0"], "--clients=0")),
     "what": (["bench"], lambda f, t: ("--what=magic", "--what=magic")),
     "no_checkpoint": (["sample", "bench"], lambda f, t: ([f"--out_dir={f / 'new'}", "--model=small"], f / "new")),
     "top_p": (["sample"], lambda f, t: ("--top_p=0", "--top_p")),
@@ -6397,6 +6433,9 @@ def test_bench_serves_clients_of_its_own(trained, monkeypatch):
     assert set(ran.result["clients"]) == {"3"} and ran.result["generate_32_tokens_per_s"] > 0
     for row in ran.result["clients"].values():
         assert row["tokens_per_s"] > 0 and 0 < row["first_token_ms"][0] <= row["first_token_ms"][1]
+    # What goes wrong at a client, in its own process, ends the measurement in one line, and it does not wait for ever.
+    monkeypatch.setattr(sample.Handler, "do_POST", lambda self: self.send_error(507))
+    one_line(run("bench", "--what=serve", f"--out_dir={trained[0]}", "--device=cpu", "--clients=1", "--steps=1"), "507")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -6489,6 +6528,16 @@ def test_runs_are_compared_in_one_picture_with_the_flags_that_differ(trained, tm
     assert ran.result["flags_that_differ"]["lr"] == [0.005, 0.001] and set(ran.result["results"]) == set(folders)
     assert "seed" not in ran.result["flags_that_differ"]
     one_line(run("bench", "--what=compare", f"--init={tmp_path / 'none'}"), tmp_path / "none")
+    drawn, names = {}, [f"{tmp_path}/{'long' * 9}/{seed}/rl" for seed in "ab"]
+    monkeypatch.setattr(bench, "draw_lines", lambda path, charts: drawn.update(charts))
+    for name in names:
+        Path(name).mkdir(parents=True)
+        rows = [{"step": 1, "reward": 0.5}, {"step": 1, "split": "pairs", "accuracy": 0.25}]
+        write(Path(name, "log.jsonl"), rows, lines=True)
+    ran = run("bench", "--what=compare", f"--init={','.join(names)}", main=bench.main)
+    # Names short enough to be read in the picture, and chapter 4's accuracy, which its log has for each held-out set.
+    assert ran.code == 0 and drawn == {"reward: reward": {"a/rl": [(1, 0.5)], "b/rl": [(1, 0.5)]},
+                                       "held-out accuracy: accuracy pairs": {"a/rl": [(1, 0.25)], "b/rl": [(1, 0.25)]}}
 
 
 def test_the_figures_are_those_that_the_checkpoint_gives(tmp_path, monkeypatch):

@@ -25,6 +25,7 @@ from model import VLM
 from tokenizer import Tokenizer
 from training import (SHARED_FLAGS, Interrupt, Log, Optimizer, Setup, count_supervised, finish, freeze_all_but,
                       load_start, lr_scale, make_loaders, parse_flags, run, save, train_step)
+from weights import require
 from world import World
 
 STAGE = "base"
@@ -74,7 +75,9 @@ def bits_per_byte(vlm, tokenizer, documents: list, setup: Setup, seq_len: int) -
     # 8 means no knowledge at all, one of 256 equally likely bytes; good models of prose reach 0.7.
     nats, _ = held_out_loss(vlm, documents, setup, seq_len)
     # ids[1:]: the first id is given, not predicted, so its bytes do not count
-    return nats / math.log(2) / sum(len(tokenizer.decode_bytes(doc.ids[1:])) for doc in documents)
+    size = sum(len(tokenizer.decode_bytes(doc.ids[1:])) for doc in documents)
+    require(size, f"no byte of the held-out text can be predicted; give more by --val=, or raise --seq_len={seq_len}")
+    return nats / math.log(2) / size
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -99,8 +102,8 @@ def main() -> None:
     # What the flags amount to, said before the time is spent: a wrong --batch_size shows here.
     setup.print(f"{sum(p.numel() for p in params.values()):,} parameters, {flags.batch_size * flags.seq_len:,} tokens "
                 f"a step, {flags.steps} steps on {setup.world_size} x {setup.device.type} in {setup.dtype}")
-    # To compare with at the end. The weights are random now, or those of --init or --resume.
-    before = bits_per_byte(vlm, tokenizer, documents, setup, flags.seq_len)
+    # To compare with at the end. A resumed run compares with where it began, not with where it was interrupted.
+    before = state.get("before") or bits_per_byte(vlm, tokenizer, documents, setup, flags.seq_len)
 
     vlm.train()
     log, interrupt = Log(flags, setup, STAGE), Interrupt()
@@ -125,12 +128,12 @@ def main() -> None:
             setup.print(f"step {step}: {now:.3f} bits per byte")
             log.write(step=step, bits_per_byte=now)
         if flags.save_every > 0 and step % flags.save_every == 0:
-            save(flags, setup, STAGE, vlm, tokenizer, optimizer, loaders, step)
+            save(flags, setup, STAGE, vlm, tokenizer, optimizer, loaders, step, before=before)
     bar.close()
     interrupt.close()
 
     # Save before anything else: an error in the evaluation must not cost the run.
-    folder = save(flags, setup, STAGE, vlm, tokenizer, optimizer, loaders, step)
+    folder = save(flags, setup, STAGE, vlm, tokenizer, optimizer, loaders, step, before=before)
     if interrupt.interrupted and not flags.eval_on_stop:
         return finish(setup, log, stage=STAGE, step=step, checkpoint=str(folder), interrupted=True)
     after = bits_per_byte(vlm, tokenizer, documents, setup, flags.seq_len)

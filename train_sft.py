@@ -280,7 +280,7 @@ def evaluate_with_baselines(vlm, tokenizer, held_out: dict, setup: Setup) -> dic
         own, few = columns["own"], len(records) < 50
         interval = f"{own['n']} questions, 95 % interval of the total {own['ci95'][0]:.1%} to {own['ci95'][1]:.1%}"
         if few:  # "100 %" of 4 questions may be 51 % of a thousand
-            setup.print(f"\n{name}: only {interval}; hold out more by --val= to know it better")
+            setup.print(f"\n{name}: only {interval}; a larger --eval_size, or more held out by --val=, tells more")
         setup.print(f"\n{name:<12}" + "".join(f"{title:>10}" for title in columns) + f"   ({interval})" * (not few))
         for kind in own["by_kind"] if len(own["by_kind"]) > 1 else ():
             setup.print(f"  {kind:<10}" + "".join(f"{column['by_kind'][kind]:>10.1%}" for column in columns.values()))

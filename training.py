@@ -91,6 +91,8 @@ def parse_flags(doc: str, stage: str, flags: dict, by_model: dict, argv=None):
     check_name(out.model)
     if getattr(out, "optimizer", "") == "auto":
         out.optimizer = "muon" if out.model in FROM_SCRATCH else "adamw"
+    require(not getattr(out, "val", "") or any(name != "world" for name, _ in data.parse_mixture(out.data)),
+            f"--val={getattr(out, 'val', '')}: goes with files in --data=; the world holds out scenes of its own")
     if not getattr(out, "resume", False):
         return out
     given = {text[2:].split("=")[0] for text in (sys.argv[1:] if argv is None else argv)} | {"resume"}
@@ -251,7 +253,8 @@ def load_start(flags, setup: Setup, stage: str) -> tuple[VLM, Tokenizer, dict, d
                                ("vision", flags.vision, vlm.config.pretrained_vision),
                                ("bridge", flags.bridge, vlm.config.bridge.kind),
                                ("lora_rank", flags.lora_rank, vlm.config.lora_rank or flags.lora_rank)):
-        require(asked in ("", 0, found), f"--{name}={asked}, but {source} holds a {found or 'home-made'} {name}")
+        require(asked in ("", 0, found), f"--{name}={asked}, but {source} has --{name}={found}: "
+                "give that, or start from another model by --init= or --out_dir=")
     if flags.lora_rank and not vlm.config.lora_rank:
         vlm.add_lora(flags.lora_rank)
     vlm.gpt.activation_checkpointing = flags.activation_checkpointing
@@ -578,11 +581,29 @@ def set_aside(folder: Path, keep: int) -> bool:
     return True
 
 
+def claim(folder: Path):
+    "For one run at a time: two would mix their logs, and the later save would replace the other's -> a locked file."
+    if os.name == "posix":  # there is no fcntl on Windows
+        import fcntl
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        file = open(folder.with_name(f".{folder.name}.lock"), "w")
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # until the file is closed or the process ends
+        except BlockingIOError:
+            raise ValueError(f"{folder}: another run is at work there; give this one another --out_dir=") from None
+        except OSError:  # a network folder that knows no locks
+            pass
+        return file
+
+
 class Log:
     "One JSON object per line, in log.jsonl beside the checkpoint; each run has its own."
 
     def __init__(self, flags, setup: Setup, stage: str):
         self.path, self.is_main, self.usual = stage_folder(flags, stage) / "log.jsonl", setup.is_main, None
+        self.lock = claim(self.path.parent) if setup.is_main else None
+        if setup.is_main and flags.resume and self.path.exists():  # a full disk or a crash may have cut its last line
+            os.truncate(self.path, self.path.read_bytes().rfind(b"\n") + 1)
         self.keep, self.wandb = 0 if flags.resume else flags.keep, None
         if flags.wandb and setup.is_main:
             try:
@@ -772,8 +793,9 @@ def save(flags, setup: Setup, stage: str, vlm: VLM, tokenizer: Tokenizer, optimi
                 if name not in ("init", "out_dir", "resume", "micro_batch_size")}  # these are found anew
         state = {"step": step, "data": positions, "flags": kept, **more}
         try:
+            # resolve: a link to a folder on a larger disk stays one; the folder that it names is replaced.
+            save_checkpoint(folder.resolve(), vlm, tokenizer, moments, state, master_weights)
             draw_curves(folder / "log.jsonl")
-            save_checkpoint(folder, vlm, tokenizer, moments, state, master_weights)
         except OSError as error:  # a full disk, a network folder that is gone; Python does not name the file
             raise ValueError(f"{folder}: step {step} could not be saved ({error}); what was saved before is whole: "
                              "make room and continue it by --resume") from None
@@ -785,6 +807,8 @@ def finish(setup: Setup, log: Log, **results) -> None:
     if setup.device.type == "cuda":
         results["peak_gib"] = round(torch.cuda.max_memory_allocated() / 2 ** 30, 2)
     log.write(**results)
+    if log.lock:
+        log.lock.close()  # the next run may write here
     if setup.failure:
         raise setup.failure
     if setup.is_main:  # the only print to standard output: `python train_sft.py | tail -1` is ready for a script
