@@ -1035,7 +1035,7 @@ def load_data(spec: str, world: World, held_out_worlds: dict[str, World], seed: 
         # and the first that train, unless they would have to be fetched: a wrong folder of pictures shows in a second
         keep_good([one for one in train[:500] if not str(one["images"][:1]).startswith("['http")],
                   BadRecords(max_bad * len(records)))
-        held_out["held_out"] = held_out.get("held_out", []) + held
+        held_out["held_out"] = held if val else held_out.get("held_out", []) + held  # --val is one set for all files
         say(f"{name}: {len(train):,} of {len(records):,} records train, {len(held):,} questions are held out"
             + f" in {val}" * bool(val) + (": fewer than 50, so look at the interval of the score, not at the score"
                                           if len(held) < 50 else ""))
@@ -1187,7 +1187,7 @@ def share_workers(asked: int, device: str, world_size: int, micro_batches: int) 
 
 class Documents(torch.utils.data.Dataset):
     "Records as documents with their pixels, CHUNK of them at once: what a loader's thread or worker processes make."
-    CHUNK = 32  # records sent at once: one message for each would keep the main process busy
+    CHUNK = 64  # records sent at once: one message for each would keep the main process busy
 
     def __init__(self, dataset, make_document, load_pixels, stride: int, workers: int):
         self.dataset, self.make_document, self.load_pixels, self.stride = dataset, make_document, load_pixels, stride

@@ -318,12 +318,12 @@ def read_llava(folder) -> dict[str, torch.Tensor]:
 
 def recover(folder) -> Path:
     "If the last save stopped between its two renames, the only checkpoint is called FOLDER.old: give it its name back."
-    folder = Path(folder)
-    old = folder.with_name(folder.name + ".old")
+    place = Path(folder).resolve()  # FOLDER may be a link to a larger disk
+    old = place.with_name(place.name + ".old")
     # FOLDER.new is never used: we cannot tell whether it is complete. At most one save is lost.
-    if not folder.exists() and old.exists():
-        os.rename(old, folder)
-    return folder
+    if not place.exists() and old.exists():
+        os.rename(old, place)
+    return Path(folder)
 
 
 @contextlib.contextmanager
