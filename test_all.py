@@ -2228,6 +2228,8 @@ def test_an_unreadable_file_is_named_with_the_line(tmp_path):
     (tmp_path / "d.jsonl").write_text('{"question": "q", "answer": "a"}\n{"question": \n')
     assert fails(lambda: data.read_records(tmp_path / "d.jsonl"), "d.jsonl", "line 2")
     assert fails(lambda: data.read_records(tmp_path / "none.json"), "none.json")
+    assert fails(lambda: data.read_records(tmp_path / "d.doc"), "d.doc", "no such file")
+    (tmp_path / "d.doc").write_text("a text")
     assert fails(lambda: data.read_records(tmp_path / "d.doc"), "d.doc", "unknown kind")
     assert fails(lambda: data.read_records(tmp_path / "d.parquet"), "d.parquet", "is it there")
     path.write_bytes(b'["\xff"]')
@@ -2505,7 +2507,8 @@ def test_of_a_folder_of_pictures_nothing_is_left_out_in_silence_but_hidden_files
 
 
 @pytest.mark.parametrize("name,problem", [
-    ("flat", "no sub-folders"), ("llava", "give that file"), ("nosuch", "no such file or folder"), ("s-{2..0}.tar", "below the first")])
+    ("flat", "no sub-folders"), ("llava", "give that file"), ("nosuch", "no such file or folder"),
+    ("s-{2..0}.tar", "below the first")])
 def test_data_that_are_not_there_are_not_called_an_empty_file(tmp_path, name, problem):
     for folder in tmp_path / "flat", tmp_path / "llava" / "images":
         folder.mkdir(parents=True)
@@ -4811,7 +4814,7 @@ def test_ctrl_c_before_the_first_step_leaves_the_run_before_as_it_was(trained, m
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 def test_a_signal_finishes_the_step_saves_and_ends_without_an_evaluation(trained, tmp_path, number):
     out = tmp_path / "out"
-    flags = ["--steps=90", "--batch_size=4", "--device=cpu", "--seed=5", f"--init={trained[0] / 'tiny/align'}"]
+    flags = ["--steps=50", "--batch_size=4", "--device=cpu", "--seed=5", f"--init={trained[0] / 'tiny/align'}"]
     command_ = [sys.executable, str(HERE / "train_sft.py"), *flags, f"--out_dir={out}", "--eval_size=20"]
     with subprocess.Popen(command_, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
                           env={**os.environ, "OMP_NUM_THREADS": "1"}) as process:
@@ -4819,10 +4822,10 @@ def test_a_signal_finishes_the_step_saves_and_ends_without_an_evaluation(trained
         process.send_signal(number)
         said, err = process.communicate(timeout=120)
     step_ = json.loads(said)["step"]
-    assert process.returncode == 0 and 0 < step_ < 90 and err.count("stopping:") == 1 and "held" not in said
+    assert process.returncode == 0 and 0 < step_ < 50 and err.count("stopping:") == 1 and "held" not in said
     if number == signal.SIGTERM:  # --resume alone goes on with the flags of the run
         ran = run("train_sft", f"--out_dir={out}", "--resume")
-        assert ran.code == 0 and ran.result["step"] == 90 and f"at step {step_}" in ran.err
+        assert ran.code == 0 and ran.result["step"] == 50 and f"at step {step_}" in ran.err
         assert weights.read_json(out / "tiny/sft/state.json")["flags"]["seed"] == 5
 
 
