@@ -737,19 +737,19 @@ def bench_serve(flags) -> dict:
     server.stop = set()  # every answer is as long as it was asked to be
     sample.Handler.log_message = lambda *_: None
     threading.Thread(target=server.serve_forever, daemon=True).start()
-    # Clients in this process would compete for its interpreter.
-    process = ProcessPoolExecutor(1, multiprocessing.get_context("spawn"))
+    # Clients in this process would compete for its interpreter. One process, in which each client is a thread.
+    pool = ProcessPoolExecutor(1, multiprocessing.get_context("spawn"))
     setup.print(f"{'clients':>8}{'tokens/s':>10}{'first token ms, p50':>21}{'p95':>8}{'next ms, p50':>14}{'p95':>8}")
     counts = [int(n) for n in flags.clients.split(",")]
     for n in [max(counts), *counts]:  # the first time compiles, and records what the others replay
-        seconds, results = process.submit(clients, server.server_port, n, flags.steps).result()
+        seconds, results = pool.submit(clients, server.server_port, n, flags.steps).result()
         speed = sum(tokens for *_, tokens in results) / seconds
         # The first n arrive together. Those that follow, if there are any, are newcomers among others.
         first = quantiles([times[0] - sent for sent, times, _ in results[n:] or results if times])
         after = quantiles([b - a for _, times, _ in results for a, b in zip(times, times[1:])])
         rows[str(n)] = {"tokens_per_s": speed, "first_token_ms": first, "next_token_ms": after}
         setup.print(f"{n:>8}{speed:>10,.0f}{first[0]:>21.1f}{first[1]:>8.1f}{after[0]:>14.1f}{after[1]:>8.1f}")
-    process.shutdown()
+    pool.shutdown()
     server.shutdown()
     # The same without sockets: 32 rows of generate, prompts and pictures included, 136 tokens each, the mean above.
     prompts = [data.Document(0, [1] * (vlm.config.bridge.num_tokens + 59) + [i], [], [0], {}) for i in range(32)]
