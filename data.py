@@ -111,7 +111,7 @@ def read_member(path: str, member: str) -> bytes:
     require(size <= MAX_PICTURE, f"{member} in {path}: {size:,} bytes are too many for a picture")
     try:
         return file.read(member)
-    except (RuntimeError, NotImplementedError) as error:  # encrypted; packed by a method that Python lacks
+    except RuntimeError as error:  # encrypted, or packed by a method that Python lacks
         raise zipfile.BadZipFile(str(error)) from None
 
 
@@ -630,9 +630,9 @@ def read_file(name: str, places: dict = {}) -> Records:
 
 def index_records(name: str, path: str, read, read_again, find) -> Records:
     """
-    name: what the user calls the file, also where it was laid out anew at `path`.
     Every row is read and checked once. A large file's index is kept in the cache until the file or a zip beside it
-    changes, so that the next run, and every other rank, starts at once.
+    changes, so that the next run, and every other rank, starts at once. name: what the user calls the file, for
+    messages; path: where it lies, also after it was laid out anew.
     """
     zips = map(str, sorted(Path(path).parent.glob("*.zip")))
     kept, rows = cache("index", fingerprint(path, *zips) + ".npz"), []

@@ -2820,7 +2820,7 @@ def test_pictures_named_by_urls_are_fetched_when_they_are_used_and_only_once(web
     assert fails(lambda: data.open_source(f"{web.url}/b.png"), "/b.png", "503", "5 times")
     web.faults = []
     web.files["/big.png"] = b"\0" * 5000
-    assert fails(lambda: weights.fetch_url(f"{web.url}/big.png", tmp_path / "c", 4000), "4,000 bytes")
+    assert fails(lambda: weights.fetch_url(f"{web.url}/big.png", tmp_path / "c", 4000, bytes), "4,000 bytes")
     web.redirects = {"/there.png": "/a.png", "/circle.png": "/circle.png"}
     assert data.open_source(f"{web.url}/there.png").getpixel((0, 0)) == (255, 0, 0)
     web.files["/later.png"] = b"<html>please log in</html>"

@@ -720,7 +720,7 @@ def fetch(name: str | Repository) -> Path:
     return folder
 
 
-def fetch_url(url: str, folder: Path, most: int, check=len) -> bytes:
+def fetch_url(url: str, folder: Path, most: int, check) -> bytes:
     """
     One small file from any web server, such as a picture that a record names, kept in the folder -> its bytes.
     check(bytes) raises an error where they are something else: a hotel's login page must not be kept as the picture.
