@@ -1099,9 +1099,7 @@ def make_document(record: dict, index: int, tokenizer, image_tokens: int, seq_le
 def pack(documents: list[Document], rows: int, seq_len: int,
          image_tokens: int) -> tuple[dict, list[Document], list[Document]]:
     """-> (the arrays above, each [rows, seq_len], and three index lists; documents packed; documents without room)."""
-    ids, positions, document_ids = (np.zeros((rows, seq_len), dtype=np.int64) for _ in range(3))
-    targets, loss_weights = np.full((rows, seq_len), -100, dtype=np.int64), np.zeros((rows, seq_len), dtype=np.float32)
-    used, count, packed, waiting, image_positions = [0] * rows, [0] * rows, [], [], []
+    used, count, packed, waiting, begins, numbers = [0] * rows, [0] * rows, [], [], [], []
     for doc in documents:
         n = len(doc.ids) - 1
         # First fit: the first row with room. The best packing is NP-hard to find; with long documents first, this one
@@ -1110,23 +1108,35 @@ def pack(documents: list[Document], rows: int, seq_len: int,
         if row is None:
             waiting.append(doc)
             continue
-        at = used[row]
-        used[row], count[row] = at + n, count[row] + 1
-        ids[row, at:at + n] = doc.ids[:-1]
-        # TRAP: the mask shifts together with the targets. One position off, no answer's first token would be trained.
-        targets[row, at:at + n] = np.where(np.array(doc.mask[1:]) > 0, doc.ids[1:], -100)
-        loss_weights[row, at:at + n] = doc.weight
-        positions[row, at:at + n] = np.arange(n)
-        document_ids[row, at:at + n] = count[row]
-        image_positions += [np.arange(image_tokens) + row * seq_len + at + slot for slot in doc.slots]
+        begins.append(row * seq_len + used[row])  # in the flattened rows
+        used[row], count[row] = used[row] + n, count[row] + 1
+        numbers.append(count[row])
         packed.append(doc)
-    batch = {"ids": ids, "targets": targets, "positions": positions, "document_ids": document_ids,
-             "loss_weights": loss_weights,
+    # All documents are written at once: one by one, hundreds of them would keep Python's lock from the training step.
+    lengths = np.array([len(doc.ids) - 1 for doc in packed], dtype=np.int64)
+    positions = np.arange(lengths.sum()) - np.repeat(np.cumsum(lengths) - lengths, lengths)
+    flat = np.repeat(np.array(begins, dtype=np.int64), lengths) + positions  # where each token goes
+
+    def join(part) -> np.ndarray:
+        return np.concatenate([part(doc) for doc in packed] or [[]])
+
+    def spread(values, padding=0, dtype=np.int64) -> np.ndarray:
+        array = np.full(rows * seq_len, padding, dtype)
+        array[flat] = values
+        return array.reshape(rows, seq_len)
+    # TRAP: the mask shifts together with the targets. One position off, no answer's first token would be trained.
+    targets = np.where(join(lambda doc: doc.mask[1:]) > 0, join(lambda doc: doc.ids[1:]), -100)
+    slots = [begin + slot for begin, doc in zip(begins, packed) for slot in doc.slots]
+    batch = {"ids": spread(join(lambda doc: doc.ids[:-1])), "targets": spread(targets, -100),
+             "positions": spread(positions), "document_ids": spread(np.repeat(numbers, lengths)),
+             "loss_weights": spread(np.repeat([doc.weight for doc in packed], lengths), 0, np.float32),
              # where image tokens go in ids.flatten(), for all rows in one operation [images * image_tokens]
-             "image_positions": np.concatenate(image_positions or [np.zeros(0, dtype=np.int64)]),
-             # supervised positions in targets.flatten(): the loss computes logits for these only
-             "supervised": np.flatnonzero(targets >= 0),
-             "cu_seqlens": cumulative_lengths(document_ids) if max(count) > 1 else None}
+             "image_positions": np.add.outer(np.array(slots, dtype=np.int64), np.arange(image_tokens)).flatten(),
+             "cu_seqlens": None}
+    # supervised positions in targets.flatten(): the loss computes logits for these only
+    batch["supervised"] = np.flatnonzero(batch["targets"] >= 0)
+    if max(count) > 1:
+        batch["cu_seqlens"] = cumulative_lengths(batch["document_ids"])
     return batch, packed, waiting
 
 
@@ -1220,22 +1230,24 @@ class Documents(torch.utils.data.Dataset):
         return list(self.each(partial(attempt, self.open_pictures), [attempt(self.make, index) for index in indices]))
 
     def __getitem__(self, first: int) -> tuple[list, torch.Tensor]:
-        "A chunk as a worker process sends it: arrays, and all pixels in one tensor, as each takes a file handle."
-        items, pixels = self.chunk(first), []
-        for document in items:
-            if isinstance(document, Document):
-                pixels += document.pixels
-                document.ids, document.mask = np.array(document.ids), np.array(document.mask, dtype=np.int8)
-                document.pixels = None
-        return items, torch.stack(pixels) if pixels else torch.zeros(0)
+        "A chunk as a worker process sends it: one array of its ids and masks, one of its pixels, as each costs time."
+        items = self.chunk(first)
+        documents = [item for item in items if isinstance(item, Document)]
+        tokens = [np.array([document.ids, document.mask], dtype=np.int32) for document in documents]  # [2, n] each
+        pixels = [picture for document in documents for picture in document.pixels]
+        for document in documents:
+            document.ids = document.mask = document.pixels = None
+        return (items, np.cumsum([part.shape[1] for part in tokens]), np.concatenate(tokens or [[]], axis=-1),
+                torch.stack(pixels) if pixels else torch.zeros(0))
 
     def unpack(self, chunks):
-        "What worker processes send -> one item after the other, documents with their pixels."
+        "What worker processes send -> one item after the other, documents with their ids and pixels."
         try:
-            for items, pixels in chunks:
+            for items, ends, tokens, pixels in chunks:
                 documents = [item for item in items if isinstance(item, Document)]
-                for document, part in zip(documents, pixels.split([len(one.record["images"]) for one in documents])):
-                    document.pixels = part
+                pictures = pixels.split([len(document.record["images"]) for document in documents])
+                for document, part, shown in zip(documents, np.split(tokens, ends, axis=-1), pictures):
+                    (document.ids, document.mask), document.pixels = part, shown
                 yield from items
         except RuntimeError:
             for number, process in enumerate(chunks._workers):
@@ -1280,6 +1292,7 @@ class Loader:
         if workers:  # at once, and in the main thread: a fork copies the locks of other threads as they are, locked
             self.iterator = iter(torch.utils.data.DataLoader(
                 self.documents, batch_size=None, sampler=chunks, num_workers=workers, prefetch_factor=2,
+                collate_fn=tuple,  # as it is; the default would send each array as a tensor, for a file handle more
                 worker_init_fn=start_worker, multiprocessing_context="fork",
                 generator=torch.Generator()))  # of its own: else it would draw from the one that samples answers
             # TRAP: at its end Python stops its children by SIGTERM, which these ignore, and would wait for ever.
