@@ -26,6 +26,7 @@ import contextlib
 import csv
 import ctypes
 import difflib
+import gc
 import gzip
 import hashlib
 import io
@@ -1290,6 +1291,10 @@ class Loader:
         self.bad = BadRecords(getattr(dataset, "max_bad", 0))
         chunks = itertools.count(self.next, self.stride * Documents.CHUNK)  # the number of each one's first record
         if workers:  # at once, and in the main thread: a fork copies the locks of other threads as they are, locked
+            # Python looks for garbage now and then, through all objects that it has: a third of a second for those that
+            # a compiled model leaves, in every fork. From here on it looks at new ones only.
+            gc.collect()
+            gc.freeze()
             self.iterator = iter(torch.utils.data.DataLoader(
                 self.documents, batch_size=None, sampler=chunks, num_workers=workers, prefetch_factor=2,
                 collate_fn=tuple,  # as it is; the default would send each array as a tensor, for a file handle more

@@ -6435,7 +6435,7 @@ def test_bench_serves_clients_of_its_own(trained, monkeypatch):
     ran = run("bench", "--what=serve", f"--out_dir={trained[0]}", "--device=cpu", "--clients=3", "--steps=2",
               main=bench.main)
     assert ran.code == 0, ran.err
-    assert set(ran.result["clients"]) == {"3", "offline", "generate"}
+    assert set(ran.result["clients"]) == {"3"} and set(ran.result["tokens_per_s"]) == {"offline", "generate"}
     for row in ran.result["clients"].values():
         assert row["tokens_per_s"] > 0 and 0 < row["first_token_ms"][0] <= row["first_token_ms"][1]
     # What goes wrong at a client, in its own process, ends the measurement in one line, and it does not wait for ever.
