@@ -1055,7 +1055,7 @@ class Document:
     slots: list[int]         # per picture: where its run of image tokens starts in ids
     record: dict
     weight: float = 1.0      # of each of its tokens in the loss; in reinforcement learning the advantage
-    pixels: list | torch.Tensor | None = None  # of its pictures, uint8 [3, S, S] each, where the loader opened them
+    pixels: list | None = None  # of its pictures, uint8 [3, S, S] each, where the loader opened them
 
 
 def make_document(record: dict, index: int, tokenizer, image_tokens: int, seq_len: int,
@@ -1100,7 +1100,9 @@ def make_document(record: dict, index: int, tokenizer, image_tokens: int, seq_le
 def pack(documents: list[Document], rows: int, seq_len: int,
          image_tokens: int) -> tuple[dict, list[Document], list[Document]]:
     """-> (the arrays above, each [rows, seq_len], and three index lists; documents packed; documents without room)."""
-    used, count, packed, waiting, begins, numbers = [0] * rows, [0] * rows, [], [], [], []
+    ids, positions, document_ids = (np.zeros((rows, seq_len), dtype=np.int64) for _ in range(3))
+    targets, loss_weights = np.full((rows, seq_len), -100, dtype=np.int64), np.zeros((rows, seq_len), dtype=np.float32)
+    used, count, packed, waiting, image_positions = [0] * rows, [0] * rows, [], [], []
     for doc in documents:
         n = len(doc.ids) - 1
         # First fit: the first row with room. The best packing is NP-hard to find; with long documents first, this one
@@ -1109,35 +1111,23 @@ def pack(documents: list[Document], rows: int, seq_len: int,
         if row is None:
             waiting.append(doc)
             continue
-        begins.append(row * seq_len + used[row])  # in the flattened rows
-        used[row], count[row] = used[row] + n, count[row] + 1
-        numbers.append(count[row])
+        at = used[row]
+        used[row], count[row] = at + n, count[row] + 1
+        ids[row, at:at + n] = doc.ids[:-1]
+        # TRAP: the mask shifts together with the targets. One position off, no answer's first token would be trained.
+        targets[row, at:at + n] = np.where(np.array(doc.mask[1:]) > 0, doc.ids[1:], -100)
+        loss_weights[row, at:at + n] = doc.weight
+        positions[row, at:at + n] = np.arange(n)
+        document_ids[row, at:at + n] = count[row]
+        image_positions += [np.arange(image_tokens) + row * seq_len + at + slot for slot in doc.slots]
         packed.append(doc)
-    # All documents are written at once: one by one, hundreds of them would keep Python's lock from the training step.
-    lengths = np.array([len(doc.ids) - 1 for doc in packed], dtype=np.int64)
-    positions = np.arange(lengths.sum()) - np.repeat(np.cumsum(lengths) - lengths, lengths)
-    flat = np.repeat(np.array(begins, dtype=np.int64), lengths) + positions  # where each token goes
-
-    def join(part) -> np.ndarray:
-        return np.concatenate([part(doc) for doc in packed] or [[]])
-
-    def spread(values, padding=0, dtype=np.int64) -> np.ndarray:
-        array = np.full(rows * seq_len, padding, dtype)
-        array[flat] = values
-        return array.reshape(rows, seq_len)
-    # TRAP: the mask shifts together with the targets. One position off, no answer's first token would be trained.
-    targets = np.where(join(lambda doc: doc.mask[1:]) > 0, join(lambda doc: doc.ids[1:]), -100)
-    slots = [begin + slot for begin, doc in zip(begins, packed) for slot in doc.slots]
-    batch = {"ids": spread(join(lambda doc: doc.ids[:-1])), "targets": spread(targets, -100),
-             "positions": spread(positions), "document_ids": spread(np.repeat(numbers, lengths)),
-             "loss_weights": spread(np.repeat([doc.weight for doc in packed], lengths), 0, np.float32),
+    batch = {"ids": ids, "targets": targets, "positions": positions, "document_ids": document_ids,
+             "loss_weights": loss_weights,
              # where image tokens go in ids.flatten(), for all rows in one operation [images * image_tokens]
-             "image_positions": np.add.outer(np.array(slots, dtype=np.int64), np.arange(image_tokens)).flatten(),
-             "cu_seqlens": None}
-    # supervised positions in targets.flatten(): the loss computes logits for these only
-    batch["supervised"] = np.flatnonzero(batch["targets"] >= 0)
-    if max(count) > 1:
-        batch["cu_seqlens"] = cumulative_lengths(batch["document_ids"])
+             "image_positions": np.concatenate(image_positions or [np.zeros(0, dtype=np.int64)]),
+             # supervised positions in targets.flatten(): the loss computes logits for these only
+             "supervised": np.flatnonzero(targets >= 0),
+             "cu_seqlens": cumulative_lengths(document_ids) if max(count) > 1 else None}
     return batch, packed, waiting
 
 
@@ -1230,8 +1220,8 @@ class Documents(torch.utils.data.Dataset):
         indices = range(first, first + self.CHUNK * self.stride, self.stride)
         return list(self.each(partial(attempt, self.open_pictures), [attempt(self.make, index) for index in indices]))
 
-    def __getitem__(self, first: int) -> tuple[list, torch.Tensor]:
-        "A chunk as a worker process sends it: one array of its ids and masks, one of its pixels, as each costs time."
+    def __getitem__(self, first: int) -> tuple[list, np.ndarray, np.ndarray, torch.Tensor]:
+        "A chunk as a worker process sends it: ids and masks in one array, pixels in one tensor, as each costs time."
         items = self.chunk(first)
         documents = [item for item in items if isinstance(item, Document)]
         tokens = [np.array([document.ids, document.mask], dtype=np.int32) for document in documents]  # [2, n] each
@@ -1246,9 +1236,10 @@ class Documents(torch.utils.data.Dataset):
         try:
             for items, ends, tokens, pixels in chunks:
                 documents = [item for item in items if isinstance(item, Document)]
-                pictures = pixels.split([len(document.record["images"]) for document in documents])
-                for document, part, shown in zip(documents, np.split(tokens, ends, axis=-1), pictures):
-                    (document.ids, document.mask), document.pixels = part, shown
+                pictures = iter(pixels.unbind())
+                for document, (ids, mask) in zip(documents, np.split(tokens, ends, axis=-1)):
+                    document.ids, document.mask = ids, mask
+                    document.pixels = [next(pictures) for _ in document.record["images"]]
                 yield from items
         except RuntimeError:
             for number, process in enumerate(chunks._workers):

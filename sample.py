@@ -273,7 +273,7 @@ class Chat:
     /save FILE   write the conversation as a JSON record, which data.py reads, with copies of its pictures
     /reset       start over
     /help        this list
-    /quit        end (also /exit, Ctrl-D)
+    /quit        end (also /exit, Ctrl-D); Ctrl-C ends an answer
     """
     # The text above is what /help says. Each command has its method, do_NAME.
 
@@ -340,8 +340,14 @@ class Chat:
         request = make_request(self.vlm, self.tokenizer, [*self.messages, question],
                                [pixels for _, pixels in self.pictures], self.flags, self.engine.width)
         self.engine.submit(request)
-        answer = stream(self.engine, self.tokenizer, request)
-        self.messages += [question, make_message(answer, role="assistant")]
+        # Ctrl-C ends the answer, not the chat. An exception could end the engine in the middle of a step, so: a flag.
+        usual = signal.signal(signal.SIGINT, lambda *_: setattr(request, "finish", request.finish or "cancelled"))
+        try:
+            answer = stream(self.engine, self.tokenizer, request)
+        finally:
+            signal.signal(signal.SIGINT, usual)
+        if answer or request.finish != "cancelled":
+            self.messages += [question, make_message(answer, role="assistant")]
 
     def run(self) -> None:
         "Answers alone go to standard output: `--chat < questions.txt > answers.txt` works."

@@ -5546,6 +5546,23 @@ def test_chat_shows_pictures_and_survives_a_slip(trained, photo, monkeypatch):
     assert real.code == 0 and real.out.strip() == ask(trained[0], "What is it?", photo, new=4)
 
 
+def test_ctrl_c_ends_an_answer_and_not_the_chat(trained, photo, monkeypatch):
+    whole, step = talk(trained, f"/image {photo}", "What is it?"), model.Engine.step
+    stop_at = [3, 1]  # tokens of the first answer, and of the second
+
+    def interrupted(engine):
+        ended = step(engine)
+        if stop_at and any(len(request.answer) == stop_at[0] for request in engine.running.values()):
+            stop_at.pop(0)
+            signal.raise_signal(signal.SIGINT)
+        return ended
+    monkeypatch.setattr(model.Engine, "step", interrupted)
+    ran = talk(trained, f"/image {photo}", "What is it?", "/undo", "Why?", "/undo", "What is it?")
+    first, *_, last = ran.out.splitlines()
+    assert ran.code == 0 and not stop_at and ran.err.count("took back") == 2
+    assert last == whole.out.strip("\n") and last.startswith(first) and len(first) < len(last)
+
+
 def test_chat_goes_on_from_its_cache_and_is_undone_drawn_and_saved(trained, photo, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HOME", str(tmp_path))  # ~ is there, as in a shell
