@@ -5088,6 +5088,19 @@ def test_too_many_bad_records_end_the_run_after_the_steps_that_are_done_are_save
     assert more.code == 0 and f"at step {state['step']}" in more.err and more.result["step"] == 30
 
 
+def test_steps_of_reinforcement_learning_are_smaller_where_few_groups_teach(trained, tmp_path, monkeypatch):
+    import train_rl
+    rates = {}
+    for teaching in (0, 1, 2, 16):
+        monkeypatch.setattr(train_rl, "to_documents", lambda *_: ([], 0, {"reward": 0, "teaching": teaching}))
+        ran = run("train_rl", *QUICK, f"--init={trained[0]}/tiny/sft", f"--out_dir={tmp_path / str(teaching)}",
+                  "--batch_size=16", "--samples=1", main=train_rl.main)
+        assert ran.code == 0, ran.err
+        rows = map(json.loads, (tmp_path / str(teaching) / "tiny/rl/log.jsonl").read_text().splitlines())
+        rates[teaching] = [row["lr"] for row in rows if "lr" in row]
+    assert rates[0] == [0, 0] and rates[1] == [rate / 2 for rate in rates[16]] and rates[2] == rates[16] > [0, 0]
+
+
 def test_reinforcement_learning_leaves_out_bad_records_and_saves_before_they_end_it(tmp_path):
     flags = [*partly_broken(tmp_path), "--steps=3", "--batch_size=16", "--samples=2", "--max_new_tokens=2"]
     ran = run("train_rl", *flags, "--max_bad=0.1")

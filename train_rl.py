@@ -89,7 +89,7 @@ def reward(record: dict, ids: list[int], tokenizer) -> float:
 
 def to_documents(records, prompts, groups, tokenizer, reward=reward) -> tuple[list, int, dict]:
     """
-    Rollouts -> (documents whose weight is their advantage, tokens sampled in the groups used, statistics).
+    Rollouts -> (documents whose weight is their advantage, tokens sampled in the groups used, sums over the groups).
     Equal answers to a question are one document with the sum of their advantages: the same gradient, several times
     cheaper.
     """
@@ -111,8 +111,8 @@ def to_documents(records, prompts, groups, tokenizer, reward=reward) -> tuple[li
             # Loss mask: the answer only, not the prompt with its image tokens.
             documents.append(data.Document(0, prompt.ids + list(ids), [0] * len(prompt.ids) + [1] * len(ids),
                                            prompt.slots, record, advantage))
-    # reward: the mean over all samples, at temperature 1; greedy answers, as in the evaluation, are somewhat better
-    return documents, tokens, {"reward": sum(means) / max(len(means), 1), "teaching": teaching / max(len(means), 1)}
+    # reward: of samples at temperature 1; greedy answers, as in the evaluation, are somewhat better
+    return documents, tokens, {"reward": sum(means), "teaching": teaching}
 
 
 def pack_all(documents: list, rows: int, seq_len: int, vlm) -> list[dict]:
@@ -217,19 +217,22 @@ def main() -> None:
             setup.failure, records = error, []
         # New: rollouts, rewards, and advantages as token weights.
         prompts, groups = rollout(vlm, tokenizer, records, flags, step)
-        documents, tokens, stats = to_documents(records, prompts, groups, tokenizer)
+        documents, tokens, sums = to_documents(records, prompts, groups, tokenizer)
         batches = pack_all(documents, rows, flags.seq_len, vlm)
         # One update per rollout: the model that is updated is the one that answered, so no ratio is needed. Divided by
         # all tokens: a long answer's tokens count as much as a short one's (DAPO, arXiv 2503.14476).
-        tokens = setup.all_reduce(tokens)
-        train_step(vlm, batches, max(tokens, 1), optimizer, setup, lr_scale(step, flags))
+        tokens, questions = setup.all_reduce(tokens), setup.all_reduce(len(groups))
+        # "teaching": groups with right and wrong answers. Near 0 the questions are too easy or too hard to learn from.
+        stats = {name: setup.all_reduce(value) / max(questions, 1) for name, value in sums.items()}
+        # An update has the same size, from however few groups it comes, and from a handful it is mostly noise: the
+        # model would forget more than it learns. So below an eighth of the questions steps are smaller.
+        scale = lr_scale(step, flags) * min(1.0, 8 * stats["teaching"])
+        train_step(vlm, batches, max(tokens, 1), optimizer, setup, scale)
         step += 1
         # --------------------------------------------------------------------------------------------------------------
-        # "teaching": groups with right and wrong answers. Near 0 the questions are too easy or too hard to learn from.
-        stats = {name: setup.all_reduce(value) / setup.world_size for name, value in stats.items()}
         bar.update()
         bar.set_postfix(reward=f"{stats['reward']:.3f}", teaching=f"{stats['teaching']:.0%}")
-        log.write(step=step, **stats, tokens=tokens, lr=flags.lr * lr_scale(step - 1, flags),
+        log.write(step=step, **stats, tokens=tokens, lr=flags.lr * scale,
                   seconds=time.time() - started)
         if flags.eval_every > 0 and step % flags.eval_every == 0:
             for name, records in held_out.items():
