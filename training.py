@@ -490,7 +490,8 @@ def make_loaders(flags, setup: Setup, vlm: VLM, tokenizer: Tokenizer, dataset, s
     require(len(saved) in (0, count), f"--resume: the run was started with {len(saved)} micro-batches a step, now "
             f"there are {count}; give --micro_batch_size={flags.batch_size // max(len(saved), 1)}")
     # Cut conversations train without any error, and the model never learns how they end: say how many there are.
-    whole = [make_document(record, i, seq_len=10 ** 9) for i in range(100) if "messages" in (record := dataset[i])]
+    first = (data.attempt(dataset.__getitem__, i) for i in range(100))
+    whole = [make_document(one, 0, seq_len=10 ** 9) for one in first if isinstance(one, dict) and "messages" in one]
     sets = getattr(dataset, "sets", [])
     if whole and len(sets) == 1 and isinstance(sets[0], data.Shuffled):
         n, tokens = len(sets[0].records), sum(len(document.ids) for document in whole if document) / len(whole)
