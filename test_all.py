@@ -4980,8 +4980,9 @@ def test_a_full_disk_ends_in_one_line_with_the_last_checkpoint_whole(trained, tm
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)  # then a write fails, as on a full disk
     done = subprocess.run([sys.executable, str(HERE / "train_sft.py"), *QUICK, f"--out_dir={out}"], text=True,
                           capture_output=True, preexec_fn=at_start, env={**os.environ, "OMP_NUM_THREADS": "1"})
-    one_line(Ran(done.returncode, done.stdout, done.stderr), "sft")
+    one_line(Ran(done.returncode, done.stdout, done.stderr), "sft", "start again; nothing was saved before")
     assert (out / "tiny/sft.1/model.safetensors").read_bytes() == before
+    assert not (out / "tiny/sft.new").exists()  # the half of it that was written does not keep the disk full
     assert model.load_checkpoint(model.newest_checkpoint(out, "tiny")).config.run["stage"] == "rl"
 
 

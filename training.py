@@ -798,8 +798,9 @@ def save(flags, setup: Setup, stage: str, vlm: VLM, tokenizer: Tokenizer, optimi
             save_checkpoint(folder.resolve(), vlm, tokenizer, moments, state, master_weights)
             draw_curves(folder / "log.jsonl")
         except OSError as error:  # a full disk, a network folder that is gone; Python does not name the file
-            raise ValueError(f"{folder}: step {step} could not be saved ({error}); what was saved before is whole: "
-                             "make room and continue it by --resume") from None
+            raise ValueError(f"{folder}: step {step} could not be saved ({error}); make room and " + (
+                "continue what was saved before by --resume; it is whole" if (folder / "state.json").exists() else
+                "start again; nothing was saved before")) from None
     return folder
 
 

@@ -338,7 +338,11 @@ def replace_folder(folder, drop=()):
     for leftover in (new, old):
         shutil.rmtree(leftover, ignore_errors=True)
     new.mkdir(parents=True)
-    yield new  # an error in the block is raised here, and the rest of this function does not run
+    try:
+        yield new  # an error in the block is raised here, and the rest of this function does not run
+    except BaseException:
+        shutil.rmtree(new, ignore_errors=True)  # half a checkpoint may have gigabytes, and the disk is mostly full now
+        raise
     if folder.exists():
         for file in folder.iterdir():  # such as log.jsonl, samples.png
             if not (new / file.name).exists() and file.name not in drop:
