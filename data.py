@@ -536,7 +536,7 @@ def parse_sample(raw: bytes) -> dict:
     require(files.keys() & {"json", "txt"}, f"{stem}: no {stem}.json or .txt next to it in the archive")
     if "txt" in files and not {"messages", "conversations", "question"} & row.keys():
         with named_errors(f"{stem}.txt"):
-            row = {"caption": files["txt"].decode().strip()}
+            row = {"caption": files["txt"].decode("utf-8-sig").strip()}  # without Windows' byte order mark
     return {"id": stem, **row, "images": pictures}
 
 
@@ -811,7 +811,9 @@ def cut_documents(path: str):
 
 def text_files(path: str) -> list[str]:
     # sorted: a folder lists its files in another order on every disk, and a document is known by its number.
-    paths = sorted(map(str, Path(path).rglob("*"))) if os.path.isdir(path) else locate(path)[0]
+    # Hidden ones are not the user's: ._a.txt, macOS's companion of a.txt, or what editors keep in .ipynb_checkpoints/.
+    inside = (one for one in Path(path).rglob("*") if not re.search(r"(^|/)\.", one.relative_to(path).as_posix()))
+    paths = sorted(map(str, inside)) if os.path.isdir(path) else locate(path)[0]
     paths = [one for one in paths if one.endswith((".txt", *JSON_SUFFIXES))]
     require(paths, f"{path}: no text here; give a .txt, .json, .jsonl or .json.gz file, or a folder of them")
     return paths
@@ -913,13 +915,14 @@ class Mixture:
     def __init__(self, parts: list[tuple], max_bad: int = 0):
         # Weights 3 and 1 -> sets 0 0 1 0, 0 0 1 0, ... With random draws, all draws before i would have to be repeated
         # to know how far its set has come. A table of 1,000 draws, used again and again, tells it at once.
-        # TRAP: a share far below 1/1000 is never drawn.
         self.sets, total = [part for part, _ in parts], sum(weight for _, weight in parts)
         counts, self.table = [0] * len(parts), []  # table: (set, how many of that set came before)
         for i in range(1000):
             k = max(range(len(parts)), key=lambda k: parts[k][1] / total * (i + 1) - counts[k])
             self.table.append((k, counts[k]))
             counts[k] += 1
+        require(all(counts), f"--data: a weight of {min(weight for _, weight in parts):g} of {total:g} in all is too small; "
+                             "of less than a thousandth nothing would be used")
         self.counts, self.max_bad = counts, max_bad  # max_bad: how many records may turn out to be broken
 
     def __getitem__(self, i: int) -> dict:
@@ -957,8 +960,8 @@ def split_by_image(records: Records, fraction: float | None = None, at_most: int
     # A record with pictures a and b is held out because of a: now b is used, too. Another record with b and c would
     # show b in training; it goes to neither side.
     train = np.bincount(owner[np.isin(keys, keys[held[owner]])], minlength=n) == 0
-    require(train.any(), f"{n} records with {len(pictures)} pictures are too few to hold some out; give a file by "
-                         "--val=")
+    require(train.any(), f"{n} records with {len(pictures)} pictures or texts are too few to hold some out; give a "
+                         "file by --val=")
     return records.select(train), records.select(held & (np.cumsum(held) <= at_most))
 
 
@@ -980,7 +983,8 @@ def read_any(name: str, world: World, count: int):
     # Chapter 1's kind of data: the first row is a text, not a conversation, and no picture's caption. Where even that
     # row is an error, reading will say what is wrong with it.
     pictures = os.path.isdir(name) and attempt(next, read_folder(name), None)  # beside them may lie a notes.txt
-    if name.endswith(".txt") or not isinstance(pictures, tuple) and isinstance(attempt(next, read_text(name)), str):
+    texts = name.endswith(".txt") or isinstance(pictures, ValueError) and any(Path(name).rglob("*.txt"))
+    if texts or not isinstance(pictures, tuple) and isinstance(attempt(next, read_text(name)), str):
         return ({"id": f"{name} document {i}", "text": text, "images": []} for i, text in enumerate(read_text(name)))
     return read_records(name, 1.0)
 

@@ -2340,6 +2340,12 @@ def test_text_comes_from_json_gzip_and_folders(tmp_path):
     assert fails(lambda: list(data.read_text(tmp_path / "none.txt")), "none.txt")
     (tmp_path / "void").mkdir()
     assert fails(lambda: list(data.read_text(tmp_path / "void")), "void")
+    (tmp_path / "void" / ".kept").mkdir()
+    for name in "._a.txt", ".kept/a.txt", "a.txt":  # macOS's companion of a file, an editor's copy
+        (tmp_path / "void" / name).write_bytes(b"six" if name == "a.txt" else b"\xff")
+    assert list(data.read_text(tmp_path / "void")) == ["six"]
+    (tmp_path / "void" / "a.txt").write_bytes(b"\xff")  # the error is about this file, not about pictures
+    assert fails(lambda: data.tokenizer_texts(str(tmp_path / "void"), 0), "void/a.txt", "UTF-8")
 
 
 def test_a_mixture_names_files_and_weights():
@@ -2639,6 +2645,13 @@ def test_a_list_of_any_layout_is_read_block_by_block(tmp_path, monkeypatch):
         assert all(json.loads(raw[start:end]) == row for start, end, row in found)
         path.write_bytes(raw[:len(raw) - 40])
         assert fails(lambda: data.read_records(path), path)
+
+
+def test_a_caption_written_by_a_windows_editor_begins_with_its_first_letter(tmp_path):
+    with tarfile.open(tmp_path / "a.tar", "w") as tar:
+        add_to_tar(tar, "1.png", image_bytes())
+        add_to_tar(tar, "1.txt", "Müller".encode("utf-8-sig"))
+    assert data.read_records(tmp_path / "a.tar")[0]["messages"][1]["content"] == "Müller"
 
 
 def test_the_index_of_a_file_is_kept_until_the_file_changes(tmp_path, monkeypatch):
@@ -3024,6 +3037,7 @@ def test_a_mixture_keeps_its_proportions():
         assert [i for n, i in drawn if n == name] == list(range(round(8000 * share)))
         for at in range(0, 8000, 400):  # at any time, not only in the end
             assert abs(sum(n == name for n, _ in drawn[at:at + 400]) - 400 * share) <= 1
+    assert fails(lambda: data.Mixture([(Named("a"), 2000), (Named("b"), 0.5)]), "--data", "0.5 of 2000.5", "too small")
     assert drawn[5000:5010] == [mixture[i] for i in range(5000, 5010)]
 
 
