@@ -41,6 +41,7 @@ import sys
 import tarfile
 import textwrap
 import time
+import unicodedata
 import weakref
 import zipfile
 import zlib
@@ -202,7 +203,9 @@ def image_finder(folder: str, places: dict = {}):
             return name
         require(not LEADS_OUT.search(name), f"image {name[:100]!r} leads out of the data's folder {folder}; name it "
                                             "relative to the folder")
-        source = find_in(folder, name)
+        # macOS spells ü as two letters, u and two dots, others as one: a name from there may lack its file here.
+        spellings = [name] + [unicodedata.normalize(form, name) for form in ("NFC", "NFD") if not name.isascii()]
+        source = next(filter(None, map(partial(find_in, folder), spellings)), None)
         for start, place in places.items():
             if not source and name.startswith(start):
                 rest = name[len(start):]
@@ -921,8 +924,8 @@ class Mixture:
             k = max(range(len(parts)), key=lambda k: parts[k][1] / total * (i + 1) - counts[k])
             self.table.append((k, counts[k]))
             counts[k] += 1
-        require(all(counts), f"--data: a weight of {min(weight for _, weight in parts):g} of {total:g} in all is too small; "
-                             "of less than a thousandth nothing would be used")
+        require(all(counts), f"--data: a weight of {min(weight for _, weight in parts):g} of {total:g} in all is too "
+                             "small; of less than a thousandth nothing would be used")
         self.counts, self.max_bad = counts, max_bad  # max_bad: how many records may turn out to be broken
 
     def __getitem__(self, i: int) -> dict:

@@ -2654,6 +2654,19 @@ def test_a_caption_written_by_a_windows_editor_begins_with_its_first_letter(tmp_
     assert data.read_records(tmp_path / "a.tar")[0]["messages"][1]["content"] == "Müller"
 
 
+@pytest.mark.parametrize("ours, theirs", [("NFC", "NFD"), ("NFD", "NFC")])
+def test_a_picture_is_found_in_both_spellings_of_its_umlaut(tmp_path, ours, theirs):
+    name = unicodedata.normalize(theirs, "Söhne/ü.png")
+    with zipfile.ZipFile(tmp_path / "images.zip", "w") as file:
+        file.writestr(f"z/{name}", image_bytes("blue"))
+    path = write(tmp_path / "d.json", [llava(unicodedata.normalize(ours, name))])
+    assert data.open_source(data.read_records(path)[0]["images"][0]).getpixel((0, 0)) == (0, 0, 255)
+    (tmp_path / "images.zip").unlink()
+    (tmp_path / name).parent.mkdir()
+    (tmp_path / name).write_bytes(image_bytes())
+    assert data.open_source(data.read_records(path)[0]["images"][0]).getpixel((0, 0)) == (255, 0, 0)
+
+
 def test_the_index_of_a_file_is_kept_until_the_file_changes(tmp_path, monkeypatch):
     monkeypatch.setenv("GHOSTVIS_CACHE", str(tmp_path / "cache"))
     clock = iter(range(0, 10 ** 6, 10))
