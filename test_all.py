@@ -2212,7 +2212,7 @@ def test_a_bad_record_is_named_with_file_index_id_and_problem(tmp_path):
             (llava(None, conversations=[turn, {"from": "system", "value": "s"}]), ["user, system"]),
             (llava(conversations=[{"from": "human", "text": "q"}]), ["'value'"]),
             (llava(conversations=[{"from": "robot", "value": "q"}]), ["'robot'"]),
-            (llava(None, answer=5), ["not text"]),
+            (llava(None, answer=5), ["not text but 5", "in quotes"]),
             ({"id": "r1", "prompt": "q"}, ["missing key"])]:
         assert fails(lambda: data.read_records(write(path, [good, bad])), path, "record 1", "'r1'", *parts)
     assert fails(lambda: data.read_records(write(path, [good, "text"])), path, "record 1", "object")
@@ -2227,6 +2227,8 @@ def test_an_unreadable_file_is_named_with_the_line(tmp_path):
     assert fails(lambda: data.read_records(path), path, "line 3")
     (tmp_path / "d.jsonl").write_text('{"question": "q", "answer": "a"}\n{"question": \n')
     assert fails(lambda: data.read_records(tmp_path / "d.jsonl"), "d.jsonl", "line 2")
+    (tmp_path / "d.jsonl").write_text(json.dumps({"data": [llava()]}, indent=1))  # over many lines, and no list
+    assert fails(lambda: data.read_records(tmp_path / "d.jsonl"), "d.jsonl", "line 1 (a line holds a whole record")
     assert fails(lambda: data.read_records(tmp_path / "none.json"), "none.json")
     assert fails(lambda: data.read_records(tmp_path / "d.doc"), "d.doc", "no such file")
     (tmp_path / "d.doc").write_text("a text")
@@ -2338,6 +2340,12 @@ def test_text_comes_from_json_gzip_and_folders(tmp_path):
     assert fails(lambda: list(data.read_text(tmp_path / "none.txt")), "none.txt")
     (tmp_path / "void").mkdir()
     assert fails(lambda: list(data.read_text(tmp_path / "void")), "void")
+    (tmp_path / "void" / ".kept").mkdir()
+    for name in "._a.txt", ".kept/a.txt", "a.txt":  # macOS's companion of a file, an editor's copy
+        (tmp_path / "void" / name).write_bytes(b"six" if name == "a.txt" else b"\xff")
+    assert list(data.read_text(tmp_path / "void")) == ["six"]
+    (tmp_path / "void" / "a.txt").write_bytes(b"\xff")  # the error is about this file, not about pictures
+    assert fails(lambda: data.tokenizer_texts(str(tmp_path / "void"), 0), "void/a.txt", "UTF-8")
 
 
 def test_a_mixture_names_files_and_weights():
@@ -2496,24 +2504,27 @@ def test_a_folder_per_class_and_captions_in_a_listing_are_read(tmp_path):
 
 
 def test_of_a_folder_of_pictures_nothing_is_left_out_in_silence_but_hidden_files(tmp_path):
-    for name in "cat/1.png", "dog/1.png", ".hidden/1.png", "cat/._1.png":
+    for name in "cat/1.png", "dog/1.JFIF", ".hidden/1.png", "cat/._1.png":  # JFIF: so Windows saves many a JPEG
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_bytes(image_bytes())
     (tmp_path / "notes.txt").write_text("A note.")
-    assert [record["id"] for record in data.read_records(tmp_path)] == ["cat/1.png", "dog/1.png"]
+    assert [record["id"] for record in data.read_records(tmp_path)] == ["cat/1.png", "dog/1.JFIF"]
     assert run("data", f"--data={tmp_path}").result["images"] == 2  # it is no text
     (tmp_path / "cat" / "IMG_1.HEIC").write_bytes(b"x")  # as iPhones write them
     assert fails(lambda: data.read_records(tmp_path), "cat/IMG_1.HEIC", "convert it")
+    (tmp_path / "cat" / "2024").mkdir()
+    (tmp_path / "cat" / "IMG_1.HEIC").rename(tmp_path / "cat" / "2024" / "2.png")
+    assert fails(lambda: data.read_records(tmp_path), "cat/2024/2.png", "move it up to cat/")
 
 
 @pytest.mark.parametrize("name,problem", [
     ("flat", "no sub-folders"), ("llava", "give that file"), ("nosuch", "no such file or folder"),
-    ("s-{2..0}.tar", "below the first")])
+    ("s-{2..0}.tar", "below the first"), ("world@0.1", "give it a weight, world:0.1")])
 def test_data_that_are_not_there_are_not_called_an_empty_file(tmp_path, name, problem):
     for folder in tmp_path / "flat", tmp_path / "llava" / "images":
         folder.mkdir(parents=True)
         (folder / "1.png").write_bytes(image_bytes())
-    assert fails(lambda: data.read_records(tmp_path / name), name, problem)
+    assert fails(lambda: data.read_records(name if "world" in name else tmp_path / name), name.split("@")[0], problem)
 
 
 def nested(depth: int = 200_000) -> str:
@@ -2636,6 +2647,26 @@ def test_a_list_of_any_layout_is_read_block_by_block(tmp_path, monkeypatch):
         assert fails(lambda: data.read_records(path), path)
 
 
+def test_a_caption_written_by_a_windows_editor_begins_with_its_first_letter(tmp_path):
+    with tarfile.open(tmp_path / "a.tar", "w") as tar:
+        add_to_tar(tar, "1.png", image_bytes())
+        add_to_tar(tar, "1.txt", "Müller".encode("utf-8-sig"))
+    assert data.read_records(tmp_path / "a.tar")[0]["messages"][1]["content"] == "Müller"
+
+
+@pytest.mark.parametrize("ours, theirs", [("NFC", "NFD"), ("NFD", "NFC")])
+def test_a_picture_is_found_in_both_spellings_of_its_umlaut(tmp_path, ours, theirs):
+    name = unicodedata.normalize(theirs, "Söhne/ü.png")
+    with zipfile.ZipFile(tmp_path / "images.zip", "w") as file:
+        file.writestr(f"z/{name}", image_bytes("blue"))
+    path = write(tmp_path / "d.json", [llava(unicodedata.normalize(ours, name))])
+    assert data.open_source(data.read_records(path)[0]["images"][0]).getpixel((0, 0)) == (0, 0, 255)
+    (tmp_path / "images.zip").unlink()
+    (tmp_path / name).parent.mkdir()
+    (tmp_path / name).write_bytes(image_bytes())
+    assert data.open_source(data.read_records(path)[0]["images"][0]).getpixel((0, 0)) == (255, 0, 0)
+
+
 def test_the_index_of_a_file_is_kept_until_the_file_changes(tmp_path, monkeypatch):
     monkeypatch.setenv("GHOSTVIS_CACHE", str(tmp_path / "cache"))
     clock = iter(range(0, 10 ** 6, 10))
@@ -2654,6 +2685,25 @@ def test_the_index_of_a_file_is_kept_until_the_file_changes(tmp_path, monkeypatc
     for content in b"damaged", b"":  # empty: after a power cut
         kept.write_bytes(content)
         assert len(data.read_records(path)) == 51
+
+
+def test_a_picture_that_goes_after_the_index_was_made_is_left_out_and_named(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("GHOSTVIS_CACHE", str(tmp_path / "cache"))
+    clock = iter(range(0, 10 ** 6, 10))
+    monkeypatch.setattr(data.time, "time", lambda: next(clock))  # as if reading took 10 seconds
+    for i in range(40):
+        (tmp_path / f"{i}.png").write_bytes(image_bytes())
+    path = write(tmp_path / "d.json", [llava(f"{i}.png", id=str(i)) for i in range(40)])
+    flags = str(path), world.World("chat"), {}, 0, 40
+    held = data.load_data(*flags)[1]["held_out"]
+    trained = min({str(i) for i in range(40)} - {record["id"] for record in held})
+    for gone in trained, held[0]["id"]:
+        (tmp_path / f"{gone}.png").unlink()
+        assert fails(lambda: data.load_data(*flags), f"no image ['{gone}.png']")
+        assert data.load_data(*flags, max_bad=0.1)[1]["held_out"] == [r for r in held if r["id"] != gone]
+        assert f"no image ['{gone}.png']" in capsys.readouterr().err
+        assert len(data.tokenizer_texts(str(path), 0)) == 100 + 2 * 39
+        (tmp_path / f"{gone}.png").write_bytes(image_bytes())
 
 
 def test_every_answer_of_a_held_out_conversation_becomes_a_question():
@@ -2845,6 +2895,19 @@ def test_a_file_of_records_and_tar_shards_come_from_a_url(web, tmp_path):
     assert fails(lambda: data.read_records(f"{web.url}/none.json"), "none.json", "404")
 
 
+def test_what_follows_the_question_mark_of_an_address_reaches_the_server(web, tmp_path, capsys):
+    # As in signed addresses, which are mostly for GET alone. Azure's have colons, but no weight behind them.
+    for number in range(2):
+        web.files[f"/d{number}.jsonl?end=9:30Z&sig=secret"] = json.dumps(CHAT | {"id": str(number)}).encode()
+    spec = f"{web.url}/d{{0..1}}.jsonl?end=9:30Z&sig=secret"
+    assert data.parse_mixture(f"{spec},{spec}:2") == [(spec, 1), (spec, 2)]
+    assert [record["id"] for record in data.read_records(spec)] == ["0", "1"]
+    assert {method for method, _ in web.log} == {"GET"} and "secret" not in capsys.readouterr().err
+    asked = len(web.log)
+    assert len(data.read_records(spec)) == 2 and len(web.log) == asked  # from the cache
+    assert fails(lambda: data.read_records(f"{web.url}/d0.jsonl?sig=other"), "d0.jsonl", "404")  # no copy
+
+
 def test_a_recipe_says_its_size_and_licence_and_is_checked_by_its_hash(web, monkeypatch, capsys):
     rows = [{"question": f"{i}+1?", "answer": f"Well.\n#### 1,00{i}"} for i in range(8)]
     content = "".join(json.dumps(row) + "\n" for row in rows).encode()
@@ -2987,6 +3050,7 @@ def test_a_mixture_keeps_its_proportions():
         assert [i for n, i in drawn if n == name] == list(range(round(8000 * share)))
         for at in range(0, 8000, 400):  # at any time, not only in the end
             assert abs(sum(n == name for n, _ in drawn[at:at + 400]) - 400 * share) <= 1
+    assert fails(lambda: data.Mixture([(Named("a"), 2000), (Named("b"), 0.5)]), "--data", "0.5 of 2000.5", "too small")
     assert drawn[5000:5010] == [mixture[i] for i in range(5000, 5010)]
 
 
@@ -3022,6 +3086,19 @@ def test_long_documents_wait_but_all_are_seen():
     made = {i for i in seen if 0 < i < loader.next}  # others are made ahead
     assert made - waiting == set(shown) and len(waiting) < 10  # nothing lost
     assert max(seen.values()) == 1  # and nothing made twice
+
+
+def test_records_that_waited_when_a_run_stopped_may_have_changed_when_it_is_resumed():
+    def convert(record, index):
+        data.require(index != 1, "its picture is gone")
+        return None if index == 2 else document([index] * 4, index=index)  # now it is too long
+
+    records = plain_records(60)
+    with pytest.raises(ValueError, match="its picture is gone"):
+        data.Loader(records, convert, None, 1, 9, 1, state={"next": 5, "waiting": [1, 2, 3]})
+    dataset = data.Mixture([(data.Shuffled(records, 0), 1)], max_bad=1)
+    loader = data.Loader(dataset, convert, None, 1, 9, 1, state={"next": 5, "waiting": [1, 2, 3]})
+    assert next(loader)["ids"][0, :3].tolist() == [3, 3, 3] and len(loader.bad.lines) == 1
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -4930,8 +5007,9 @@ def test_a_full_disk_ends_in_one_line_with_the_last_checkpoint_whole(trained, tm
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)  # then a write fails, as on a full disk
     done = subprocess.run([sys.executable, str(HERE / "train_sft.py"), *QUICK, f"--out_dir={out}"], text=True,
                           capture_output=True, preexec_fn=at_start, env={**os.environ, "OMP_NUM_THREADS": "1"})
-    one_line(Ran(done.returncode, done.stdout, done.stderr), "sft")
+    one_line(Ran(done.returncode, done.stdout, done.stderr), "sft", "start again; nothing was saved before")
     assert (out / "tiny/sft.1/model.safetensors").read_bytes() == before
+    assert not (out / "tiny/sft.new").exists()  # the half of it that was written does not keep the disk full
     assert model.load_checkpoint(model.newest_checkpoint(out, "tiny")).config.run["stage"] == "rl"
 
 
@@ -5024,6 +5102,9 @@ def test_a_broken_held_out_picture_is_found_before_training(trained, tmp_path, o
     ran = run("train_sft", *QUICK, f"--out_dir={tmp_path / 'out'}", f"--init={trained[0] / 'tiny/align'}",
               f"--data={own_data}/zip/zip.json", f"--val={own_data}/files.json")
     one_line(ran, "record r", ".png")
+    ran = run("train_sft", *QUICK, f"--out_dir={tmp_path / 'out'}", f"--init={trained[0] / 'tiny/align'}",
+              f"--data={own_data}/zip/zip.json", f"--val={own_data}/files.json", "--max_bad=1")
+    assert ran.code == 1 and "files.json: not one of the records that are held out" in ran.err.splitlines()[-1]
     assert not (tmp_path / "out").exists()
 
 
@@ -5041,7 +5122,7 @@ def test_a_folder_of_own_photos_is_learned_and_asked(trained, tmp_path):
     for kind, colour in (("apple", (200, 30, 30)), ("sky", (40, 90, 220))):
         (tmp_path / "photos" / kind).mkdir(parents=True)
         for i in range(20):
-            photo = image_bytes((*colour[:2], colour[2] + i), "JPEG", (40, 30))
+            photo = image_bytes(tuple(part + i for part in colour), "JPEG", (40, 30))
             (tmp_path / "photos" / kind / f"{i}.jpg").write_bytes(photo)
     assert run("data", "--check", f"--data={tmp_path / 'photos'}", f"--out={tmp_path / 'check.png'}").code == 0
     ran = run("train_sft", "--steps=60", "--batch_size=8", "--device=cpu", f"--out_dir={tmp_path / 'out'}",
@@ -5421,6 +5502,19 @@ def test_the_check_finds_held_out_pictures_that_also_train(tmp_path):
     assert check(tmp_path, f"--val={tmp_path / 'v.jsonl'}").code == 0
     shutil.copy(tmp_path / "d.jsonl", tmp_path / "v.jsonl")
     assert "is in --data, too" in check(tmp_path, f"--val={tmp_path / 'v.jsonl'}").out
+
+
+def test_the_check_knows_pictures_by_their_content_not_by_their_names(tmp_path):
+    for number, name in enumerate(("a/cat/1.png", "a/cat/2.png", "b/cat/1.png", "b/cat/3.png")):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_bytes(image_bytes((number, 9, 9)))
+    flags = ["--check", f"--data={tmp_path / 'a'}", f"--val={tmp_path / 'b'}", f"--out={tmp_path / 'check.png'}"]
+    assert run("data", *flags).code == 0  # cat/1.png here is another picture than cat/1.png there
+    shutil.copy(tmp_path / "a/cat/1.png", tmp_path / "a/cat/1 (copy).png")
+    shutil.copy(tmp_path / "a/cat/2.png", tmp_path / "b/cat/3.png")
+    out = run("data", *flags).out
+    assert re.search(r"'cat/1.png'\): the same as .*'cat/1 \(copy\).png'", out)
+    assert re.search(r"b, record 1 \(id 'cat/3.png'\): a picture or text of it is in --data, too", out)
 
 
 def test_letters_that_the_terminal_lacks_are_written_as_numbers(monkeypatch):

@@ -490,7 +490,8 @@ def make_loaders(flags, setup: Setup, vlm: VLM, tokenizer: Tokenizer, dataset, s
     require(len(saved) in (0, count), f"--resume: the run was started with {len(saved)} micro-batches a step, now "
             f"there are {count}; give --micro_batch_size={flags.batch_size // max(len(saved), 1)}")
     # Cut conversations train without any error, and the model never learns how they end: say how many there are.
-    whole = [make_document(record, i, seq_len=10 ** 9) for i in range(100) if "messages" in (record := dataset[i])]
+    first = (data.attempt(dataset.__getitem__, i) for i in range(100))
+    whole = [make_document(one, 0, seq_len=10 ** 9) for one in first if isinstance(one, dict) and "messages" in one]
     sets = getattr(dataset, "sets", [])
     if whole and len(sets) == 1 and isinstance(sets[0], data.Shuffled):
         n, tokens = len(sets[0].records), sum(len(document.ids) for document in whole if document) / len(whole)
@@ -797,8 +798,9 @@ def save(flags, setup: Setup, stage: str, vlm: VLM, tokenizer: Tokenizer, optimi
             save_checkpoint(folder.resolve(), vlm, tokenizer, moments, state, master_weights)
             draw_curves(folder / "log.jsonl")
         except OSError as error:  # a full disk, a network folder that is gone; Python does not name the file
-            raise ValueError(f"{folder}: step {step} could not be saved ({error}); what was saved before is whole: "
-                             "make room and continue it by --resume") from None
+            raise ValueError(f"{folder}: step {step} could not be saved ({error}); make room and " + (
+                "continue what was saved before by --resume; it is whole" if (folder / "state.json").exists() else
+                "start again; nothing was saved before")) from None
     return folder
 
 

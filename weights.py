@@ -338,7 +338,11 @@ def replace_folder(folder, drop=()):
     for leftover in (new, old):
         shutil.rmtree(leftover, ignore_errors=True)
     new.mkdir(parents=True)
-    yield new  # an error in the block is raised here, and the rest of this function does not run
+    try:
+        yield new  # an error in the block is raised here, and the rest of this function does not run
+    except BaseException:
+        shutil.rmtree(new, ignore_errors=True)  # half a checkpoint may have gigabytes, and the disk is mostly full now
+        raise
     if folder.exists():
         for file in folder.iterdir():  # such as log.jsonl, samples.png
             if not (new / file.name).exists() and file.name not in drop:
@@ -373,6 +377,7 @@ class Repository:
     licence: str
     prefix: str = ""   # take only the tensors of model.safetensors whose names begin with this. The rest of a SigLIP
                        # file, more than half of it, is a text encoder that we never use.
+    query: str = ""    # what follows the names in an address on another server: a signature, a token
     mirror: str = ""   # another address of the same files, Org/Name@commit, for when the first does not answer
 
 
@@ -409,7 +414,8 @@ class RemoteFile:
     @property
     def url(self) -> str:
         place, revision = self.repository.hub, quote(self.repository.revision, safe="")
-        return f"{place}/{self.name}" if "://" in place else f"{endpoint()}/{place}/resolve/{revision}/{self.name}"
+        return f"{place}/{self.name}{self.repository.query}" if "://" in place else \
+            f"{endpoint()}/{place}/resolve/{revision}/{self.name}"
 
 
 def note(text: str) -> None:
@@ -527,7 +533,9 @@ def retry(where, attempt, progress=lambda: 0):
 def look_up(repository: Repository, name: str, optional=False) -> RemoteFile | None:
     "What the server says about a file, compared with the table before a byte is downloaded. None: no such file."
     remote = RemoteFile(repository, name)
-    reply = retry(remote, lambda: request("HEAD", remote.url, remote, accept=[404] if optional else []))
+    method = "GET" if repository.query else "HEAD"  # a signature is mostly for GET; its body is not read
+    reply = retry(remote, lambda: request(method, remote.url, remote, accept=[404] if optional else []))
+    reply.close()
     if reply.status_code == 404:  # only for optional files: all others raise
         return None
     headers, (size, digest) = reply.headers, repository.files.get(name, ANY)
