@@ -6368,6 +6368,39 @@ def test_the_page_asks_for_the_key(trained):
 
 @needs("playwright")
 @pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium: apt-get install chromium")
+def test_the_page_keeps_a_draft_while_an_earlier_question_is_edited_or_tried_again(served):
+    from playwright.sync_api import expect, sync_playwright
+    expect.set_options(timeout=20_000)  # milliseconds: a busy machine
+    with sync_playwright() as play:
+        browser = play.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        page = browser.new_page()
+        page.goto(served.url)
+        expect(page.locator("#model")).to_contain_text("tiny")
+        page.route("**/v1/**", lambda route: route.abort())
+        page.fill("#text", "What?")
+        page.press("#text", "Enter")
+        expect(page.locator(".error")).to_be_visible()
+        page.click("#draw")
+        page.fill("#text", "my draft")
+        page.unroute("**/v1/**")
+        page.click(".error button")
+        expect(page.locator(".bot .foot")).to_contain_text("token")
+        for key in ("Escape", "Enter"):  # the edit is given up, then sent
+            expect(page.locator("#text")).to_have_value("my draft")
+            expect(page.locator("#waiting figure")).to_have_count(1)
+            page.click(".user .foot button")
+            page.click(".user .foot button")  # twice: what is edited is no draft
+            expect(page.locator("#text")).to_have_value("What?")
+            expect(page.locator("#waiting figure")).to_have_count(0)
+            page.press("#text", key)
+        expect(page.locator("#text")).to_have_value("my draft")
+        expect(page.locator("#waiting figure")).to_have_count(1)
+        expect(page.locator(".user")).to_have_count(1)
+        browser.close()
+
+
+@needs("playwright")
+@pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium: apt-get install chromium")
 def test_the_page_takes_any_picture_follows_the_answer_and_shows_at_the_first_tap_where_it_looked(tmp_path):
     from playwright.sync_api import expect, sync_playwright
     expect.set_options(timeout=20_000)  # milliseconds: a busy machine
