@@ -104,9 +104,11 @@ def check_flags(flags) -> None:
     top_p, penalty = (1 if x is None else x for x in (flags.top_p, flags.repetition_penalty))
     written = [Path(path) for path in (flags.attention, flags.images and flags.out) if path]
     new = [Path(folder) for folder in (flags.export, flags.slim) if folder]
+    works = ["--" + work for work in ("export", "slim", "images", "serve", "chat", "attention") if getattr(flags, work)]
     for wrong, message in [
         (not (0 < top_p <= 1 and (flags.temperature or 0) >= 0 <= (flags.top_k or 0) and penalty > 0),  # so NaN is, too
          "--top_p must be in 0 to 1, --temperature and --top_k from 0, --repetition_penalty above 0"),
+        (len(works) > 1, f"{' and '.join(works)}: give one of them at a time"),
         (flags.anyres not in ("auto", "True", "False"), f"--anyres={flags.anyres}: choose auto, True or False"),
         *((not Path(path).is_file(), f"{path}: no such image file") for path in flags.image),
         (flags.images and not Path(flags.images).is_dir(), f"--images={flags.images}: no such folder"),
@@ -133,6 +135,10 @@ def load(flags) -> tuple[VLM, Tokenizer]:
                          f"--model={flags.model}`, or name a checkpoint folder by --init=")
     else:  # text_only: an untrained bridge would give the decoder noise instead of the picture
         vlm, folder = load_pretrained(flags.model, device=device, dtype=dtype, text_only=True)
+    # Training never saves NaN; a file from elsewhere may hold it, and then every answer would be blank.
+    if broken := [name for name, p in vlm.named_parameters() if not p.sum().isfinite()]:
+        raise ValueError(f"{folder}: {broken[0]} holds NaN or infinity, so every answer would be noise; take another "
+                         "checkpoint, or fetch this one again")
     # The tokenizer is in the folder of the weights: with another one's ids the same weights would write noise.
     tokenizer = Tokenizer.from_pretrained(folder)
     # Which of several models answers is easily mistaken, so it is printed; to standard error, as it is not the answer.

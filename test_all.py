@@ -5168,6 +5168,15 @@ def mismatch(folder: Path) -> tuple[str, str]:
     return f"--data={write(folder / 'd.json', rows)}", "record 1 (id 'r1'): 2 <image> markers, 1 images"
 
 
+def nan_checkpoint(folder: Path, trained: Path) -> tuple[str, str]:
+    shutil.copytree(trained / "tiny/sft", folder / "nan")
+    path = folder / "nan/model.safetensors"
+    tensors = weights.read_safetensors(trained / "tiny/sft/model.safetensors")
+    tensors["gpt.embed.weight"] = torch.full_like(tensors["gpt.embed.weight"], torch.nan)
+    weights.write_safetensors(tensors, path)
+    return f"--init={folder / 'nan'}", "gpt.embed.weight holds NaN"
+
+
 def cut_checkpoint(folder: Path, trained: Path) -> tuple[str, str]:
     shutil.copytree(trained / "tiny" / "align", folder / "cut")
     path = folder / "cut" / "model.safetensors"
@@ -5252,6 +5261,9 @@ WRONG = {
     "images_missing": (["sample"], lambda f, t: (f"--images={f / 'none'}", f / "none")),
     "images_none_there": (["sample"], lambda f, t: (f"--images={f}", f)),
     "attention_alone": (["sample"], lambda f, t: (f"--attention={f / 'a.png'}", "--image")),
+    "attention_in_a_chat": (["sample"], lambda f, t: (
+        ["--chat", f"--image={HERE / 'cat.jpg'}", f"--attention={f / 'a.png'}"], "--chat and --attention")),
+    "nan_in_the_weights": (["sample"], nan_checkpoint),
     "port": (["sample"], lambda f, t: (["--serve", "--port=99999"], "--port=99999")),
     "max_requests": (["sample"], lambda f, t: (["--serve", "--max_requests=0"], "--max_requests=0")),
 }
