@@ -457,7 +457,7 @@ def patch_shares(bridge: Bridge, features: torch.Tensor) -> torch.Tensor:
         return own
     # A shuffled vector is four patches side by side; a seeded latent starts from them too.
     four = pixel_shuffle(own[None])[0].view(N // 4, 4, N).mean(1)                                    # [N/4, N]
-    if bridge.config.kind == "pixelshuffle":
+    if bridge.perceiver is None:
         return four
     # The Perceiver: as its forward, layer by layer, but for the attention weights, which the fused kernel never shows.
     latents = bridge.perceiver.latents[None]
