@@ -293,6 +293,7 @@ class Chat:
 
     def do_reset(self, rest: str = "") -> None:
         self.messages, self.pictures = [], []  # questions and answers in turn; (path, pixels)
+        self.saved = set()  # files that hold this conversation: saved again, they lose nothing
 
     def do_image(self, rest: str) -> None:
         path = typed_path(rest)
@@ -324,8 +325,8 @@ class Chat:
         path, images = typed_path(rest), []
         if not self.messages:
             raise ValueError("nothing to save yet")
-        if path.exists() and path.suffix != ".json":  # /save cat.jpg
-            raise ValueError(f"{path} would be lost: name a .json file")
+        if path.exists() and path not in self.saved:
+            raise ValueError(f"{path} would be lost: name a new file")
         # Its pictures are copied beside it: a record may only name what is in its own folder (data.py).
         for source, _ in self.pictures[:self.asked()]:
             images.append(f"{path.stem}-{len(images) + 1}{source.suffix}")
@@ -336,6 +337,7 @@ class Chat:
                 raise ValueError(f"{copy} is another picture, which would be lost: save under another name")
         record = [{"id": "chat", "messages": self.messages, "images": images}]
         path.write_text(json.dumps(record, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+        self.saved.add(path)
         note(f"(wrote {path})")
 
     def do_help(self, rest: str) -> None:

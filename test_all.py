@@ -5613,14 +5613,16 @@ def test_chat_knows_a_path_as_people_paste_and_drag_it(trained, photo, tmp_path,
     assert "error" not in talk(trained, "'What'" + " is it?" * 99).err  # a question, and too long for a file's name
 
 
-def test_chat_saves_over_no_other_picture(trained, photo, tmp_path, monkeypatch):
+def test_chat_saves_over_no_other_file(trained, photo, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "photo-1.png").write_bytes(b"another")
     pixels = photo.read_bytes()
-    ran = talk(trained, "/image photo.png", "What?", "/save photo.json", "/save photo.png",
-               "/save talk.json", "/save talk.json")
+    (tmp_path / "mine.json").write_text("[]")
+    ran = talk(trained, "/image photo.png", "What?", "/save photo.json", "/save photo.png", "/save mine.json",
+               "/save talk.json", "/save talk.json", "/reset", "What?", "/save talk.json")
+    assert "error: mine.json would be lost" in ran.err and (tmp_path / "mine.json").read_text() == "[]"
     assert "error: photo-1.png is another picture" in ran.err and "error: photo.png would be lost" in ran.err
-    assert ran.err.count("(wrote talk.json)") == 2
+    assert ran.err.count("(wrote talk.json)") == 2 and "error: talk.json would be lost" in ran.err
     assert (tmp_path / "photo-1.png").read_bytes() == b"another" and not (tmp_path / "photo.json").exists()
     assert (tmp_path / "talk-1.png").read_bytes() == photo.read_bytes() == pixels
 
