@@ -5750,6 +5750,24 @@ def test_a_benchmark_is_fetched_by_name_and_goes_on_where_it_stopped(trained, tm
     assert again.code == 0 and sum(asked) == 42 and again.result == ran.result
 
 
+def test_kept_answers_are_of_this_model_and_this_question_also_where_two_have_one_id(trained, tmp_path, monkeypatch):
+    import bench
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(bench, "answers", lambda vlm, tokenizer, records, **more: [r["answer"] for r in records])
+    write(tmp_path / "q.json", [{"id": "1", "question": f"{i}?", "answer": str(i)} for i in range(3)])
+    flags = ["--what=eval", "--data=q.json", "--answers=a.jsonl", "--device=cpu"]
+    for stage in ("sft", "rl"):
+        ran = run("bench", *flags, f"--init={trained[0] / 'tiny' / stage}", main=bench.main)
+        assert ran.code == 0 and ran.result["accuracy"] == 1, ran.err
+        # with another model's answers in its place this one would have got none right
+        monkeypatch.setattr(bench, "answers", lambda vlm, tokenizer, records, **more: ["wrong"] * len(records))
+        again = run("bench", *flags, f"--init={trained[0] / 'tiny' / stage}", main=bench.main)
+        assert again.result == ran.result
+        monkeypatch.setattr(bench, "answers", lambda vlm, tokenizer, records, **more: [r["answer"] for r in records])
+    (tmp_path / "a.jsonl").write_text('{"image": "a.jpg", "question": "?", "answer": "a line of sample.py"}\n')
+    one_line(run("bench", *flags, f"--init={trained[0] / 'tiny/sft'}", main=bench.main), "a.jsonl: not written by")
+
+
 def test_bench_measures_the_loader_alone(tmp_path, own_data, monkeypatch):
     import bench
     clock = itertools.count()
