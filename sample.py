@@ -363,7 +363,8 @@ class Chat:
         while True:
             # Not input("> "): it would write its prompt to standard output.
             print("> ", end="", file=sys.stderr, flush=True)
-            line = sys.stdin.readline()  # "" only at the end of input (Ctrl-D); an empty line is "\n"
+            # "" only at the end of input (Ctrl-D); an empty line is "\n". Files from Windows may begin with a mark.
+            line = sys.stdin.readline().removeprefix("\ufeff")
             word, _, rest = line.strip().partition(" ")
             if not line or word in ("/quit", "/exit"):
                 return

@@ -5606,6 +5606,7 @@ def test_chat_knows_a_path_as_people_paste_and_drag_it(trained, photo, tmp_path,
                  f"'{tmp_path}/my photo.png'", "~/my photo.png"):
         ran = talk(trained, line)
         assert ran.code == 0 and "(picture loaded" in ran.err and "error" not in ran.err, line
+    assert "(picture loaded" in talk(trained, f"\ufeff/image {photo}").err  # the first line of a file from Windows
     for line in ("/image", "/image ''", f"/image {tmp_path}", "/image none.png", f"{tmp_path}/none.png", "/",
                  "/image ~nobody"):
         ran = talk(trained, line)
