@@ -144,18 +144,21 @@ class Answers:
     KEY = "model", "set", "image", "number", "id"
 
     def __init__(self, path: str, setup, vlm, tokenizer, who: str):
-        self.path, self.setup, self.vlm, self.tokenizer, self.known = path, setup, vlm, tokenizer, {}
+        self.setup, self.vlm, self.tokenizer, self.known = setup, vlm, tokenizer, {}
         self.who = f"{who} {vlm.config.run.get('start')}"  # start: when the checkpoint was saved
         # Each rank writes a file of its own, PATH.0, PATH.1, ...; all are read, whatever number of ranks wrote them.
+        self.path = f"{path}.{setup.rank}" if path and setup.world_size > 1 else path
         files = [Path(path), *sorted(Path(path).parent.glob(Path(path).name + ".[0-9]*"))] if path else []
         for file in filter(Path.exists, files):
             with named_errors(file), open(file, encoding="utf-8") as lines:
                 for line in lines:
-                    if line.endswith("\n"):  # else the run was killed in the middle of it
+                    if line.endswith("\n"):
                         row = parse_json(line, file)
                         if not isinstance(row, dict) or not row.keys() >= {*self.KEY, "text"}:
                             raise ValueError(f"{file}: not written by --what=eval; name another file by --answers=")
                         self.known[tuple(row[name] for name in self.KEY)] = row["text"]
+                    elif file == Path(self.path):  # killed in the middle of it: the next line must not follow it
+                        os.truncate(file, os.path.getsize(file) - len(line))  # json.dumps wrote ASCII
 
     def __call__(self, name: str, records: list, image: str) -> list[str]:
         "-> the texts, of all ranks, in order. image: own, blind or shuffled."
@@ -166,7 +169,7 @@ class Answers:
             texts = answers(self.vlm, self.tokenizer, [*new.values()], blind=image == "blind") if new else []
             self.known |= zip(new, texts)
             if self.path and new:
-                with open(f"{self.path}.{setup.rank}" if setup.world_size > 1 else self.path, "a") as file:
+                with open(self.path, "a") as file:
                     file.writelines(json.dumps(dict(zip(self.KEY, key), text=text)) + "\n"
                                     for key, text in zip(new, texts))
         return setup.gather([self.known[key] for key, _ in mine])

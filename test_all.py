@@ -5749,6 +5749,7 @@ def test_a_benchmark_is_fetched_by_name_and_goes_on_where_it_stopped(trained, tm
     asked.clear()
     again = run("bench", *flags, main=bench.main)
     assert again.code == 0 and sum(asked) == 42 and again.result == ran.result
+    assert run("bench", *flags, main=bench.main).result == ran.result and sum(asked) == 42
 
 
 def test_kept_answers_are_of_this_model_and_this_question_also_where_two_have_one_id(trained, tmp_path, monkeypatch):
