@@ -152,7 +152,7 @@ class Answers:
         for file in filter(Path.exists, files):
             with named_errors(file), open(file, encoding="utf-8") as lines:
                 for line in lines:
-                    if line.endswith("\n"):
+                    if line.endswith("\n") or not '{"model": '.startswith(line[:10]):  # whole, or not ours
                         row = parse_json(line, file)
                         if not isinstance(row, dict) or not row.keys() >= {*self.KEY, "text"}:
                             raise ValueError(f"{file}: not written by --what=eval; name another file by --answers=")

@@ -5766,8 +5766,10 @@ def test_kept_answers_are_of_this_model_and_this_question_also_where_two_have_on
         again = run("bench", *flags, f"--init={trained[0] / 'tiny' / stage}", main=bench.main)
         assert again.result == ran.result
         monkeypatch.setattr(bench, "answers", lambda vlm, tokenizer, records, **more: [r["answer"] for r in records])
-    (tmp_path / "a.jsonl").write_text('{"image": "a.jpg", "question": "?", "answer": "a line of sample.py"}\n')
-    one_line(run("bench", *flags, f"--init={trained[0] / 'tiny/sft'}", main=bench.main), "a.jsonl: not written by")
+    for end in ("\n", ""):
+        (tmp_path / "a.jsonl").write_text('{"image": "a.jpg", "question": "?", "answer": "a line of sample.py"}' + end)
+        one_line(run("bench", *flags, f"--init={trained[0] / 'tiny/sft'}", main=bench.main), "a.jsonl: not written by")
+        assert (tmp_path / "a.jsonl").read_text().endswith("}" + end)
 
 
 def test_bench_measures_the_loader_alone(tmp_path, own_data, monkeypatch):
