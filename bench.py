@@ -67,7 +67,7 @@ FLAGS = {
                  "compare: several, comma-separated"),
     "out_dir": ("out", "where the stages keep their checkpoints"),
     "data": ("world", "world, a benchmark's name (data.py --download=list), or files of records, comma-separated"),
-    "answers": ("", "eval: a .jsonl that keeps the answers; run again to go on"),
+    "answers": ("", "eval of files and benchmarks: a .jsonl that keeps the answers; run again to go on"),
     "workers": (-1, "data: processes that open pictures; -1: up to 8 with a GPU, else 0"),
     # With half of 2,000 questions right, the 95 % interval reaches 2 points to each side; of 100 questions, 10 points.
     "eval_size": (2000, "questions at most"),
@@ -140,28 +140,39 @@ class Answers:
     of questions, asked three times (own picture, blind, shuffled), take a large model hours.
     """
 
-    def __init__(self, path: str, setup, vlm, tokenizer):
-        self.path, self.setup, self.vlm, self.tokenizer, self.known = path, setup, vlm, tokenizer, {}
+    # What tells two answers apart: another checkpoint's are not this one's, and in a file two records may have one id.
+    KEY = "model", "set", "image", "number", "id"
+
+    def __init__(self, path: str, setup, vlm, tokenizer, who: str):
+        self.setup, self.vlm, self.tokenizer, self.known = setup, vlm, tokenizer, {}
+        self.who = f"{who} {vlm.config.run.get('start')}"  # start: when the checkpoint was saved
         # Each rank writes a file of its own, PATH.0, PATH.1, ...; all are read, whatever number of ranks wrote them.
-        for file in sorted(Path(path).parent.glob(Path(path).name + "*")) if path else ():
+        self.path = f"{path}.{setup.rank}" if path and setup.world_size > 1 else path
+        files = [Path(path), *sorted(Path(path).parent.glob(Path(path).name + ".[0-9]*"))] if path else []
+        for file in filter(Path.exists, files):
             with named_errors(file), open(file, encoding="utf-8") as lines:
                 for line in lines:
-                    if line.endswith("\n"):  # else the run was killed in the middle of it
+                    if line.endswith("\n") or not '{"model": '.startswith(line[:10]):  # whole, or not ours
                         row = parse_json(line, file)
-                        self.known[row["set"], row["image"], row["id"]] = row["text"]
+                        if not isinstance(row, dict) or not row.keys() >= {*self.KEY, "text"}:
+                            raise ValueError(f"{file}: not written by --what=eval; name another file by --answers=")
+                        self.known[tuple(row[name] for name in self.KEY)] = row["text"]
+                    elif file == Path(self.path):  # killed in the middle of it: the next line must not follow it
+                        os.truncate(file, os.path.getsize(file) - len(line))  # json.dumps wrote ASCII
 
     def __call__(self, name: str, records: list, image: str) -> list[str]:
         "-> the texts, of all ranks, in order. image: own, blind or shuffled."
-        setup, mine = self.setup, records[self.setup.rank::self.setup.world_size]
+        setup, keys = self.setup, [(self.who, name, image, n, record["id"]) for n, record in enumerate(records)]
+        mine = list(zip(keys, records))[setup.rank::setup.world_size]
         for at in range(0, len(mine), 100):  # written every 100: no more than these are lost
-            new = [record for record in mine[at:at + 100] if (name, image, record["id"]) not in self.known]
-            texts = answers(self.vlm, self.tokenizer, new, blind=image == "blind") if new else []
-            self.known |= {(name, image, record["id"]): text for record, text in zip(new, texts)}
+            new = {key: record for key, record in mine[at:at + 100] if key not in self.known}
+            texts = answers(self.vlm, self.tokenizer, [*new.values()], blind=image == "blind") if new else []
+            self.known |= zip(new, texts)
             if self.path and new:
-                with open(f"{self.path}.{setup.rank}" if setup.world_size > 1 else self.path, "a") as file:
-                    file.writelines(json.dumps({"set": name, "image": image, "id": record["id"], "text": text}) + "\n"
-                                    for record, text in zip(new, texts))
-        return setup.gather([self.known[name, image, record["id"]] for record in mine])
+                with open(self.path, "a") as file:
+                    file.writelines(json.dumps(dict(zip(self.KEY, key), text=text)) + "\n"
+                                    for key, text in zip(new, texts))
+        return setup.gather([self.known[key] for key, _ in mine])
 
 
 def evaluate_file(name: str, records: list, ask: Answers) -> dict:
@@ -209,7 +220,7 @@ def bench_eval(flags) -> dict:
     else:
         # The whole file: nothing is held out, as it is in training. TRAP: on a file that the model was trained on this
         # measures its memory.
-        ask, results = Answers(flags.answers, setup, vlm, tokenizer), {}
+        ask, results = Answers(flags.answers, setup, vlm, tokenizer, flags.init or flags.model), {}
         for name, _ in data.parse_mixture(flags.data):
             records = [question for record in data.read_records(name) for question in data.questions_of(record)]
             results[Path(name).stem] = evaluate_file(Path(name).stem, records[:flags.eval_size], ask)

@@ -104,9 +104,11 @@ def check_flags(flags) -> None:
     top_p, penalty = (1 if x is None else x for x in (flags.top_p, flags.repetition_penalty))
     written = [Path(path) for path in (flags.attention, flags.images and flags.out) if path]
     new = [Path(folder) for folder in (flags.export, flags.slim) if folder]
+    works = ["--" + work for work in ("export", "slim", "images", "serve", "chat", "attention") if getattr(flags, work)]
     for wrong, message in [
         (not (0 < top_p <= 1 and (flags.temperature or 0) >= 0 <= (flags.top_k or 0) and penalty > 0),  # so NaN is, too
          "--top_p must be in 0 to 1, --temperature and --top_k from 0, --repetition_penalty above 0"),
+        (len(works) > 1, f"{' and '.join(works)}: give one of them at a time"),
         (flags.anyres not in ("auto", "True", "False"), f"--anyres={flags.anyres}: choose auto, True or False"),
         *((not Path(path).is_file(), f"{path}: no such image file") for path in flags.image),
         (flags.images and not Path(flags.images).is_dir(), f"--images={flags.images}: no such folder"),
@@ -133,6 +135,10 @@ def load(flags) -> tuple[VLM, Tokenizer]:
                          f"--model={flags.model}`, or name a checkpoint folder by --init=")
     else:  # text_only: an untrained bridge would give the decoder noise instead of the picture
         vlm, folder = load_pretrained(flags.model, device=device, dtype=dtype, text_only=True)
+    # Training never saves NaN; a file from elsewhere may hold it, and then every answer would be blank.
+    if broken := [name for name, p in vlm.named_parameters() if not p.sum().isfinite()]:
+        raise ValueError(f"{folder}: {broken[0]} holds NaN or infinity, so every answer would be noise; take another "
+                         "checkpoint, or fetch this one again")
     # The tokenizer is in the folder of the weights: with another one's ids the same weights would write noise.
     tokenizer = Tokenizer.from_pretrained(folder)
     # Which of several models answers is easily mistaken, so it is printed; to standard error, as it is not the answer.
@@ -287,6 +293,7 @@ class Chat:
 
     def do_reset(self, rest: str = "") -> None:
         self.messages, self.pictures = [], []  # questions and answers in turn; (path, pixels)
+        self.saved = set()  # files that hold this conversation: saved again, they lose nothing
 
     def do_image(self, rest: str) -> None:
         path = typed_path(rest)
@@ -318,8 +325,8 @@ class Chat:
         path, images = typed_path(rest), []
         if not self.messages:
             raise ValueError("nothing to save yet")
-        if path.exists() and path.suffix != ".json":  # /save cat.jpg
-            raise ValueError(f"{path} would be lost: name a .json file")
+        if path.exists() and path not in self.saved:
+            raise ValueError(f"{path} would be lost: name a new file")
         # Its pictures are copied beside it: a record may only name what is in its own folder (data.py).
         for source, _ in self.pictures[:self.asked()]:
             images.append(f"{path.stem}-{len(images) + 1}{source.suffix}")
@@ -330,6 +337,7 @@ class Chat:
                 raise ValueError(f"{copy} is another picture, which would be lost: save under another name")
         record = [{"id": "chat", "messages": self.messages, "images": images}]
         path.write_text(json.dumps(record, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+        self.saved.add(path)
         note(f"(wrote {path})")
 
     def do_help(self, rest: str) -> None:
@@ -355,7 +363,8 @@ class Chat:
         while True:
             # Not input("> "): it would write its prompt to standard output.
             print("> ", end="", file=sys.stderr, flush=True)
-            line = sys.stdin.readline()  # "" only at the end of input (Ctrl-D); an empty line is "\n"
+            # "" only at the end of input (Ctrl-D); an empty line is "\n". Files from Windows may begin with a mark.
+            line = sys.stdin.readline().removeprefix("\ufeff")
             word, _, rest = line.strip().partition(" ")
             if not line or word in ("/quit", "/exit"):
                 return
@@ -451,7 +460,7 @@ def patch_shares(bridge: Bridge, features: torch.Tensor) -> torch.Tensor:
         return own
     # A shuffled vector is four patches side by side; a seeded latent starts from them too.
     four = pixel_shuffle(own[None])[0].view(N // 4, 4, N).mean(1)                                    # [N/4, N]
-    if bridge.config.kind == "pixelshuffle":
+    if bridge.perceiver is None:
         return four
     # The Perceiver: as its forward, layer by layer, but for the attention weights, which the fused kernel never shows.
     latents = bridge.perceiver.latents[None]

@@ -5262,6 +5262,15 @@ def mismatch(folder: Path) -> tuple[str, str]:
     return f"--data={write(folder / 'd.json', rows)}", "record 1 (id 'r1'): 2 <image> markers, 1 images"
 
 
+def nan_checkpoint(folder: Path, trained: Path) -> tuple[str, str]:
+    shutil.copytree(trained / "tiny/sft", folder / "nan")
+    path = folder / "nan/model.safetensors"
+    tensors = weights.read_safetensors(trained / "tiny/sft/model.safetensors")
+    tensors["gpt.embed.weight"] = torch.full_like(tensors["gpt.embed.weight"], torch.nan)
+    weights.write_safetensors(tensors, path)
+    return f"--init={folder / 'nan'}", "gpt.embed.weight holds NaN"
+
+
 def cut_checkpoint(folder: Path, trained: Path) -> tuple[str, str]:
     shutil.copytree(trained / "tiny" / "align", folder / "cut")
     path = folder / "cut" / "model.safetensors"
@@ -5346,6 +5355,9 @@ WRONG = {
     "images_missing": (["sample"], lambda f, t: (f"--images={f / 'none'}", f / "none")),
     "images_none_there": (["sample"], lambda f, t: (f"--images={f}", f)),
     "attention_alone": (["sample"], lambda f, t: (f"--attention={f / 'a.png'}", "--image")),
+    "attention_in_a_chat": (["sample"], lambda f, t: (
+        ["--chat", f"--image={HERE / 'cat.jpg'}", f"--attention={f / 'a.png'}"], "--chat and --attention")),
+    "nan_in_the_weights": (["sample"], nan_checkpoint),
     "port": (["sample"], lambda f, t: (["--serve", "--port=99999"], "--port=99999")),
     "max_requests": (["sample"], lambda f, t: (["--serve", "--max_requests=0"], "--max_requests=0")),
 }
@@ -5701,6 +5713,7 @@ def test_chat_knows_a_path_as_people_paste_and_drag_it(trained, photo, tmp_path,
                  f"'{tmp_path}/my photo.png'", "~/my photo.png"):
         ran = talk(trained, line)
         assert ran.code == 0 and "(picture loaded" in ran.err and "error" not in ran.err, line
+    assert "(picture loaded" in talk(trained, f"\ufeff/image {photo}").err  # the first line of a file from Windows
     for line in ("/image", "/image ''", f"/image {tmp_path}", "/image none.png", f"{tmp_path}/none.png", "/",
                  "/image ~nobody"):
         ran = talk(trained, line)
@@ -5708,14 +5721,16 @@ def test_chat_knows_a_path_as_people_paste_and_drag_it(trained, photo, tmp_path,
     assert "error" not in talk(trained, "'What'" + " is it?" * 99).err  # a question, and too long for a file's name
 
 
-def test_chat_saves_over_no_other_picture(trained, photo, tmp_path, monkeypatch):
+def test_chat_saves_over_no_other_file(trained, photo, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "photo-1.png").write_bytes(b"another")
     pixels = photo.read_bytes()
-    ran = talk(trained, "/image photo.png", "What?", "/save photo.json", "/save photo.png",
-               "/save talk.json", "/save talk.json")
+    (tmp_path / "mine.json").write_text("[]")
+    ran = talk(trained, "/image photo.png", "What?", "/save photo.json", "/save photo.png", "/save mine.json",
+               "/save talk.json", "/save talk.json", "/reset", "What?", "/save talk.json")
+    assert "error: mine.json would be lost" in ran.err and (tmp_path / "mine.json").read_text() == "[]"
     assert "error: photo-1.png is another picture" in ran.err and "error: photo.png would be lost" in ran.err
-    assert ran.err.count("(wrote talk.json)") == 2
+    assert ran.err.count("(wrote talk.json)") == 2 and "error: talk.json would be lost" in ran.err
     assert (tmp_path / "photo-1.png").read_bytes() == b"another" and not (tmp_path / "photo.json").exists()
     assert (tmp_path / "talk-1.png").read_bytes() == photo.read_bytes() == pixels
 
@@ -5841,6 +5856,27 @@ def test_a_benchmark_is_fetched_by_name_and_goes_on_where_it_stopped(trained, tm
     asked.clear()
     again = run("bench", *flags, main=bench.main)
     assert again.code == 0 and sum(asked) == 42 and again.result == ran.result
+    assert run("bench", *flags, main=bench.main).result == ran.result and sum(asked) == 42
+
+
+def test_kept_answers_are_of_this_model_and_this_question_also_where_two_have_one_id(trained, tmp_path, monkeypatch):
+    import bench
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(bench, "answers", lambda vlm, tokenizer, records, **more: [r["answer"] for r in records])
+    write(tmp_path / "q.json", [{"id": "1", "question": f"{i}?", "answer": str(i)} for i in range(3)])
+    flags = ["--what=eval", "--data=q.json", "--answers=a.jsonl", "--device=cpu"]
+    for stage in ("sft", "rl"):
+        ran = run("bench", *flags, f"--init={trained[0] / 'tiny' / stage}", main=bench.main)
+        assert ran.code == 0 and ran.result["accuracy"] == 1, ran.err
+        # with another model's answers in its place this one would have got none right
+        monkeypatch.setattr(bench, "answers", lambda vlm, tokenizer, records, **more: ["wrong"] * len(records))
+        again = run("bench", *flags, f"--init={trained[0] / 'tiny' / stage}", main=bench.main)
+        assert again.result == ran.result
+        monkeypatch.setattr(bench, "answers", lambda vlm, tokenizer, records, **more: [r["answer"] for r in records])
+    for end in ("\n", ""):
+        (tmp_path / "a.jsonl").write_text('{"image": "a.jpg", "question": "?", "answer": "a line of sample.py"}' + end)
+        one_line(run("bench", *flags, f"--init={trained[0] / 'tiny/sft'}", main=bench.main), "a.jsonl: not written by")
+        assert (tmp_path / "a.jsonl").read_text().endswith("}" + end)
 
 
 def test_bench_measures_the_loader_alone(tmp_path, own_data, monkeypatch):
@@ -6471,6 +6507,39 @@ def test_the_page_asks_for_the_key(trained):
         expect(page.locator("#model")).to_contain_text("tiny")
         browser.close()
     there.server.shutdown()
+
+
+@needs("playwright")
+@pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium: apt-get install chromium")
+def test_the_page_keeps_a_draft_while_an_earlier_question_is_edited_or_tried_again(served):
+    from playwright.sync_api import expect, sync_playwright
+    expect.set_options(timeout=20_000)  # milliseconds: a busy machine
+    with sync_playwright() as play:
+        browser = play.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        page = browser.new_page()
+        page.goto(served.url)
+        expect(page.locator("#model")).to_contain_text("tiny")
+        page.route("**/v1/**", lambda route: route.abort())
+        page.fill("#text", "What?")
+        page.press("#text", "Enter")
+        expect(page.locator(".error")).to_be_visible()
+        page.click("#draw")
+        page.fill("#text", "my draft")
+        page.unroute("**/v1/**")
+        page.click(".error button")
+        expect(page.locator(".bot .foot")).to_contain_text("token")
+        for key in ("Escape", "Enter"):  # the edit is given up, then sent
+            expect(page.locator("#text")).to_have_value("my draft")
+            expect(page.locator("#waiting figure")).to_have_count(1)
+            page.click(".user .foot button")
+            page.click(".user .foot button")  # twice: what is edited is no draft
+            expect(page.locator("#text")).to_have_value("What?")
+            expect(page.locator("#waiting figure")).to_have_count(0)
+            page.press("#text", key)
+        expect(page.locator("#text")).to_have_value("my draft")
+        expect(page.locator("#waiting figure")).to_have_count(1)
+        expect(page.locator(".user")).to_have_count(1)
+        browser.close()
 
 
 @needs("playwright")
