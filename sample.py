@@ -136,7 +136,7 @@ def load(flags) -> tuple[VLM, Tokenizer]:
     else:  # text_only: an untrained bridge would give the decoder noise instead of the picture
         vlm, folder = load_pretrained(flags.model, device=device, dtype=dtype, text_only=True)
     # Training never saves NaN; a file from elsewhere may hold it, and then every answer would be blank.
-    if broken := [name for name, p in vlm.named_parameters() if not p.sum().isfinite()]:
+    if broken := [name for name, p in vlm.named_parameters() if not p.sum(dtype=torch.float32).isfinite()]:
         raise ValueError(f"{folder}: {broken[0]} holds NaN or infinity, so every answer would be noise; take another "
                          "checkpoint, or fetch this one again")
     # The tokenizer is in the folder of the weights: with another one's ids the same weights would write noise.
