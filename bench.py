@@ -220,10 +220,11 @@ def bench_eval(flags) -> dict:
     else:
         # The whole file: nothing is held out, as it is in training. TRAP: on a file that the model was trained on this
         # measures its memory.
-        ask, results = Answers(flags.answers, setup, vlm, tokenizer, flags.init or flags.model), {}
+        ask, sets = Answers(flags.answers, setup, vlm, tokenizer, flags.init or flags.model), {}
         for name, _ in data.parse_mixture(flags.data):
             records = [question for record in data.read_records(name) for question in data.questions_of(record)]
-            results[Path(name).stem] = evaluate_file(Path(name).stem, records[:flags.eval_size], ask)
+            sets[name if Path(name).stem in sets else Path(name).stem] = records[:flags.eval_size]
+        results = {name: evaluate_file(name, records, ask) for name, records in sets.items()}
     # The first split's numbers stand on top too: a script finds "accuracy" there, whatever the split's name.
     return {"what": "eval", "data": flags.data, **next(iter(results.values())), "splits": results}
 

@@ -5791,11 +5791,13 @@ def test_bench_says_how_good_a_checkpoint_is(trained, tmp_path, own_data):
     assert ran.result.keys() >= keys and ran.result["n"] == 10 \
         and ran.result["ci95"] == list(train_sft.wilson(10 * ran.result["accuracy"], 10))
     assert set(ran.result["splits"]) == {"scenes", "pairs"}
-    for file, n in (("files.json", 24), ("table.tsv", 24)):
-        ran = run("bench", "--what=eval", f"--init={out / 'tiny/sft'}", f"--data={own_data / file}", "--eval_size=100",
-                  "--device=cpu")
+    write(tmp_path / "files.json", [{"id": "1", "question": "?", "answer": "yes"}])  # two sets of one name are two sets
+    for files, n in ((["files.json", tmp_path / "files.json"], [24, 1]), (["table.tsv"], [24])):
+        ran = run("bench", "--what=eval", f"--init={out / 'tiny/sft'}", "--eval_size=100", "--device=cpu",
+                  "--data=" + ",".join(str(own_data / file) for file in files))
         # a file is evaluated as a whole
-        assert ran.code == 0 and ran.result.keys() >= keys and ran.result["n"] == n, ran.err
+        assert ran.code == 0 and ran.result.keys() >= keys, ran.err
+        assert [split["n"] for split in ran.result["splits"].values()] == n and ran.result["n"] == n[0]
 
 
 def test_benchmarks_are_scored_by_their_official_rules():
