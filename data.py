@@ -304,6 +304,10 @@ def make_record(row: dict, find) -> dict:
     """One row of a file -> a record that nothing later has to check again."""
     names = row.get("images", row.get("image", row.get("file_name"))) or []  # null, "" and no key: a text-only record
     names = list(names) if isinstance(names, list) else [names]
+    if not names:  # {"img": "7.jpg"} must not train as a text
+        texts = "id", "instruction", "input", "output", "question", "answer"
+        other = [key for key, value in row.items() if key not in texts and str(value).lower().endswith(PICTURES)]
+        require(not other, f"{other[:1]} seems to name a picture; the key must be image, or images for a list")
     messages = to_messages(row, names)
     other = [turn["content"] for turn in messages if not isinstance(turn["content"], str)]
     require(not other, f"the content of a turn is not text but {str(other)[1:-1][:40]}; write a number in quotes, list "

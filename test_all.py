@@ -2206,6 +2206,7 @@ def test_a_bad_record_is_named_with_file_index_id_and_problem(tmp_path):
             (llava(["a.png", "b.png"]), ["1 <image> markers", "2 images"]),
             (llava(["a.png", "b.png"], question="q"), ["0 <image> markers", "2 images"]),
             (llava(None), ["1 <image> markers", "0 images"]),
+            ({"id": "r1", "img": "a.png", "question": "q", "answer": "a"}, ["['img']", "the key must be image"]),
             (llava(conversations=[turn]), ["user", "alternate"]),
             (llava(None, conversations=[]), ["none", "alternate"]),
             (llava(None, conversations=[turn, turn]), ["user, user"]),
