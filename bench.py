@@ -764,19 +764,21 @@ def bench_serve(flags) -> dict:
         setup.print(f"{n:>8}{speed:>10,.0f}{first[0]:>21.1f}{first[1]:>8.1f}{after[0]:>14.1f}{after[1]:>8.1f}")
     pool.shutdown()
     server.shutdown()
-    # Without sockets and files of pictures: the same engine, 32 rows, gets all requests at the start. Once those of 32
-    # clients, with their lengths; once 32 answers of the mean length, so that no row is ever free.
+    # Without sockets and files of pictures: the same engine gets all requests at the start. Once those of as many
+    # clients as it has rows, with their lengths; once an answer of the mean length for each row, so that none is free.
+    R = min(max(counts), server.engine.rows)
+
     def answer_all(lengths: list[int]) -> None:
         prompts = [data.Document(0, [1] * (vlm.config.bridge.num_tokens + 59) + [i], [], [0], {})
                    for i in range(len(lengths))]
         requests = [model.Request(prompt, [noise(vlm)(i, None)], max_new_tokens=n)
                     for i, (prompt, n) in enumerate(zip(prompts, lengths))]
-        engine = model.Engine(vlm, rows=32, width=1024)
+        engine = model.Engine(vlm, rows=R, width=1024)
         list(engine.run(requests))
         engine.close()
-    offline = [json.loads(body)["max_tokens"] for body in make_bodies(32 * flags.steps)]
+    offline = [json.loads(body)["max_tokens"] for body in make_bodies(R * flags.steps)]
     speeds = {name: sum(lengths) / clock(lambda lengths=lengths: answer_all(lengths), 3, setup.device)
-              for name, lengths in (("offline", offline), ("generate", [136] * 32))}
+              for name, lengths in (("offline", offline), ("generate", [136] * R))}
     setup.print("\n".join(f"{name:>8}{speed:>10,.0f}" for name, speed in speeds.items()))
     return {"what": "serve", "model": flags.model, "device": setup.device.type, "clients": rows,
             "tokens_per_s": speeds}
