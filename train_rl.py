@@ -232,8 +232,7 @@ def main() -> None:
         # --------------------------------------------------------------------------------------------------------------
         bar.update()
         bar.set_postfix(reward=f"{stats['reward']:.3f}", teaching=f"{stats['teaching']:.0%}")
-        log.write(step=step, **stats, tokens=tokens, lr=flags.lr * scale,
-                  seconds=time.time() - started)
+        log.write(step=step, **stats, tokens=tokens, lr=flags.lr * scale, seconds=time.time() - started)
         if flags.eval_every > 0 and step % flags.eval_every == 0:
             for name, records in held_out.items():
                 result = evaluate(vlm, tokenizer, records, setup)
