@@ -17,46 +17,47 @@ How good, and how fast: measured on the real code, never on a copy of it.
 The last line of standard output is one JSON object; tables go to standard error.
 """
 import argparse
-import base64
 import functools
-import http.client
-import io
 import json
 import math
-import multiprocessing
 import os
 import random
 import re
-import sys
 import threading
 import time
-from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from pathlib import Path
 
-import data  # first: see its imports
-import numpy as np
+from plumbing.flags import parse_flags, run  # before torch: see plumbing/files.py
+
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageColor, ImageDraw, ImageFont
 
+import data
 import model
 import sample
 import train_rl
-from model import PRESETS, VLM, Block, add_lora, newest_checkpoint, preset, respond, rope_table
+from plumbing.checkpoints import newest_checkpoint
+from plumbing.drawing import draw_lines, read_curves
+from plumbing.engine import Engine, Request
+from plumbing.files import parse_json, say
+from plumbing.optimizer import Optimizer
+from plumbing.ranks import Setup
+from plumbing.recipes import read_records
+from plumbing.workers import share_workers
+from plumbing.world import World
+from model import FROM_SCRATCH, PRESETS, VLM, preset
 from tokenizer import Tokenizer
-from train_sft import answers, cider, evaluate_with_baselines, exchange_pictures, score_answer, wilson, yes_or_no
-from training import (FROM_SCRATCH, Optimizer, Setup, count_supervised, draw_lines, freeze_all_but,
-                      largest_micro_batch, load_start, make_loaders, parse_flags, read_curves, run, train_step)
-from vision import Bridge, ViTBlock, load_image
-from weights import named_errors, parse_json, read_json
-from world import World
+from train_base import (chapter_flags, count_supervised, freeze_all_but, largest_micro_batch, load_start, make_loaders,
+                        train_step)
+from train_sft import evaluate_with_baselines
+from extras.benchmarks import Answers, evaluate_file
+from extras.figures import draw_book, draw_ladder
+from extras.load_test import make_bodies, measure
+from extras.memory import STAGES, bench_memory
+from extras.server import Handler, Server
 
-# Its data in the built-in world, and the parts that are trained; chapter 4 trains the same parts as sft.
-STAGES = {"base": ("text", ["decoder"]), "align": ("captions", ["bridge", "vit"]),
-          "sft": ("chat", ["bridge", "decoder", "vit"])}
 BY_MODEL = {"tiny": {"batch_size": 32, "seq_len": 128}, "small": {"batch_size": 64, "seq_len": 1024},
             "released": {"batch_size": 32, "seq_len": 2048}}
-CARDS = (8, 12, 16, 24, 40, 80, 141)  # GiB
 FLAGS = {
     "what": ("eval", "eval, data, speed, ladder, profile, memory, serve, compare or figures"),
     "clients": ("1,8,32,64", "serve: how many at once, one number after another"),
@@ -89,121 +90,6 @@ FLAGS = {
 # ----------------------------------------------------------------------------------------------------------------------
 # Accuracy: the built-in world, one's own files, and the public benchmarks by their official rules
 
-# Questions about one picture or one option are not worth a point each in every benchmark. To be comparable with
-# published numbers, ours must be counted as theirs are, odd rules included.
-
-def official_score(name: str, records: list, texts: list[str], right: list[float]) -> tuple[str, float]:
-    "-> (what the benchmark calls its score, the score), where that is not plain accuracy."
-    if name.startswith("MMBench"):
-        # Circular: each question comes in all rotations of its options, index + n * 1,000,000. Only if all of them are
-        # right it counts: a model that prefers the letter A fails.
-        groups = {}
-        for record, value in zip(records, right):
-            groups.setdefault(int(record["id"]) % 10 ** 6, []).append(value)
-        return "circular accuracy", 100 * sum(map(min, groups.values())) / len(groups)
-    if name.startswith("POPE"):
-        # F1 of "yes", the harmonic mean of precision and recall: half of the questions ask for things that are not
-        # there, and a model that says yes to all has a recall of 100 %. An answer that is neither counts as no.
-        yes = [(yes_or_no(text) == "yes", record["answer"].lower() == "yes") for record, text in zip(records, texts)]
-        hits, said, true = sum(a and b for a, b in yes), sum(a for a, _ in yes), sum(b for _, b in yes)
-        return "F1", 200 * hits / max(said + true, 1)
-    if name.startswith("MME"):
-        # Two questions about each picture, one to be answered by yes, one by no. For each category: the accuracy, plus
-        # the share of pictures with both right, in %. So the best score of a category is 200.
-        categories = {}
-        for record, value in zip(records, right):
-            pictures = categories.setdefault(record["kind"], {})
-            pictures.setdefault(data.picture_key(record["images"][0]), []).append(value)
-        return "sum of accuracy and accuracy+", sum(
-            100 * sum(map(sum, pictures.values())) / sum(map(len, pictures.values()))
-            + 100 * sum(map(min, pictures.values())) / len(pictures) for pictures in categories.values())
-    if name.startswith("HallusionBench"):
-        # An id ends in _SET_FIGURE_QUESTION. A figure counts if all questions about it are right, a question if it is
-        # right about all figures of its set: one is drawn with other facts, and there the answer is the opposite.
-        figures, questions = {}, {}
-        for record, value in zip(records, right):
-            *some, figure, question = record["id"].split("_")
-            figures.setdefault((*some, figure), []).append(value)
-            questions.setdefault((*some, "", question), []).append(value)
-        shares = [100 * sum(right) / len(right)] + [100 * sum(map(min, of.values())) / len(of)
-                                                    for of in (figures, questions)]
-        return "mean of aAcc {:.1f}, fAcc {:.1f} and qAcc {:.1f}".format(*shares), sum(shares) / 3
-    if all(record.get("metric") == "cider" for record in records):
-        references = [[a] if isinstance(a, str) else a for a in (record["answer"] for record in records)]
-        return "CIDEr", 100 * sum(cider(texts, references)) / len(records)
-    return "accuracy", 100 * sum(right) / len(right)
-
-
-class Answers:
-    """
-    The answers to one set, in a file of one JSON object per line: a run that was stopped goes on from there. Thousands
-    of questions, asked three times (own picture, blind, shuffled), take a large model hours.
-    """
-
-    # What tells two answers apart: another checkpoint's are not this one's, and in a file two records may have one id.
-    KEY = "model", "set", "image", "number", "id"
-
-    def __init__(self, path: str, setup, vlm, tokenizer, who: str):
-        self.setup, self.vlm, self.tokenizer, self.known = setup, vlm, tokenizer, {}
-        self.who = f"{who} {vlm.config.run.get('start')}"  # start: when the checkpoint was saved
-        # Each rank writes a file of its own, PATH.0, PATH.1, ...; all are read, whatever number of ranks wrote them.
-        self.path = f"{path}.{setup.rank}" if path and setup.world_size > 1 else path
-        files = [Path(path), *sorted(Path(path).parent.glob(Path(path).name + ".[0-9]*"))] if path else []
-        for file in filter(Path.exists, files):
-            with named_errors(file), open(file, encoding="utf-8") as lines:
-                for line in lines:
-                    if line.endswith("\n") or not '{"model": '.startswith(line[:10]):  # whole, or not ours
-                        row = parse_json(line, file)
-                        if not isinstance(row, dict) or not row.keys() >= {*self.KEY, "text"}:
-                            raise ValueError(f"{file}: not written by --what=eval; name another file by --answers=")
-                        self.known[tuple(row[name] for name in self.KEY)] = row["text"]
-                    elif file == Path(self.path):  # killed in the middle of it: the next line must not follow it
-                        os.truncate(file, os.path.getsize(file) - len(line))  # json.dumps wrote ASCII
-
-    def __call__(self, name: str, records: list, image: str) -> list[str]:
-        "-> the texts, of all ranks, in order. image: own, blind or shuffled."
-        setup, keys = self.setup, [(self.who, name, image, n, record["id"]) for n, record in enumerate(records)]
-        mine = list(zip(keys, records))[setup.rank::setup.world_size]
-        for at in range(0, len(mine), 100):  # written every 100: no more than these are lost
-            new = {key: record for key, record in mine[at:at + 100] if key not in self.known}
-            texts = answers(self.vlm, self.tokenizer, [*new.values()], blind=image == "blind") if new else []
-            self.known |= zip(new, texts)
-            if self.path and new:
-                with open(self.path, "a") as file:
-                    file.writelines(json.dumps(dict(zip(self.KEY, key), text=text)) + "\n"
-                                    for key, text in zip(new, texts))
-        return setup.gather([self.known[key] for key, _ in mine])
-
-
-def evaluate_file(name: str, records: list, ask: Answers) -> dict:
-    "A benchmark or a file of questions -> its official score, accuracy and interval, blind and shuffled beside them."
-    # The distance between the columns is what the picture is worth. A score alone does not tell: the likeliest answer
-    # to a benchmark's question is often right.
-    columns = {"own": records, "blind": records, "shuffled": exchange_pictures(records)}
-    results, setup = {}, ask.setup
-    for image, asked in columns.items():
-        if asked:
-            texts = ask(name, asked, image)
-            right = [score_answer(record, text) for record, text in zip(records, texts)]
-            title, score = official_score(name, records, texts, right)
-            results[image] = {"score": score, "accuracy": sum(right) / len(right), "right": right}
-    own, right = results["own"], results["own"]["right"]
-    low, high = wilson(sum(right), len(right))
-    setup.print(f"\n{name}: {title} " + ", ".join(f"{image} {r['score']:.1f}" for image, r in results.items())
-                + f"   ({len(right)} questions, 95 % interval of the accuracy {low:.1%} to {high:.1%})")
-    # What the papers and model cards of models of this size say, to stand beside ours.
-    published = read_json(Path(__file__).with_name("assets") / "published.json")
-    for model_name, value in published.get(name, {}).items():
-        setup.print(f"  {model_name:<40}{value:>8.1f}")
-    kinds = {}
-    for record, value in zip(records, right):
-        kinds.setdefault(record.get("kind", "all"), []).append(value)
-    return {"n": len(right), "accuracy": own["accuracy"], "ci95": (low, high), "score": own["score"], "score_is": title,
-            "by_kind": {kind: sum(values) / len(values) for kind, values in sorted(kinds.items())},
-            "blind_accuracy": results["blind"]["accuracy"], "blind_score": results["blind"]["score"],
-            "shuffled_accuracy": results["shuffled"]["accuracy"] if "shuffled" in results else None}
-
-
 def bench_eval(flags) -> dict:
     "The same questions three times: with their own picture, with none, and with another's."
     setup = Setup(flags)
@@ -222,7 +108,7 @@ def bench_eval(flags) -> dict:
         # measures its memory.
         ask, sets = Answers(flags.answers, setup, vlm, tokenizer, flags.init or flags.model), {}
         for name, _ in data.parse_mixture(flags.data):
-            records = [question for record in data.read_records(name) for question in data.questions_of(record)]
+            records = [question for record in read_records(name) for question in data.questions_of(record)]
             sets[name if Path(name).stem in sets else Path(name).stem] = records[:flags.eval_size]
         results = {name: evaluate_file(name, records, ask) for name, records in sets.items()}
     # The first split's numbers stand on top too: a script finds "accuracy" there, whatever the split's name.
@@ -237,7 +123,7 @@ def bench_data(flags) -> dict:
     started = time.perf_counter()
     dataset, _ = data.load_data(flags.data, World("chat"), {}, flags.seed, 1, max_bad=0.01)
     opened = time.perf_counter() - started
-    workers, = data.share_workers(flags.workers, "cuda" if torch.cuda.is_available() else "cpu", 1, 1)
+    workers, = share_workers(flags.workers, "cuda" if torch.cuda.is_available() else "cpu", 1, 1)
     make = functools.partial(data.make_document, tokenizer=tokenizer, image_tokens=M, seq_len=flags.seq_len)
     loader = data.Loader(dataset, make, data.pixel_loader(config.vision), flags.batch_size, flags.seq_len, M,
                          workers=workers)
@@ -566,203 +452,22 @@ def bench_ladder(flags) -> dict:
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Memory, predicted without a GPU
-# Memory of training has six parts. Weights, gradients, float32 master weights and the optimizer's moments follow from
-# the number of parameters. Activations, what the forward pass stores for the backward pass, are the largest part and
-# hard to derive: they depend on what the compiler decides to keep. So they are measured, on one layer, on the CPU. The
-# loss needs some logits at once.
-
-def saved_bytes(module, compiled: bool, *inputs) -> int:
-    "Bytes that autograd stores of one call in bfloat16 for the backward pass."
-    module.to(torch.bfloat16)
-    own, pieces, alive = {p.untyped_storage().data_ptr() for p in module.parameters()}, {}, []
-
-    def pack(tensor):
-        alive.append(tensor)  # else its memory might be given to another, and both would count as one
-        if tensor.untyped_storage().data_ptr() not in own:  # a view's memory counts once, and whole
-            pieces[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
-        return tensor
-
-    torch._dynamo.reset()
-    # torch.compile computes some things twice rather than keep them. This backend makes the same choice, without a GPU.
-    call = torch.compile(module, backend="aot_eager_decomp_partition") if compiled else module
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        call(*inputs)
-    return sum(pieces.values())
-
-
-# A layer stores so many bytes for each token, and some that do not depend on their number. Two measurements tell both.
-
-def line(measure, a: int, b: int) -> tuple[float, float]:
-    "measure(n) = each * n + fixed -> (each, fixed)."
-    each = (measure(b) - measure(a)) / (b - a)
-    return each, measure(a) - each * a
-
-
-def predict(flags, stage: str, lora: int):
-    """
-    A function: (rows per forward pass, with activation checkpointing?) -> GiB that a stage needs at its peak, by part,
-    in bfloat16, with float32 master weights, compiled. Measured are one layer of each kind with small inputs, on the
-    CPU; the rest is arithmetic.
-    """
-    config = preset(flags.model, flags.bridge)
-    config.lora_rank, decoder, vision = lora, config.decoder, config.vision
-    with torch.device("meta"):
-        vlm = VLM(config)
-    learn = sum(p.numel() for p in freeze_all_but(vlm, STAGES[stage][1]).values())
-    total = sum(p.numel() for p in vlm.parameters())
-    layers, V, H = decoder.num_hidden_layers, decoder.vocab_size, decoder.hidden_size
-
-    def layer(T: int) -> int:
-        block, rope = Block(decoder), rope_table(torch.arange(T)[None], decoder)
-        if lora:
-            add_lora(block, lora)
-        for mine, real in zip(block.parameters(), vlm.gpt.blocks[0].parameters()):
-            mine.requires_grad_(real.requires_grad)
-        return saved_bytes(block, True, torch.randn(1, T, H, requires_grad=True, dtype=torch.bfloat16), rope)
-
-    def seeing(module, compiled: bool):
-        return line(lambda n: saved_bytes(module, compiled, torch.randn(
-            n, vision.num_patches, vision.hidden_size, requires_grad=True, dtype=torch.bfloat16)), 1, 2)
-
-    per_token, fixed = line(layer, 64, 128)
-    per_picture, bridge = (0, 0) if stage == "base" else seeing(Bridge(config.bridge), False)
-    if vlm.vit.patch.weight.requires_grad:
-        each, once = seeing(ViTBlock(vision), True)
-        per_picture, bridge = per_picture + each * vision.num_hidden_layers, bridge + once * vision.num_hidden_layers
-
-    def parts(micro: int, thrift: bool) -> dict[str, float]:
-        tokens = micro * flags.seq_len
-        pictures = tokens / (config.bridge.num_tokens + 256)  # LLaVA's conversations
-        one = per_token * tokens
-        # With checkpointing each layer stores only its input; the backward pass computes the rest, layer by layer.
-        stored = layers * fixed + layers * (tokens * H * 2 if thrift else one) + bridge + per_picture * pictures
-        # There one layer's gradients come and go, mostly those of gate and up; but by then the logits are gone.
-        returning = 8 * tokens * decoder.intermediate_size + (one if thrift else 0)
-        # token_loss: a chunk's logits and their gradient; the head's gradient in float32, and once more in bfloat16.
-        logits = 4 * V * min(4096, tokens if stage == "base" else tokens / 2)
-        loss = max(0, logits - returning) + 6 * V * H * vlm.gpt.embed.weight.requires_grad
-        # All in bfloat16; master weights and moments, two by AdamW, one by Muon, in float32.
-        own = learn / flags.gpus  # each GPU keeps those of its share
-        out = {"weights": 2 * total, "gradients": 2 * learn, "master weights": 4 * own,
-               "optimizer": (4 if flags.model in FROM_SCRATCH else 8) * own,
-               "activations": stored + returning, "loss": loss}
-        # Of several passes the last meets the gradients of those before. Of one, they are made while activations go.
-        one_pass = micro * flags.gpus >= flags.batch_size
-        out["peak"] = sum(out.values()) - one_pass * min(2 * learn, out["activations"] + loss)
-        # The optimizer takes the gradients in float32; by then no activations are left.
-        out["peak"] = max(out["peak"], out["weights"] + out["master weights"] + out["optimizer"] + 4 * own)
-        return {name: value / 2 ** 30 for name, value in out.items()}
-    return parts
-
-
-def bench_memory(flags) -> dict:
-    "Each stage's peak on a GPU, and what to set for cards of several sizes."
-    if flags.model not in PRESETS:
-        raise ValueError(f"--what=memory needs a preset ({', '.join(PRESETS)}), not --model={flags.model}")
-    share = flags.batch_size // flags.gpus
-    if share < 1 or flags.batch_size % flags.gpus:
-        raise ValueError(f"--batch_size={flags.batch_size} is not a multiple of --gpus={flags.gpus}")
-    micro, rows = flags.micro_batch_size or share, {}
-    say(f"{flags.model}, rows of {flags.seq_len} tokens, {flags.batch_size} a step, {micro} a pass; GiB a GPU")
-    sizes = [n for n in range(share, 0, -1) if share % n == 0]
-    for stage in STAGES:
-        ranks = [0] if stage == "align" else [0, flags.lora_rank or 16]  # in align the decoder is frozen
-        parts = {rank: predict(flags, stage, rank) for rank in ranks}
-        rows[stage] = parts[flags.lora_rank if stage != "align" else 0](micro, flags.activation_checkpointing)
-        say(f"{stage:<6}" + ", ".join(f"{name} {value:.1f}" for name, value in rows[stage].items()))
-        for card in CARDS:  # 1 GiB is CUDA's own
-            # from the fastest way to the thriftiest
-            fitting = (f"--lora_rank={rank} " * bool(rank) + "--activation_checkpointing " * thrift
-                       + f"--micro_batch_size={n}" for rank in ranks for thrift in (False, True) for n in sizes
-                       if parts[rank](n, thrift)["peak"] + 1 < card)
-            rows[stage][f"{card} GiB"] = next(fitting, "does not fit")
-            say(f"{card:>10} GiB: {rows[stage][f'{card} GiB']}")
-    return {"what": "memory", "model": flags.model, "batch_size": flags.batch_size, "seq_len": flags.seq_len, **rows}
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Serving: clients of a real server, over real sockets
-
-# What counts for a user is not tokens per second, but how long the first word takes, and whether the next ones flow. So
-# each client notes when each piece of text arrives, over a real socket, with pictures that the server must decode.
-
-def make_bodies(n: int) -> list[bytes]:
-    "n requests: a picture of 100 to 1,000 pixels a side and 40 words each, answers of 32 to 256 tokens."
-    bodies, rng = [], random.Random(0)
-    for i in range(n):
-        file = io.BytesIO()
-        World("captions", seed=i)[0]["images"][0].draw(rng.choice([100, 250, 500, 1000])).save(file, "PNG")
-        url = "data:image/png;base64," + base64.b64encode(file.getvalue()).decode()
-        text = " ".join(rng.choice(["what", "is", "the", "cat", "red"]) for _ in range(40))
-        content = [{"type": "image_url", "image_url": {"url": url}}, {"type": "text", "text": text}]
-        bodies.append(json.dumps({
-            "stream": True, "stream_options": {"include_usage": True}, "seed": i,
-            "messages": [{"role": "user", "content": content}], "max_tokens": rng.choice([32, 96, 160, 256])}).encode())
-    return bodies
-
-
-def ask(port: int, body: bytes) -> tuple[float, list[float], int]:
-    "One request -> (when it was sent, when its pieces of text came, tokens)."
-    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=300)
-    sent, times, tokens = time.perf_counter(), [], 0
-    connection.request("POST", "/v1/chat/completions", body, {"Content-Type": "application/json"})
-    answer = connection.getresponse()
-    if answer.status != 200:
-        raise ValueError(f"the server answered {answer.status}: {answer.read()[:200]}")
-    for line in answer:
-        if b'"content": "' in line and b'"role"' not in line:
-            times.append(time.perf_counter())
-        elif b'"usage"' in line:
-            tokens = json.loads(line[6:])["usage"]["completion_tokens"]
-    connection.close()
-    return sent, times, tokens
-
-
-def clients(port: int, n: int, each: int) -> tuple[float, list]:
-    """
-    n clients, a thread each, in a process of their own -> (seconds, what `ask` gave for each request). Each takes the
-    next request as soon as it has an answer, so that all are busy nearly to the end.
-    """
-    bodies = make_bodies(n * each)
-    with ThreadPoolExecutor(n) as pool:
-        started = time.perf_counter()
-        results = list(pool.map(functools.partial(ask, port), bodies))
-    return time.perf_counter() - started, results
-
-
-def quantiles(values: list[float]) -> list[float]:
-    "-> [p50, p95], milliseconds."
-    values = sorted(values) or [math.nan]
-    return [values[int(len(values) * share)] * 1e3 for share in (0.5, 0.95)]
-
+# Serving
 
 def bench_serve(flags) -> dict:
     "1, 8, 32 and 64 clients at once; a single one sends its requests one after another."
     if not re.fullmatch(r"[1-9]\d*(,[1-9]\d*)*", flags.clients):
         raise ValueError(f"--clients={flags.clients}: give numbers above 0, comma-separated")
-    setup, rows = Setup(flags), {}
+    setup, counts = Setup(flags), [int(n) for n in flags.clients.split(",")]
     vlm, tokenizer = load_or_draw(flags, setup)
     tokenizer = tokenizer or Tokenizer.train(["user\nassistant\n"], 300)
-    asked = data.parse_flags("", sample.FLAGS, argv=["--serve", "--port=0"])
-    server = sample.Server(vlm.to(setup.dtype).eval(), tokenizer, asked)
+    asked = parse_flags("", sample.FLAGS, argv=["--serve", "--port=0"])
+    server = Server(vlm.to(setup.dtype).eval(), tokenizer, asked)
     server.stop = set()  # every answer is as long as it was asked to be
-    sample.Handler.log_message = lambda *_: None
+    Handler.log_message = lambda *_: None
     threading.Thread(target=server.serve_forever, daemon=True).start()
-    # Clients in this process would compete for its interpreter. One process, in which each client is a thread.
-    pool = ProcessPoolExecutor(1, multiprocessing.get_context("spawn"))
-    setup.print(f"{'clients':>8}{'tokens/s':>10}{'first token ms, p50':>21}{'p95':>8}{'next ms, p50':>14}{'p95':>8}")
-    counts = [int(n) for n in flags.clients.split(",")]
     # On a GPU the first time compiles, and the second records graphs, which the others replay.
-    for n in [max(counts)] * (2 if setup.device.type == "cuda" else 1) + counts:
-        seconds, results = pool.submit(clients, server.server_port, n, flags.steps).result()
-        speed = sum(tokens for *_, tokens in results) / seconds
-        # The first n arrive together. Those that follow, if there are any, are newcomers among others.
-        first = quantiles([times[0] - sent for sent, times, _ in results[n:] or results if times])
-        after = quantiles([b - a for _, times, _ in results for a, b in zip(times, times[1:])])
-        rows[str(n)] = {"tokens_per_s": speed, "first_token_ms": first, "next_token_ms": after}
-        setup.print(f"{n:>8}{speed:>10,.0f}{first[0]:>21.1f}{first[1]:>8.1f}{after[0]:>14.1f}{after[1]:>8.1f}")
-    pool.shutdown()
+    rows = measure(server, counts, flags.steps, 2 if setup.device.type == "cuda" else 1, setup.print)
     server.shutdown()
     # Without sockets and files of pictures: the same engine gets all requests at the start. Once those of as many
     # clients as it has rows, with their lengths; once an answer of the mean length for each row, so that none is free.
@@ -771,9 +476,9 @@ def bench_serve(flags) -> dict:
     def answer_all(lengths: list[int]) -> None:
         prompts = [data.Document(0, [1] * (vlm.config.bridge.num_tokens + 59) + [i], [], [0], {})
                    for i in range(len(lengths))]
-        requests = [model.Request(prompt, [noise(vlm)(i, None)], max_new_tokens=n)
+        requests = [Request(prompt, [noise(vlm)(i, None)], max_new_tokens=n)
                     for i, (prompt, n) in enumerate(zip(prompts, lengths))]
-        engine = model.Engine(vlm, rows=R, width=1024)
+        engine = Engine(vlm, rows=R, width=1024)
         list(engine.run(requests))
         engine.close()
     offline = [json.loads(body)["max_tokens"] for body in make_bodies(R * flags.steps)]
@@ -785,8 +490,7 @@ def bench_serve(flags) -> dict:
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Pictures: the curves of several runs in one chart, and the figures of README.md and docs/, drawn from the checkpoint
-# and the logs themselves. All are 800 pixels wide with few, large letters, so that they can be read on a phone.
+# Pictures: the curves of several runs in one chart, and the figures of the book
 
 def read_log(folder: str) -> list[dict]:
     with open(path := Path(folder, "log.jsonl"), encoding="utf-8") as file:
@@ -816,284 +520,14 @@ def bench_compare(flags) -> dict:
     return {"what": "compare", "chart": "compare.png", "flags_that_differ": differ, "results": results}
 
 
-# One meaning for each colour in all figures: grey is given or blind, blue comes from a picture or is read, green is
-# learned or right, orange is computed, red is wrong, pale is empty.
-GREY, BLUE, GREEN, ORANGE, RED, PALE = "#d4d4d4", "#7db8e0", "#57b894", "#e8a33d", "#d0603a", "#e4eef6"
-WIDE = 800  # pixels. A page shows a figure at half of that or less on a phone: letters below 20 could not be read.
-
-
-def font(size: int = 24):
-    return ImageFont.load_default(size)
-
-
-def page(high: int, title: str = "") -> tuple[Image.Image, ImageDraw.ImageDraw]:
-    "White paper with a title -> (the picture, a pen to draw on it)."
-    sheet = Image.new("RGB", (WIDE, high), "white")  # a background of its own: a reader's page may be dark
-    pen = ImageDraw.Draw(sheet)
-    pen.text((12, 10), title, "black", font(26))
-    return sheet, pen
-
-
-def cells(sheet, at: tuple, size: tuple, colours: list[list[str]]) -> None:
-    "A table of coloured cells, without lines between them, that fills size pixels."
-    rgb = np.array([[ImageColor.getrgb(colour) for colour in row] for row in colours], dtype=np.uint8)
-    sheet.paste(Image.fromarray(rgb).resize(size, Image.Resampling.NEAREST), at)
-
-
-def bars(title: str, rows: list[tuple[str, list[tuple[float, str]], str]], left: int = 300, tall: int = 46,
-         legend: dict = {}) -> Image.Image:
-    """
-    Horizontal bars, (name, [(length, colour), ...] end to end, what is written behind). Negative ones go to the left.
-    legend: {what a colour means: the colour}.
-    """
-    sheet, pen = page(60 + tall * len(rows) + 36 * -(-len(legend) // 3), title)
-    totals = [sum(value for value, _ in parts) for _, parts, _ in rows]
-    zero, unit = left, (WIDE - left - 110) / (max(0, *totals) - min(0, *totals) or 1)
-    zero -= min(0, *totals) * unit
-    for i, (name, parts, text) in enumerate(rows):
-        x, y = zero, 56 + tall * i
-        pen.text((left - 14, y + tall / 2 - 5), name, "black", font(), "rm")
-        for value, colour in parts:
-            pen.rectangle((min(x, x + value * unit), y, max(x, x + value * unit), y + tall - 10), colour)
-            x += value * unit
-        pen.text((max(x, zero) + 10, y + tall / 2 - 5), text, "black", font(), "lm")
-    for i, (name, colour) in enumerate(legend.items()):
-        x, y = 20 + i % 3 * 260, sheet.height - 36 * (-(-len(legend) // 3) - i // 3)
-        pen.rectangle((x, y, x + 22, y + 22), colour)
-        pen.text((x + 32, y + 11), name, "black", font(), "lm")
-    return sheet
-
-
-def draw_ladder(path, rungs: list[dict]) -> None:
-    bars("tokens a second; each idea on top of those above", [
-        (r["rung"], [(r["tokens_per_s"], BLUE)], f"{r['tokens_per_s']:,.0f}") for r in rungs], left=430).save(path)
-
-
-class Subject:
-    "What the figures are about: cat.jpg, a trained model, and what it computes of the picture."
-
-    def __init__(self, vlm: VLM, tokenizer: Tokenizer):
-        self.vlm, self.tokenizer, self.M = vlm.eval(), tokenizer, vlm.config.bridge.num_tokens
-        self.image = load_image(Path(__file__).with_name("cat.jpg"))
-        self.pixels = data.preprocess(self.image, vlm.config.vision.image_size)                  # [3, S, S]
-        self.features = vlm.vit_features(self.pixels[None])[0]                                   # [N, D]
-
-    def ask(self, question: str) -> str:
-        return respond(self.vlm, self.tokenizer, [[sample.make_message(question, 1)]], [[self.pixels]])[0]
-
-    def document(self, question: str, answer: str) -> data.Document:
-        messages = [sample.make_message(question, 1), {"role": "assistant", "content": answer}]
-        return data.make_document({"id": "cat", "messages": messages, "images": ["cat.jpg"]}, 0, self.tokenizer,
-                                  self.M, 1000)
-
-    def words(self, ids) -> list[str]:
-        "What each token stands for. <|im_end|> -> im_end"
-        texts = [self.tokenizer.decode([i], skip_special=False).replace("\n", "\\n").strip() for i in ids]
-        return [text.replace("<|image_pad|>", "pad").replace("<|", "").replace("|>", "") for text in texts]
-
-    def colours(self, ids, mask) -> list[str]:
-        return [GREEN if learned else BLUE if token == self.tokenizer.image_pad else GREY
-                for token, learned in zip(ids, mask)]
-
-
-# Each of the figures says one thing. Nothing in them is written by hand: what the model says and computes is drawn,
-# and another checkpoint gives other pictures. The names of these functions are the names of the files.
-
-def draw_answers(s: Subject) -> Image.Image:
-    "Questions about cat.jpg, and what the model says, right or wrong."
-    sheet, pen = page(400)
-    sheet.paste(s.image.resize((380, 380)), (10, 10))
-    for i, question in enumerate(["What colour is the cat?", "Where is the tree?", "Is there a blue bird?",
-                                  "What is the smallest thing?", "How many things are there?"]):
-        pen.text((412, 12 + 76 * i), question, "#555555", font())
-        pen.text((412, 42 + 76 * i), s.ask(question), "black", font(30))
-    return sheet
-
-
-def draw_patches(s: Subject) -> Image.Image:
-    "What the ViT gets: the picture at its size, and the pieces that become one vector each."
-    S, P, n = s.vlm.config.vision.image_size, s.vlm.config.vision.patch_size, math.isqrt(len(s.features))
-    sheet, _ = page(430, f"{S} x {S} pixels; {n * n} patches of {P} x {P}, 4 for each latent")
-    picture = Image.fromarray(s.pixels.permute(1, 2, 0).numpy())
-    sheet.paste(picture.resize((360, 360), Image.Resampling.NEAREST), (20, 55))
-    for y, x in np.ndindex(n, n):  # a wider gap every second patch: 2 x 2 of them begin one latent
-        patch = picture.crop((x * P, y * P, x * P + P, y * P + P)).resize((54, 54), Image.Resampling.NEAREST)
-        sheet.paste(patch, (420 + x * 57 + x // 2 * 10, 55 + y * 57 + y // 2 * 10))
-    return sheet
-
-
-def draw_latents(s: Subject) -> Image.Image:
-    "How much each latent has from each patch: attention and the 2 x 2 patches it starts from, in one number."
-    shares, n = sample.patch_shares(s.vlm.bridge, s.features), math.isqrt(len(s.features))       # [M, N]
-    sheet, pen = page(60 + 268 * -(-s.M // 3), "where each latent looks: the brighter, the more")
-    for i, share in enumerate(shares):
-        x, y = 8 + i % 3 * 264, 52 + i // 3 * 268
-        # Relative to its own maximum: all have the same sum, and some spread it wider.
-        sheet.paste(sample.shade(s.image, (share / share.max()).view(n, n), 256), (x, y))
-        pen.text((x + 10, y + 6), str(i), "white", font(30), stroke_width=2, stroke_fill="black")
-    return sheet
-
-
-def draw_tokens(s: Subject) -> Image.Image:
-    "One conversation as the renderer makes it: tokens, ids, and what is learned."
-    document = s.document("What colour is the cat?", "orange")
-    sheet, pen = page(500, "grey: given   blue: image tokens   green: learned")
-    x, y = 12, 56
-    for token, text, colour in zip(document.ids, s.words(document.ids), s.colours(document.ids, document.mask)):
-        wide = max(52, pen.textlength(text, font(22)) + 18)
-        if x + wide > WIDE - 8:  # the next line
-            x, y = 12, y + 76
-        pen.rectangle((x, y, x + wide - 3, y + 38), colour)
-        pen.text((x + wide / 2, y + 19), text, "black", font(22), "mm")
-        pen.text((x + wide / 2, y + 52), str(token), "#555555", font(19), "mm")
-        x += wide
-    return sheet.crop((0, 0, WIDE, y + 76))
-
-
-def draw_embeddings(s: Subject) -> Image.Image:
-    "The decoder's input before and after VLM.embed writes image tokens into it; a column is a position."
-    document = s.document("What colour is the cat?", "orange")
-    ids = torch.tensor([document.ids[:-1]])
-    places = torch.arange(s.M) + document.slots[0]
-    sheet, pen = page(566, f"24 of the {s.features.shape[1]} numbers at each of {ids.shape[1]} positions")
-    for y, title, x in ((82, "before: the same vector for every <|image_pad|>", s.vlm.embed(ids)), (
-            336, "after: image tokens are written over them",
-            s.vlm.embed(ids, s.vlm.bridge(s.features[None])[0], places))):
-        pen.text((12, y - 32), title, "#555555", font())
-        # 2 and above is full colour. Text embeddings are smaller than image tokens, and that is to be seen.
-        shades = ((x[0, :, :24].t() / 2).clamp(-1, 1) * 255).int().tolist()                      # [24, T]
-        cells(sheet, (12, y), (776, 192), [  # red above 0, white, blue below
-            [f"rgb({min(255, 255 + v)}, {255 - abs(v)}, {min(255, 255 - v)})" for v in row] for row in shades])
-        cells(sheet, (12, y + 196), (776, 18), [s.colours(document.ids[:-1], [0] * ids.shape[1])])
-    return sheet
-
-
-def draw_row(s: Subject) -> Image.Image:
-    "A row as chapter 3 packs it, only longer: what is in it, and which position attends to which."
-    T = 216
-    # From record 12,000 on nine of ten records are questions: short, so that several fit.
-    documents = [data.make_document(World("chat")[i], i, s.tokenizer, s.M, T) for i in range(40000, 40008)]
-    arrays, *_ = data.pack(documents, 1, T, s.M)
-    numbers, allowed = arrays["document_ids"][0], model.document_mask(torch.from_numpy(arrays["document_ids"]))[0, 0]
-    # The row stands on top (what is attended to) and once more at the left (who attends).
-    kinds = np.array(s.colours(arrays["ids"][0], arrays["targets"][0] >= 0))
-    kinds[numbers == 0] = PALE
-    sheet, pen = page(800, f"a row of {T} tokens: {numbers.max()} conversations, and its mask")
-    cells(sheet, (110, 56), (648, 34), [kinds])
-    cells(sheet, (66, 100), (34, 648), kinds[:, None])
-    cells(sheet, (110, 100), (648, 648), [[ORANGE if yes else PALE for yes in row] for row in allowed.tolist()])
-    pen.text((12, 760), "line i: what position i may attend to, in orange", "#555555", font())
-    return sheet
-
-
-def draw_surprise(s: Subject) -> Image.Image:
-    "The loss at the first words of a caption, with the picture and with a grey one."
-    document = s.document("Describe the picture.", s.ask("Describe the picture."))
-    # The text is the model's own caption, so the losses with the picture are small. Without it the same words surprise.
-    rows, losses = [], []
-    for pixels in (s.pixels, torch.full_like(s.pixels, 128)):
-        batch = data.collate(*data.pack([document], 1, len(document.ids), s.M)[:2], lambda *_: pixels)
-        x = s.vlm.embed(batch["ids"], s.vlm.encode_images(batch["pixels"]).flatten(0, 1), batch["image_positions"])
-        at = batch["supervised"][:12]  # positions; what is predicted there is the target
-        losses.append(F.cross_entropy(s.vlm.gpt.logits(s.vlm.gpt.hidden(x))[0, at], batch["targets"][0, at],
-                                      reduction="none").tolist())
-    for word, own, blind in zip(s.words(batch["targets"][0, at].tolist()), *losses):
-        rows += [(word, [(own, GREEN)], f"{own:.2f}"), ("", [(blind, GREY)], f"{blind:.2f}")]
-    return bars("loss at the first tokens of a caption, in nats", rows, 150, 36,
-                {"with the picture": GREEN, "grey picture": GREY})
-
-
-def draw_rollouts(s: Subject) -> Image.Image:
-    "The first question for a number of which the model answers neither nearly all nor nearly none of 16 right."
-    flags = argparse.Namespace(samples=16, max_new_tokens=12, temperature=1.0, seed=0)
-    for record in (World("exam", "scenes", kinds=["number"])[i] for i in range(100)):
-        _, (group, ) = train_rl.rollout(s.vlm, s.tokenizer, [record], flags, 0)
-        rewards = [train_rl.reward(record, ids, s.tokenizer) for ids in group]
-        if 5 <= sum(rewards) <= 11:
-            break
-    # Equal answers are one bar, as they are one document in the update (train_rl.to_documents).
-    mean, texts = sum(rewards) / 16, [s.tokenizer.decode(ids) for ids in group]
-    found = sorted(set(zip(texts, rewards)), key=lambda one: (-texts.count(one[0]), -one[1], one[0]))
-    below = bars("advantage = reward - mean reward of the group", [
-        (f'{texts.count(text)} x "{text}", reward {r:.0f}', [(r - mean, GREEN if r else RED)], f"{r - mean:+.4g}")
-        for text, r in found], 320)
-    sheet, pen = page(300 + below.height)
-    sheet.paste(record["images"][0].draw(280), (10, 10))
-    sheet.paste(below, (0, 300))
-    question, right = (message["content"].removeprefix("<image>\n") for message in record["messages"])
-    for i, text in enumerate([question, f"right: {right}", "16 answers, temperature 1", f"mean reward {mean:.4g}"]):
-        pen.text((310, 24 + 50 * i), text, "black", font(28))
-    return sheet
-
-
-def draw_cache(s: Subject) -> Image.Image:
-    "Which keys and values a step computes, and which it only reads."
-    document = s.document("Describe the picture.", s.ask("Describe the picture."))
-    at = document.mask.index(1)
-    words, T = s.words(document.ids[at:at + 8]), at + 8
-    sheet, pen = page(130 + 46 * len(words), "keys and values in the cache, step by step")
-    for i, word in enumerate(words):  # step 0 is prefill; each further one has the token before it as input
-        pen.text((150, 78 + 46 * i), f"-> {word}", "black", font(), "rm")
-        new = range(at) if i == 0 else [at + i - 1]  # prefill computes the whole prompt
-        cells(sheet, (165, 60 + 46 * i), (620, 36), [[ORANGE if j in new else BLUE if j < at + i else PALE
-                                                      for j in range(T)]])
-    pen.text((12, sheet.height - 46), f"orange: computed ({at} at first, then 1)   blue: read", "#555555", font())
-    return sheet
-
-
-def draw_memory(s: Subject) -> Image.Image:
-    "What chapter 3 of qwen2.5-1.5b needs, predicted."
-    flags = argparse.Namespace(model="qwen2.5-1.5b", bridge="", batch_size=32, seq_len=2048, gpus=1)
-    colours = dict(zip(("weights", "gradients", "master weights", "optimizer", "activations", "loss"),
-                       (GREY, RED, BLUE, GREEN, ORANGE, "#9a7bc0")))
-    with torch.enable_grad():  # measured is what autograd stores
-        rows, ways = [], {lora: predict(flags, "sft", lora) for lora in (0, 16)}
-    for name, lora, thrift in (("no flag", 0, False), ("activation checkpointing", 0, True),
-                               ("LoRA, rank 16", 16, False), ("both", 16, True)):
-        told = ways[lora](8, thrift)
-        rows.append((name, [(told[part], colour) for part, colour in colours.items()], f"{told['peak']:.0f} GiB"))
-    return bars("SFT of qwen2.5-1.5b, 8 rows a pass, by part", rows, 310, legend=colours)
-
-
-@torch.no_grad()
 def bench_figures(flags) -> dict:
     "assets/*.png, from the checkpoint --init, its log.jsonl and docs/results.json; and README.md's count of lines."
-    home, folder, runs, name = Path(__file__).parent, Path("assets"), {}, ""
-    for row in read_log(flags.init) if flags.init else ():  # that of assets/tiny holds all four chapters, in order
-        name = Path(row["command"].split()[0]).stem if "command" in row else name
-        runs.setdefault(name, []).append(row)
-    curves = {name: read_curves(rows) for name, rows in runs.items()}
-    accuracy = curves.get("train_sft", {}).get("held-out accuracy")
-    if not accuracy:
-        raise ValueError(f"--what=figures --init={flags.init}: needs a log of chapter 3 with --eval_every, such as "
-                         "--init=assets/tiny has")
-    subject = Subject(*load(flags, Setup(flags)))
-    folder.mkdir(exist_ok=True)
-    figures = (draw_answers, draw_patches, draw_latents, draw_tokens, draw_embeddings, draw_row, draw_surprise,
-               draw_rollouts, draw_cache, draw_memory)
-    for draw in figures:
-        draw(subject).save(folder / f"{draw.__name__.removeprefix('draw_')}.png", optimize=True)
-    results = read_json(home / "docs/results.json")
-    draw_ladder(folder / "ladder.png", results["ladder"]["rungs"])
-    draw_lines(folder / "chapters.png", {f"{title}: {name}.py": lines for name, charts in curves.items()
-                                         for title, lines in charts.items() if "accuracy" not in title}, height=300)
-    draw_lines(folder / "kinds.png", {"held-out accuracy": {"all kinds": accuracy["accuracy"]} | {
-        # half of the ten kinds: more lines would hide each other
-        kind: accuracy[kind] for kind in ("count", "kind", "relation", "number", "choice")}}, height=460)
-    # Counts of lines go stale with every change: here they are counted anew, and a test compares them.
-    if (readme := Path("README.md")).exists():
-        count = lambda m: f"| {m[1]} | {len((home / m[1]).read_text(encoding='utf-8').splitlines())} |"  # noqa: E731
-        readme.write_text(re.sub(r"\| (\w+\.py) \| \d+ \|", count, readme.read_text(encoding="utf-8")),
-                          encoding="utf-8")
-    return {"what": "figures", "files": sorted(map(str, folder.glob("*.png")))}
-
-
-def say(text: str) -> None:
-    print(text, file=sys.stderr)
+    return {"what": "figures", "files": draw_book(
+        read_log(flags.init) if flags.init else [], flags.init, lambda: load(flags, Setup(flags)))}
 
 
 def main() -> None:
-    flags = parse_flags(__doc__, "bench", FLAGS, BY_MODEL)
+    flags = chapter_flags(__doc__, "bench", FLAGS, BY_MODEL)
     jobs = {"eval": bench_eval, "data": bench_data, "speed": bench_speed, "ladder": bench_ladder,
             "profile": bench_profile, "memory": bench_memory, "serve": bench_serve, "compare": bench_compare,
             "figures": bench_figures}

@@ -10,17 +10,13 @@ sections only save time or memory; they say so, and a first reader can skip them
 Axis letters: B rows, T tokens in a row, H the decoder's width, d a head's width, V vocabulary, n pictures, M image
 tokens of each picture. Left out: sliding windows (no released Qwen2.5 uses them), dropout, YaRN for very long texts.
 """
-import bisect
 import contextlib
 import copy
 import inspect
 import itertools
-import re
-from collections import deque
 from dataclasses import dataclass, field, fields, replace
-from functools import partial
 from pathlib import Path
-from typing import Iterable, Iterator, NamedTuple
+from typing import Iterator, NamedTuple
 
 import torch
 import torch.nn as nn
@@ -28,9 +24,15 @@ import torch.nn.functional as F
 from torch.nn.attention.varlen import varlen_attn
 from torch.utils.checkpoint import checkpoint
 
-import weights
-from vision import (SIGLIP, Bridge, BridgeConfig, PictureCache, ViT, ViTConfig, check_sizes, digest, init_linears,
+from plumbing.checkpoints import STAGES, run_name
+from plumbing.engine import ROWS, Engine, Request, compile_decoding, whole
+from plumbing.files import read_json, recover
+from plumbing.hub import fetch
+from plumbing.linear import Linear, LoRALinear
+from plumbing.weights import LLAVA_NAMES, QWEN_NAMES, load_tensors, read_llava, read_safetensors
+from vision import (DEFAULT_VISION, SIGLIP, Bridge, BridgeConfig, Tiles, ViT, ViTConfig, check_sizes, init_linears,
                     llava_vision)
+
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Configurations
@@ -63,7 +65,7 @@ class VLMConfig:
     preset: str = "tiny"              # also the folder of its checkpoints under --out_dir
     generation: dict = field(default_factory=dict)  # the publisher's temperature, top_k, ...; ours: empty, greedy
     lora_rank: int = 0                # above 0: the decoder is frozen, and thin matrices beside its own are trained
-    run: dict = field(default_factory=dict)  # what trained it: chapters so far, stage, step, data, time (training.save)
+    run: dict = field(default_factory=dict)  # what trained it: chapters so far, stage, step, data, time (save)
 
 
 PRESETS = {
@@ -90,8 +92,8 @@ QWEN = {
 }
 for _name, _decoder in list(QWEN.items()):  # the instruct models have the same shapes
     QWEN[_name + "-instruct"] = replace(_decoder, max_position_embeddings=32768)
-PRESETS |= {_name: VLMConfig(SIGLIP[weights.DEFAULT_VISION], BridgeConfig(), _decoder,
-                             pretrained_vision=weights.DEFAULT_VISION) for _name, _decoder in QWEN.items()}
+PRESETS |= {_name: VLMConfig(SIGLIP[DEFAULT_VISION], BridgeConfig(), _decoder,
+                             pretrained_vision=DEFAULT_VISION) for _name, _decoder in QWEN.items()}
 # A finished public model: SigLIP so400m without its last layer, an MLP, Qwen2-0.5B with a few more rows of padding.
 PRESETS["llava-ov-0.5b"] = VLMConfig(
     replace(SIGLIP["siglip-so400m-patch14-384"], num_hidden_layers=26, pad=True),
@@ -117,11 +119,6 @@ def check_name(model: str) -> None:
     "--model must be a preset, a hub id or a path."
     if model not in PRESETS and "/" not in model:
         raise ValueError(f"--model={model}: unknown; choose from {', '.join(PRESETS)}, or give a hub id, Org/Name")
-
-
-def run_name(model: str) -> str:
-    "The folder under --out_dir: a preset's name, or the last part of a hub id or path. Org/Name@revision -> Name"
-    return Path(model.split("@")[0]).name
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -159,19 +156,6 @@ def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tenso
     # 2i + 1, and weights trained for one pairing are noise in the other.
     a, b = x.float().chunk(2, dim=-1)                                                          # [B, T, heads, d/2] each
     return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1).to(x.dtype)                     # [B, T, heads, d]
-
-
-class Linear(nn.Linear):
-    "nn.Linear; during training in 8 bits, if asked for (see Float8Product)."
-    float8 = False
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if self.float8 and torch.is_grad_enabled():
-            y = Float8Product.apply(x.flatten(0, -2), self.weight).view(*x.shape[:-1], self.out_features)
-        else:
-            y = F.linear(x, self.weight)
-        # Product and bias as two operations: torch.compile fuses the sum into its neighbours, but not one joint call.
-        return y if self.bias is None else y + self.bias
 
 
 # PyTorch 2.11's FlashAttention accepts fewer key than query heads without being told, later versions need the flag.
@@ -239,7 +223,12 @@ class MLP(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         gate, up = self.gate_up(x).chunk(2, dim=-1)                                                  # [B, T, I] each
-        return self.down(F.silu(gate) * up)                                                          # [B, T, H]
+        y = F.silu(gate) * up
+        if y.shape[:2] == (1, 1):
+            # The product with one row is compiled as H sums, and each of them would compute all of y again. as_strided
+            # forces y into memory once: 47 instead of 50 microseconds a layer.
+            y = y.as_strided(y.shape, y.stride())
+        return self.down(y)                                                                          # [B, T, H]
 
 
 class Block(nn.Module):
@@ -254,6 +243,12 @@ class Block(nn.Module):
         # Norms are on the branches, not on x itself: the gradient has a direct path from the loss to layer 0.
         x = x + self.attention(self.norm1(x), rope, documents, cache)  # mixes information between tokens
         return x + self.mlp(self.norm2(x))                             # works on each token alone
+
+
+def add_lora(block: Block, rank: int) -> None:
+    "Beside the block's four matrices thin ones, which are trained in their place (see LoRALinear)."
+    for part, name in ((block.attention, "qkv"), (block.attention, "out"), (block.mlp, "gate_up"), (block.mlp, "down")):
+        setattr(part, name, LoRALinear(getattr(part, name), rank))
 
 
 class GPT(nn.Module):
@@ -316,11 +311,11 @@ class GPT(nn.Module):
         "From a Qwen2 or Qwen2.5 folder as the hub ships it: config.json and one or more safetensors files."
         folder = Path(folder)
         with torch.device("meta"):  # shapes without memory: no random weights are drawn only to be replaced
-            gpt = cls(gpt_config(weights.read_json(folder / "config.json"), folder))
-        tensors = weights.read_safetensors(folder)
+            gpt = cls(gpt_config(read_json(folder / "config.json"), folder))
+        tensors = read_safetensors(folder)
         if gpt.config.tie_word_embeddings:
             tensors.pop("lm_head.weight", None)  # some tools write the tied head a second time
-        weights.load_tensors(gpt, tensors, weights.QWEN_NAMES, "", str(folder), device, dtype)
+        load_tensors(gpt, tensors, QWEN_NAMES, "", str(folder), device, dtype)
         return gpt
 
 
@@ -343,65 +338,6 @@ def gpt_config(hf: dict, folder: Path) -> GPTConfig:
         raise ValueError(f"{folder}/config.json: hidden_size {config.hidden_size}, {heads} heads and {kv_heads} key "
                          "and value heads do not divide; is the file whole?")
     return config
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Training, faster or with less memory (skip at first reading): products in 8 bits, and LoRA
-
-def to_float8(x: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
-    "x -> (x / scale in 8 bits, scale): the largest entry becomes the largest number of the type."
-    scale = x.abs().amax().float().clamp(min=1e-12) / torch.finfo(dtype).max
-    return (x.float() / scale).to(dtype), scale
-
-
-class Float8Product(torch.autograd.Function):
-    """
-    x [n, in], w [out, in] -> x w^T [n, out]. A Hopper GPU multiplies 8-bit numbers twice as fast as 16-bit ones, and
-    sums the products in more digits. Values get 3 bits of fraction (e4m3: up to 448), gradients, whose sizes differ
-    more, 2 bits and a larger exponent (e5m2: up to 57,344); one scale for a whole tensor (arXiv 2209.05433).
-    """
-
-    @staticmethod
-    def forward(ctx, x, w):
-        (x, x_scale), (w, w_scale) = to_float8(x, torch.float8_e4m3fn), to_float8(w, torch.float8_e4m3fn)
-        ctx.save_for_backward(x, x_scale, w, w_scale)  # half as much memory, too
-        return torch._scaled_mm(x, w.t(), x_scale, w_scale, out_dtype=torch.bfloat16, use_fast_accum=True)
-
-    @staticmethod
-    def backward(ctx, grad):
-        x, x_scale, w, w_scale = ctx.saved_tensors
-        grad, scale = to_float8(grad, torch.float8_e5m2)
-        # TRAP: the 8-bit product needs both factors contiguous along the summed axis, hence the transposed copies.
-        grad_x = torch._scaled_mm(grad, w.t().contiguous().t(), scale, w_scale, out_dtype=torch.bfloat16)
-        grad_w = torch._scaled_mm(grad.t().contiguous(), x.t().contiguous().t(), scale, x_scale,
-                                  out_dtype=torch.bfloat16)
-        return grad_x, grad_w
-
-
-class LoRALinear(Linear):
-    """
-    LoRA (arXiv 2106.09685): the matrix W [out, in] stays frozen, and the product b a is added to it, with a [rank, in]
-    and b [out, rank]. At rank 16 that trains 1 % of the weights, and the other 99 % need no optimizer state.
-    """
-
-    def __init__(self, linear: nn.Linear, rank: int):
-        nn.Module.__init__(self)  # not Linear's own: its weights would be drawn only to be replaced
-        self.in_features, self.out_features = linear.in_features, linear.out_features
-        self.weight, self.bias = linear.weight, linear.bias
-        like = {"device": linear.weight.device, "dtype": linear.weight.dtype}
-        self.lora_a = nn.Parameter(torch.randn(rank, self.in_features, **like) * self.in_features ** -0.5)
-        self.lora_b = nn.Parameter(torch.zeros(self.out_features, rank, **like))  # at first nothing is added
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return super().forward(x) + F.linear(F.linear(x, self.lora_a), self.lora_b)
-
-    def merged(self) -> torch.Tensor:
-        return self.weight + self.lora_b @ self.lora_a                                               # [out, in]
-
-
-def add_lora(block: Block, rank: int) -> None:
-    for part, name in ((block.attention, "qkv"), (block.attention, "out"), (block.mlp, "gate_up"), (block.mlp, "down")):
-        setattr(part, name, LoRALinear(getattr(part, name), rank))
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -481,6 +417,7 @@ class VLM(nn.Module):
         self.bridge = Bridge(config.bridge) if config.vision else None
         self.gpt = GPT(config.decoder)
         self.cross_entropy = cross_entropy
+        self.sample = sample   # how a token is chosen from its logits: here, so that the engine finds it
         self.idle_caches = {}  # see take_cache, Engine.close
         if config.lora_rank:
             self.add_lora(config.lora_rank)
@@ -502,6 +439,10 @@ class VLM(nn.Module):
     def encode_images(self, pixels: torch.Tensor) -> torch.Tensor:
         "pixels uint8 [n, 3, S, S] -> image tokens [n, M, H]."
         return self.bridge(self.vit_features(pixels))
+
+    def encode_tiles(self, tiles: Tiles) -> torch.Tensor:
+        "A large picture in tiles -> its image tokens [K, H]."
+        return self.bridge.stitch(self.vit_features(tiles.pixels.to(self.gpt.embed.weight.device)), tiles)
 
     def embed(self, ids, image_tokens=None, image_positions=None) -> torch.Tensor:
         "ids [B, T] -> [B, T, H]; at image_positions [K] of ids.flatten() image_tokens [K, H] replace the embeddings."
@@ -537,7 +478,7 @@ class VLM(nn.Module):
             block.compile()  # the number of pictures varies: after two of them PyTorch compiles for any number
         for block in self.gpt.blocks:
             block.compile(dynamic=False)  # fixed shapes give faster kernels
-        self.gpt.compiled_decode = compile_decoding()
+        self.gpt.compiled_decode = compile_decoding(Block.forward)
         self.cross_entropy = torch.compile(cross_entropy)
 
     # ------------------------------------------------------------------------------------------------------------------
@@ -583,15 +524,6 @@ class VLM(nn.Module):
                 yield [r.answer[i] if i < len(r.answer) else None for r in requests]
 
 
-# On a CPU, products of a few rows add in another order than those of many, and attention to 9 columns in another than
-# to 16. With rows and columns rounded up, a request's numbers are the same, bit for bit, whoever else is there.
-ROWS, COLUMNS = 4, 16
-
-
-def whole(n: int, step: int) -> int:
-    return -(-n // step) * step
-
-
 class LayerCache(NamedTuple):
     "One layer's keys and values, and where this call's tokens belong."
     kv: torch.Tensor            # [2, R, kv heads, W, d]: R rows, one for each request, of W columns
@@ -616,12 +548,24 @@ def attend_with_cache(q, k, v, cache: LayerCache) -> torch.Tensor:
     if cache.mask is None:
         return attend(q, k, v)
     S = cache.mask.shape[-1]
+    if B == T == 1 and torch.compiler.is_compiling():
+        return attend_one_row(q, *cache.kv[:, :, :, :S], cache.mask)
     keys, values = cache.kv[:, :B, :, :S] if T == 1 else cache.kv[:, cache.rows[:, 0], :, :S]        # [B, kv, S, d]
     # The query heads that share a kv head take the place of tokens: they use the same keys, in one product.
     q = q.view(B, T, kv_heads, -1, d).permute(0, 2, 3, 1, 4)                                         # [B,kv,group,T,d]
     mask = cache.mask if T == 1 else cache.mask.repeat(1, 1, q.shape[2], 1)                          # [B,1,group*T,S]
     y = F.scaled_dot_product_attention(q.flatten(2, 3), keys, values, attn_mask=mask)                # [B,kv,group*T,d]
     return y.view(B, kv_heads, -1, T, d).permute(0, 3, 1, 2, 4).flatten(2, 3)                        # [B, T, heads, d]
+
+
+def attend_one_row(q, keys, values, mask) -> torch.Tensor:
+    "The same for one new token of a single row, q [1, 1, heads, d], written as sums for the compiler."
+    # SDPA's kernels go through the keys of a row one after the other, which leaves most of a GPU idle. The compiler
+    # spreads these sums over all of it, and never stores the tensors of 5 axes.
+    grouped = q.view(1, keys.shape[1], -1, q.shape[-1])                                              # [1,kv,group,d]
+    scores = (grouped.float()[:, :, :, None] * keys[:, :, None]).sum(-1) * q.shape[-1] ** -0.5       # [1,kv,group,S]
+    shares = (scores + mask).softmax(-1)
+    return (shares[..., None] * values[:, :, None]).sum(-2).to(q.dtype).view_as(q)                   # [1, 1, heads, d]
 
 
 def store(k, v, cache: LayerCache) -> None:
@@ -654,309 +598,10 @@ def sample(logits, noise, present, temperature, top_k, top_p, repetition_penalty
     return (index if order is None else order.gather(1, index))[:, 0]
 
 
-@dataclass(eq=False)
-class Request:
-    "One answer to be generated: what is asked, how, and what has been said so far."
-    prompt: object                   # ids, and slots: where its pictures' image tokens begin (tokenizer.Rendered)
-    images: list = ()                # uint8 [3, S, S] or Tiles
-    max_new_tokens: int = 128
-    stop: set[int] = frozenset()     # ids that end the answer
-    temperature: float = 0.0
-    top_k: int = 0
-    top_p: float = 1.0
-    repetition_penalty: float = 1.0
-    seed: int = 0
-    answer: list[int] = field(default_factory=list)  # ids, the stop token too
-    finish: str = ""                 # "stop" or "length"; whoever writes "cancelled" here frees the row
-    reused: int = 0                  # tokens of the prompt whose keys and values were still there
-
-    def __post_init__(self):
-        # Drawn on the CPU from its own seed: every device gets the same numbers, whoever else is there.
-        self.noise = torch.rand(self.max_new_tokens, generator=torch.Generator().manual_seed(self.seed)).tolist()
-        self.keys = list(self.prompt.ids)  # what tells one prompt from another: at the place of a picture, its digest
-        for slot, image in zip(self.prompt.slots, self.images):
-            self.keys[slot] = digest(image)
-
-    def __len__(self) -> int:
-        return len(self.prompt.ids) + len(self.answer)
-
-
-class Engine:
-    """
-    Continuous batching (Orca, OSDI 2022): requests join and leave between two tokens, each in a row of its own.
-
-        engine = Engine(vlm, rows=32, width=2048); engine.submit(request); engine.step() -> the requests that ended
-
-    What a request says does not depend on who shares the batch. The keys and values of a prompt stay when its request
-    ends, and a conversation that goes on is prefilled from there. A picture seen before is not encoded again.
-    """
-
-    def __init__(self, vlm: VLM, requests: Iterable[Request] = (), rows: int = 0, width: int = 0, vocab_used: int = 0):
-        weight, requests = vlm.gpt.embed.weight, list(requests)
-        rows, width = rows or len(requests), width or max(len(r) + r.max_new_tokens for r in requests)
-        self.vlm, self.device, self.gpu = vlm, weight.device, weight.is_cuda
-        self.kv, self.graphs, self.key = take_cache(vlm, rows, width)
-        self.rows, self.width = self.kv.shape[2], self.kv.shape[4]
-        self.waiting, self.running = deque(), {}            # running: {row: request}
-        self.free, self.kept = list(range(self.rows)), {}   # kept: {free row: Request.keys that its columns hold}
-        self.vocab_used = vocab_used or len(weight)         # the embedding's padding rows are not tokens
-        self.logits = weight.new_zeros(self.rows, len(weight))                     # [R, V], of each row's next token
-        self.present = torch.zeros_like(self.logits, dtype=torch.bool)             # [R, V], tokens in each row so far
-        self.pictures = PictureCache(vlm.vit_features, vlm.bridge, self.device, self.run_encoder)
-        for request in requests:
-            self.submit(request)
-
-    def submit(self, request: Request) -> None:
-        # Beyond what it was trained on it would answer, but worse and worse.
-        limit = min(self.vlm.config.decoder.max_position_embeddings, self.width - request.max_new_tokens)
-        if len(request) > limit:
-            raise ValueError(f"a conversation of {len(request):,} tokens; this model can read {limit:,} here: shorten "
-                             "it, or show fewer or smaller pictures")
-        self.waiting.append(request)
-
-    @property
-    def busy(self) -> bool:
-        return bool(self.waiting or self.running)
-
-    def run(self, requests: Iterable[Request] = ()) -> Iterator[Request]:
-        "Requests from any iterator -> each as soon as it is answered; rows that end early make room for the next."
-        requests = iter(requests)
-        while True:
-            for request in itertools.islice(requests, max(0, len(self.free) - len(self.waiting))):
-                self.submit(request)
-            if not self.busy:
-                return
-            yield from self.step()
-
-    @torch.no_grad()
-    def step(self) -> list[Request]:
-        "Prefill those that wait, as far as there are free rows; then one token more for all -> those that ended."
-        self.admit()
-        if not self.running:
-            return []
-        # On a GPU always all rows, one graph. On a CPU the first ones: free rows are given out from the lowest on.
-        B = self.rows if self.gpu else whole(max(self.running) + 1, ROWS)
-        S = self.columns(max(map(len, self.running.values())) + 1)
-        # Free rows are computed too. Their tokens go behind what is kept, and nobody looks.
-        columns = self.upload([len(self.running.get(row, self.kept.get(row, ()))) for row in range(B)])      # [B]
-        token = self.choose(B)
-
-        def decode():
-            compute = partial(self.vlm.decode, self.kv, S)
-            self.logits[:B] = run_graph(self.graphs, ("decode", S), compute, token, columns)
-        ids, copied = token.to("cpu", non_blocking=True), self.gpu and torch.cuda.current_stream().record_event()
-        if self.gpu and any(len(r.answer) + 1 < r.max_new_tokens for r in self.running.values()):
-            decode()  # launched before the CPU waits for this step's tokens
-        if self.gpu:
-            copied.synchronize()
-        ended = [request for (row, request), id_ in zip(list(self.running.items()), ids[list(self.running)].tolist())
-                 if self.extend(row, request, id_)]
-        if self.running and not self.gpu:
-            decode()
-        return ended
-
-    def extend(self, row: int, request: Request, token: int) -> str:
-        "One token more -> why the request has ended, or an empty string."
-        request.answer.append(token)
-        request.finish = request.finish or (
-            "stop" if token in request.stop else "length" if len(request.answer) == request.max_new_tokens else "")
-        if request.finish:
-            # The answer's own columns do not count as kept. They differ in the last bits from what prefill would give:
-            # the next answer would depend on whether this row was still there.
-            self.kept[row] = self.running.pop(row).keys
-            bisect.insort(self.free, row, key=lambda r: 0 if self.gpu else r // ROWS)  # the oldest is used first
-        return request.finish
-
-    def choose(self, B: int) -> torch.Tensor:
-        "-> token [B]. Rows with the same options are sampled together; what free rows get is ignored."
-        groups, noise = {}, [0.0] * B
-        for row, r in self.running.items():
-            groups.setdefault((r.temperature, r.top_k, r.top_p, r.repetition_penalty), []).append(row)
-            noise[row] = r.noise[len(r.answer)]
-        inputs = self.logits[:B, :self.vocab_used], self.upload(noise), self.present[:B, :self.vocab_used]
-        if len(groups) == 1:
-            token = sample(*inputs, *next(iter(groups)))
-        else:
-            token = torch.zeros(B, dtype=torch.long, device=self.device)
-            for options, rows in groups.items():
-                rows = self.upload(rows)
-                token[rows] = sample(*(t[rows] for t in inputs), *options)
-        if any(penalty != 1.0 for *_, penalty in groups):
-            self.present[:B].scatter_(1, token[:, None], True)
-        return token
-
-    def pick_row(self, request: Request) -> tuple[int, int]:
-        "-> (a free row, how many of its columns already hold this request's first tokens)."
-        row, start, keys = self.free[0], 0, request.keys
-        for other, kept in self.kept.items():
-            n = bisect.bisect_left(range(min(len(kept), len(keys))), True, key=lambda i: kept[:i + 1] != keys[:i + 1])
-            if n > start and 2 * n >= len(kept):  # else it is another conversation that only begins alike
-                row, start = other, n
-        self.free.remove(row)
-        self.kept.pop(row, None)
-        return row, min(start, len(request) - 1)  # the last token is computed in any case: its logits are needed
-
-    def admit(self) -> None:
-        "Requests that wait -> free rows."
-        batches, leaders, twins = {}, {}, []
-        while self.waiting and self.free:
-            request = self.waiting.popleft()
-            if request.finish:  # cancelled
-                continue
-            row, start = self.pick_row(request)
-            self.running[row], request.reused = request, start
-            if request.repetition_penalty != 1.0:
-                self.present[row] = False
-                self.present[row, self.upload(list(request.prompt.ids))] = True
-            leader = leaders.setdefault(tuple(request.keys), row)
-            if leader != row:  # another answer to the same prompt: it is computed once
-                twins.append((leader, row))
-            else:  # On a CPU prompts go together by their own length, so that nothing depends on the others' length.
-                T = 0 if self.gpu else whole(len(request) - start, COLUMNS)
-                batches.setdefault((T, start > 0), []).append((row, start, request))
-        for batch in batches.values():
-            self.prefill(*zip(*batch))
-        if twins:
-            (a, b), T = self.upload(twins).t(), max(map(len, self.running.values()))
-            self.kv[:, :, b, :, :T], self.logits[b] = self.kv[:, :, a, :, :T], self.logits[a]
-
-    def prefill(self, rows, starts, requests) -> None:
-        "The prompts of some requests, each from its column `start` on, in one pass."
-        texts = [r.prompt.ids[start:] for start, r in zip(starts, requests)]
-        T = whole(max(map(len, texts)), 64 if self.gpu else COLUMNS)  # on a GPU few shapes, see run_graph
-        places = [(b * T + slot - start, image) for b, (start, r) in enumerate(zip(starts, requests))
-                  for slot, image in zip(r.prompt.slots, r.images) if slot >= start]
-        shown = self.pictures([image for _, image in places])
-        inputs = [list(text) + [0] * (T - len(text)) for text in texts], rows, starts, list(map(len, texts)), [
-            at + i for (at, _), tokens in zip(places, shown) for i in range(len(tokens))]
-        inputs = [*map(self.upload, inputs), *([torch.cat(shown)] if shown else [])]
-        # On a GPU whole prompts take the fastest kernels, which know no mask. On a CPU equal bits come first.
-        S = self.columns(max(starts) + T) if any(starts) or not self.gpu else 0
-        compute, short = partial(self.vlm.prefill, self.kv, S), len(texts) * T <= 2048
-        # A long prompt keeps a GPU busy without a graph, and its shape seldom comes again.
-        self.logits[inputs[1]] = run_graph(self.graphs, ("prefill", S), compute, *inputs) if short else compute(*inputs)
-
-    def run_encoder(self, function, pixels) -> torch.Tensor:
-        few = len(pixels) * self.vlm.config.vision.num_patches <= 2048
-        return run_graph(self.graphs, ("encode", ), function, pixels).clone() if few else function(pixels)
-
-    def columns(self, n: int) -> int:
-        "n rounded up; on a GPU so that few graphs are recorded."
-        return min(power_of_two(n) if self.gpu else whole(n, COLUMNS), self.width)
-
-    def upload(self, values: list) -> torch.Tensor:
-        "-> a tensor on the device; on a GPU without waiting."
-        values = torch.tensor(values, dtype=None if values else torch.long, pin_memory=self.gpu)
-        return values.to(self.device, non_blocking=True)
-
-    def close(self) -> None:
-        if self.key:
-            self.vlm.idle_caches[self.key] = self.kv, self.graphs
-
-
-def respond(vlm: VLM, tokenizer, conversations: list, images: list, seeds: list[int] | None = None,
-            **options) -> list[str]:
-    "Chat messages and each one's list of pictures (uint8 [3, S, S] or Tiles) -> the assistant's next words."
-    requests = [Request(tokenizer.render(messages, list(map(vlm.config.bridge.tokens_of, group)), True), group,
-                        stop=set(tokenizer.stop_ids), seed=seed, **options)
-                for messages, group, seed in zip(conversations, images, seeds or itertools.count())]
-    with contextlib.closing(Engine(vlm, requests, vocab_used=tokenizer.vocab_size)) as engine:
-        list(engine.run())
-    return [tokenizer.decode(token for token in r.answer if token not in r.stop).strip() for r in requests]
-
-
 # ----------------------------------------------------------------------------------------------------------------------
-# Generation, faster on a GPU (skip at first reading: nothing here changes a result)
-# A decoding step is a thousand short kernels. To keep the GPU busy, the step is recorded as one CUDA graph, the next
-# one is launched before the CPU waits for this one's tokens, and the blocks are compiled for decoding.
+# Loading: checkpoints (written by save_checkpoint) and released weights
 
-def power_of_two(n: int) -> int:
-    return max(256, 1 << (n - 1).bit_length())
-
-
-def take_cache(vlm: VLM, rows: int, width: int) -> tuple[torch.Tensor, dict, tuple | None]:
-    "-> (keys and values of `rows` rows or more, CUDA graphs that use them, where Engine.close leaves both)."
-    weight, c = vlm.gpt.embed.weight, vlm.config.decoder
-    # Widths are rounded up to powers of two: few different graphs. TRAP: a graph remembers the weights' addresses.
-    key = (rows, power_of_two(width), weight.data_ptr(), weight.dtype) if weight.is_cuda else None
-    if key in vlm.idle_caches:
-        return *vlm.idle_caches.pop(key), key
-    rows, width = key[:2] if key else (whole(rows, ROWS), whole(width, COLUMNS))
-    # Qwen2.5-1.5B in bfloat16: 2 x 28 layers x 2 heads x 128 channels x 2 bytes = 28 KiB for each token of a row.
-    # zeros, not empty: a stray NaN would survive a multiplication with weight zero.
-    return weight.new_zeros(c.num_hidden_layers, 2, rows, c.num_key_value_heads, width, c.head_dim), {}, key
-
-
-def run_graph(graphs: dict, name: tuple, function, *inputs) -> torch.Tensor:
-    "function(*inputs); on a GPU as a CUDA graph: recorded once per name and input shapes, then launched as one."
-    if not inputs[0].is_cuda:
-        return function(*inputs)
-    key = (*name, *(tuple(t.shape) for t in inputs))
-    if key not in graphs:  # The first call runs as it is: what must be compiled is compiled now.
-        graphs[key] = None
-        return function(*inputs)
-    if graphs[key] is None:  # The second call is recorded. A prompt shape that occurs only once never is.
-        static, graph = [t.clone() for t in inputs], torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, capture_error_mode="thread_local"):  # another thread may fetch data meanwhile
-            result = function(*static)
-        graphs[key] = graph, static, result
-    # TRAP: a graph always uses the same memory: inputs must be copied there, and the next call overwrites the result.
-    graph, static, result = graphs[key]
-    for mine, given in zip(static, inputs):
-        mine.copy_(given)
-    graph.replay()
-    return result
-
-
-def one_row_block(block: Block, x, rope, documents, cache: LayerCache) -> torch.Tensor:
-    "Block.forward for one new token of a single row, written so that the compiler makes fast kernels from it."
-    q, k, v = block.attention.project(block.norm1(x), rope)
-    store(k, v, cache)
-    q = q.view(1, k.shape[2], -1, q.shape[-1])                                                   # [1, kv, group, d]
-    keys, values = cache.kv[:, :, :, :cache.mask.shape[-1]]                                      # [1, kv, S, d] each
-    # SDPA's kernels go through the keys of a row one after the other, which leaves most of a GPU idle. The compiler
-    # spreads these sums over all of it, and never stores the tensors of 5 axes.
-    scores = (q.float()[:, :, :, None] * keys[:, :, None]).sum(-1) * q.shape[-1] ** -0.5  # [1, kv, group, S]
-    shares = (scores + cache.mask).softmax(-1)
-    y = (shares[..., None] * values[:, :, None]).sum(-2).to(q.dtype)                        # [1, kv, group, d]
-    x = x + block.attention.out(y.reshape(1, 1, -1))
-    gate, up = block.mlp.gate_up(block.norm2(x)).chunk(2, dim=-1)
-    y = F.silu(gate) * up
-    # The product with one row is compiled as H sums, and each of them would compute all of y again. as_strided forces
-    # y into memory once: 47 instead of 50 microseconds a layer.
-    return x + block.mlp.down(y.as_strided(y.shape, y.stride()))
-
-
-def compile_decoding() -> dict:
-    "-> {one row?: the compiled function that replaces Block.forward when decoding}."
-    torch._dynamo.config.recompile_limit = 64  # beyond it everything would silently run uncompiled
-    # pdl: the kernels are so short that the next one is launched before one ends. Coordinate descent: the sums of a
-    # single row are tuned, which makes them faster than matrix products.
-    return {one: torch.compile(one_row_block if one else Block.forward, dynamic=False, options={
-        "triton.enable_pdl": True, "coordinate_descent_tuning": one}) for one in (False, True)}
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Loading: checkpoints (written by training.save_checkpoint) and released weights
-
-STAGES = ["base", "align", "sft", "rl"]  # each starts from the one before
 LLAVA = ("llava_onevision", "llava")  # Hugging Face's model types: with and without a newline token and tiles
-
-
-def checkpoints(out_dir, model: str) -> list[tuple[Path, dict]]:
-    "All under OUT_DIR/MODEL -> [(folder, the run that made it)], last written first. STAGE.1: the run before STAGE."
-    found = []
-    for path in Path(out_dir, run_name(model)).glob("*/config.json"):
-        # .old counts too: after an interrupted save it is the only one, and load_checkpoint puts it back in place
-        if name := re.fullmatch(r"((\w+)(\.\d+)?)(\.old)?", path.parent.name):
-            # A copied folder has new file times, so the run's own clock counts; older checkpoints do not have it.
-            run = {"saved": path.stat().st_mtime, **weights.read_json(path).get("run", {}), "stage": name[2]}
-            found += [(path.parent.with_name(name[1]), run)] if name[2] in STAGES else []
-    return sorted(found, key=lambda one: -one[1]["saved"])
-
-
-def newest_checkpoint(out_dir, model: str) -> Path | None:
-    return next((folder for folder, _ in checkpoints(out_dir, model)), None)
 
 
 def load_checkpoint(folder, device="cpu", dtype=torch.float32) -> VLM:
@@ -964,10 +609,10 @@ def load_checkpoint(folder, device="cpu", dtype=torch.float32) -> VLM:
     The folder's model: one of our checkpoints, or Hugging Face's folder of a LLaVA-OneVision or of a LLaVA with SigLIP
     and Qwen2. ValueError if anything is missing, cut short or of another shape.
     """
-    folder = weights.recover(folder)
-    hf = weights.read_json(path := folder / "config.json")
+    folder = recover(folder)
+    hf = read_json(path := folder / "config.json")
     if hf.get("model_type") in LLAVA:
-        tensors, names, source = weights.read_llava(folder), weights.LLAVA_NAMES, folder
+        tensors, names, source = read_llava(folder), LLAVA_NAMES, folder
         vision, bridge = llava_vision(hf, folder)
         decoder = gpt_config(hf["text_config"], folder)
         decoder.tie_word_embeddings = "language_model.lm_head.weight" not in tensors
@@ -982,7 +627,7 @@ def load_checkpoint(folder, device="cpu", dtype=torch.float32) -> VLM:
         except (KeyError, TypeError) as error:
             raise ValueError(f"{path}: does not fit this version of the code ({error})") from None
         source, names = folder / "model.safetensors", None
-        tensors = weights.read_safetensors(source)
+        tensors = read_safetensors(source)
     else:
         raise ValueError(f"{path}: neither a checkpoint of this project nor a LLaVA; a bare Qwen2 folder is given by "
                          "--model=")
@@ -990,13 +635,13 @@ def load_checkpoint(folder, device="cpu", dtype=torch.float32) -> VLM:
         vlm = VLM(config)
     # Ours have the same names in the file: checked all the same, none missing and none left over.
     names = names or {name: [name] for name, _ in vlm.named_parameters()}
-    weights.load_tensors(vlm, tensors, names, "", str(source), device, dtype)
+    load_tensors(vlm, tensors, names, "", str(source), device, dtype)
     return vlm
 
 
 def generation_config(folder) -> dict:
     "How the publisher samples: options of `generate`."
-    hf = weights.read_json(path) if (path := Path(folder) / "generation_config.json").exists() else {}
+    hf = read_json(path) if (path := Path(folder) / "generation_config.json").exists() else {}
     # TRAP: without do_sample the other entries are leftovers, for the checkpoint is greedy; the penalty still counts.
     keys = ("temperature", "top_k", "top_p", "repetition_penalty") if hf.get("do_sample") else ("repetition_penalty", )
     return {key: hf[key] for key in keys if hf.get(key) is not None}
@@ -1008,14 +653,14 @@ def load_pretrained(name: str, vision: str = "", bridge: str = "", device="cpu",
     Released weights -> (model, the folder with its tokenizer). name: a preset, a hub id or a folder with a Qwen2 or a
     LLaVA. A Qwen gets a released vision encoder and a new bridge, which chapter 2 trains; text_only: it gets neither.
     """
-    folder = Path(name) if Path(name).is_dir() else weights.fetch(name)
-    if weights.read_json(folder / "config.json").get("model_type") in LLAVA:
+    folder = Path(name) if Path(name).is_dir() else fetch(name)
+    if read_json(folder / "config.json").get("model_type") in LLAVA:
         vlm = load_checkpoint(folder, device, dtype)
     else:
         gpt = GPT.from_pretrained(folder, device, dtype)
-        vision = vision or weights.DEFAULT_VISION
+        vision = vision or DEFAULT_VISION
         vit = None if text_only else ViT.from_pretrained(
-            Path(vision) if Path(vision).is_dir() else weights.fetch(vision), device, dtype)
+            Path(vision) if Path(vision).is_dir() else fetch(vision), device, dtype)
         config = VLMConfig(vit and vit.config, BridgeConfig(kind=bridge or "perceiver"), gpt.config,
                            pretrained_vision=vision, generation=generation_config(folder), run={"chapters": ["base"]})
         with torch.device("meta"):

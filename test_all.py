@@ -9,6 +9,7 @@ Random weights and small files made on the spot; transformers and safetensors ar
 skipped, by name, where the folder they read is not there.
 """
 import argparse
+import ast
 import base64
 import contextlib
 import copy
@@ -58,14 +59,37 @@ from PIL import Image
 from hypothesis import example, given, settings, strategies as st
 
 import data
+import extras.asking
+import extras.attention_maps
+import extras.benchmarks
+import extras.export
+import extras.figures
+import extras.memory
+import extras.server
 import model
+import plumbing.checkpoints
+import plumbing.drawing
+import plumbing.engine
+import plumbing.files
+import plumbing.flags
+import plumbing.formats
+import plumbing.hub
+import plumbing.linear
+import plumbing.log
+import plumbing.optimizer
+import plumbing.pictures
+import plumbing.ranks
+import plumbing.recipes
+import plumbing.records
+import plumbing.scoring
+import plumbing.text
+import plumbing.weights
+import plumbing.world
 import sample
 import tokenizer as tok
+import train_base
 import train_sft
-import training
 import vision
-import weights
-import world
 from model import GPT, GPTConfig, VLM, VLMConfig
 from tokenizer import Rendered, SPECIAL_TOKENS, Tokenizer, train_bpe
 from vision import Bridge, BridgeConfig, ViT, ViTConfig
@@ -117,8 +141,8 @@ def picture(number: int, record=None) -> torch.Tensor:
     return torch.randint(0, 256, (3, 24, 24), dtype=torch.uint8, generator=torch.Generator().manual_seed(number))
 
 
-def setup() -> training.Setup:
-    return training.Setup(argparse.Namespace(device="cpu", dtype="float32", compile="False", seed=0))
+def setup() -> plumbing.ranks.Setup:
+    return plumbing.ranks.Setup(argparse.Namespace(device="cpu", dtype="float32", compile="False", seed=0))
 
 
 def chat_model(*turns, images=()) -> dict:
@@ -156,7 +180,7 @@ def prompts(vlm: VLM, chats: list) -> list[Rendered]:
 
 
 def image_tokens(vlm: VLM, images: list) -> torch.Tensor:
-    return torch.cat(vision.PictureCache(vlm.vit_features, vlm.bridge, "cpu")(images))
+    return torch.cat(plumbing.engine.PictureCache(vlm)(images))
 
 
 def say(vlm: VLM, asked: list, images: list = (), **options) -> list[list[int]]:
@@ -725,7 +749,7 @@ def test_save_hub_refuses_a_table_that_no_merges_give(tmp_path):
 
 def every_dtype() -> dict[str, torch.Tensor]:
     generator, tensors = torch.Generator().manual_seed(0), {}
-    for name, dtype in weights.DTYPES.items():
+    for name, dtype in plumbing.weights.DTYPES.items():
         for shape in [(3, 5), (), (0, 4), (1,)]:  # a matrix, a single number, nothing at all
             top = 2 if dtype == torch.bool else 256
             raw = torch.randint(0, top, (math.prod(shape) * dtype.itemsize,), generator=generator).to(torch.uint8)
@@ -743,22 +767,22 @@ def same_bytes(ours: dict, theirs: dict) -> bool:
 def test_safetensors_round_trip(tmp_path):
     path, tensors = tmp_path / "a.safetensors", every_dtype()
     tensors["transposed"] = torch.arange(6).view(2, 3).t()  # not contiguous
-    weights.write_safetensors(tensors, path, {"step": "7"})
-    assert same_bytes(weights.read_safetensors(path), tensors)
-    assert weights.read_header(path)[1] == {"step": "7"}
-    weights.write_safetensors({}, path)
-    assert weights.read_safetensors(path) == {}
+    plumbing.weights.write_safetensors(tensors, path, {"step": "7"})
+    assert same_bytes(plumbing.weights.read_safetensors(path), tensors)
+    assert plumbing.weights.read_header(path)[1] == {"step": "7"}
+    plumbing.weights.write_safetensors({}, path)
+    assert plumbing.weights.read_safetensors(path) == {}
 
 
 @needs("safetensors")
 def test_safetensors_library_reads_ours_and_we_read_its(tmp_path):
     import safetensors.torch
     ours, theirs, tensors = tmp_path / "ours.safetensors", tmp_path / "theirs.safetensors", every_dtype()
-    weights.write_safetensors(tensors, ours, {"format": "pt"})
+    plumbing.weights.write_safetensors(tensors, ours, {"format": "pt"})
     assert same_bytes(safetensors.torch.load_file(ours), tensors)
     safetensors.torch.save_file(tensors, theirs, {"format": "pt"})
-    assert same_bytes(weights.read_safetensors(theirs), tensors)
-    assert weights.read_header(theirs)[1] == {"format": "pt"}
+    assert same_bytes(plumbing.weights.read_safetensors(theirs), tensors)
+    assert plumbing.weights.read_header(theirs)[1] == {"format": "pt"}
 
 
 def framed(header, body: bytes = b"", pad: bytes = b"") -> bytes:
@@ -819,7 +843,7 @@ def test_a_bad_safetensors_file_is_one_line_that_names_it(tmp_path, name):
     path = tmp_path / "bad.safetensors"
     path.write_bytes(BAD_FILES[name])
     start = time.process_time()
-    assert len(fails(lambda: weights.read_safetensors(path), path)) < 1000
+    assert len(fails(lambda: plumbing.weights.read_safetensors(path), path)) < 1000
     assert time.process_time() - start < 3  # seconds; a header of 2,000 giant numbers once took minutes
 
 
@@ -827,7 +851,7 @@ def test_300_000_empty_tensors_do_not_hang_the_safetensors_reader(tmp_path):
     (tmp_path / "a.safetensors").write_bytes(framed(
         {f"t{i}": {"dtype": "F32", "shape": [0], "data_offsets": [0, 0]} for i in range(300_000)}))
     start = time.process_time()
-    assert len(weights.read_safetensors(tmp_path / "a.safetensors")) == 300_000
+    assert len(plumbing.weights.read_safetensors(tmp_path / "a.safetensors")) == 300_000
     assert time.process_time() - start < 10
 
 
@@ -851,14 +875,14 @@ def test_10_000_mutated_files_are_read_or_refused(tmp_path):
 
 def test_safetensors_header_may_be_padded_at_its_end(tmp_path):
     (tmp_path / "a.safetensors").write_bytes(framed(entry(), bytes(16), pad=b" \r\n\t "))
-    assert weights.read_safetensors(tmp_path / "a.safetensors")["a"].tolist() == [[0, 0], [0, 0]]
+    assert plumbing.weights.read_safetensors(tmp_path / "a.safetensors")["a"].tolist() == [[0, 0], [0, 0]]
 
 
 def read_or_refuse(path: Path, raw: bytes) -> bool:
     "Either every byte of every tensor can be touched, or it is one line that names the file."
     path.write_bytes(raw)
     try:
-        for tensor in weights.read_safetensors(path).values():
+        for tensor in plumbing.weights.read_safetensors(path).values():
             tensor.flatten().view(torch.uint8).sum()
     except ValueError as error:
         return str(path) in str(error) and "\n" not in str(error)
@@ -869,7 +893,7 @@ def read_or_refuse(path: Path, raw: bytes) -> bool:
 def fuzz_file(folder: str) -> bytes:
     path = Path(folder) / "valid.safetensors"
     tensors = {"w": torch.ones(3, 2), "b": torch.ones(2, dtype=torch.bfloat16), "e": torch.ones(0, 2)}
-    weights.write_safetensors(tensors, path, {"k": "v"})
+    plumbing.weights.write_safetensors(tensors, path, {"k": "v"})
     return path.read_bytes()
 
 
@@ -901,36 +925,36 @@ def test_no_header_crashes_the_safetensors_reader(tmp_path_factory, header):
 def test_loaded_weights_are_copies_and_the_mapped_file_is_let_go(tmp_path):
     # Else a file that is replaced while the model runs would pull its weights away, and training would write to it.
     linear = torch.nn.Linear(3, 2)
-    weights.write_safetensors(dict(linear.named_parameters()), tmp_path / "a.safetensors")
-    tensors = weights.read_safetensors(tmp_path / "a.safetensors")
+    plumbing.weights.write_safetensors(dict(linear.named_parameters()), tmp_path / "a.safetensors")
+    tensors = plumbing.weights.read_safetensors(tmp_path / "a.safetensors")
     mapped = {tensor.data_ptr() for tensor in tensors.values()}
-    weights.load_tensors(linear, tensors, {"weight": ["weight"], "bias": ["bias"]}, "", "here")
+    plumbing.weights.load_tensors(linear, tensors, {"weight": ["weight"], "bias": ["bias"]}, "", "here")
     assert not tensors and not mapped & {p.data_ptr() for p in linear.parameters()}
 
 
 def test_shards_that_do_not_match_their_index_are_one_line(tmp_path):
     index = tmp_path / "model.safetensors.index.json"
-    assert fails(lambda: weights.read_safetensors(tmp_path), index)
+    assert fails(lambda: plumbing.weights.read_safetensors(tmp_path), index)
     for content in ("{", "[]", "{}", '{"weight_map": []}', '{"weight_map": {"a": 1}}', '{"weight_map": {"a": "."}}',
                     '{"weight_map": {"a": ""}}', '{"weight_map": {"a": "../b"}}', '{"weight_map": ' + "[" * 200_000,
                     '{"weight_map": ' + "9" * 5000 + "}", '{"weight_map": {"a": "/etc/passwd"}}'):
         index.write_text(content)
-        assert fails(lambda: weights.read_safetensors(tmp_path), index)
+        assert fails(lambda: plumbing.weights.read_safetensors(tmp_path), index)
     (tmp_path / "again").symlink_to(tmp_path)  # a folder in place of a shard would be read as a model, without end
     index.write_text(json.dumps({"weight_map": {"a": "again"}}))
-    assert fails(lambda: weights.read_safetensors(tmp_path), tmp_path / "again", "no such file")
+    assert fails(lambda: plumbing.weights.read_safetensors(tmp_path), tmp_path / "again", "no such file")
     index.write_text(json.dumps({"weight_map": {"a": "1.safetensors", "b": "2.safetensors"}}))
-    weights.write_safetensors({"a": torch.ones(1)}, tmp_path / "1.safetensors")
-    assert fails(lambda: weights.read_safetensors(tmp_path), tmp_path / "2.safetensors")
-    weights.write_safetensors({"c": torch.ones(1)}, tmp_path / "2.safetensors")
-    assert fails(lambda: weights.read_safetensors(tmp_path), tmp_path / "2.safetensors", "b")
+    plumbing.weights.write_safetensors({"a": torch.ones(1)}, tmp_path / "1.safetensors")
+    assert fails(lambda: plumbing.weights.read_safetensors(tmp_path), tmp_path / "2.safetensors")
+    plumbing.weights.write_safetensors({"c": torch.ones(1)}, tmp_path / "2.safetensors")
+    assert fails(lambda: plumbing.weights.read_safetensors(tmp_path), tmp_path / "2.safetensors", "b")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # weights.py: downloads
 
 COMMIT = "c0ffee" * 6 + "abcd"
-TABLE = weights.REPOSITORIES  # the real one; the fixture `hub` empties it
+TABLE = plumbing.hub.REPOSITORIES  # the real one; the fixture `hub` empties it
 BLOCK = 4096  # bytes that the server sends at once
 
 
@@ -1062,10 +1086,10 @@ def hub(tmp_path, monkeypatch):
     for variable, value in {"HF_ENDPOINT": server.url, "GHOSTVIS_CACHE": server.folder, "NO_PROXY": "*",
                             "HF_HOME": tmp_path / "hf", "NETRC": tmp_path / "netrc"}.items():
         monkeypatch.setenv(variable, str(value))
-    monkeypatch.setattr(weights, "BACKOFF", 0.002)
-    monkeypatch.setattr(weights, "CHUNK", 1000)
-    monkeypatch.setattr(weights, "TIMEOUT", (2, 0.3))
-    monkeypatch.setattr(weights, "REPOSITORIES", {})
+    monkeypatch.setattr(plumbing.hub, "BACKOFF", 0.002)
+    monkeypatch.setattr(plumbing.hub, "CHUNK", 1000)
+    monkeypatch.setattr(plumbing.hub, "TIMEOUT", (2, 0.3))
+    monkeypatch.setattr(plumbing.hub, "REPOSITORIES", {})
     yield server
     server.close()
 
@@ -1103,10 +1127,10 @@ def table(hub, monkeypatch, repo="Org/Name", short="short", **more):
     "The repository as an entry of the table, with the true size and hash of its weights."
     content = hub.files[repo]["model.safetensors"]
     pair = len(content), hashlib.sha256(content).hexdigest()
-    small = {name: weights.ANY for name in hub.files[repo] if name != "model.safetensors"}
+    small = {name: plumbing.hub.ANY for name in hub.files[repo] if name != "model.safetensors"}
     files = small | {"model.safetensors": more.pop("pair", pair)}
-    entry = weights.Repository(repo, COMMIT, files, **{"licence": "Apache-2.0"} | more)
-    monkeypatch.setitem(weights.REPOSITORIES, short, entry)
+    entry = plumbing.hub.Repository(repo, COMMIT, files, **{"licence": "Apache-2.0"} | more)
+    monkeypatch.setitem(plumbing.hub.REPOSITORIES, short, entry)
     return entry
 
 
@@ -1116,7 +1140,7 @@ def no_weights(hub) -> bool:
 
 
 def refuses(hub, *parts, name="Org/Name"):
-    message = fails(lambda: weights.fetch(name), *parts)
+    message = fails(lambda: plumbing.hub.fetch(name), *parts)
     assert no_weights(hub)
     return message
 
@@ -1129,7 +1153,7 @@ def forked(job) -> int:
     code = 1
     try:
         # TRAP: tqdm's own lock is shared with forked processes, and one that is killed never gives it back.
-        weights.tqdm.set_lock(threading.RLock())
+        plumbing.hub.tqdm.set_lock(threading.RLock())
         job()
         code = 0
     finally:
@@ -1149,25 +1173,25 @@ def wait_until(condition, seconds=20.0):  # a busy machine may need that long
 
 def test_any_repository_is_fetched_whole_and_only_once(hub):
     content = serve(hub)
-    folder = weights.fetch("Org/Name")
+    folder = plumbing.hub.fetch("Org/Name")
     assert {path.name: path.read_bytes() for path in folder.iterdir() if path.name not in (".lock", "commit")} \
         == hub.files["Org/Name"]
     assert folder.parent == hub.folder and (folder / "model.safetensors").read_bytes() == content
     asked = len(hub.log)
-    assert weights.fetch("Org/Name") == folder and len(hub.log) == asked  # no request at all
-    assert weights.fetch(f"Org/Name@{COMMIT}").name == f"Org--Name@{COMMIT[:12]}"
+    assert plumbing.hub.fetch("Org/Name") == folder and len(hub.log) == asked  # no request at all
+    assert plumbing.hub.fetch(f"Org/Name@{COMMIT}").name == f"Org--Name@{COMMIT[:12]}"
     # Small files are asked for as they are: zipped they would have another ETag and no length.
     assert {headers["Accept-Encoding"] for _, _, headers in hub.log} == {"identity"}
 
 
 def test_an_older_repository_has_its_tokenizer_in_two_files(hub):
     serve(hub, **{"vocab.json": b"{}", "merges.txt": b"a b"})
-    assert not (weights.fetch("Org/Name") / "vocab.json").exists()
+    assert not (plumbing.hub.fetch("Org/Name") / "vocab.json").exists()
     del hub.files["Org/Name"]["tokenizer.json"]
     hub.files["Org/Old"] = hub.files["Org/Name"]
-    assert (weights.fetch("Org/Old") / "merges.txt").read_bytes() == b"a b"
+    assert (plumbing.hub.fetch("Org/Old") / "merges.txt").read_bytes() == b"a b"
     hub.files["Org/Eyes"] = {name: hub.files["Org/Old"][name] for name in ("config.json", "model.safetensors")}
-    assert not list(weights.fetch("Org/Eyes").glob("*.txt"))  # none at all is no error
+    assert not list(plumbing.hub.fetch("Org/Eyes").glob("*.txt"))  # none at all is no error
 
 
 def test_shards_are_found_by_their_index(hub):
@@ -1177,12 +1201,12 @@ def test_shards_are_found_by_their_index(hub):
     shards = {f"model-0000{i}-of-00002.safetensors": noise(9000, i) for i in (1, 2)}
     files.update(shards, **{"model.safetensors.index.json": json.dumps(
         {"weight_map": dict(zip("abc", [*shards, *shards]))}).encode()})
-    folder = weights.fetch("Org/Name")
+    folder = plumbing.hub.fetch("Org/Name")
     assert {name: (folder / name).read_bytes() for name in shards} == shards
     asked = len(hub.log)
-    assert weights.fetch("Org/Name") == folder and len(hub.log) == asked
+    assert plumbing.hub.fetch("Org/Name") == folder and len(hub.log) == asked
     (folder / "model-00002-of-00002.safetensors").unlink()
-    weights.fetch("Org/Name")
+    plumbing.hub.fetch("Org/Name")
     assert [path.split("?")[0][-33:] for path, _ in hub.requests("GET", "signature=")][2:] \
         == ["/model-00002-of-00002.safetensors"]
 
@@ -1199,7 +1223,7 @@ def test_a_branch_is_one_commit_even_if_it_moves_on(hub):
     serve(hub)
     hub.faults = ["status 403"]
     assert refuses(hub)
-    weights.fetch("Org/Name")
+    plumbing.hub.fetch("Org/Name")
     revisions = [path.split("/")[4] for _, path, _ in hub.log if "/resolve/" in path]
     assert revisions[0] == "main" and set(revisions[1:]) == {COMMIT}
 
@@ -1210,7 +1234,7 @@ def test_the_token_goes_to_the_hub_and_nowhere_else(hub, tmp_path, monkeypatch):
     (tmp_path / "netrc").write_text("default login me password secret")
     (tmp_path / "netrc").chmod(0o600)
     monkeypatch.setenv("HF_TOKEN", "hf_mine\n")
-    weights.fetch("Org/Name")
+    plumbing.hub.fetch("Org/Name")
     for _, path, headers in hub.log:
         assert headers.get("Authorization") == (None if "signature=" in path else "Bearer hf_mine"), path
     assert hub.requests("GET", "signature=")
@@ -1220,11 +1244,11 @@ def test_the_token_is_found_in_its_file(hub, tmp_path, monkeypatch):
     serve(hub)
     (tmp_path / "hf").mkdir()
     (tmp_path / "hf" / "token").write_text("hf_file\n")
-    weights.fetch("Org/Name")
+    plumbing.hub.fetch("Org/Name")
     assert hub.log[0][2]["Authorization"] == "Bearer hf_file"
     (tmp_path / "elsewhere").write_text("hf_other")
     monkeypatch.setenv("HF_TOKEN_PATH", str(tmp_path / "elsewhere"))
-    weights.fetch(f"Org/Name@{COMMIT}")
+    plumbing.hub.fetch(f"Org/Name@{COMMIT}")
     assert hub.log[-1][2].get("Authorization") is None and "hf_other" in str(hub.log[-2][2])
 
 
@@ -1243,7 +1267,7 @@ CURABLE = {
 @pytest.mark.parametrize("name", CURABLE)
 def test_a_download_recovers_from_a_fault_on_the_way(hub, name):
     content, hub.faults = serve(hub), CURABLE[name]
-    assert (weights.fetch("Org/Name") / "model.safetensors").read_bytes() == content
+    assert (plumbing.hub.fetch("Org/Name") / "model.safetensors").read_bytes() == content
     assert not hub.faults and not list(hub.folder.rglob("*.part"))
     # Resumed where it makes sense, from the start where it does not.
     first, *later = hub.ranges()
@@ -1259,7 +1283,7 @@ def test_a_download_goes_on_in_a_new_process(hub):
     assert refuses(hub, "model.safetensors", "404")
     part, = hub.folder.rglob("*.part")
     assert part.read_bytes() == content[:20_000]
-    assert finished(forked(lambda: weights.fetch("Org/Name")))
+    assert finished(forked(lambda: plumbing.hub.fetch("Org/Name")))
     assert part.with_suffix("").read_bytes() == content
     assert hub.ranges() == [None, *["bytes=20000-59999"] * 2] and hub.sent == 60_000
 
@@ -1268,20 +1292,20 @@ def test_a_download_goes_on_in_a_new_process(hub):
                                              ("Retry-After Wed", 0.004)])
 def test_a_retry_waits_as_long_as_the_server_asks(hub, monkeypatch, header, seconds):
     slept = []
-    monkeypatch.setattr(weights.time, "sleep", slept.append)
+    monkeypatch.setattr(plumbing.hub.time, "sleep", slept.append)
     content, hub.faults = serve(hub), [f"status 429 {header}"]
-    assert (weights.fetch("Org/Name") / "model.safetensors").read_bytes() == content and slept == [seconds]
+    assert (plumbing.hub.fetch("Org/Name") / "model.safetensors").read_bytes() == content and slept == [seconds]
 
 
 def test_five_failures_in_a_row_are_one_line_and_the_next_run_goes_on(hub, monkeypatch, capsys):
     slept = []
-    monkeypatch.setattr(weights.time, "sleep", slept.append)
+    monkeypatch.setattr(plumbing.hub.time, "sleep", slept.append)
     content, hub.faults = serve(hub), ["cut 20000"] + ["status 503"] * 5
-    message = fails(lambda: weights.fetch("Org/Name"), "Org/Name, model.safetensors", "503", "run again")
+    message = fails(lambda: plumbing.hub.fetch("Org/Name"), "Org/Name, model.safetensors", "503", "run again")
     assert no_weights(hub) and "5 times" in message
-    assert slept == [weights.BACKOFF * 2 ** n for n in range(5)]  # 0: after progress; then 1 to 4, each twice as long
+    assert slept == [plumbing.hub.BACKOFF * 2 ** n for n in range(5)]  # 0: after progress; then 1 to 4, each twice as long
     assert capsys.readouterr().err.count("next attempt") == 5
-    assert (weights.fetch("Org/Name") / "model.safetensors").read_bytes() == content and hub.sent < 65_000
+    assert (plumbing.hub.fetch("Org/Name") / "model.safetensors").read_bytes() == content and hub.sent < 65_000
 
 
 def test_without_a_network_it_is_one_line(hub, monkeypatch):
@@ -1326,7 +1350,7 @@ def test_a_file_of_another_size_or_hash_than_in_the_table_is_refused_before_a_by
         assert refuses(hub, "Org/Name, model.safetensors", right, f"{pair[0]:,}", "HF_ENDPOINT", name="short")
     assert not hub.requests("GET", "")
     table(hub, monkeypatch)
-    assert weights.fetch("short") == weights.fetch("Org/Name")  # the hub's id means the table's entry too
+    assert plumbing.hub.fetch("short") == plumbing.hub.fetch("Org/Name")  # the hub's id means the table's entry too
 
 
 @pytest.mark.parametrize("pinned", [True, False])
@@ -1336,45 +1360,45 @@ def test_a_damaged_file_never_gets_its_name(hub, monkeypatch, pinned):
         table(hub, monkeypatch)
     assert refuses(hub, "model.safetensors", hashlib.sha256(content).hexdigest(), "damaged", "run again")
     assert not list(hub.folder.rglob("*.part"))  # deleted: nobody knows which byte is wrong
-    assert (weights.fetch("Org/Name") / "model.safetensors").read_bytes() == content
+    assert (plumbing.hub.fetch("Org/Name") / "model.safetensors").read_bytes() == content
 
 
 def test_a_small_file_is_checked_by_gits_hash(hub, monkeypatch):
     serve(hub)
     monkeypatch.setattr(sys.modules[__name__], "blob", lambda content: "ab" * 20)
-    message = fails(lambda: weights.fetch("Org/Name"), "config.json", "ab" * 20, "damaged")
+    message = fails(lambda: plumbing.hub.fetch("Org/Name"), "config.json", "ab" * 20, "damaged")
     assert "deleted" in message and not list(hub.folder.rglob("config.json*"))
 
 
 def test_a_full_disk_is_one_line_and_the_rest_comes_later(hub, monkeypatch):
-    content, keep = serve(hub), weights.receive
+    content, keep = serve(hub), plumbing.hub.receive
 
     def receive(remote, file):
         if remote.name == "model.safetensors":
             file.write(content[:20_000])
             raise OSError(errno.ENOSPC, "No space left on device")
         keep(remote, file)
-    monkeypatch.setattr(weights, "receive", receive)
+    monkeypatch.setattr(plumbing.hub, "receive", receive)
     assert refuses(hub, "model.safetensors", "disk is full", "make room", "run again")
-    monkeypatch.setattr(weights, "receive", keep)
-    assert (weights.fetch("Org/Name") / "model.safetensors").read_bytes() == content
+    monkeypatch.setattr(plumbing.hub, "receive", keep)
+    assert (plumbing.hub.fetch("Org/Name") / "model.safetensors").read_bytes() == content
     assert hub.ranges() == [f"bytes=20000-{len(content) - 1}"]
 
 
 def test_too_little_room_is_an_error_before_the_first_byte(hub, monkeypatch):
-    content, usage = serve(hub), weights.shutil.disk_usage
-    monkeypatch.setattr(weights.shutil, "disk_usage", lambda path: usage(path)._replace(free=63_007))
+    content, usage = serve(hub), plumbing.hub.shutil.disk_usage
+    monkeypatch.setattr(plumbing.hub.shutil, "disk_usage", lambda path: usage(path)._replace(free=63_007))
     assert refuses(hub, hub.folder, "63,008 bytes", "63,007", "GHOSTVIS_CACHE")
     assert not hub.requests("GET", "")
-    monkeypatch.setattr(weights.shutil, "disk_usage", lambda path: usage(path)._replace(free=63_008))
-    assert (weights.fetch("Org/Name") / "model.safetensors").read_bytes() == content
+    monkeypatch.setattr(plumbing.hub.shutil, "disk_usage", lambda path: usage(path)._replace(free=63_008))
+    assert (plumbing.hub.fetch("Org/Name") / "model.safetensors").read_bytes() == content
 
 
 def test_files_sizes_and_licence_are_printed_before_a_download(hub, monkeypatch, capsys):
     serve(hub)
     table(hub, monkeypatch, licence="Qwen Research licence: non-commercial use only")
-    monkeypatch.setattr(weights, "download", lambda remote, folder: weights.note(f"> {remote.name}"))
-    weights.fetch("short")
+    monkeypatch.setattr(plumbing.hub, "download", lambda remote, folder: plumbing.hub.tell(f"> {remote.name}"))
+    plumbing.hub.fetch("short")
     said = capsys.readouterr().err.splitlines()
     first = said.index("> config.json")
     assert all(line.startswith(">") for line in said[first:])
@@ -1393,12 +1417,12 @@ def test_offline_nothing_is_asked(hub, monkeypatch):
                     name="short")
     assert not hub.log
     monkeypatch.setenv("HF_HUB_OFFLINE", "0")
-    folder = weights.fetch("short")
+    folder = plumbing.hub.fetch("short")
     monkeypatch.setenv("HF_HUB_OFFLINE", "on")
     hub.log.clear()
-    assert weights.fetch("short") == folder and not hub.log
+    assert plumbing.hub.fetch("short") == folder and not hub.log
     (folder / "model.safetensors").write_bytes(content[:-1])  # someone cut it: its size gives it away
-    fails(lambda: weights.fetch("short"), "lacks model.safetensors,")
+    fails(lambda: plumbing.hub.fetch("short"), "lacks model.safetensors,")
 
 
 @pytest.mark.parametrize("where", ["HF_HOME", "HF_HUB_CACHE"])
@@ -1416,25 +1440,25 @@ def test_the_cache_of_huggingface_hub_is_used_where_it_lies(hub, tmp_path, monke
     (cache / "models--Org--Name" / "refs").mkdir()
     (cache / "models--Org--Name" / "refs" / "main").write_text(COMMIT)
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    assert weights.fetch("short") == snapshot
-    weights.REPOSITORIES.clear()
-    assert weights.fetch("Org/Name") == snapshot  # by refs/main
+    assert plumbing.hub.fetch("short") == snapshot
+    plumbing.hub.REPOSITORIES.clear()
+    assert plumbing.hub.fetch("Org/Name") == snapshot  # by refs/main
     assert not hub.log and not hub.folder.exists()
     # one file of a wrong size, and ours is fetched instead
     monkeypatch.delenv("HF_HUB_OFFLINE")
     table(hub, monkeypatch)
     (snapshot / "model.safetensors").write_bytes(content[:-1])
-    assert weights.fetch("short").parent == hub.folder
+    assert plumbing.hub.fetch("short").parent == hub.folder
 
 
 def test_two_processes_at_once_fetch_it_once(hub, tmp_path, monkeypatch):
     content, hub.hold = serve(hub), 30_000
-    monkeypatch.setattr(weights, "TIMEOUT", (2, 20))
+    monkeypatch.setattr(plumbing.hub, "TIMEOUT", (2, 20))
 
     def job(number):
         with open(tmp_path / f"said{number}", "w", buffering=1) as said:
-            weights.note = lambda text: said.write(text + "\n")  # in a process of its own
-            weights.fetch("Org/Name")
+            plumbing.hub.tell = lambda text: said.write(text + "\n")  # in a process of its own
+            plumbing.hub.fetch("Org/Name")
     children = [forked(lambda: job(0))]
     wait_until(lambda: any(path.stat().st_size > 10_000 for path in hub.folder.rglob("model*.part")))
     asked = len(hub.log)
@@ -1443,7 +1467,7 @@ def test_two_processes_at_once_fetch_it_once(hub, tmp_path, monkeypatch):
     hub.hold = None
     hub.released.set()
     assert all(finished(child) for child in children)
-    assert (weights.fetch("Org/Name") / "model.safetensors").read_bytes() == content
+    assert (plumbing.hub.fetch("Org/Name") / "model.safetensors").read_bytes() == content
     # The first one's attempt after the break is all that came: the second has not even asked what there is.
     assert [path.split("?")[0] for _, path, _ in hub.log[asked:]] == [
         f"/Org/Name/resolve/{COMMIT}/model.safetensors", "/Org/Name/model.safetensors"]
@@ -1452,7 +1476,7 @@ def test_two_processes_at_once_fetch_it_once(hub, tmp_path, monkeypatch):
 @pytest.mark.parametrize("kind", ["whole", "cut_out"])
 def test_after_a_kill_at_any_byte_the_next_process_resumes_the_download(hub, monkeypatch, kind):
     """SIGKILL, ten times in one download."""
-    monkeypatch.setattr(weights, "TIMEOUT", (2, 20))
+    monkeypatch.setattr(plumbing.hub, "TIMEOUT", (2, 20))
     if kind == "whole":
         name, file = "Org/Name", serve(hub, size=300_000)
         begin, end = 0, len(file)
@@ -1465,19 +1489,19 @@ def test_after_a_kill_at_any_byte_the_next_process_resumes_the_download(hub, mon
     for place in places:
         hub.hold = place
         before = len(hub.ranges())
-        child = forked(lambda: weights.fetch(name))
+        child = forked(lambda: plumbing.hub.fetch(name))
         # As far as the server goes; what Python holds back may be 8 KiB and a chunk.
         wait_until(lambda: len(hub.ranges()) > before and sum(
             path.stat().st_size for path in hub.folder.rglob("model*.part")) + 10_000 >= place - begin)
         os.kill(child, signal.SIGKILL)
         assert not finished(child) and no_weights(hub)
     hub.hold = None
-    folder = weights.fetch(name)
+    folder = plumbing.hub.fetch(name)
     if kind == "whole":
         assert (folder / "model.safetensors").read_bytes() == file
     else:
         assert (folder / "model.safetensors").read_bytes().endswith(file[begin:end])
-        assert set(weights.read_safetensors(folder)) == {"vision_model.a", "vision_model.b"}
+        assert set(plumbing.weights.read_safetensors(folder)) == {"vision_model.a", "vision_model.b"}
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -1486,26 +1510,26 @@ def test_after_a_kill_at_any_byte_the_next_process_resumes_the_download(hub, mon
 def test_of_siglip_only_the_vision_tower_is_fetched(hub, monkeypatch, tmp_path):
     file = siglip(hub)
     table(hub, monkeypatch, "google/siglip", prefix="vision_model.")
-    folder = weights.fetch("short")
+    folder = plumbing.hub.fetch("short")
     (tmp_path / "whole.safetensors").write_bytes(file)
-    whole, ours = weights.read_safetensors(tmp_path / "whole.safetensors"), weights.read_safetensors(folder)
+    whole, ours = plumbing.weights.read_safetensors(tmp_path / "whole.safetensors"), plumbing.weights.read_safetensors(folder)
     assert set(ours) == {name for name in whole if name.startswith("vision_model.")} and len(ours) == 2
     assert all(torch.equal(tensor.view(torch.int32), whole[name].view(torch.int32)) for name, tensor in ours.items())
-    entries, metadata, start = weights.read_header(folder / "model.safetensors")
+    entries, metadata, start = plumbing.weights.read_header(folder / "model.safetensors")
     assert start % 8 == 0 and metadata == {"format": "pt"}
     assert hub.sent < 21_000 < len(file) and all(hub.ranges())
     asked = len(hub.log)
-    assert weights.fetch("short") == folder and len(hub.log) == asked
+    assert plumbing.hub.fetch("short") == folder and len(hub.log) == asked
 
 
 def test_where_the_vision_tower_is_not_one_piece_the_whole_file_is_fetched(hub, monkeypatch):
     file = siglip(hub, between=True)
     table(hub, monkeypatch, "google/siglip", prefix="vision_model.")
-    assert (weights.fetch("short") / "model.safetensors").read_bytes() == file
+    assert (plumbing.hub.fetch("short") / "model.safetensors").read_bytes() == file
     file = siglip(hub)
     table(hub, monkeypatch, "google/siglip", "other", prefix="audio_model.")
-    weights.REPOSITORIES["other"] = replace(weights.REPOSITORIES["other"], revision="main")
-    assert (weights.fetch("other") / "model.safetensors").read_bytes() == file
+    plumbing.hub.REPOSITORIES["other"] = replace(plumbing.hub.REPOSITORIES["other"], revision="main")
+    assert (plumbing.hub.fetch("other") / "model.safetensors").read_bytes() == file
 
 
 @pytest.mark.parametrize("faults", [
@@ -1514,18 +1538,18 @@ def test_where_the_vision_tower_is_not_one_piece_the_whole_file_is_fetched(hub, 
 def test_the_vision_tower_recovers_too(hub, monkeypatch, faults):
     file = siglip(hub)
     table(hub, monkeypatch, "google/siglip", prefix="vision_model.")
-    monkeypatch.setattr(weights, "CHUNK", 16)
+    monkeypatch.setattr(plumbing.hub, "CHUNK", 16)
     hub.faults = list(faults)
-    folder = weights.fetch("short")
+    folder = plumbing.hub.fetch("short")
     at = file.index(noise(20_000, 2))
     assert not hub.faults and (folder / "model.safetensors").read_bytes()[-20_012:] == file[at:at + 20_012]
-    weights.read_header(folder / "model.safetensors")
+    plumbing.weights.read_header(folder / "model.safetensors")
 
 
 def test_a_vision_tower_goes_on_in_a_new_process_but_not_after_another_header(hub, monkeypatch):
     """Its .part begins with a header of our own: bytes after any other header would be at wrong places."""
     file = siglip(hub)
-    table(hub, monkeypatch, "google/siglip", pair=weights.ANY, prefix="vision_model.")
+    table(hub, monkeypatch, "google/siglip", pair=plumbing.hub.ANY, prefix="vision_model.")
     at = file.index(noise(20_000, 2))
     for other in False, True:
         hub.faults = ["", "", "cut 9000", "status 404"]
@@ -1534,9 +1558,9 @@ def test_a_vision_tower_goes_on_in_a_new_process_but_not_after_another_header(hu
         if other:
             part.write_bytes(b"?" + part.read_bytes()[1:])
         sent = hub.sent
-        assert finished(forked(lambda: weights.fetch("short")))
+        assert finished(forked(lambda: plumbing.hub.fetch("short")))
         done = part.with_suffix("")
-        assert done.read_bytes()[-20_012:] == file[at:at + 20_012] and weights.read_header(done)
+        assert done.read_bytes()[-20_012:] == file[at:at + 20_012] and plumbing.weights.read_header(done)
         assert (hub.sent - sent > 20_000) == other
         done.unlink()
 
@@ -1572,21 +1596,21 @@ def test_the_table_is_complete():
     names = [f"qwen2.5-{size}{kind}" for size in ("0.5b", "1.5b", "3b") for kind in ("", "-instruct")]
     names += ["siglip2-large-patch16-256", "siglip-large-patch16-256", "siglip2-base-patch16-224",
               "siglip-base-patch16-224", "siglip-so400m-patch14-224", "siglip-so400m-patch14-384", "llava-ov-0.5b"]
-    assert sorted(weights.REPOSITORIES) == sorted(names)
-    for name, entry in weights.REPOSITORIES.items():
+    assert sorted(plumbing.hub.REPOSITORIES) == sorted(names)
+    for name, entry in plumbing.hub.REPOSITORIES.items():
         assert len(entry.revision) == 40 and next(iter(entry.files)) == "config.json" and "@" not in entry.hub
         assert list(entry.files)[-1].endswith(".safetensors")  # last: who has the weights has all
         for size, digest in entry.files.values():
             assert (size is None or size > 1e6) and (digest is None or len(digest) == 64 and int(digest, 16))
         assert (entry.prefix == "vision_model.") == name.startswith("siglip")
         assert ("non-commercial" in entry.licence) == ("3b" in name)
-    assert list(weights.REPOSITORIES["qwen2.5-3b"].files)[-3:] == [
+    assert list(plumbing.hub.REPOSITORIES["qwen2.5-3b"].files)[-3:] == [
         "model.safetensors.index.json", "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"]
 
 
 def test_an_unknown_name_shows_the_known_ones():
     for name in "qwen", "Org/Name/more", "../evil", "Org/../x@main":
-        fails(lambda: weights.fetch(name), repr(name), "qwen2.5-0.5b", "llava-ov-0.5b", "Org/Name@revision")
+        fails(lambda: plumbing.hub.fetch(name), repr(name), "qwen2.5-0.5b", "llava-ov-0.5b", "Org/Name@revision")
     code, out, err = command("--download=Org/Name,qwen")
     assert code.startswith("error: 'qwen': no such repository") and "\n" not in code and not out and not err
     assert command("--downlod=x")[0] == 2
@@ -1594,7 +1618,7 @@ def test_an_unknown_name_shows_the_known_ones():
 
 def test_download_list_names_all():
     code, out, err = command("--download=list")
-    assert code == 0 and [line.split()[0] for line in out.splitlines()] == [*weights.REPOSITORIES, *data.RECIPES]
+    assert code == 0 and [line.split()[0] for line in out.splitlines()] == [*plumbing.hub.REPOSITORIES, *plumbing.recipes.RECIPES]
     assert out.count("non-commercial") == 2
 
 
@@ -1610,7 +1634,7 @@ def test_download_prints_the_folder_of_each(hub):
 def test_qwen_comes_with_a_vision_tower_and_3b_with_its_licence(hub, monkeypatch, capsys):
     """Its real entry of the table: the server here has none of it, and that is said after the licence."""
     hub.files["Qwen/Qwen2.5-3B"] = {}
-    monkeypatch.setattr(weights, "REPOSITORIES", TABLE)
+    monkeypatch.setattr(plumbing.hub, "REPOSITORIES", TABLE)
     code, out, err = command("--download=qwen2.5-3b", "--vision=nothing")
     assert "'nothing'" in code and not hub.log
     serve(hub)
@@ -1618,7 +1642,7 @@ def test_qwen_comes_with_a_vision_tower_and_3b_with_its_licence(hub, monkeypatch
     assert code == 0
     folder = hub.folder / "x"
     folder.mkdir(parents=True)
-    weights.announce([weights.RemoteFile(TABLE["qwen2.5-3b"], "config.json")], folder)
+    plumbing.hub.announce([plumbing.hub.RemoteFile(TABLE["qwen2.5-3b"], "config.json")], folder)
     said = capsys.readouterr().err.splitlines()
     assert "Qwen Research licence: non-commercial use only" in said[0] and "Qwen/Qwen2.5-3B" in said[0]
 
@@ -1633,7 +1657,7 @@ def test_download_works_in_a_process_of_its_own(hub):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# world.py
+# plumbing.world.py
 
 TASKS = ["text", "captions", "chat", "exam"]
 
@@ -1643,39 +1667,39 @@ def texts(record: dict) -> str:
 
 
 def test_a_record_is_the_same_every_time_and_in_another_process():
-    code = ("import world, sys; print([world.World(t, s, seed=3)[i] for t in ('text', 'captions', 'chat', 'exam') "
+    code = ("from plumbing.world import World; import sys; print([World(t, s, seed=3)[i] for t in ('text', 'captions', 'chat', 'exam') "
             "for s in ('train', 'pairs') for i in (0, 7, 10**6)])")
-    here = str([world.World(task, split, seed=3)[i] for task in TASKS for split in ("train", "pairs")
+    here = str([plumbing.world.World(task, split, seed=3)[i] for task in TASKS for split in ("train", "pairs")
                 for i in (0, 7, 10**6)])
     there = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True,
                            env={**os.environ, "PYTHONHASHSEED": "7"}, cwd=HERE, check=True).stdout.strip()
     assert there == here
-    assert str(world.World("exam", seed=4)[0]) != str(world.World("exam", seed=3)[0])
-    assert str(world.World("exam", "scenes", seed=3)[0]["images"]) != str(world.World("exam", seed=3)[0]["images"])
+    assert str(plumbing.world.World("exam", seed=4)[0]) != str(plumbing.world.World("exam", seed=3)[0])
+    assert str(plumbing.world.World("exam", "scenes", seed=3)[0]["images"]) != str(plumbing.world.World("exam", seed=3)[0]["images"])
 
 
 def test_every_kind_lacks_one_colour_in_training():
-    assert Counter(kind for _, kind in world.HELD_OUT) == Counter(world.KINDS)
-    assert {colour for colour, _ in world.HELD_OUT} == set(world.COLOURS)  # and no colour is new as a whole
+    assert Counter(kind for _, kind in plumbing.world.HELD_OUT) == Counter(plumbing.world.KINDS)
+    assert {colour for colour, _ in plumbing.world.HELD_OUT} == set(plumbing.world.COLOURS)  # and no colour is new as a whole
 
 
 @pytest.mark.parametrize("task", TASKS)
 def test_training_never_shows_or_tells_a_held_out_pair(task):
     # "red cats" counts as well, "red catfish" would not.
-    tell = re.compile(r"\b(" + "|".join(f"{colour} {kind}" for colour, kind in world.HELD_OUT) + r")(s|es)?\b",
+    tell = re.compile(r"\b(" + "|".join(f"{colour} {kind}" for colour, kind in plumbing.world.HELD_OUT) + r")(s|es)?\b",
                       re.IGNORECASE)
-    dataset = world.World(task)
+    dataset = plumbing.world.World(task)
     for i in [*range(2500), *range(10**6, 10**6 + 500)]:
         record = dataset[i]
         assert not (found := tell.search(texts(record))), (i, found)
         for scene in record["images"]:
-            assert not {(t.colour, t.kind) for t in scene.things} & world.HELD_OUT, i
+            assert not {(t.colour, t.kind) for t in scene.things} & plumbing.world.HELD_OUT, i
 
 
 def singular(words: str) -> str:
     "\"red things\" -> \"red\", \"cats\" -> \"cat\"."
     words = words.removesuffix(" things")
-    return words if words in world.COLOURS or words in world.KINDS else words.removesuffix("s")
+    return words if words in plumbing.world.COLOURS or words in plumbing.world.KINDS else words.removesuffix("s")
 
 
 def solve(question: str, things: list) -> str:
@@ -1740,21 +1764,21 @@ def exam(record: dict) -> tuple[str, str, list]:
 
 @pytest.mark.parametrize("split", ["train", "scenes", "pairs"])
 def test_every_answer_agrees_with_a_second_reading_of_question_and_scene(split):
-    dataset, kinds = world.World("exam", split, seed=1), Counter()
+    dataset, kinds = plumbing.world.World("exam", split, seed=1), Counter()
     for i in range(400):
         question, answer, things = exam(dataset[i])
         assert solve(question, things) == answer, (i, question)
         kinds[dataset[i]["kind"]] += 1
-    assert kinds == Counter({kind: 40 for kind in world.QUESTIONS})
+    assert kinds == Counter({kind: 40 for kind in plumbing.world.QUESTIONS})
 
 
 def test_the_chats_answers_agree_too():
-    dataset, checked = world.World("chat", seed=5), 0
+    dataset, checked = plumbing.world.World("chat", seed=5), 0
     for record in map(dataset.__getitem__, range(30_000, 30_300)):
         scene, = record["images"]
         turns = [m["content"].removeprefix("<image>\n") for m in record["messages"]]
         for question, answer in zip(turns[::2], turns[1::2]):
-            if question not in [prompt for prompts, *_ in world.CAPTIONS for prompt in prompts]:
+            if question not in [prompt for prompts, *_ in plumbing.world.CAPTIONS for prompt in prompts]:
                 assert solve(question, scene.things) == answer
                 checked += 1
     assert checked > 300
@@ -1762,13 +1786,13 @@ def test_the_chats_answers_agree_too():
 
 def test_things_stand_apart_and_inside_the_picture():
     for i in range(500):
-        things = world.World("exam", "pairs")[i]["images"][0].things
+        things = plumbing.world.World("exam", "pairs")[i]["images"][0].things
         for t in things:
-            half = world.SIZES[t.size] / 2
+            half = plumbing.world.SIZES[t.size] / 2
             assert half <= t.x <= 1 - half and half <= t.y <= 1 - half
         for t in things:
             for u in things:
-                reach = (world.SIZES[t.size] + world.SIZES[u.size]) / 2
+                reach = (plumbing.world.SIZES[t.size] + plumbing.world.SIZES[u.size]) / 2
                 assert t is u or max(abs(t.x - u.x), abs(t.y - u.y)) >= reach - 1e-9
 
 
@@ -1776,13 +1800,13 @@ def test_things_stand_apart_and_inside_the_picture():
 # ninth.
 BALANCE = {"count": 0.30, "number": 0.40, "colour": 0.25, "kind": 0.15, "exists": 0.60, "relation": 0.60, "place": 0.20,
            "compare": 0.60, "size": 0.25, "choice": 0.45}
-NAMES = {*world.KINDS, *world.COLOURS, *map(world.plural, world.KINDS)}
+NAMES = {*plumbing.world.KINDS, *plumbing.world.COLOURS, *map(plumbing.world.plural, plumbing.world.KINDS)}
 
 
 @pytest.mark.parametrize("split", ["scenes", "pairs"])
-@pytest.mark.parametrize("kind", world.QUESTIONS)
+@pytest.mark.parametrize("kind", plumbing.world.QUESTIONS)
 def test_the_form_of_a_question_does_not_give_its_answer_away(kind, split):
-    dataset, forms = world.World("exam", split, seed=1, kinds=[kind]), {}
+    dataset, forms = plumbing.world.World("exam", split, seed=1, kinds=[kind]), {}
     for i in range(1500):
         question, answer, _ = exam(dataset[i])
         if kind == "compare":
@@ -1797,39 +1821,39 @@ def test_the_form_of_a_question_does_not_give_its_answer_away(kind, split):
 
 def test_a_new_name_does_not_give_the_answer_away():
     # If "no" were said of familiar pairs only, who knows what training showed would need no picture.
-    dataset, answers = world.World("exam", "pairs", seed=1, kinds=["exists"]), {True: [], False: []}
+    dataset, answers = plumbing.world.World("exam", "pairs", seed=1, kinds=["exists"]), {True: [], False: []}
     for i in range(1500):
         question, answer, _ = exam(dataset[i])
-        answers[tuple(question.rstrip("?").split()[-2:]) in world.HELD_OUT].append(answer)
+        answers[tuple(question.rstrip("?").split()[-2:]) in plumbing.world.HELD_OUT].append(answer)
     for group in answers.values():
         assert len(group) < 150 or 0.4 < group.count("yes") / len(group) < 0.6
 
 
 def test_in_the_split_of_new_pairs_questions_are_about_a_new_pair():
-    dataset = world.World("exam", "pairs", seed=1)
+    dataset = plumbing.world.World("exam", "pairs", seed=1)
     for i in range(1500):
         question, answer, things = exam(dataset[i])
-        kind, new = dataset.kinds[i % 10], [t for t in things if (t.colour, t.kind) in world.HELD_OUT]
+        kind, new = dataset.kinds[i % 10], [t for t in things if (t.colour, t.kind) in plumbing.world.HELD_OUT]
         assert new, i
         kinds, colours = Counter(t.kind for t in things), Counter(t.colour for t in things)
         if kind == "colour" and any(kinds[t.kind] == 1 for t in new):
-            assert (answer, *re.findall("|".join(world.KINDS), question)) in world.HELD_OUT, question
+            assert (answer, *re.findall("|".join(plumbing.world.KINDS), question)) in plumbing.world.HELD_OUT, question
         if kind == "kind" and any(colours[t.colour] == 1 for t in new):
-            assert (*re.findall("|".join(world.COLOURS), question), answer) in world.HELD_OUT, question
+            assert (*re.findall("|".join(plumbing.world.COLOURS), question), answer) in plumbing.world.HELD_OUT, question
         if kind == "exists" and answer == "yes":
-            assert tuple(question.rstrip("?").split()[-2:]) in world.HELD_OUT, question
+            assert tuple(question.rstrip("?").split()[-2:]) in plumbing.world.HELD_OUT, question
         if kind == "choice":
-            assert tuple(question.split(f"\n{answer}. ")[1].split("\n")[0].split()) in world.HELD_OUT, question
+            assert tuple(question.split(f"\n{answer}. ")[1].split("\n")[0].split()) in plumbing.world.HELD_OUT, question
 
 
 def test_kinds_can_be_chosen_and_a_wrong_one_is_named():
-    dataset = world.World("exam", kinds=["count", "place"])
+    dataset = plumbing.world.World("exam", kinds=["count", "place"])
     assert [dataset[i]["kind"] for i in range(4)] == ["count", "place", "count", "place"]
-    assert fails(lambda: world.World("exam", kinds=["counting"]), "'counting'", "count, number")
+    assert fails(lambda: plumbing.world.World("exam", kinds=["counting"]), "'counting'", "count, number")
 
 
 def test_a_drawing_is_the_same_twice_and_quick():
-    scenes = [world.World("captions")[i]["images"][0] for i in range(40)]
+    scenes = [plumbing.world.World("captions")[i]["images"][0] for i in range(40)]
     first = [scene.draw(72).tobytes() for scene in scenes]
     assert len(first[0]) == 72 * 72 * 3 and len(set(first)) == len(first)
     times = []
@@ -1844,10 +1868,10 @@ def test_a_drawing_is_the_same_twice_and_quick():
 def test_a_picture_shows_what_its_scene_says():
     # The middle of a square has the square's colour, whatever its size, at any resolution.
     for px in (14, 72, 240):
-        for i, (colour, rgb) in enumerate(world.COLOURS.items()):
-            thing = world.Thing(colour, "square", list(world.SIZES)[i % 3], i, (i % 3 + 0.5) / 3, (i // 3 + 0.5) / 3,
+        for i, (colour, rgb) in enumerate(plumbing.world.COLOURS.items()):
+            thing = plumbing.world.Thing(colour, "square", list(plumbing.world.SIZES)[i % 3], i, (i % 3 + 0.5) / 3, (i // 3 + 0.5) / 3,
                                False)
-            image = world.Scene((thing,), "plain", 0).draw(px)
+            image = plumbing.world.Scene((thing,), "plain", 0).draw(px)
             assert image.size == (px, px) and image.mode == "RGB"
             got = np.array(image.getpixel((round(thing.x * px), round(thing.y * px))))
             assert np.abs(got - rgb).max() < 40, (px, colour, got)
@@ -1907,16 +1931,16 @@ def test_vit_reads_bytes_and_normalised_pixels_alike():
 def test_vit_weights_that_do_not_fit_are_one_line(tmp_path):
     vit = ViT(ViTConfig(**ODD_SIZE))
     hub = {}  # our tensors under the hub's names
-    for ours, theirs in weights.hub_names(vit, weights.SIGLIP_NAMES, "vision_model.").items():
+    for ours, theirs in plumbing.weights.hub_names(vit, plumbing.weights.SIGLIP_NAMES, "vision_model.").items():
         hub |= dict(zip(theirs, vit.get_parameter(ours).detach().chunk(len(theirs))))
     (tmp_path / "config.json").write_text(json.dumps(ODD_SIZE))
-    weights.write_safetensors(hub, tmp_path / "model.safetensors")
+    plumbing.weights.write_safetensors(hub, tmp_path / "model.safetensors")
     pixels = torch.randint(0, 256, (1, 3, 30, 30), dtype=torch.uint8)
     assert torch.equal(ViT.from_pretrained(tmp_path)(pixels), vit(pixels))
     name = "vision_model.encoder.layers.1.self_attn.v_proj.bias"
     for broken in ({n: t for n, t in hub.items() if n != name}, hub | {name: torch.zeros(7)},
                    hub | {"vision_model.new": torch.zeros(1)}):
-        weights.write_safetensors(broken, tmp_path / "model.safetensors")
+        plumbing.weights.write_safetensors(broken, tmp_path / "model.safetensors")
         assert fails(lambda: ViT.from_pretrained(tmp_path), tmp_path, "vision_model.")
 
 
@@ -1991,20 +2015,20 @@ MODES = {  # name: (picture, file format, options, colours expected left and rig
 @pytest.mark.parametrize("name", MODES)
 def test_every_image_mode_becomes_the_right_rgb(name):
     image, kind, options, left, right = MODES[name]
-    rgb = vision.load_image(saved(image, kind, **options))
+    rgb = plumbing.pictures.load_image(saved(image, kind, **options))
     assert (rgb.mode, rgb.size) == ("RGB", (2, 1))
     assert (rgb.getpixel((0, 0)), rgb.getpixel((1, 0))) == (left, right)
 
 
 def test_cmyk_jpeg_is_not_inverted():
-    rgb = vision.load_image(saved(Image.new("CMYK", (16, 16), (0, 255, 255, 0)), "JPEG", quality=100))
+    rgb = plumbing.pictures.load_image(saved(Image.new("CMYK", (16, 16), (0, 255, 255, 0)), "JPEG", quality=100))
     assert np.abs(np.array(rgb.getpixel((8, 8)), dtype=int) - RED).max() < 8
 
 
 def test_exif_orientation_is_honoured():
     image = of_mode("RGB", RED, BLUE)
     image.getexif()[0x0112] = 6  # the camera lay on its side: show it turned clockwise
-    upright = vision.load_image(saved(image, "PNG", exif=image.getexif()))
+    upright = plumbing.pictures.load_image(saved(image, "PNG", exif=image.getexif()))
     assert upright.size == (1, 2)
     assert (upright.getpixel((0, 0)), upright.getpixel((0, 1))) == (RED, BLUE)
 
@@ -2012,7 +2036,7 @@ def test_exif_orientation_is_honoured():
 def test_of_an_animation_the_first_frame_is_taken():
     frames = [Image.new("RGB", (4, 4), colour) for colour in (RED, BLUE, GREEN)]
     for kind in ("GIF", "PNG"):
-        rgb = vision.load_image(saved(frames[0], kind, save_all=True, append_images=frames[1:]))
+        rgb = plumbing.pictures.load_image(saved(frames[0], kind, save_all=True, append_images=frames[1:]))
         assert (rgb.mode, rgb.getpixel((0, 0))) == ("RGB", RED)
 
 
@@ -2036,10 +2060,10 @@ def test_an_unusable_image_is_one_line_that_names_it(tmp_path):
     for name, content in files.items():
         (tmp_path / name).write_bytes(content)
     for name in [*files, "missing.jpg", ""]:  # the last one is the folder itself
-        assert fails(lambda: vision.load_image(tmp_path / name), tmp_path / name)
+        assert fails(lambda: plumbing.pictures.load_image(tmp_path / name), tmp_path / name)
         if name in files:  # a picture from a zip has no path: its record gives it a name
-            assert fails(lambda: vision.load_image(io.BytesIO(files[name]), "cat 7"), "cat 7")
-    assert fails(lambda: vision.load_image(tmp_path / "huge.png"), "30000 x 30000", "smaller")
+            assert fails(lambda: plumbing.pictures.load_image(io.BytesIO(files[name]), "cat 7"), "cat 7")
+    assert fails(lambda: plumbing.pictures.load_image(tmp_path / "huge.png"), "30000 x 30000", "smaller")
 
 
 NOISE = Image.effect_noise((16, 16), 90).convert("RGB")
@@ -2055,7 +2079,7 @@ def test_a_corrupt_image_is_read_or_one_line_that_names_it(raw, changes, length)
     for place, value in changes:  # near the front, where the headers are
         raw[place] = value
     try:
-        assert vision.load_image(io.BytesIO(raw[:length]), "cat 7").mode == "RGB"
+        assert plumbing.pictures.load_image(io.BytesIO(raw[:length]), "cat 7").mode == "RGB"
     except ValueError as error:
         assert str(error).startswith("cat 7: ") and "\n" not in str(error)
 
@@ -2067,13 +2091,13 @@ def test_real_files_load_or_say_what_is_wrong():
     assert len(files) >= 20
     for path in files:
         if path.name.startswith("truncated"):
-            assert fails(lambda: vision.load_image(path), path)
+            assert fails(lambda: plumbing.pictures.load_image(path), path)
         else:
-            image = vision.load_image(path)
+            image = plumbing.pictures.load_image(path)
             assert image.mode == "RGB" and np.asarray(image).std() > 5  # not blank
-    hopper = np.asarray(vision.load_image(PHOTOS / "hopper.jpg"), dtype=float)
+    hopper = np.asarray(plumbing.pictures.load_image(PHOTOS / "hopper.jpg"), dtype=float)
     for name in ("hopper_orientation_3.jpg", "hopper_orientation_6.jpg"):
-        turned = np.asarray(vision.load_image(PHOTOS / name), dtype=float)
+        turned = np.asarray(plumbing.pictures.load_image(PHOTOS / name), dtype=float)
         assert np.abs(turned - hopper).mean() < 8, name  # JPEG loses a little at each saving
 
 
@@ -2160,13 +2184,13 @@ def test_an_image_is_found_wherever_llava_puts_it(tmp_path, place):
             file.writestr("__MACOSX/._a.png", b"junk")
             file.writestr(folder + "a.png", image_bytes())
             file.writestr(folder + "sub/b.png", image_bytes("blue"))
-    record, = data.read_records(write(tmp_path / "d.json", [llava()]))
+    record, = plumbing.recipes.read_records(write(tmp_path / "d.json", [llava()]))
     assert record["messages"] == [{"role": "user", "content": "<image>\nWhat colour?"},
                                   {"role": "assistant", "content": "red"}]
-    assert data.open_source(record["images"][0]).getpixel((0, 0)) == (255, 0, 0)
+    assert plumbing.pictures.open_source(record["images"][0]).getpixel((0, 0)) == (255, 0, 0)
     if not place.endswith(".png"):
-        record, = data.read_records(write(tmp_path / "d.json", [llava(["sub/b.png"])]))
-        assert data.open_source(record["images"][0]).getpixel((0, 0)) == (0, 0, 255)
+        record, = plumbing.recipes.read_records(write(tmp_path / "d.json", [llava(["sub/b.png"])]))
+        assert plumbing.pictures.open_source(record["images"][0]).getpixel((0, 0)) == (0, 0, 255)
 
 
 def test_every_layout_becomes_the_same_messages(tmp_path):
@@ -2176,22 +2200,22 @@ def test_every_layout_becomes_the_same_messages(tmp_path):
             {"conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]}]
     expected = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
     for path in (write(tmp_path / "d.json", rows), write(tmp_path / "d.jsonl", rows, lines=True)):
-        records = data.read_records(path)
+        records = plumbing.recipes.read_records(path)
         assert len(records) == 6 and all(r["messages"] == expected and r["images"] == [] for r in records)
         assert [r["id"] for r in records] == ["0", "1", "2", "3", "3", "4"]
-    with_input, = data.read_records(write(tmp_path / "i.json", [{"instruction": "q", "input": "x", "output": "a"}]))
+    with_input, = plumbing.recipes.read_records(write(tmp_path / "i.json", [{"instruction": "q", "input": "x", "output": "a"}]))
     assert with_input["messages"][0]["content"] == "q\n\nx"
 
 
 def test_a_unicode_line_separator_does_not_cut_a_json_line(tmp_path):
     (tmp_path / "d.jsonl").write_text('{"question": "a\u2028b", "answer": "c"}\n\n', encoding="utf-8")
-    assert data.read_records(tmp_path / "d.jsonl")[0]["messages"][0]["content"] == "a\u2028b"
+    assert plumbing.recipes.read_records(tmp_path / "d.jsonl")[0]["messages"][0]["content"] == "a\u2028b"
 
 
 def test_a_single_picture_without_marker_comes_first_and_scoring_keys_travel_along(tmp_path):
     (tmp_path / "a.png").write_bytes(image_bytes())
     path = write(tmp_path / "d.json", [llava(question="What?", kind="colour", answer="red", licence="x")])
-    record, = data.read_records(path)
+    record, = plumbing.recipes.read_records(path)
     assert record["messages"][0]["content"] == "<image>\nWhat?"
     assert record["kind"] == "colour" and "licence" not in record
 
@@ -2215,30 +2239,30 @@ def test_a_bad_record_is_named_with_file_index_id_and_problem(tmp_path):
             (llava(conversations=[{"from": "robot", "value": "q"}]), ["'robot'"]),
             (llava(None, answer=5), ["not text but 5", "in quotes"]),
             ({"id": "r1", "prompt": "q"}, ["missing key"])]:
-        assert fails(lambda: data.read_records(write(path, [good, bad])), path, "record 1", "'r1'", *parts)
-    assert fails(lambda: data.read_records(write(path, [good, "text"])), path, "record 1", "object")
+        assert fails(lambda: plumbing.recipes.read_records(write(path, [good, bad])), path, "record 1", "'r1'", *parts)
+    assert fails(lambda: plumbing.recipes.read_records(write(path, [good, "text"])), path, "record 1", "object")
 
 
 def test_an_unreadable_file_is_named_with_the_line(tmp_path):
     path = tmp_path / "d.json"
     for text in ("", "[]", "\n"):
         path.write_text(text)
-        assert fails(lambda: data.read_records(path), path, "empty")
+        assert fails(lambda: plumbing.recipes.read_records(path), path, "empty")
     path.write_text('[\n{"question": "q", "answer": "a"},\n{"question"')
-    assert fails(lambda: data.read_records(path), path, "line 3")
+    assert fails(lambda: plumbing.recipes.read_records(path), path, "line 3")
     (tmp_path / "d.jsonl").write_text('{"question": "q", "answer": "a"}\n{"question": \n')
-    assert fails(lambda: data.read_records(tmp_path / "d.jsonl"), "d.jsonl", "line 2")
+    assert fails(lambda: plumbing.recipes.read_records(tmp_path / "d.jsonl"), "d.jsonl", "line 2")
     (tmp_path / "d.jsonl").write_text(json.dumps({"data": [llava()]}, indent=1))  # over many lines, and no list
-    assert fails(lambda: data.read_records(tmp_path / "d.jsonl"), "d.jsonl", "line 1 (a line holds a whole record")
-    assert fails(lambda: data.read_records(tmp_path / "none.json"), "none.json")
-    assert fails(lambda: data.read_records(tmp_path / "d.doc"), "d.doc", "no such file")
+    assert fails(lambda: plumbing.recipes.read_records(tmp_path / "d.jsonl"), "d.jsonl", "line 1 (a line holds a whole record")
+    assert fails(lambda: plumbing.recipes.read_records(tmp_path / "none.json"), "none.json")
+    assert fails(lambda: plumbing.recipes.read_records(tmp_path / "d.doc"), "d.doc", "no such file")
     (tmp_path / "d.doc").write_text("a text")
-    assert fails(lambda: data.read_records(tmp_path / "d.doc"), "d.doc", "unknown kind")
-    assert fails(lambda: data.read_records(tmp_path / "d.parquet"), "d.parquet", "is it there")
+    assert fails(lambda: plumbing.recipes.read_records(tmp_path / "d.doc"), "d.doc", "unknown kind")
+    assert fails(lambda: plumbing.recipes.read_records(tmp_path / "d.parquet"), "d.parquet", "is it there")
     path.write_bytes(b'["\xff"]')
-    assert fails(lambda: data.read_records(path), path, "UTF-8")
+    assert fails(lambda: plumbing.recipes.read_records(path), path, "UTF-8")
     (tmp_path / "images.zip").write_bytes(b"PK not a zip")
-    assert fails(lambda: data.read_records(write(path, [llava()])), "images.zip")
+    assert fails(lambda: plumbing.recipes.read_records(write(path, [llava()])), "images.zip")
 
 
 def test_tsv_choice_questions_get_llavas_prompt_and_shared_pictures(tmp_path):
@@ -2247,18 +2271,18 @@ def test_tsv_choice_questions_get_llavas_prompt_and_shared_pictures(tmp_path):
              "answer": "B", "category": "animals"},
             {"index": 1000007, "image": "7", "hint": "", "question": "Which?", "A": "dog", "B": "cat", "C": "",
              "answer": "A", "category": "animals"}]
-    one, two = data.read_records(write_tsv(tmp_path / "MMBench_DEV_EN.tsv", rows))
+    one, two = plumbing.recipes.read_records(write_tsv(tmp_path / "MMBench_DEV_EN.tsv", rows))
     assert one["messages"][0]["content"] == ("<image>\nLook.\nWhich?\nA. cat\nB. dog\n"
                                              "Answer with the option's letter from the given choices directly.")
     assert one["messages"][1]["content"] == one["answer"] == "B" and one["metric"] == "choice"
     assert one["images"] == two["images"] == [image_bytes()] and one["kind"] == "animals"
     assert one["choices"] == {"A": "cat", "B": "dog"}
     path = write_tsv(tmp_path / "x.tsv", [{**rows[0], "answer": "D"}])
-    assert fails(lambda: data.read_records(path), path, "record 0", "'7'", "'D'")
+    assert fails(lambda: plumbing.recipes.read_records(path), path, "record 0", "'7'", "'D'")
     path = write_tsv(tmp_path / "x.tsv", rows[1:])
-    assert fails(lambda: data.read_records(path), path, "record 0", "image '7'")
+    assert fails(lambda: plumbing.recipes.read_records(path), path, "record 0", "image '7'")
     path = write_tsv(tmp_path / "x.tsv", [{key: rows[0][key] for key in ("index", "image", "question")}])
-    assert fails(lambda: data.read_records(path), path, "no column answer")
+    assert fails(lambda: plumbing.recipes.read_records(path), path, "no column answer")
 
 
 @pytest.mark.parametrize("name, answer, metric", [
@@ -2268,7 +2292,7 @@ def test_tsv_choice_questions_get_llavas_prompt_and_shared_pictures(tmp_path):
 def test_the_files_name_chooses_the_official_rule(tmp_path, name, answer, metric):
     image = base64.b64encode(os.urandom(200000)).decode()  # longer than csv's own limit of 128 KB
     rows = [{"index": 0, "image": image, "question": "q", "answer": answer}]
-    record, = data.read_records(write_tsv(tmp_path / f"{name}.tsv", rows))
+    record, = plumbing.recipes.read_records(write_tsv(tmp_path / f"{name}.tsv", rows))
     assert record["metric"] == metric
     assert record["answer"] == (eval(answer) if answer.endswith("]") else answer)
     assert record["messages"][0]["content"].endswith("q" if metric == "contains" else "word or phrase.")
@@ -2282,19 +2306,19 @@ def test_tar_shards_hold_captions_or_conversations(tmp_path):
             info = tarfile.TarInfo(name)
             info.size = len(content)
             tar.addfile(info, io.BytesIO(content))
-    one, two = data.read_records(tmp_path / "s.tar")
+    one, two = plumbing.recipes.read_records(tmp_path / "s.tar")
     assert one["id"] == "x/1" and one["messages"][1]["content"] == "A red square."
     assert one["messages"][0]["content"].startswith("<image>\n") and two["messages"][1]["content"] == "red"
-    assert data.open_source(two["images"][0]).size == (8, 8)
+    assert plumbing.pictures.open_source(two["images"][0]).size == (8, 8)
     (tmp_path / "bad.tar").write_bytes((tmp_path / "s.tar").read_bytes()[:700])
-    assert fails(lambda: data.read_records(tmp_path / "bad.tar"), "bad.tar")
+    assert fails(lambda: plumbing.recipes.read_records(tmp_path / "bad.tar"), "bad.tar")
     with tarfile.open(tmp_path / "mac.tar", "w") as tar:  # macOS packs a companion of each file
         for name, content in ("./._1.jpg", b"?"), ("./1.jpg", image_bytes()), ("./._1.txt", b"?"), ("./1.txt", b"Red."):
             add_to_tar(tar, name, content)
         add_to_tar(tar, "2.jpg", image_bytes())
-    record, = data.read_records(tmp_path / "mac.tar", max_bad=0.5)
+    record, = plumbing.recipes.read_records(tmp_path / "mac.tar", max_bad=0.5)
     assert record["messages"][1]["content"] == "Red."
-    assert fails(lambda: data.read_records(tmp_path / "mac.tar"), "record 1: 2: no 2.json or .txt next to it")
+    assert fails(lambda: plumbing.recipes.read_records(tmp_path / "mac.tar"), "record 1: 2: no 2.json or .txt next to it")
 
 
 def test_what_is_wrong_with_a_parquet_is_said_of_the_users_file(tmp_path, monkeypatch):
@@ -2303,27 +2327,27 @@ def test_what_is_wrong_with_a_parquet_is_said_of_the_users_file(tmp_path, monkey
     path, picture = tmp_path / "d.parquet", {"bytes": image_bytes(), "path": None}
     table = {"image": [picture, picture], "question": ["q", "q"], "answer": ["a", ""]}
     parquet.write_table(pyarrow.table(table), path)
-    assert fails(lambda: data.read_records(path), f"{path}, record 1", "empty")  # not of the .tar in the cache
+    assert fails(lambda: plumbing.recipes.read_records(path), f"{path}, record 1", "empty")  # not of the .tar in the cache
     monkeypatch.setenv("GHOSTVIS_CACHE", str(path))  # a disk that takes nothing
-    assert fails(lambda: data.read_records(path), path, "cannot be laid out", "GHOSTVIS_CACHE")
+    assert fails(lambda: plumbing.recipes.read_records(path), path, "cannot be laid out", "GHOSTVIS_CACHE")
     monkeypatch.setenv("GHOSTVIS_CACHE", str(tmp_path / "cache"))
     table["image"][0] = {"bytes": None, "path": "a.jpg"}  # without it this would train as a question about nothing
     parquet.write_table(pyarrow.table(table), path)
-    assert fails(lambda: data.read_records(path), f"{path}, record 0", "a.jpg", "only named")
+    assert fails(lambda: plumbing.recipes.read_records(path), f"{path}, record 0", "a.jpg", "only named")
 
 
 def test_text_is_cut_where_documents_end(tmp_path):
     path = tmp_path / "a.txt"
     path.write_text("one\n\nstill one\n<|endoftext|>\ntwo<|endoftext|>three\n")
-    assert list(data.read_text(path)) == ["one\n\nstill one", "two", "three"]
+    assert list(plumbing.text.read_text(path)) == ["one\n\nstill one", "two", "three"]
     paragraphs = [f"{number} " + "word " * 300 for number in range(20)]
     path.write_text("\n\n".join(paragraphs))
-    documents = list(data.read_text(path))
+    documents = list(plumbing.text.read_text(path))
     assert all(1500 < len(one) < 8000 for one in documents)
     assert "".join("".join(documents).split()) == "".join("".join(paragraphs).split())
     assert all(one.split()[0].isdigit() for one in documents)  # cut between paragraphs only
     path.write_text("caption\n" * 10000)
-    assert max(map(len, data.read_text(path))) < 17000
+    assert max(map(len, plumbing.text.read_text(path))) < 17000
 
 
 def test_text_comes_from_json_gzip_and_folders(tmp_path):
@@ -2331,20 +2355,20 @@ def test_text_comes_from_json_gzip_and_folders(tmp_path):
     with gzip.open(tmp_path / "b.json.gz", "wt") as file:  # as C4: lines, in spite of the name
         file.write('{"text": "three", "url": "u"}\n{"text": "four"}\n')
     write(tmp_path / "c.jsonl", [{"text": "five"}], lines=True)
-    assert list(data.read_text(tmp_path)) == ["one", "two", "three", "four", "five"]
+    assert list(plumbing.text.read_text(tmp_path)) == ["one", "two", "three", "four", "five"]
     (tmp_path / "c.jsonl").write_text('{"txt": "five"}\n')
-    assert fails(lambda: list(data.read_text(tmp_path / "c.jsonl")), "c.jsonl", "record 0")
+    assert fails(lambda: list(plumbing.text.read_text(tmp_path / "c.jsonl")), "c.jsonl", "record 0")
     (tmp_path / "b.json.gz").write_bytes((tmp_path / "b.json.gz").read_bytes()[:30])
-    assert fails(lambda: list(data.read_text(tmp_path / "b.json.gz")), "b.json.gz", "complete")
+    assert fails(lambda: list(plumbing.text.read_text(tmp_path / "b.json.gz")), "b.json.gz", "complete")
     (tmp_path / "e.txt").write_text(" \n")
-    assert fails(lambda: list(data.read_text(tmp_path / "e.txt")), "e.txt", "empty")
-    assert fails(lambda: list(data.read_text(tmp_path / "none.txt")), "none.txt")
+    assert fails(lambda: list(plumbing.text.read_text(tmp_path / "e.txt")), "e.txt", "empty")
+    assert fails(lambda: list(plumbing.text.read_text(tmp_path / "none.txt")), "none.txt")
     (tmp_path / "void").mkdir()
-    assert fails(lambda: list(data.read_text(tmp_path / "void")), "void")
+    assert fails(lambda: list(plumbing.text.read_text(tmp_path / "void")), "void")
     (tmp_path / "void" / ".kept").mkdir()
     for name in "._a.txt", ".kept/a.txt", "a.txt":  # macOS's companion of a file, an editor's copy
         (tmp_path / "void" / name).write_bytes(b"six" if name == "a.txt" else b"\xff")
-    assert list(data.read_text(tmp_path / "void")) == ["six"]
+    assert list(plumbing.text.read_text(tmp_path / "void")) == ["six"]
     (tmp_path / "void" / "a.txt").write_bytes(b"\xff")  # the error is about this file, not about pictures
     assert fails(lambda: data.tokenizer_texts(str(tmp_path / "void"), 0), "void/a.txt", "UTF-8")
 
@@ -2359,8 +2383,8 @@ def test_a_mixture_names_files_and_weights():
 
 def split(rows: list[dict], *options, **more):
     "data.split_by_image of records that lie in no file."
-    keys = [data.hash_keys(row) for row in rows]
-    return data.split_by_image(data.Records(rows.__getitem__, np.arange(len(rows))[:, None], np.array(
+    keys = [plumbing.records.hash_keys(row) for row in rows]
+    return data.split_by_image(plumbing.records.Records(rows.__getitem__, np.arange(len(rows))[:, None], np.array(
         sum(keys, []), np.uint64), np.array([len(one) for one in keys])), *options, **more)
 
 
@@ -2393,8 +2417,8 @@ def test_equal_bytes_under_two_names_in_a_zip_are_one_picture(tmp_path):
     with zipfile.ZipFile(tmp_path / "images.zip", "w") as file:
         for name in "ab":
             file.writestr(f"{name}.png", image_bytes())
-    one, two = data.read_records(write(tmp_path / "d.json", [llava("a.png"), llava("b.png")]))
-    assert data.picture_key(one["images"][0]) == data.picture_key(two["images"][0])
+    one, two = plumbing.recipes.read_records(write(tmp_path / "d.json", [llava("a.png"), llava("b.png")]))
+    assert plumbing.pictures.picture_key(one["images"][0]) == plumbing.pictures.picture_key(two["images"][0])
 
 
 # The same four conversations, in every container.
@@ -2477,14 +2501,14 @@ def test_the_same_conversations_come_out_of_every_container(tmp_path, monkeypatc
     monkeypatch.setenv("GHOSTVIS_CACHE", str(tmp_path / "cache"))
     spec = build(tmp_path, kind)
     for _ in range(2):  # the second time out of the cache, where there is one
-        records = data.read_records(spec)
+        records = plumbing.recipes.read_records(spec)
         assert [record["id"] for record in records] == list(COLOURS_4)
         for record, (name, colour) in zip(records, COLOURS_4.items()):
             assert record["messages"] == [{"role": "user", "content": "<image>\nWhat colour?"},
                                           {"role": "assistant", "content": name}]
-            assert data.open_source(record["images"][0]).getpixel((0, 0)) == colour
+            assert plumbing.pictures.open_source(record["images"][0]).getpixel((0, 0)) == colour
         assert len(data.split_by_image(records, 0.5)[1]) == 2
-        one, = data.read_records(spec + "@0.25")
+        one, = plumbing.recipes.read_records(spec + "@0.25")
         assert one["id"] in COLOURS_4
 
 
@@ -2492,12 +2516,12 @@ def test_a_folder_per_class_and_captions_in_a_listing_are_read(tmp_path):
     for name, colour in COLOURS_4.items():
         (tmp_path / "classes" / name).mkdir(parents=True)
         (tmp_path / "classes" / name / "1.JPG").write_bytes(image_bytes(colour, "JPEG"))
-    records = data.read_records(tmp_path / "classes")
+    records = plumbing.recipes.read_records(tmp_path / "classes")
     assert [r["messages"][1]["content"] for r in records] == sorted(COLOURS_4)
     assert records[0]["messages"][0]["content"] == "<image>\nWhat is this?"
     (tmp_path / "a.png").write_bytes(image_bytes())
     write(tmp_path / "metadata.jsonl", [{"file_name": "a.png", "text": "A red square."}], lines=True)
-    record, = data.read_records(tmp_path)
+    record, = plumbing.recipes.read_records(tmp_path)
     assert record["messages"][0]["content"] == "<image>\nDescribe the image."
     assert record["messages"][1]["content"] == "A red square."
     (tmp_path / "LICENSE.txt").write_text("My own.")
@@ -2509,13 +2533,13 @@ def test_of_a_folder_of_pictures_nothing_is_left_out_in_silence_but_hidden_files
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_bytes(image_bytes())
     (tmp_path / "notes.txt").write_text("A note.")
-    assert [record["id"] for record in data.read_records(tmp_path)] == ["cat/1.png", "dog/1.JFIF"]
+    assert [record["id"] for record in plumbing.recipes.read_records(tmp_path)] == ["cat/1.png", "dog/1.JFIF"]
     assert run("data", f"--data={tmp_path}").result["images"] == 2  # it is no text
     (tmp_path / "cat" / "IMG_1.HEIC").write_bytes(b"x")  # as iPhones write them
-    assert fails(lambda: data.read_records(tmp_path), "cat/IMG_1.HEIC", "convert it")
+    assert fails(lambda: plumbing.recipes.read_records(tmp_path), "cat/IMG_1.HEIC", "convert it")
     (tmp_path / "cat" / "2024").mkdir()
     (tmp_path / "cat" / "IMG_1.HEIC").rename(tmp_path / "cat" / "2024" / "2.png")
-    assert fails(lambda: data.read_records(tmp_path), "cat/2024/2.png", "move it up to cat/")
+    assert fails(lambda: plumbing.recipes.read_records(tmp_path), "cat/2024/2.png", "move it up to cat/")
 
 
 @pytest.mark.parametrize("name,problem", [
@@ -2525,7 +2549,7 @@ def test_data_that_are_not_there_are_not_called_an_empty_file(tmp_path, name, pr
     for folder in tmp_path / "flat", tmp_path / "llava" / "images":
         folder.mkdir(parents=True)
         (folder / "1.png").write_bytes(image_bytes())
-    assert fails(lambda: data.read_records(name if "world" in name else tmp_path / name), name.split("@")[0], problem)
+    assert fails(lambda: plumbing.recipes.read_records(name if "world" in name else tmp_path / name), name.split("@")[0], problem)
 
 
 def nested(depth: int = 200_000) -> str:
@@ -2585,9 +2609,9 @@ def test_a_hostile_record_is_refused_in_one_line_that_names_it(tmp_path, name):
     text = row if isinstance(row, str) else json.dumps(row)
     for file, content in ("d.jsonl", json.dumps(CHAT) + "\n" + text), ("d.json", f"[{json.dumps(CHAT)},\n{text}]"):
         (folder / file).write_text(content)
-        line = fails(lambda: data.read_records(folder / file), folder / file, part)
+        line = fails(lambda: plumbing.recipes.read_records(folder / file), folder / file, part)
         assert len(line) < 1000 and re.search("record 1|line 2", line)
-    records = data.read_records(folder / "d.jsonl", max_bad=0.5)  # the others go on
+    records = plumbing.recipes.read_records(folder / "d.jsonl", max_bad=0.5)  # the others go on
     assert [record["id"] for record in records] == ["r1"] and len(records.bad) == 1
 
 
@@ -2601,25 +2625,25 @@ def test_a_hostile_tar_is_refused_by_name(tmp_path, fields, part):
         add_to_tar(tar, "1.jpg", image_bytes())
         add_to_tar(tar, "1.txt", b"red")
         add_to_tar(tar, "2.jpg", b"", **fields)
-    assert fails(lambda: data.read_records(tmp_path / "s.tar"), tmp_path / "s.tar", part)
+    assert fails(lambda: plumbing.recipes.read_records(tmp_path / "s.tar"), tmp_path / "s.tar", part)
 
 
 def test_compressed_tars_and_zip_bombs_are_refused(tmp_path, monkeypatch):
     with tarfile.open(tmp_path / "s.tar", "w:gz") as tar:
         add_to_tar(tar, "1.txt", b"red")
-    assert fails(lambda: data.read_records(tmp_path / "s.tar"), "s.tar", "cannot be read")
-    monkeypatch.setattr(data, "MAX_PICTURE", 10 ** 6)
+    assert fails(lambda: plumbing.recipes.read_records(tmp_path / "s.tar"), "s.tar", "cannot be read")
+    monkeypatch.setattr(plumbing.pictures, "MAX_PICTURE", 10 ** 6)
     with zipfile.ZipFile(tmp_path / "images.zip", "w", zipfile.ZIP_DEFLATED) as file:
         file.writestr("a.png", b"\0" * 10 ** 7)  # 10 KB in the zip
-    record, = data.read_records(write(tmp_path / "d.json", [llava()]))
-    assert fails(lambda: data.open_source(record["images"][0]), "a.png in", "10,000,000 bytes")
+    record, = plumbing.recipes.read_records(write(tmp_path / "d.json", [llava()]))
+    assert fails(lambda: plumbing.pictures.open_source(record["images"][0]), "a.png in", "10,000,000 bytes")
 
 
 def test_of_thousands_of_frames_only_the_first_is_decoded(tmp_path):
     frames = [Image.new("P", (300, 300), i % 200) for i in range(3000)]
     frames[0].save(tmp_path / "a.gif", save_all=True, append_images=frames[1:])
     started = time.time()
-    assert data.open_source(str(tmp_path / "a.gif")).size == (300, 300) and time.time() - started < 0.5
+    assert plumbing.pictures.open_source(str(tmp_path / "a.gif")).size == (300, 300) and time.time() - started < 0.5
 
 
 def test_all_bad_records_are_listed_not_only_the_first(tmp_path):
@@ -2628,31 +2652,31 @@ def test_all_bad_records_are_listed_not_only_the_first(tmp_path):
     lines = [line for line in ran.out.splitlines() if line.startswith("bad: ")]
     assert ran.code == 1 and len(lines) == 20 and all(f"record {i} " in " ".join(lines) for i in range(30) if i % 3)
     assert ran.result["bad"] == 20 and ran.result["records"] == 10
-    assert fails(lambda: data.read_records(tmp_path / "d.json"), "record 1 ", "19 more")
+    assert fails(lambda: plumbing.recipes.read_records(tmp_path / "d.json"), "record 1 ", "19 more")
     write(tmp_path / "d.json", [row for row in rows if isinstance(row["answer"], int)])
-    assert fails(lambda: data.read_records(tmp_path / "d.json", max_bad=1.0), "all of its 20 records are bad")
+    assert fails(lambda: plumbing.recipes.read_records(tmp_path / "d.json", max_bad=1.0), "all of its 20 records are bad")
 
 
 def test_a_list_of_any_layout_is_read_block_by_block(tmp_path, monkeypatch):
     rows = [{"id": i, "question": "q\u00e9\u2028\U0001f600 " * (i % 40), "answer": f'"{i}" [x], {{y}}'}
             for i in range(300)]
     for block, indent, ascii_only in itertools.product((50, 1000, 10 ** 6), (None, 2), (True, False)):
-        monkeypatch.setattr(data, "BLOCK", block)
+        monkeypatch.setattr(plumbing.formats, "BLOCK", block)
         path = tmp_path / "d.json"
         path.write_text("\n " + json.dumps(rows, indent=indent, ensure_ascii=ascii_only) + "\n", encoding="utf-8-sig")
-        found = list(data.read_json_rows(str(path)))
+        found = list(plumbing.formats.read_json_rows(str(path)))
         assert [row for _, _, row in found] == rows
         raw = path.read_bytes()
         assert all(json.loads(raw[start:end]) == row for start, end, row in found)
         path.write_bytes(raw[:len(raw) - 40])
-        assert fails(lambda: data.read_records(path), path)
+        assert fails(lambda: plumbing.recipes.read_records(path), path)
 
 
 def test_a_caption_written_by_a_windows_editor_begins_with_its_first_letter(tmp_path):
     with tarfile.open(tmp_path / "a.tar", "w") as tar:
         add_to_tar(tar, "1.png", image_bytes())
         add_to_tar(tar, "1.txt", "Müller".encode("utf-8-sig"))
-    assert data.read_records(tmp_path / "a.tar")[0]["messages"][1]["content"] == "Müller"
+    assert plumbing.recipes.read_records(tmp_path / "a.tar")[0]["messages"][1]["content"] == "Müller"
 
 
 @pytest.mark.parametrize("ours, theirs", [("NFC", "NFD"), ("NFD", "NFC")])
@@ -2661,41 +2685,41 @@ def test_a_picture_is_found_in_both_spellings_of_its_umlaut(tmp_path, ours, thei
     with zipfile.ZipFile(tmp_path / "images.zip", "w") as file:
         file.writestr(f"z/{name}", image_bytes("blue"))
     path = write(tmp_path / "d.json", [llava(unicodedata.normalize(ours, name))])
-    assert data.open_source(data.read_records(path)[0]["images"][0]).getpixel((0, 0)) == (0, 0, 255)
+    assert plumbing.pictures.open_source(plumbing.recipes.read_records(path)[0]["images"][0]).getpixel((0, 0)) == (0, 0, 255)
     (tmp_path / "images.zip").unlink()
     (tmp_path / name).parent.mkdir()
     (tmp_path / name).write_bytes(image_bytes())
-    assert data.open_source(data.read_records(path)[0]["images"][0]).getpixel((0, 0)) == (255, 0, 0)
+    assert plumbing.pictures.open_source(plumbing.recipes.read_records(path)[0]["images"][0]).getpixel((0, 0)) == (255, 0, 0)
 
 
 def test_the_index_of_a_file_is_kept_until_the_file_changes(tmp_path, monkeypatch):
     monkeypatch.setenv("GHOSTVIS_CACHE", str(tmp_path / "cache"))
     clock = iter(range(0, 10 ** 6, 10))
-    monkeypatch.setattr(data.time, "time", lambda: next(clock))  # as if reading took 10 seconds
+    monkeypatch.setattr(plumbing.formats.time, "time", lambda: next(clock))  # as if reading took 10 seconds
     path = write(tmp_path / "d.json", [CHAT | {"id": i} for i in range(50)])
-    first = data.read_records(path)
+    first = plumbing.recipes.read_records(path)
     kept, = (tmp_path / "cache" / "index").iterdir()
     read = []
-    original = data.read_json_rows
-    monkeypatch.setattr(data, "read_json_rows", lambda path: read.append(path) or original(path))
-    again = data.read_records(path)
+    original = plumbing.formats.read_json_rows
+    monkeypatch.setattr(plumbing.formats, "read_json_rows", lambda path: read.append(path) or original(path))
+    again = plumbing.recipes.read_records(path)
     assert not read and list(again) == list(first) and (again.keys == first.keys).all()
     write(path, [CHAT | {"id": i} for i in range(51)])
-    assert len(data.read_records(path)) == 51 and read
+    assert len(plumbing.recipes.read_records(path)) == 51 and read
     kept, = {*kept.parent.iterdir()} - {kept}
     for content in b"damaged", b"":  # empty: after a power cut
         kept.write_bytes(content)
-        assert len(data.read_records(path)) == 51
+        assert len(plumbing.recipes.read_records(path)) == 51
 
 
 def test_a_picture_that_goes_after_the_index_was_made_is_left_out_and_named(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("GHOSTVIS_CACHE", str(tmp_path / "cache"))
     clock = iter(range(0, 10 ** 6, 10))
-    monkeypatch.setattr(data.time, "time", lambda: next(clock))  # as if reading took 10 seconds
+    monkeypatch.setattr(plumbing.formats.time, "time", lambda: next(clock))  # as if reading took 10 seconds
     for i in range(40):
         (tmp_path / f"{i}.png").write_bytes(image_bytes())
     path = write(tmp_path / "d.json", [llava(f"{i}.png", id=str(i)) for i in range(40)])
-    flags = str(path), world.World("chat"), {}, 0, 40
+    flags = str(path), plumbing.world.World("chat"), {}, 0, 40
     held = data.load_data(*flags)[1]["held_out"]
     trained = min({str(i) for i in range(40)} - {record["id"] for record in held})
     for gone in trained, held[0]["id"]:
@@ -2728,26 +2752,26 @@ def test_of_small_sets_a_fifth_is_held_out_and_the_counts_are_said(tmp_path, cap
 
 
 def test_the_reader_knows_every_scoring_rule():
-    assert set(data.METRICS) == set(train_sft.RULES) | {"vqa", "choice"}
+    assert set(plumbing.records.METRICS) == set(plumbing.scoring.RULES) | {"vqa", "choice"}
 
 
 def test_a_long_text_is_cut_into_the_same_pieces_from_memory_and_from_the_disk(tmp_path, monkeypatch):
     monkeypatch.setenv("GHOSTVIS_CACHE", str(tmp_path / "cache"))
     (tmp_path / "a.txt").write_text("<|endoftext|>".join("a red cat " * (1 + i % 30) for i in range(300)))
     encode = tokenizer().encode
-    small = data.read_text_records(tmp_path / "a.txt", encode, 300, 16)
-    monkeypatch.setattr(data, "BLOCK", 100)
-    large = data.read_text_records(tmp_path / "a.txt", encode, 300, 16)
-    again = data.read_text_records(tmp_path / "a.txt", encode, 300, 16)
+    small = plumbing.text.read_text_records(tmp_path / "a.txt", encode, 300, 16)
+    monkeypatch.setattr(plumbing.text, "BLOCK", 100)
+    large = plumbing.text.read_text_records(tmp_path / "a.txt", encode, 300, 16)
+    again = plumbing.text.read_text_records(tmp_path / "a.txt", encode, 300, 16)
     kept = list((tmp_path / "cache" / "tokens").iterdir())
     assert len(kept) == 2 and list(small) == list(large) == list(again)
     for file, spoil in itertools.product(kept, (Path.unlink, lambda file: os.truncate(file, 8))):
         spoil(file)  # the cache was cleaned, or the power went
-        assert list(data.read_text_records(tmp_path / "a.txt", encode, 300, 16)) == list(small)
+        assert list(plumbing.text.read_text_records(tmp_path / "a.txt", encode, 300, 16)) == list(small)
     monkeypatch.setenv("GHOSTVIS_CACHE", str(tmp_path / "a.txt"))  # a disk that takes nothing
-    assert fails(lambda: data.read_text_records(tmp_path / "a.txt", encode, 300, 16), "a.txt", "GHOSTVIS_CACHE")
+    assert fails(lambda: plumbing.text.read_text_records(tmp_path / "a.txt", encode, 300, 16), "a.txt", "GHOSTVIS_CACHE")
     expected = []
-    for number, text in enumerate(data.read_text(tmp_path / "a.txt")):
+    for number, text in enumerate(plumbing.text.read_text(tmp_path / "a.txt")):
         ids = encode(text) + [300]
         expected += [ids[at:at + 17] for at in range(0, len(ids) - 1, 16)]
     assert [record["ids"] for record in small] == expected
@@ -2763,26 +2787,26 @@ def test_a_long_text_is_cut_into_the_same_pieces_from_memory_and_from_the_disk(t
     ("sft_text/gsm8k_1500.jsonl", 1500), ("sft_text/instruction_data_1100.json", 1100),
     ("sft_text/self_instruct_seed_tasks.json", 175)])
 def test_the_shared_sets_are_read_without_loss(name, count):
-    records = data.read_records(DATA / name)
+    records = plumbing.recipes.read_records(DATA / name)
     if not name.endswith("jsonl"):
         assert len(records) == len(json.loads((DATA / name).read_text()))
     assert count in (None, len(records))
     if records[0]["images"]:
         for record in records[::max(1, len(records) // 50)]:
-            data.open_source(record["images"][0])
+            plumbing.pictures.open_source(record["images"][0])
         train, held = data.split_by_image(records)
-        keys = [{data.picture_key(image) for r in side for image in r["images"]} for side in (train, held)]
+        keys = [{plumbing.pictures.picture_key(image) for r in side for image in r["images"]} for side in (train, held)]
         assert train and 0 < len(held) <= 500 and not keys[0] & keys[1]
 
 
 @needs_shared
 def test_the_shared_texts_are_read_without_loss():
     text = (DATA / "text" / "tinyshakespeare.txt").read_text()
-    documents = list(data.read_text(DATA / "text" / "tinyshakespeare.txt"))
+    documents = list(plumbing.text.read_text(DATA / "text" / "tinyshakespeare.txt"))
     assert "".join("".join(documents).split()) == "".join(text.split()) and max(map(len, documents)) < 8000
-    assert len(list(data.read_text(DATA / "text" / "books_train.jsonl"))) == 8
-    assert len(list(data.read_text(DATA / "text" / "books_val.jsonl"))) == 1
-    captions = "\n".join(data.read_text(DATA / "text" / "coco_captions_val2017.txt"))
+    assert len(list(plumbing.text.read_text(DATA / "text" / "books_train.jsonl"))) == 8
+    assert len(list(plumbing.text.read_text(DATA / "text" / "books_val.jsonl"))) == 1
+    captions = "\n".join(plumbing.text.read_text(DATA / "text" / "coco_captions_val2017.txt"))
     assert captions.count("\n") + 1 == 24834
 
 
@@ -2847,8 +2871,8 @@ def web(tmp_path, monkeypatch):
     monkeypatch.setenv("GHOSTVIS_CACHE", str(tmp_path / "cache"))
     for variable in ("HF_HUB_OFFLINE", "http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY"):
         monkeypatch.delenv(variable, raising=False)
-    monkeypatch.setattr(weights, "BACKOFF", 0.01)
-    monkeypatch.setattr(weights, "TIMEOUT", (2, 0.5))
+    monkeypatch.setattr(plumbing.hub, "BACKOFF", 0.01)
+    monkeypatch.setattr(plumbing.hub, "TIMEOUT", (2, 0.5))
     server = Web()
     yield server
     server.released.set()
@@ -2859,27 +2883,27 @@ def web(tmp_path, monkeypatch):
 def test_pictures_named_by_urls_are_fetched_when_they_are_used_and_only_once(web, tmp_path):
     web.files["/a.png"] = image_bytes()
     rows = [llava(f"{web.url}/a.png"), llava(f"{web.url}/none.png", id="r2")]
-    one, two = data.read_records(write(tmp_path / "d.json", rows))
+    one, two = plumbing.recipes.read_records(write(tmp_path / "d.json", rows))
     assert not web.log
     web.faults = ["break", "503", "stall"]
     for _ in range(2):
-        assert data.open_source(one["images"][0]).getpixel((0, 0)) == (255, 0, 0)
+        assert plumbing.pictures.open_source(one["images"][0]).getpixel((0, 0)) == (255, 0, 0)
     assert len(web.log) == 4  # three failures, and the one that succeeded
-    assert fails(lambda: data.open_source(two["images"][0]), "/none.png", "404")
+    assert fails(lambda: plumbing.pictures.open_source(two["images"][0]), "/none.png", "404")
     web.faults = ["503"] * 9
     web.files["/b.png"] = image_bytes()
-    assert fails(lambda: data.open_source(f"{web.url}/b.png"), "/b.png", "503", "5 times")
+    assert fails(lambda: plumbing.pictures.open_source(f"{web.url}/b.png"), "/b.png", "503", "5 times")
     web.faults = []
     web.files["/big.png"] = b"\0" * 5000
-    assert fails(lambda: weights.fetch_url(f"{web.url}/big.png", tmp_path / "c", 4000, bytes), "4,000 bytes")
+    assert fails(lambda: plumbing.pictures.fetch_picture(f"{web.url}/big.png", tmp_path / "c", 4000, bytes), "4,000 bytes")
     web.redirects = {"/there.png": "/a.png", "/circle.png": "/circle.png"}
-    assert data.open_source(f"{web.url}/there.png").getpixel((0, 0)) == (255, 0, 0)
+    assert plumbing.pictures.open_source(f"{web.url}/there.png").getpixel((0, 0)) == (255, 0, 0)
     web.files["/later.png"] = b"<html>please log in</html>"
-    assert fails(lambda: data.open_source(f"{web.url}/later.png"), "/later.png", "not a readable image")
+    assert fails(lambda: plumbing.pictures.open_source(f"{web.url}/later.png"), "/later.png", "not a readable image")
     web.files["/later.png"] = image_bytes()  # the page was not kept in the picture's place
-    assert data.open_source(f"{web.url}/later.png").getpixel((0, 0)) == (255, 0, 0)
+    assert plumbing.pictures.open_source(f"{web.url}/later.png").getpixel((0, 0)) == (255, 0, 0)
     for url in f"{web.url}/circle.png", "http://[::1/a.png", "http:///a.png":
-        assert fails(lambda: data.open_source(url), url)
+        assert fails(lambda: plumbing.pictures.open_source(url), url)
 
 
 def test_a_file_of_records_and_tar_shards_come_from_a_url(web, tmp_path):
@@ -2887,13 +2911,13 @@ def test_a_file_of_records_and_tar_shards_come_from_a_url(web, tmp_path):
     for path in tmp_path.glob("s-*.tar"):
         web.files[f"/x/{path.name}"] = path.read_bytes()
     web.faults = ["break", "stall"]
-    records = data.read_records(f"{web.url}/x/s-{{000..001}}.tar")
-    assert [r["messages"] for r in records] == [r["messages"] for r in data.read_records(spec)]
+    records = plumbing.recipes.read_records(f"{web.url}/x/s-{{000..001}}.tar")
+    assert [r["messages"] for r in records] == [r["messages"] for r in plumbing.recipes.read_records(spec)]
     asked = len(web.log)
-    assert len(data.read_records(f"{web.url}/x/s-{{000..001}}.tar")) == 4 and len(web.log) == asked  # from the cache
+    assert len(plumbing.recipes.read_records(f"{web.url}/x/s-{{000..001}}.tar")) == 4 and len(web.log) == asked  # from the cache
     assert data.parse_mixture(f"{web.url}/a.jsonl:2,{web.url}/b.jsonl,C:\\a.json") == [
         (f"{web.url}/a.jsonl", 2), (f"{web.url}/b.jsonl", 1), ("C:\\a.json", 1)]
-    assert fails(lambda: data.read_records(f"{web.url}/none.json"), "none.json", "404")
+    assert fails(lambda: plumbing.recipes.read_records(f"{web.url}/none.json"), "none.json", "404")
 
 
 def test_what_follows_the_question_mark_of_an_address_reaches_the_server(web, tmp_path, capsys):
@@ -2902,11 +2926,11 @@ def test_what_follows_the_question_mark_of_an_address_reaches_the_server(web, tm
         web.files[f"/d{number}.jsonl?end=9:30Z&sig=secret"] = json.dumps(CHAT | {"id": str(number)}).encode()
     spec = f"{web.url}/d{{0..1}}.jsonl?end=9:30Z&sig=secret"
     assert data.parse_mixture(f"{spec},{spec}:2") == [(spec, 1), (spec, 2)]
-    assert [record["id"] for record in data.read_records(spec)] == ["0", "1"]
+    assert [record["id"] for record in plumbing.recipes.read_records(spec)] == ["0", "1"]
     assert {method for method, _ in web.log} == {"GET"} and "secret" not in capsys.readouterr().err
     asked = len(web.log)
-    assert len(data.read_records(spec)) == 2 and len(web.log) == asked  # from the cache
-    assert fails(lambda: data.read_records(f"{web.url}/d0.jsonl?sig=other"), "d0.jsonl", "404")  # no copy
+    assert len(plumbing.recipes.read_records(spec)) == 2 and len(web.log) == asked  # from the cache
+    assert fails(lambda: plumbing.recipes.read_records(f"{web.url}/d0.jsonl?sig=other"), "d0.jsonl", "404")  # no copy
 
 
 def test_a_recipe_says_its_size_and_licence_and_is_checked_by_its_hash(web, monkeypatch, capsys):
@@ -2914,18 +2938,18 @@ def test_a_recipe_says_its_size_and_licence_and_is_checked_by_its_hash(web, monk
     content = "".join(json.dumps(row) + "\n" for row in rows).encode()
     recipe = {"stage": "rl", "about": "8 sums", "licence": "MIT, of course", "rows": "gsm8k", "hub": web.url,
               "revision": "", "files": {"t.jsonl": [len(content), hashlib.md5(content).hexdigest()]}}
-    monkeypatch.setitem(data.RECIPES, "sums", recipe)
+    monkeypatch.setitem(plumbing.recipes.RECIPES, "sums", recipe)
     web.files["/t.jsonl"] = content
     web.faults = ["lie"]
-    assert fails(lambda: data.read_records("sums"), "t.jsonl", "expected", "run again")
-    records = data.read_records("sums")
+    assert fails(lambda: plumbing.recipes.read_records("sums"), "t.jsonl", "expected", "run again")
+    records = plumbing.recipes.read_records("sums")
     said = capsys.readouterr().err
     assert "MIT, of course" in said and " MB  t.jsonl" in said and "python data.py --download=sums" in said
     assert [r["messages"][1]["content"] for r in records] == [f"100{i}" for i in range(8)]
     assert records[0]["metric"] == "exact"
-    assert len(data.read_records("sums@0.25")) == 2
+    assert len(plumbing.recipes.read_records("sums@0.25")) == 2
     web.files["/t.jsonl"] = content + b"x"  # another file now, but ours is here
-    assert len(data.read_records("sums")) == 8
+    assert len(plumbing.recipes.read_records("sums")) == 8
 
 
 def test_a_recipe_whose_server_is_gone_comes_from_its_mirror_with_the_same_hash(hub, monkeypatch, capsys):
@@ -2933,15 +2957,15 @@ def test_a_recipe_whose_server_is_gone_comes_from_its_mirror_with_the_same_hash(
     hub.large, hub.files["Org/Mirror"] = ("jsonl",), {"t.jsonl": content}
     recipe = {"stage": "rl", "about": "a sum", "licence": "MIT", "rows": "gsm8k", "hub": "http://127.0.0.1:9/gone",
               "revision": "", "files": {"t.jsonl": [len(content), hashlib.md5(content).hexdigest()]}}
-    monkeypatch.setitem(data.RECIPES, "sums", recipe)
-    assert fails(lambda: data.read_records("sums"), "127.0.0.1:9", "5 times")
-    monkeypatch.setitem(data.RECIPES, "sums", recipe | {"mirror": f"Org/Mirror@{COMMIT}"})
-    assert len(data.read_records("sums")) == 1 and "trying its mirror, Org/Mirror" in capsys.readouterr().err
-    (file,), asked = data.locate("sums")[0], len(hub.log)
-    assert len(data.read_records("sums")) == 1 and len(hub.log) == asked  # from the cache
+    monkeypatch.setitem(plumbing.recipes.RECIPES, "sums", recipe)
+    assert fails(lambda: plumbing.recipes.read_records("sums"), "127.0.0.1:9", "5 times")
+    monkeypatch.setitem(plumbing.recipes.RECIPES, "sums", recipe | {"mirror": f"Org/Mirror@{COMMIT}"})
+    assert len(plumbing.recipes.read_records("sums")) == 1 and "trying its mirror, Org/Mirror" in capsys.readouterr().err
+    (file,), asked = plumbing.recipes.locate("sums")[0], len(hub.log)
+    assert len(plumbing.recipes.read_records("sums")) == 1 and len(hub.log) == asked  # from the cache
     shutil.rmtree(Path(file).parent)
     hub.files["Org/Mirror"]["t.jsonl"] = content.replace(b"2", b"3")  # of the same size, but another file
-    assert fails(lambda: data.read_records("sums"), "t.jsonl", "expected", hashlib.md5(content).hexdigest())
+    assert fails(lambda: plumbing.recipes.read_records("sums"), "t.jsonl", "expected", hashlib.md5(content).hexdigest())
 
 
 def test_a_recipes_pictures_come_from_where_it_says(web, monkeypatch, tmp_path):
@@ -2950,12 +2974,12 @@ def test_a_recipes_pictures_come_from_where_it_says(web, monkeypatch, tmp_path):
     with zipfile.ZipFile(tmp_path / "images.zip", "w") as file:
         file.writestr("VG/b.png", image_bytes("blue"))
     web.files["/vg/images.zip"] = (tmp_path / "images.zip").read_bytes()
-    monkeypatch.setitem(data.RECIPES, "mix", {
+    monkeypatch.setitem(plumbing.recipes.RECIPES, "mix", {
         "stage": "sft", "about": "", "licence": "", "hub": web.url, "revision": "", "files": {"d.json": [None, None]},
         "images": {"coco/": f"{web.url}/", "vg/": f"{web.url}/vg/images.zip"}})
-    one, two = data.read_records("mix")
-    assert data.open_source(one["images"][0]).getpixel((0, 0)) == (255, 0, 0)
-    assert data.open_source(two["images"][0]).getpixel((0, 0)) == (0, 0, 255)
+    one, two = plumbing.recipes.read_records("mix")
+    assert plumbing.pictures.open_source(one["images"][0]).getpixel((0, 0)) == (255, 0, 0)
+    assert plumbing.pictures.open_source(two["images"][0]).getpixel((0, 0)) == (0, 0, 255)
 
 
 def test_rows_of_public_sets_become_questions_that_can_be_scored(tmp_path):
@@ -2964,26 +2988,26 @@ def test_rows_of_public_sets_become_questions_that_can_be_scored(tmp_path):
                                                  "question_id": 7}]))
         file.writestr("CLEVR_v1.0/scenes/CLEVR_train_scenes.json", json.dumps(
             {"scenes": [{"image_filename": "CLEVR_train_000000.png", "objects": [{}, {}, {}]}]}))
-    row, = (data.benchmark_row(*parts) for parts in data.recipe_rows("tallyqa", str(tmp_path / "t.zip")))
+    row, = (plumbing.formats.benchmark_row(*parts) for parts in plumbing.recipes.recipe_rows("tallyqa", str(tmp_path / "t.zip")))
     assert (row["answer"], row["images"], row["metric"]) == ("2", "VG_100K/1.jpg", "exact")
-    row, = (data.benchmark_row(*parts) for parts in data.recipe_rows("clevr", str(tmp_path / "t.zip")))
+    row, = (plumbing.formats.benchmark_row(*parts) for parts in plumbing.recipes.recipe_rows("clevr", str(tmp_path / "t.zip")))
     assert (row["answer"], row["images"]) == ("3", "images/train/CLEVR_train_000000.png")
     with tarfile.open(tmp_path / "a.tar.gz", "w:gz") as tar:
         add_to_tar(tar, "aokvqa_v1p0_train.json", json.dumps([
             {"image_id": 299207, "question": "What?", "question_id": "x", "choices": ["nine", "two"],
              "correct_choice_idx": 1}]).encode())
-    row, = (data.benchmark_row(*parts) for parts in data.recipe_rows("aokvqa", str(tmp_path / "a.tar.gz")))
+    row, = (plumbing.formats.benchmark_row(*parts) for parts in plumbing.recipes.recipe_rows("aokvqa", str(tmp_path / "a.tar.gz")))
     assert (row["answer"], row["images"], row["choices"]) == ("B", "000000299207.jpg", {"A": "nine", "B": "two"})
 
 
 def test_the_table_of_recipes_is_complete():
-    for name, recipe in data.RECIPES.items():
+    for name, recipe in plumbing.recipes.RECIPES.items():
         assert recipe["stage"] in ("base", "align", "sft", "rl", "benchmark") and recipe["licence"] and recipe["about"]
         assert recipe["hub"].startswith(("datasets/", "https://")) and recipe["files"], name
         assert recipe.get("rows", "gsm8k") in ("tallyqa", "aokvqa", "clevr", "gsm8k")
         for size, digest in recipe["files"].values():
             assert digest is None or len(digest) in (32, 64) and int(digest, 16)
-    assert {n for n, r in data.RECIPES.items() if r["stage"] != "benchmark"} == {
+    assert {n for n, r in plumbing.recipes.RECIPES.items() if r["stage"] != "benchmark"} == {
         "tinystories", "c4", "llava-pretrain", "cc3m-595k", "llava-instruct-150k", "llava-mix665k", "clevr-count",
         "tallyqa", "a-okvqa", "gsm8k"}
 
@@ -3057,8 +3081,8 @@ def test_a_mixture_keeps_its_proportions():
 
 def test_load_data_holds_out_new_scenes_and_new_pairs_or_a_share_of_a_file(tmp_path):
     def load(spec, **options):
-        exams = {split: world.World("exam", split, seed=1) for split in ("scenes", "pairs")}
-        return data.load_data(spec, world.World("chat"), exams, 0, 20, **options)
+        exams = {split: plumbing.world.World("exam", split, seed=1) for split in ("scenes", "pairs")}
+        return data.load_data(spec, plumbing.world.World("chat"), exams, 0, 20, **options)
     train, held = load("world")
     assert set(held) == {"scenes", "pairs"} and all(len(records) == 20 for records in held.values())
     assert all("kind" in record for record in held["pairs"]) and "messages" in train[0]
@@ -3091,7 +3115,7 @@ def test_long_documents_wait_but_all_are_seen():
 
 def test_records_that_waited_when_a_run_stopped_may_have_changed_when_it_is_resumed():
     def convert(record, index):
-        data.require(index != 1, "its picture is gone")
+        plumbing.files.require(index != 1, "its picture is gone")
         return None if index == 2 else document([index] * 4, index=index)  # now it is too long
 
     records = plain_records(60)
@@ -3113,7 +3137,7 @@ def test_a_loader_goes_on_from_its_state_bit_for_bit():
     vlm = tiny_vlm()
 
     def make(state=None):
-        return data.Loader(world.World("chat", seed=3), lambda record, i: render(record, i, vlm, 400),
+        return data.Loader(plumbing.world.World("chat", seed=3), lambda record, i: render(record, i, vlm, 400),
                            data.pixel_loader(vlm.config.vision), 2, 400, 4, micro_batch=1, micro_batches=2, state=state)
     loader = make()
     for _ in range(3):
@@ -3139,7 +3163,7 @@ def picture_records(n: int, broken=()) -> list[dict]:
 
 def test_the_batches_are_the_same_for_any_number_of_workers_and_from_any_state():
     broken = range(0, 40, 3)
-    dataset = data.Mixture([(data.Shuffled(picture_records(40, broken), 0), 1), (world.World("chat"), 1)], len(broken))
+    dataset = data.Mixture([(data.Shuffled(picture_records(40, broken), 0), 1), (plumbing.world.World("chat"), 1)], len(broken))
     plain = loader_of(dataset)
     expected, states = [], []
     for _ in range(9):
@@ -3177,6 +3201,7 @@ def test_a_workers_death_names_its_record(tmp_path):
 import os, signal, sys
 sys.path.insert(0, sys.argv[1])
 import data, test_all
+from plumbing.flags import run
 def make(record, index):
     if index == 100:
         os.kill(os.getpid(), signal.SIGKILL)
@@ -3185,7 +3210,7 @@ def main():
     loader = data.Loader(test_all.plain_records(1000), make, None, 2, 16, 4, workers=2)
     while True:
         next(loader)
-data.run(main)
+run(main)
 """
     ran = subprocess.run([sys.executable, "-c", code, str(HERE)], capture_output=True, text=True, timeout=120)
     assert ran.returncode == 1 and ran.stderr.count("\n") == 1, ran.stderr
@@ -3380,8 +3405,8 @@ def save_onevision(folder: Path, tied: bool = True, layer: int = -1, old_names: 
     if old_names:
         path = folder / "model.safetensors"
         tensors = {n.replace("vision_tower.", "vision_tower.vision_model."): t.clone()
-                   for n, t in weights.read_safetensors(path).items()}
-        weights.write_safetensors(tensors, path, {"format": "pt"})
+                   for n, t in plumbing.weights.read_safetensors(path).items()}
+        plumbing.weights.write_safetensors(tensors, path, {"format": "pt"})
     return reference
 
 
@@ -3488,7 +3513,7 @@ def test_tiles_cover_a_picture_of_any_shape(width, height):
 def published_size(tensors: dict[str, torch.Tensor]) -> int:
     "Bytes of the safetensors file that holds these, as Hugging Face writes it: names in order, one dtype."
     header, offset = {"__metadata__": {"format": "pt"}}, 0
-    names = {dtype: name for name, dtype in weights.DTYPES.items()}
+    names = {dtype: name for name, dtype in plumbing.weights.DTYPES.items()}
     for name in sorted(tensors):
         tensor = tensors[name]
         end = offset + tensor.numel() * tensor.element_size()
@@ -3508,16 +3533,16 @@ def in_dtype(tensors: dict, dtype: torch.dtype) -> dict:
 def test_qwen_presets_ask_for_the_published_file_to_the_byte(name, size):
     with torch.device("meta"):
         gpt = GPT(model.PRESETS[name].decoder)
-    assert published_size(in_dtype(sample.hub_tensors(gpt, weights.QWEN_NAMES), torch.bfloat16)) == size
-    assert size in [f[0] for f in weights.REPOSITORIES[name].files.values()]
+    assert published_size(in_dtype(extras.export.hub_tensors(gpt, plumbing.weights.QWEN_NAMES), torch.bfloat16)) == size
+    assert size in [f[0] for f in plumbing.hub.REPOSITORIES[name].files.values()]
 
 
 def test_the_qwen_3b_preset_asks_for_the_published_bytes():
     # Two shards: 6,171,877,376 bytes of tensors, as the index says, and two headers.
     with torch.device("meta"):
-        tensors = sample.hub_tensors(GPT(model.PRESETS["qwen2.5-3b"].decoder), weights.QWEN_NAMES)
+        tensors = extras.export.hub_tensors(GPT(model.PRESETS["qwen2.5-3b"].decoder), plumbing.weights.QWEN_NAMES)
     assert len(tensors) == 434 and sum(2 * t.numel() for t in tensors.values()) == 6_171_877_376
-    shards = [f[0] for name, f in weights.REPOSITORIES["qwen2.5-3b"].files.items() if name.endswith(".safetensors")]
+    shards = [f[0] for name, f in plumbing.hub.REPOSITORIES["qwen2.5-3b"].files.items() if name.endswith(".safetensors")]
     assert shards == [3_968_658_944, 2_203_268_048] and 0 < sum(shards) - 6_171_877_376 < 100_000
 
 
@@ -3536,7 +3561,7 @@ def siglip_tensors(config: ViTConfig, words: int, length: int) -> dict[str, torc
         "vision_model.head.attention.out_proj.bias", "vision_model.head.layernorm.weight",
         "vision_model.head.layernorm.bias", "vision_model.head.mlp.fc2.bias")}
     with torch.device("meta"):
-        tensors = sample.hub_tensors(ViT(config), weights.SIGLIP_NAMES, "vision_model.")
+        tensors = extras.export.hub_tensors(ViT(config), plumbing.weights.SIGLIP_NAMES, "vision_model.")
         tensors |= {"text_model." + name.removeprefix("vision_model."): tensor for name, tensor in tensors.items()
                     if ".layers." in name}  # the text tower's blocks have the same form
         return tensors | {name: torch.empty(shape) for name, shape in shapes.items()}
@@ -3549,12 +3574,12 @@ def siglip_tensors(config: ViTConfig, words: int, length: int) -> dict[str, torc
 def test_siglip_presets_ask_for_the_published_file_to_the_byte(name, words, length, size):
     tensors = siglip_tensors(vision.SIGLIP[name], words, length)
     assert published_size(tensors) == size
-    assert weights.REPOSITORIES[name].files["model.safetensors"][0] in (size, None)
+    assert plumbing.hub.REPOSITORIES[name].files["model.safetensors"][0] in (size, None)
 
 
 def test_the_onevision_preset_asks_for_the_published_file_to_the_byte():
     with torch.device("meta"):
-        tensors = in_dtype(sample.hub_tensors(VLM(model.preset("llava-ov-0.5b")), weights.LLAVA_NAMES), torch.float16)
+        tensors = in_dtype(extras.export.hub_tensors(VLM(model.preset("llava-ov-0.5b")), plumbing.weights.LLAVA_NAMES), torch.float16)
     assert len(tensors) == 716 and published_size(tensors) == 1_787_445_680
 
 
@@ -3701,7 +3726,7 @@ def test_cached_decoding_equals_uncached():
     lengths = torch.tensor([10, 3, 7])  # each row goes on where its prompt ends; what lies behind that is not seen
     with torch.no_grad():
         whole = gpt.hidden(gpt.embed(ids))
-        kv, rows = model.take_cache(vlm, 3, 24)[0], torch.arange(3)[:, None]
+        kv, rows = plumbing.engine.take_cache(vlm, 3, 24)[0], torch.arange(3)[:, None]
         columns = torch.arange(10).expand(3, 10)
         for S in (0, 16):  # without and with a mask
             first = gpt.hidden(gpt.embed(ids[:, :10]), columns, cache=model.layer_caches(kv, rows, columns, S))
@@ -3714,15 +3739,15 @@ def test_cached_decoding_equals_uncached():
 
 
 def test_one_row_decodes_alike_when_compiled():
-    # A single row has attention of its own then, written out for the compiler.
+    # A single row has attention of its own then, written as sums. "eager": as the compiler sees it, but not compiled.
     gpt = tiny_vlm().gpt
     kvs = [torch.randn(2, 2, 1, 2, 16, 8, generator=torch.Generator().manual_seed(0)) for _ in range(2)]
     x, block, column = torch.randn(1, 1, 32), gpt.blocks[0], torch.tensor([[5]])
-    rope = model.rope_table(column, gpt.config)
+    rope, compiled = model.rope_table(column, gpt.config), torch.compile(model.Block.forward, backend="eager")
     with torch.no_grad():
         layers = [model.layer_caches(kv, torch.zeros_like(column), column, 12)[0] for kv in kvs]
-        plain, written_out = block(x, rope, None, layers[0]), model.one_row_block(block, x, rope, None, layers[1])
-    assert far(written_out, plain) < 1e-5 and torch.equal(*kvs)
+        plain, as_sums = block(x, rope, None, layers[0]), compiled(block, x, rope, None, layers[1])
+    assert not torch.equal(as_sums, plain) and far(as_sums, plain) < 1e-5 and torch.equal(*kvs)
 
 
 def test_generation_equals_reading_everything_anew_for_each_token():
@@ -3806,25 +3831,25 @@ def test_a_wrong_number_of_images_is_one_line():
 def test_respond_gives_the_text_without_special_tokens():
     vlm = tiny_vlm()
     pixels = [[picture(i) for i in c["images"]] for c in RAGGED]
-    texts = model.respond(vlm, tokenizer(), [c["messages"] for c in RAGGED], pixels, max_new_tokens=8)
+    texts = plumbing.engine.respond(vlm, tokenizer(), [c["messages"] for c in RAGGED], pixels, max_new_tokens=8)
     assert len(texts) == 5 and not any("<|" in text for text in texts)
-    assert texts[2] == model.respond(vlm, tokenizer(), [RAGGED[2]["messages"]], pixels[2:3], max_new_tokens=8)[0]
+    assert texts[2] == plumbing.engine.respond(vlm, tokenizer(), [RAGGED[2]["messages"]], pixels[2:3], max_new_tokens=8)[0]
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # model.py: the engine
 
-def request(vlm: VLM, number: int, **more) -> model.Request:
+def request(vlm: VLM, number: int, **more) -> plumbing.engine.Request:
     "One of the ragged prompts, with options and a length of its own."
     chat = RAGGED[number % 5]
     options = [{}, {"temperature": 0.9, "top_k": 30}, {"repetition_penalty": 1.3}, {"temperature": 1.2}][number % 4]
-    return model.Request(prompts(vlm, [chat])[0], [picture(i) for i in chat["images"]],
+    return plumbing.engine.Request(prompts(vlm, [chat])[0], [picture(i) for i in chat["images"]],
                          **{"max_new_tokens": 5 + number, "seed": number, **options, **more})
 
 
 def logits_of(vlm: VLM, requests: list, rows: int, joins=lambda step: 99) -> list:
     "Runs them, joins(step) more of them before each step -> for each the logits that its tokens were chosen from."
-    engine, waiting, seen = model.Engine(vlm, rows=rows, width=160), list(requests), {r: [] for r in requests}
+    engine, waiting, seen = plumbing.engine.Engine(vlm, rows=rows, width=160), list(requests), {r: [] for r in requests}
     choose = engine.choose
 
     def watched(B):
@@ -3853,7 +3878,7 @@ def test_a_request_is_the_same_bit_for_bit_alone_and_among_others_that_join_and_
 
 def test_a_finished_row_is_free_at_once_and_a_cancelled_one_too():
     vlm = tiny_vlm()
-    engine, requests = model.Engine(vlm, rows=4, width=64), [request(vlm, 0, max_new_tokens=n) for n in (1, 9, 9, 9, 9)]
+    engine, requests = plumbing.engine.Engine(vlm, rows=4, width=64), [request(vlm, 0, max_new_tokens=n) for n in (1, 9, 9, 9, 9)]
     for r in requests:
         engine.submit(r)
     assert engine.step() == requests[:1] and len(engine.running) == 3 and len(engine.waiting) == 1
@@ -3876,28 +3901,28 @@ def test_a_conversation_that_goes_on_is_not_read_again_and_answered_alike():
     turns = chat_model("<image>what is this?", "a red cat", "and <image>this?", "a blue dog", "one two", images=[1, 2])
     images, parts = [picture(1), picture(2)], [turns["messages"][:n] for n in (1, 3, 5)]
     asked = [tokenizer().render(part, 4, add_generation_prompt=True) for part in parts]
-    engine, shown = model.Engine(vlm, rows=4, width=256), (1, 2, 2)
+    engine, shown = plumbing.engine.Engine(vlm, rows=4, width=256), (1, 2, 2)
     for i, (prompt, n) in enumerate(zip(asked, shown)):
-        again = model.Request(prompt, images[:n], max_new_tokens=8)
-        fresh = model.Request(prompt, images[:n], max_new_tokens=8)
+        again = plumbing.engine.Request(prompt, images[:n], max_new_tokens=8)
+        fresh = plumbing.engine.Request(prompt, images[:n], max_new_tokens=8)
         other = request(vlm, i, max_new_tokens=3)  # someone else, in between
         engine.submit(again), engine.submit(other)
         list(engine.run())
-        assert torch.equal(*(logits_of(vlm, [model.Request(prompt, images[:n], max_new_tokens=8)], 1)[0]
+        assert torch.equal(*(logits_of(vlm, [plumbing.engine.Request(prompt, images[:n], max_new_tokens=8)], 1)[0]
                              for _ in range(2)))
-        list(model.Engine(vlm, [fresh]).run())
+        list(plumbing.engine.Engine(vlm, [fresh]).run())
         assert again.answer == fresh.answer
         # all but what the last answer and the new question add
         assert again.reused == (len(asked[i - 1].ids) if i else 0) and not fresh.reused
     # The start of another conversation keeps its own row, and an edited turn goes on from what is equal.
-    edited = model.Request(tokenizer().render([*parts[1][:2], {"role": "user", "content": "a dog?"}], 4, True),
+    edited = plumbing.engine.Request(tokenizer().render([*parts[1][:2], {"role": "user", "content": "a dog?"}], 4, True),
                            images[:1], max_new_tokens=8)
     engine.submit(edited)
     list(engine.run())
     assert len(asked[0].ids) <= edited.reused < len(edited.prompt.ids)
     assert edited.answer == say(vlm, [edited.prompt], [1], max_new_tokens=8)[0]
     # Another picture in the same place is another conversation.
-    swapped = model.Request(asked[0], [picture(9)], max_new_tokens=8)
+    swapped = plumbing.engine.Request(asked[0], [picture(9)], max_new_tokens=8)
     engine.submit(swapped)
     list(engine.run())
     assert swapped.reused <= asked[0].slots[0] and swapped.answer == say(vlm, [asked[0]], [9], max_new_tokens=8)[0]
@@ -3905,33 +3930,33 @@ def test_a_conversation_that_goes_on_is_not_read_again_and_answered_alike():
 
 def test_continued_logits_equal_fresh_ones_bit_for_bit():
     vlm = tiny_vlm()
-    engine = model.Engine(vlm, rows=2, width=128)
+    engine = plumbing.engine.Engine(vlm, rows=2, width=128)
     for n in (12, 29, 60):  # one prompt, ever longer
-        r = model.Request(Rendered(list(range(n)), [0] * n, []), max_new_tokens=1)
+        r = plumbing.engine.Request(Rendered(list(range(n)), [0] * n, []), max_new_tokens=1)
         engine.submit(r)
         with torch.no_grad():
             engine.admit()
         seen = [engine.logits[next(iter(engine.running))].clone()]
         engine.step()
-        fresh = logits_of(vlm, [model.Request(r.prompt, max_new_tokens=1)], 1)[0][0]
+        fresh = logits_of(vlm, [plumbing.engine.Request(r.prompt, max_new_tokens=1)], 1)[0][0]
         assert torch.equal(seen[0], fresh) and r.reused == {12: 0, 29: 12, 60: 29}[n]
 
 
 def test_a_picture_seen_before_is_not_encoded_again():
     vlm, seen = tiny_vlm(), []
     vlm.vit.register_forward_hook(lambda module, inputs, out: seen.append(len(inputs[0])))
-    engine = model.Engine(vlm, rows=4, width=64)
+    engine = plumbing.engine.Engine(vlm, rows=4, width=64)
     for numbers in ([1], [1], [2, 1], [2, 1]):
         words = " ".join("<image>" for _ in numbers) + "one two"[:len(seen)]
         prompt = tokenizer().render([{"role": "user", "content": words}], 4, add_generation_prompt=True)
-        engine.submit(model.Request(prompt, [picture(i) for i in numbers], max_new_tokens=2))
+        engine.submit(plumbing.engine.Request(prompt, [picture(i) for i in numbers], max_new_tokens=2))
         list(engine.run())
     assert len(seen) == 2
     engine.pictures.SIZE = 1  # the oldest goes
     engine.pictures([picture(1)])
-    assert list(engine.pictures.known) == [vision.digest(picture(1))] and len(seen) == 2
+    assert list(engine.pictures.known) == [plumbing.engine.digest(picture(1))] and len(seen) == 2
     a, b = (vision.Tiles(torch.zeros(3, 3, 2, 2, dtype=torch.uint8), *shape, 7, 7) for shape in ((1, 2), (2, 1)))
-    assert vision.digest(a) != vision.digest(b)
+    assert plumbing.engine.digest(a) != plumbing.engine.digest(b)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -3942,13 +3967,13 @@ def test_products_in_float8_are_near_the_exact_ones_whatever_the_size(size):
     torch.manual_seed(0)
     x, w, grad = (torch.randn(*shape, dtype=torch.bfloat16) * size for shape in ((48, 64), (32, 64), (48, 32)))
     x.requires_grad_(), w.requires_grad_()
-    y = model.Float8Product.apply(x, w)
+    y = plumbing.linear.Float8Product.apply(x, w)
     y.backward(grad)
     # A fraction of 3 bits is off by up to 1/16, of 2 bits by up to 1/8; sums of many are off by less.
     for ours, exact, most in ((y, x.float() @ w.float().t(), 0.05), (x.grad, grad.float() @ w.float(), 0.08),
                               (w.grad, grad.float().t() @ x.float(), 0.08)):
         assert ours.dtype == torch.bfloat16 and far(ours.detach().float(), exact.detach()) < most
-    zeros = model.Float8Product.apply(torch.zeros(16, 64, dtype=torch.bfloat16), w)
+    zeros = plumbing.linear.Float8Product.apply(torch.zeros(16, 64, dtype=torch.bfloat16), w)
     assert (zeros == 0).all()  # not 0 / 0
 
 
@@ -3976,14 +4001,14 @@ def test_lora_adds_nothing_at_first_and_then_learns_alone():
     before = vlm(batch).item()
     vlm.add_lora(4)
     assert vlm(batch).item() == before
-    params = training.freeze_all_but(vlm, ["decoder"])
+    params = train_base.freeze_all_but(vlm, ["decoder"])
     assert params and all(".lora_" in name for name in params)
     assert sum(p.numel() for p in params.values()) == 4 * sum(
-        sum(linear.weight.shape) for linear in vlm.modules() if isinstance(linear, model.LoRALinear))
+        sum(linear.weight.shape) for linear in vlm.modules() if isinstance(linear, plumbing.linear.LoRALinear))
     kept = {name: p.detach().clone() for name, p in vlm.named_parameters()}
-    optimizer = training.Optimizer(params, "adamw", 0.01)
+    optimizer = plumbing.optimizer.Optimizer(params, "adamw", 0.01)
     for _ in range(2):  # a moves from the second step on: at first b, all zeros, hides it
-        training.train_step(vlm, [batch], training.count_supervised([batch], setup()), optimizer, setup(), 1.0)
+        train_base.train_step(vlm, [batch], train_base.count_supervised([batch], setup()), optimizer, setup(), 1.0)
     for name, p in vlm.named_parameters():
         assert torch.equal(p, kept[name]) == (name not in params), name
     assert vlm(batch).item() < before
@@ -3993,12 +4018,12 @@ def test_lora_goes_through_checkpoints_and_is_merged_on_export(tmp_path):
     vlm = tiny_vlm("mlp")
     vlm.add_lora(3)
     shake(vlm)
-    training.save_checkpoint(tmp_path / "lora", vlm, tokenizer())
+    plumbing.checkpoints.save_checkpoint(tmp_path / "lora", vlm, tokenizer())
     again, ids = model.load_checkpoint(tmp_path / "lora"), torch.arange(20)[None]
     assert again.config.lora_rank == 3 and torch.equal(again.gpt(ids), vlm.gpt(ids))
-    sample.export(tmp_path / "hf", vlm, tokenizer(), decoder_only=True, dtype=torch.float32)
+    extras.export.export(tmp_path / "hf", vlm, tokenizer(), decoder_only=True, dtype=torch.float32)
     plain = GPT.from_pretrained(tmp_path / "hf")
-    assert not any(isinstance(m, model.LoRALinear) for m in plain.modules())
+    assert not any(isinstance(m, plumbing.linear.LoRALinear) for m in plain.modules())
     assert far(plain(ids), vlm.gpt(ids)) < 1e-5
 
 
@@ -4032,7 +4057,7 @@ def test_lora_and_activation_checkpointing_through_the_chapters(trained, tmp_pat
 # training.py: steps and the optimizer
 
 def step(vlm: VLM, batches: list[dict], optimizer) -> float:
-    return training.train_step(vlm, batches, training.count_supervised(batches, setup()), optimizer, setup(), 1.0)
+    return train_base.train_step(vlm, batches, train_base.count_supervised(batches, setup()), optimizer, setup(), 1.0)
 
 
 STAGES = {"base": ["decoder"], "align": ["bridge", "vit"], "align_pretrained": ["bridge"],
@@ -4043,10 +4068,10 @@ STAGES = {"base": ["decoder"], "align": ["bridge", "vit"], "align_pretrained": [
 @pytest.mark.parametrize("stage", STAGES)
 def test_frozen_parts_stay_and_trained_parts_learn(stage, kind):
     vlm = tiny_vlm(tied=False)
-    params = training.freeze_all_but(vlm, STAGES[stage])
+    params = train_base.freeze_all_but(vlm, STAGES[stage])
     assert {name.split(".")[0].replace("gpt", "decoder") for name in params} == set(STAGES[stage])
     before = {name: p.detach().clone() for name, p in vlm.named_parameters()}
-    step(vlm, [batch_of(vlm, documents(vlm))], training.Optimizer(params, kind, 1e-3))
+    step(vlm, [batch_of(vlm, documents(vlm))], plumbing.optimizer.Optimizer(params, kind, 1e-3))
     for name, p in vlm.named_parameters():
         assert torch.equal(p, before[name]) == (name not in params), name
         assert p.grad is None  # a frozen one has none at all, a trained one's is used up
@@ -4065,7 +4090,7 @@ def test_micro_batches_give_the_gradient_of_one_large_batch():
     large["cu_seqlens"], large["records"] = torch.zeros(0), []  # for a GPU; here the mask is used
     large["pixels"] = torch.cat([b["pixels"] for b in batches if b["pixels"] is not None])
     large["image_index"] = torch.cat([b["image_index"] + n for b, n in zip(batches, shift)])
-    params, gradients, losses = training.freeze_all_but(vlm, ["vit", "bridge", "decoder"]), [], []
+    params, gradients, losses = train_base.freeze_all_but(vlm, ["vit", "bridge", "decoder"]), [], []
     keep = SimpleNamespace(step=lambda scale: None, params=params)  # leaves the gradients where they are
     for parts in (batches, [large]):
         vlm.zero_grad()
@@ -4077,8 +4102,8 @@ def test_micro_batches_give_the_gradient_of_one_large_batch():
 
 def test_loss_falls_on_a_batch_seen_again_and_again():
     vlm = tiny_vlm()
-    params, batch = training.freeze_all_but(vlm, ["vit", "bridge", "decoder"]), batch_of(vlm, documents(vlm))
-    optimizer = training.Optimizer(params, "muon", 5e-3)
+    params, batch = train_base.freeze_all_but(vlm, ["vit", "bridge", "decoder"]), batch_of(vlm, documents(vlm))
+    optimizer = plumbing.optimizer.Optimizer(params, "muon", 5e-3)
     losses = [step(vlm, [batch], optimizer) for _ in range(30)]
     assert losses[-1] < 0.2 * losses[0]
 
@@ -4087,7 +4112,7 @@ def test_loss_falls_on_a_batch_seen_again_and_again():
 def test_orthogonalize_makes_all_directions_about_equally_strong(shape):
     torch.manual_seed(0)
     g = torch.randn(shape) * torch.tensor([1e-4, 1.0, 1e3])[:shape[0], None, None]  # a gradient's size must not matter
-    out = training.orthogonalize(g)
+    out = plumbing.optimizer.orthogonalize(g)
     assert out.shape == g.shape and out.dtype == g.dtype
     u, s, v = torch.linalg.svd(g, full_matrices=False)
     values = torch.linalg.svdvals(out)
@@ -4098,9 +4123,9 @@ def test_orthogonalize_makes_all_directions_about_equally_strong(shape):
 
 def test_a_pretrained_vit_stays_frozen_whatever_a_chapter_asks_for():
     vlm = tiny_vlm()
-    assert any(name.startswith("vit.") for name in training.freeze_all_but(vlm, ["bridge", "decoder", "vit"]))
+    assert any(name.startswith("vit.") for name in train_base.freeze_all_but(vlm, ["bridge", "decoder", "vit"]))
     vlm.config.pretrained_vision = True
-    params = training.freeze_all_but(vlm, ["bridge", "decoder", "vit"])
+    params = train_base.freeze_all_but(vlm, ["bridge", "decoder", "vit"])
     assert params and not any(name.startswith("vit.") for name in params)
     assert not vlm.vit.patch.weight.requires_grad
 
@@ -4110,16 +4135,16 @@ def test_query_key_and_value_get_updates_of_one_size_whatever_their_gradients():
     # 8 query rows, 4 key rows and 4 value rows of width 8, in one matrix; the value's gradient is 10,000 times larger
     p = torch.nn.Parameter(torch.zeros(16, 8))
     p.grad = torch.randn(16, 8) * torch.tensor([1e-4] * 12 + [1.0] * 4)[:, None]
-    training.Optimizer({"blocks.0.attention.qkv.weight": p}, "muon", 1.0).step(1.0)
+    plumbing.optimizer.Optimizer({"blocks.0.attention.qkv.weight": p}, "muon", 1.0).step(1.0)
     query, key, value = (part.detach().square().mean().sqrt() for part in p.split([8, 4, 4]))
     assert 0.7 < key / value < 1.4 and 0.7 < query / value < 2  # a square matrix of rank 8 has larger entries
-    assert training.row_blocks("blocks.0.mlp.down.weight", p) == [16]
+    assert plumbing.optimizer.row_blocks("blocks.0.mlp.down.weight", p) == [16]
 
 
 def test_the_batch_that_chapter_4_tries_memory_with_is_full():
     import train_rl
     vlm, flags = tiny_vlm(), argparse.Namespace(seq_len=256, max_new_tokens=12)
-    batch = train_rl.full_batch(3, world.World("exam"), flags, vlm, tokenizer(), data.BadRecords(0))
+    batch = train_rl.full_batch(3, plumbing.world.World("exam"), flags, vlm, tokenizer(), data.BadRecords(0))
     assert batch["ids"].shape == (3, 256) and (batch["document_ids"] > 0).float().mean() > 0.6  # bytes: long questions
     documents = len(batch["image_index"])
     assert documents >= 3 and len(batch["pixels"]) == documents  # each with a picture of its own
@@ -4140,12 +4165,12 @@ def test_the_gain_of_questions_asked_twice_and_its_interval():
 def test_rehearsal_gives_every_kind_of_question_its_share():
     import train_rl
     kinds = Counter(train_rl.with_rehearsal(["number", "relation"], 0.25))
-    assert kinds == {kind: 16 if kind in ("number", "relation") else 1 for kind in world.QUESTIONS}  # 10 of 40
+    assert kinds == {kind: 16 if kind in ("number", "relation") else 1 for kind in plumbing.world.QUESTIONS}  # 10 of 40
     assert train_rl.with_rehearsal(["number"], 0) == ["number"] and train_rl.with_rehearsal([], 0.25) == []
 
 
 def test_one_ranks_ctrl_c_is_heard_by_all():
-    interrupt = training.Interrupt()
+    interrupt = plumbing.log.Interrupt()
     interrupt.close()
     setup = argparse.Namespace(loaders=[], failure=None, all_reduce=lambda value: value + 0.0)
     assert not interrupt.requested(setup)
@@ -4156,15 +4181,15 @@ def test_one_ranks_ctrl_c_is_heard_by_all():
 @pytest.mark.parametrize("kind", ["muon", "adamw"])
 def test_an_optimizer_that_was_saved_goes_on_bit_for_bit(tmp_path, kind):
     one = tiny_vlm()
-    params, batch = training.freeze_all_but(one, ["bridge", "decoder"]), batch_of(one, documents(one))
-    optimizer = training.Optimizer(params, kind, 3e-3)
+    params, batch = train_base.freeze_all_but(one, ["bridge", "decoder"]), batch_of(one, documents(one))
+    optimizer = plumbing.optimizer.Optimizer(params, kind, 3e-3)
     for _ in range(2):
         step(one, [batch], optimizer)
-    weights.write_safetensors(optimizer.state()[0], tmp_path / "o.safetensors")
+    plumbing.weights.write_safetensors(optimizer.state()[0], tmp_path / "o.safetensors")
     two = tiny_vlm(seed=9)
     two.load_state_dict(one.state_dict())
-    params_two = training.freeze_all_but(two, ["bridge", "decoder"])
-    again = training.Optimizer(params_two, kind, 3e-3, weights.read_safetensors(tmp_path / "o.safetensors"))
+    params_two = train_base.freeze_all_but(two, ["bridge", "decoder"])
+    again = plumbing.optimizer.Optimizer(params_two, kind, 3e-3, plumbing.weights.read_safetensors(tmp_path / "o.safetensors"))
     for _ in range(3):
         assert step(one, [batch], optimizer) == step(two, [batch], again)
     assert all(torch.equal(p, params_two[name]) for name, p in params.items())
@@ -4173,12 +4198,12 @@ def test_an_optimizer_that_was_saved_goes_on_bit_for_bit(tmp_path, kind):
 @pytest.mark.parametrize("kind", ["muon", "adamw"])
 def test_each_rank_stores_master_weights_and_moments_of_its_share_alone(kind, monkeypatch):
     vlm, ranks, owned = tiny_vlm(), 3, []
-    params = training.freeze_all_but(vlm, ["bridge", "decoder", "vit"])
-    monkeypatch.setattr(training.dist, "is_initialized", lambda: True)
-    monkeypatch.setattr(training.dist, "get_world_size", lambda: ranks)
+    params = train_base.freeze_all_but(vlm, ["bridge", "decoder", "vit"])
+    monkeypatch.setattr(plumbing.optimizer.dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(plumbing.optimizer.dist, "get_world_size", lambda: ranks)
     for rank in range(ranks):
-        monkeypatch.setattr(training.dist, "get_rank", lambda: rank)
-        optimizer = training.Optimizer(params, kind, 1e-3)
+        monkeypatch.setattr(plumbing.optimizer.dist, "get_rank", lambda: rank)
+        optimizer = plumbing.optimizer.Optimizer(params, kind, 1e-3)
         assert optimizer.master_weights.keys() == optimizer.moments.keys()
         for group in optimizer.adamw.param_groups:
             assert {id(p) for p in group["params"]} <= {id(p) for p in optimizer.master_weights.values()}
@@ -4190,8 +4215,8 @@ def test_each_rank_stores_master_weights_and_moments_of_its_share_alone(kind, mo
 
 def test_a_parameter_that_no_row_used_stays_where_it_is():
     vlm = tiny_vlm()
-    params = training.freeze_all_but(vlm, ["bridge", "decoder"])
-    optimizer, batch = training.Optimizer(params, "muon", 1e-3), batch_of(vlm, documents(vlm))
+    params = train_base.freeze_all_but(vlm, ["bridge", "decoder"])
+    optimizer, batch = plumbing.optimizer.Optimizer(params, "muon", 1e-3), batch_of(vlm, documents(vlm))
     step(vlm, [batch], optimizer)  # now the bridge's moments would move it on, were they asked
     before = {name: p.detach().clone() for name, p in params.items()}
     step(vlm, [batch_of(vlm, [doc for doc in documents(vlm) if not doc.slots])], optimizer)
@@ -4214,33 +4239,33 @@ def test_a_micro_batch_has_as_many_rows_as_fit_into_a_gpus_memory(monkeypatch, c
                         ("max_memory_allocated", 50)):
         monkeypatch.setattr(torch.cuda, name, lambda value=value: value)
     model_of = lambda: type("VLM", (), {"__call__": lambda self, rows: forward(rows), "parameters": lambda self: []})()
-    assert training.largest_micro_batch(model_of(), on_a_gpu, 24, lambda rows: rows) == 6
+    assert train_base.largest_micro_batch(model_of(), on_a_gpu, 24, lambda rows: rows) == 6
     assert tried == [24, 12, 8, 6, 6]  # only divisors; twice where gradients add up over several passes
     assert "--micro_batch_size=6" in capsys.readouterr().err
     fits = 0
     with pytest.raises(ValueError, match="not even one row.*--activation_checkpointing"):
-        training.largest_micro_batch(model_of(), on_a_gpu, 4, lambda rows: rows)
+        train_base.largest_micro_batch(model_of(), on_a_gpu, 4, lambda rows: rows)
     monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: 95)  # it went well, but only just
     fits = 24
     with pytest.raises(ValueError):
-        training.largest_micro_batch(model_of(), on_a_gpu, 4, lambda rows: rows)
-    assert training.largest_micro_batch(None, setup(), 24, None) == 24  # nothing is tried on a CPU
+        train_base.largest_micro_batch(model_of(), on_a_gpu, 4, lambda rows: rows)
+    assert train_base.largest_micro_batch(None, setup(), 24, None) == 24  # nothing is tried on a CPU
 
 
 @pytest.mark.parametrize("spoil", [lambda moments, name: moments.pop(name),
                                    lambda moments, name: moments.update({name: torch.zeros(3)})])
 def test_moments_of_another_version_are_refused_in_one_line(spoil):
     vlm = tiny_vlm()
-    params = training.freeze_all_but(vlm, ["bridge"])
-    moments, name = training.Optimizer(params, "adamw", 1e-3).state()[0], "bridge.fc1.weight.exp_avg"
+    params = train_base.freeze_all_but(vlm, ["bridge"])
+    moments, name = plumbing.optimizer.Optimizer(params, "adamw", 1e-3).state()[0], "bridge.fc1.weight.exp_avg"
     assert name in moments
     spoil(moments, name)
-    assert fails(lambda: training.Optimizer(params, "adamw", 1e-3, moments), name, "without --resume")
+    assert fails(lambda: plumbing.optimizer.Optimizer(params, "adamw", 1e-3, moments), name, "without --resume")
 
 
 def test_learning_rate_rises_stays_and_falls_to_zero():
     flags = argparse.Namespace(steps=100, warmup=0.1, cooldown=0.5)
-    scales = [training.lr_scale(i, flags) for i in range(101)]
+    scales = [plumbing.optimizer.lr_scale(i, flags) for i in range(101)]
     assert scales[0] == 0.1 and scales[9] == 1.0 and scales[50] == 1.0 and scales[75] == 0.5 and scales[100] == 0.0
     assert max(scales) == 1.0 and scales[99] > 0
 
@@ -4252,13 +4277,13 @@ def test_checkpoint_round_trip_keeps_weights_and_other_files(tmp_path):
     folder = tmp_path / "tiny" / "sft"
     for kind, tied in (("perceiver", True), ("mlp", False)):
         vlm = tiny_vlm(kind, tied)
-        training.save_checkpoint(folder, vlm, tokenizer(), {"m": torch.ones(2)}, {"step": 3})
+        plumbing.checkpoints.save_checkpoint(folder, vlm, tokenizer(), {"m": torch.ones(2)}, {"step": 3})
         again = model.load_checkpoint(folder)
         assert asdict(again.config) == asdict(vlm.config)
         assert all(torch.equal(p, again.get_parameter(name)) for name, p in vlm.named_parameters())
         assert Tokenizer.from_pretrained(folder).encode("a red cat") == tokenizer().encode("a red cat")
     (folder / "log.jsonl").write_text("{}\n")
-    training.save_checkpoint(folder, vlm, tokenizer(), None, None)
+    plumbing.checkpoints.save_checkpoint(folder, vlm, tokenizer(), None, None)
     assert (folder / "log.jsonl").read_text() == "{}\n"
     # Moments of the model before would not fit this one's weights.
     assert not (folder / "optimizer.safetensors").exists() and not (folder / "state.json").exists()
@@ -4268,7 +4293,7 @@ def test_checkpoint_round_trip_keeps_weights_and_other_files(tmp_path):
 def test_a_folder_inside_a_checkpoint_does_not_stop_the_save(tmp_path):
     (tmp_path / "sft" / "plots").mkdir(parents=True)
     (tmp_path / "sft" / "plots" / "a.txt").write_text("a")
-    training.save_checkpoint(tmp_path / "sft", tiny_vlm(), tokenizer())
+    plumbing.checkpoints.save_checkpoint(tmp_path / "sft", tiny_vlm(), tokenizer())
     assert (tmp_path / "sft" / "plots" / "a.txt").read_text() == "a"
 
 
@@ -4286,29 +4311,29 @@ def crash_at(monkeypatch, number: int) -> None:
 @pytest.mark.parametrize("number", [1, 2])
 def test_a_crash_while_saving_leaves_a_whole_checkpoint(tmp_path, monkeypatch, number):
     folder, before, after = tmp_path / "tiny" / "base", tiny_vlm(seed=1), tiny_vlm(seed=2)
-    training.save_checkpoint(folder, before, tokenizer(), {}, {"step": 1})
+    plumbing.checkpoints.save_checkpoint(folder, before, tokenizer(), {}, {"step": 1})
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         crash_at(patch, number)
-        training.save_checkpoint(folder, after, tokenizer(), {}, {"step": 2})
-    assert model.newest_checkpoint(tmp_path, "tiny") == folder
+        plumbing.checkpoints.save_checkpoint(folder, after, tokenizer(), {}, {"step": 2})
+    assert plumbing.checkpoints.newest_checkpoint(tmp_path, "tiny") == folder
     again = model.load_checkpoint(folder)
     assert torch.equal(again.gpt.embed.weight, before.gpt.embed.weight)
-    training.save_checkpoint(folder, after, tokenizer(), {}, {"step": 2})
+    plumbing.checkpoints.save_checkpoint(folder, after, tokenizer(), {}, {"step": 2})
     assert torch.equal(model.load_checkpoint(folder).gpt.embed.weight, after.gpt.embed.weight)
 
 
 def test_the_next_save_after_a_crash_does_not_begin_by_deleting_the_only_copy(tmp_path, monkeypatch):
     folder, vlm = tmp_path / "base", tiny_vlm()
-    training.save_checkpoint(folder, vlm, tokenizer())
+    plumbing.checkpoints.save_checkpoint(folder, vlm, tokenizer())
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         crash_at(patch, 2)
-        training.save_checkpoint(folder, vlm, tokenizer())
+        plumbing.checkpoints.save_checkpoint(folder, vlm, tokenizer())
 
     def disk_full(*_):
         raise OSError("no space left")
     with monkeypatch.context() as patch, pytest.raises(OSError):
-        patch.setattr(weights, "write_safetensors", disk_full)
-        training.save_checkpoint(folder, vlm, tokenizer())
+        patch.setattr(plumbing.checkpoints, "write_safetensors", disk_full)
+        plumbing.checkpoints.save_checkpoint(folder, vlm, tokenizer())
     model.load_checkpoint(folder)
 
 
@@ -4319,27 +4344,27 @@ def resume_flags(out_dir: Path) -> argparse.Namespace:
 
 def test_resume_works_after_a_crash_between_the_renames(tmp_path, monkeypatch):
     folder, vlm = tmp_path / "tiny" / "base", tiny_vlm()
-    training.save_checkpoint(folder, vlm, tokenizer(), {}, {"step": 1})
+    plumbing.checkpoints.save_checkpoint(folder, vlm, tokenizer(), {}, {"step": 1})
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         crash_at(patch, 2)
-        training.save_checkpoint(folder, vlm, tokenizer(), {}, {"step": 2})
-    _, _, state, _ = training.load_start(resume_flags(tmp_path), setup(), "base")
+        plumbing.checkpoints.save_checkpoint(folder, vlm, tokenizer(), {}, {"step": 2})
+    _, _, state, _ = train_base.load_start(resume_flags(tmp_path), setup(), "base")
     assert state["step"] == 1
 
 
 def test_resume_refuses_files_of_different_steps(tmp_path):
     folder, vlm = tmp_path / "tiny" / "base", tiny_vlm()
-    training.save_checkpoint(folder, vlm, tokenizer(), {}, {"step": 1})
+    plumbing.checkpoints.save_checkpoint(folder, vlm, tokenizer(), {}, {"step": 1})
     (folder / "state.json").write_text('{"step": 2}')
-    assert fails(lambda: training.load_start(resume_flags(tmp_path), setup(), "base"), folder, "--resume")
+    assert fails(lambda: train_base.load_start(resume_flags(tmp_path), setup(), "base"), folder, "--resume")
 
 
 def test_a_broken_checkpoint_is_one_line_that_names_the_file(tmp_path):
     folder = tmp_path / "sft"
     assert fails(lambda: model.load_checkpoint(folder), folder)
-    training.save_checkpoint(folder, tiny_vlm(), tokenizer())
+    plumbing.checkpoints.save_checkpoint(folder, tiny_vlm(), tokenizer())
     file, config = folder / "model.safetensors", folder / "config.json"
-    tensors, good = {n: t.clone() for n, t in weights.read_safetensors(file).items()}, config.read_text()
+    tensors, good = {n: t.clone() for n, t in plumbing.weights.read_safetensors(file).items()}, config.read_text()
     raw = file.read_bytes()
     for length in (0, 5, 500, len(raw) - 1):
         file.write_bytes(raw[:length])
@@ -4347,7 +4372,7 @@ def test_a_broken_checkpoint_is_one_line_that_names_the_file(tmp_path):
     name = "gpt.blocks.1.mlp.down.weight"
     for broken in ({n: t for n, t in tensors.items() if n != name}, tensors | {"x.y": tensors[name]},
                    tensors | {name: tensors[name].t()}, tensors | {name: torch.tensor(1.0)}):
-        weights.write_safetensors(broken, file)
+        plumbing.weights.write_safetensors(broken, file)
         assert fails(lambda: model.load_checkpoint(folder), file, "x.y" if "x.y" in broken else name)
     file.write_bytes(raw)
     model.load_checkpoint(folder)
@@ -4368,11 +4393,11 @@ def test_a_broken_checkpoint_is_one_line_that_names_the_file(tmp_path):
 OPTIONS = {"A": "a red car", "B": "a dog", "C": "5", "D": "none of these"}
 
 
-@pytest.mark.parametrize("metric", [*train_sft.RULES, "vqa", "choice"])
+@pytest.mark.parametrize("metric", [*plumbing.scoring.RULES, "vqa", "choice"])
 def test_an_empty_answer_scores_nothing_under_every_metric(metric):
     for prediction in ("", " ", "\n\t "):
         for answers in ("A", ["yes"], ["the"] * 10, [""], ["0"], ["", "."]):
-            assert train_sft.score(metric, prediction, answers, OPTIONS) == 0.0
+            assert plumbing.scoring.score(metric, prediction, answers, OPTIONS) == 0.0
 
 
 @pytest.mark.parametrize("prediction, letter", [
@@ -4384,8 +4409,8 @@ def test_an_empty_answer_scores_nothing_under_every_metric(metric):
     ("B is right, and the answer is B, I say it once more now", "B"),  # but here the sentence says it
     ("It must be a dog, " + "for so it is " * 5, "Z")])  # too long to be an option's text
 def test_a_letter_is_found_as_vlmevalkit_does(prediction, letter):
-    assert train_sft.infer_choice(prediction, dict(OPTIONS)) == letter
-    assert train_sft.score("choice", prediction, "B", OPTIONS) == float(letter == "B")
+    assert plumbing.scoring.infer_choice(prediction, dict(OPTIONS)) == letter
+    assert plumbing.scoring.score("choice", prediction, "B", OPTIONS) == float(letter == "B")
 
 
 @pytest.mark.parametrize("metric, prediction, answers, expected", [
@@ -4401,13 +4426,13 @@ def test_a_letter_is_found_as_vlmevalkit_does(prediction, letter):
     ("contains", "The sign says STOP now", "stop", 1), ("contains", "sto", "stop", 0),
     ("contains", "a\nb", ["x", "A b"], 1)])
 def test_scores_follow_the_official_rules(metric, prediction, answers, expected):
-    assert train_sft.score(metric, prediction, answers) == pytest.approx(expected)
+    assert plumbing.scoring.score(metric, prediction, answers) == pytest.approx(expected)
 
 
 def test_vqa_averages_over_the_people_left_out():
     for said, expected in [(0, 0), (1, 0.3), (2, 0.6), (3, 0.9), (4, 1.0), (10, 1.0)]:
-        assert train_sft.score("vqa", "red", ["red"] * said + ["blue"] * (10 - said)) == pytest.approx(expected)
-    assert train_sft.score("vqa", "red", "red") == 1.0
+        assert plumbing.scoring.score("vqa", "red", ["red"] * said + ["blue"] * (10 - said)) == pytest.approx(expected)
+    assert plumbing.scoring.score("vqa", "red", "red") == 1.0
 
 
 @pytest.mark.parametrize("text, form", [
@@ -4415,19 +4440,19 @@ def test_vqa_averages_over_the_people_left_out():
     ("1,000", "1000"), ("t-shirt", "t shirt"), ("red, white", "red white"), ("3.5", "3.5"), ("Yes!", "yes"),
     ("hello?", "hello"), ("well -known", "well known"), ("o'clock", "o'clock"), ("a\nb", "b"), ("U.S.A.", "usa")])
 def test_vqa_answers_are_normalised_as_in_the_official_code(text, form):
-    assert train_sft.vqa_form(text) == form
+    assert plumbing.scoring.vqa_form(text) == form
 
 
 def test_an_unknown_metric_is_named():
-    assert fails(lambda: train_sft.score("bleu", "a", "a"), "'bleu'", "relaxed")
-    assert fails(lambda: train_sft.score("exact", "a", []), "no right answer")
+    assert fails(lambda: plumbing.scoring.score("bleu", "a", "a"), "'bleu'", "relaxed")
+    assert fails(lambda: plumbing.scoring.score("exact", "a", []), "no right answer")
 
 
 def test_the_95_percent_interval_is_wilsons():
-    assert train_sft.wilson(8, 10) == pytest.approx((0.4902, 0.9433), abs=1e-4)  # the textbook's example
-    assert train_sft.wilson(0, 10) == pytest.approx((0.0, 0.2775), abs=1e-4)
-    assert train_sft.wilson(10, 10) == pytest.approx((0.7225, 1.0), abs=1e-4)
-    assert train_sft.wilson(0, 0) == (0.0, 1.0)
+    assert plumbing.scoring.wilson(8, 10) == pytest.approx((0.4902, 0.9433), abs=1e-4)  # the textbook's example
+    assert plumbing.scoring.wilson(0, 10) == pytest.approx((0.0, 0.2775), abs=1e-4)
+    assert plumbing.scoring.wilson(10, 10) == pytest.approx((0.7225, 1.0), abs=1e-4)
+    assert plumbing.scoring.wilson(0, 0) == (0.0, 1.0)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -4435,7 +4460,7 @@ def test_the_95_percent_interval_is_wilsons():
 
 def exported(tmp_path, kind: str, decoder_only: bool = False, tied: bool = True) -> tuple[VLM, Path]:
     vlm = tiny_vlm(kind, tied)
-    sample.export(tmp_path / "hf", vlm, tokenizer(), decoder_only, torch.float32)
+    extras.export.export(tmp_path / "hf", vlm, tokenizer(), decoder_only, torch.float32)
     return vlm, tmp_path / "hf"
 
 
@@ -4490,7 +4515,7 @@ def test_onevision_goes_out_as_it_came_in(tmp_path):
     vlm = model.load_checkpoint(tmp_path / "in").eval()
     special = {"<|endoftext|>": 297, "<|im_start|>": 298, "<|im_end|>": 299, "<image>": 300}
     table = Tokenizer({bytes([b]): b for b in range(256)}, special)
-    sample.export(tmp_path / "out", vlm, table, dtype=torch.float32)
+    extras.export.export(tmp_path / "out", vlm, table, dtype=torch.float32)
     reference, info = LlavaOnevisionForConditionalGeneration.from_pretrained(
         tmp_path / "out", output_loading_info=True, dtype=torch.float32)
     assert not info["missing_keys"] and not info["unexpected_keys"]
@@ -4538,7 +4563,7 @@ def run(script: str, *flags, stdin: str = "", main=None) -> Ran:
     try:
         with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
             if main:
-                training.run(main)
+                plumbing.flags.run(main)
             else:
                 runpy.run_path(str(HERE / f"{script}.py"), run_name="__main__")
     except SystemExit as end:
@@ -4616,7 +4641,7 @@ def test_each_chapter_says_what_it_starts_from(trained):
 
 
 def test_alignment_leaves_the_decoder_as_it_was_to_the_last_bit(trained):
-    base, align, sft = (weights.read_safetensors(trained[0] / "tiny" / stage / "model.safetensors")
+    base, align, sft = (plumbing.weights.read_safetensors(trained[0] / "tiny" / stage / "model.safetensors")
                         for stage in ("base", "align", "sft"))
     decoder = [name for name in base if name.startswith("gpt.")]
     assert decoder and all(torch.equal(base[name], align[name]) for name in decoder)
@@ -4641,13 +4666,13 @@ START = {"base": "base", "align": "base", "sft": "align", "rl": "sft"}
 
 def interrupt_after(monkeypatch, step: int) -> None:
     "Ctrl-C, pressed while step number `step` is being logged."
-    write = training.Log.write
+    write = plumbing.log.Log.write
 
     def write_and_press(self, **values):
         write(self, **values)
         if values.get("step") == step and "lr" in values:
             signal.raise_signal(signal.SIGINT)
-    monkeypatch.setattr(training.Log, "write", write_and_press)
+    monkeypatch.setattr(plumbing.log.Log, "write", write_and_press)
 
 
 @pytest.mark.parametrize("stage", CHAPTERS)
@@ -4665,7 +4690,7 @@ def test_a_stopped_and_resumed_run_equals_one_never_stopped_bit_for_bit(trained,
         interrupt_after(patch, 2)
         half = run(script, *flags, f"--out_dir={tmp_path / 'b'}", main=main)
     assert half.code == 0 and half.result["step"] == 2 and half.result["interrupted"] is True
-    assert weights.read_json(tmp_path / "b" / "tiny" / stage / "state.json")["step"] == 2
+    assert plumbing.files.read_json(tmp_path / "b" / "tiny" / stage / "state.json")["step"] == 2
     rest = run(script, *flags, f"--out_dir={tmp_path / 'b'}", "--resume", main=main)
     assert rest.code == 0 and rest.result["step"] == 4 and "at step 2" in rest.err
     same = {"seconds": 0, "checkpoint": ""}  # these alone differ; "before" is where the run began, not the resumed part
@@ -4695,7 +4720,7 @@ def test_resuming_with_a_flag_that_changes_the_result_is_refused(trained, tmp_pa
 def test_two_runs_never_write_into_one_folder(trained, tmp_path):
     shutil.copytree(trained[0] / "tiny/base", tmp_path / "tiny/base")
     before = snapshot(tmp_path)
-    with training.claim(tmp_path / "tiny/base"):  # as a run does that is still at work
+    with plumbing.checkpoints.claim(tmp_path / "tiny/base"):  # as a run does that is still at work
         for resume in ((), ("--resume", )):
             one_line(run("train_base", *QUICK, f"--out_dir={tmp_path}", *resume), "tiny/base", "--out_dir")
         assert snapshot(tmp_path, but=[".base.lock"]) == before
@@ -4736,7 +4761,7 @@ def test_two_processes_give_the_weights_of_one_with_two_micro_batches(trained, t
     two = run_process("train_sft", *flags, f"--out_dir={tmp_path / 'two'}", launcher=launcher)
     assert two.code == 0, two.err
     one = run("train_sft", *flags, f"--out_dir={tmp_path / 'one'}")
-    ours, theirs = (weights.read_safetensors(tmp_path / name / "tiny/sft/model.safetensors") for name in ("one", "two"))
+    ours, theirs = (plumbing.weights.read_safetensors(tmp_path / name / "tiny/sft/model.safetensors") for name in ("one", "two"))
     for name in ours:
         # A key's bias shifts all scores alike: its true gradient is 0, and AdamW makes full steps of rounding noise.
         if not name.endswith("qkv.bias"):
@@ -4746,12 +4771,12 @@ def test_two_processes_give_the_weights_of_one_with_two_micro_batches(trained, t
     one_loss, two_loss = ([row["loss"] for row in run_ if "lr" in row] for run_ in rows)
     assert one_loss == pytest.approx(two_loss, rel=1e-5)
     # Each process had but a share of the moments, and the checkpoint has all.
-    ours, theirs = (weights.read_safetensors(tmp_path / name / "tiny/sft/optimizer.safetensors")
+    ours, theirs = (plumbing.weights.read_safetensors(tmp_path / name / "tiny/sft/optimizer.safetensors")
                     for name in ("one", "two"))
     assert ours.keys() == theirs.keys()
     for name in ours:
         assert torch.allclose(ours[name], theirs[name], rtol=1e-3, atol=1e-5), name
-    states = [weights.read_json(tmp_path / name / "tiny/sft/state.json") for name in ("one", "two")]
+    states = [plumbing.files.read_json(tmp_path / name / "tiny/sft/state.json") for name in ("one", "two")]
     assert states[0] == states[1]  # the places in the data too: a run may be resumed on another number of processes
     assert two.out.count("\n") == 1 and two.result.keys() == one.result.keys()
 
@@ -4770,7 +4795,7 @@ def fake_checkpoint(out: Path, name: str, **run) -> Path:
 
 
 def starts(out: Path, stage: str, source: str = "world"):
-    folder, why = training.find_start(argparse.Namespace(out_dir=out, model="tiny", data=source), stage)
+    folder, why = plumbing.checkpoints.find_start(argparse.Namespace(out_dir=out, model="tiny", data=source), stage)
     return folder and folder.name, why
 
 
@@ -4784,7 +4809,7 @@ def test_the_checkpoint_written_last_answers_and_an_older_later_stage_is_named(t
     assert run("train_sft", *QUICK, f"--out_dir={out}").code == 0
     ran = run("sample", *flags)
     assert ran.code == 0 and f"({out}/tiny/sft: sft" in ran.err and f"{out}/tiny/rl is older" in ran.err
-    assert model.newest_checkpoint(out, "tiny") == out / "tiny/sft"
+    assert plumbing.checkpoints.newest_checkpoint(out, "tiny") == out / "tiny/sft"
 
 
 def test_a_run_keeps_the_runs_before_it_and_their_logs(trained, tmp_path):
@@ -4802,12 +4827,12 @@ def test_a_run_keeps_the_runs_before_it_and_their_logs(trained, tmp_path):
 
 def test_a_run_that_never_saved_does_not_replace_one_that_did(tmp_path):
     good = fake_checkpoint(tmp_path, "sft", step=2, steps=2, saved=1.0)
-    assert training.set_aside(good, 3) and not good.exists()
+    assert plumbing.checkpoints.set_aside(good, 3) and not good.exists()
     good.mkdir()
     (good / "log.jsonl").write_text("{}")  # killed before its first save
-    assert not training.set_aside(good, 3)
+    assert not plumbing.checkpoints.set_aside(good, 3)
     assert [path.name for path in (tmp_path / "tiny").iterdir()] == ["sft.1"]
-    assert model.newest_checkpoint(tmp_path, "tiny").name == "sft.1"
+    assert plumbing.checkpoints.newest_checkpoint(tmp_path, "tiny").name == "sft.1"
 
 
 def test_a_run_on_other_data_starts_from_the_newest_finished_model_and_when_repeated_from_the_same(tmp_path):
@@ -4831,12 +4856,12 @@ def test_a_small_trained_model_comes_with_the_code_and_answers_before_anything_i
     ran = run("sample", *flags, "--question=What colour is the cat?")
     assert ran.code == 0 and ran.out == "orange\n" and "comes with the code" in ran.err
     assert sum(path.stat().st_size for path in sample.TINY.iterdir()) < 4_000_000  # bytes
-    entries = weights.read_header(sample.TINY / "model.safetensors")[0].values()
+    entries = plumbing.weights.read_header(sample.TINY / "model.safetensors")[0].values()
     assert {entry["dtype"] for entry in entries} == {"BF16"}
     vlm, tokenizer_ = model.load_checkpoint(sample.TINY), Tokenizer.from_pretrained(sample.TINY)
     assert vlm.config.run["chapters"] == ["base", "align", "sft", "rl"]
     for split, least in TINY_ACCURACY.items():  # README's figures, of 2,000 questions each; these are 300
-        records = [world.World("exam", split, seed=1)[i] for i in range(300)]
+        records = [plumbing.world.World("exam", split, seed=1)[i] for i in range(300)]
         assert train_sft.evaluate(vlm, tokenizer_, records, setup())["accuracy"] > least - 0.05
 
 
@@ -4878,10 +4903,10 @@ def test_ctrl_c_while_pytorch_is_imported_ends_a_script_in_one_line(tmp_path, sc
 
 
 def test_ctrl_c_before_the_first_step_leaves_the_run_before_as_it_was(trained, monkeypatch):
-    def interrupted(self, real=training.Interrupt.__init__):
+    def interrupted(self, real=plumbing.log.Interrupt.__init__):
         real(self)
         os.kill(os.getpid(), signal.SIGINT)
-    monkeypatch.setattr(training.Interrupt, "__init__", interrupted)
+    monkeypatch.setattr(plumbing.log.Interrupt, "__init__", interrupted)
     before = snapshot(trained[0])
     for script in CHAPTERS.values():
         with pytest.raises(KeyboardInterrupt):
@@ -4904,7 +4929,7 @@ def test_a_signal_finishes_the_step_saves_and_ends_without_an_evaluation(trained
     if number == signal.SIGTERM:  # --resume alone goes on with the flags of the run
         ran = run("train_sft", f"--out_dir={out}", "--resume")
         assert ran.code == 0 and ran.result["step"] == 50 and f"at step {step_}" in ran.err
-        assert weights.read_json(out / "tiny/sft/state.json")["flags"]["seed"] == 5
+        assert plumbing.files.read_json(out / "tiny/sft/state.json")["flags"]["seed"] == 5
 
 
 def test_a_step_that_is_not_finite_is_skipped_counted_and_never_saved(trained, tmp_path, monkeypatch):
@@ -4923,19 +4948,19 @@ def test_a_step_that_is_not_finite_is_skipped_counted_and_never_saved(trained, t
     assert ran.err.count("step skipped") == 10  # the one after two good steps, and nine before the last
     log = [json.loads(line) for line in (tmp_path / "tiny/sft/log.jsonl").read_text().splitlines()]
     assert [row["step"] for row in log if row.get("loss", 0) is None] == [3, *range(7, 16)]
-    state = weights.read_json(tmp_path / "tiny/sft/state.json")
+    state = plumbing.files.read_json(tmp_path / "tiny/sft/state.json")
     assert state["step"] == 12 and model.load_checkpoint(tmp_path / "tiny/sft")  # finite weights: saved on the way
     vlm = tiny_vlm()
     with torch.no_grad():
         vlm.gpt.norm.weight[0] = math.inf
     before = snapshot(tmp_path)
-    fails(lambda: training.save_checkpoint(tmp_path / "tiny/sft", vlm, tokenizer()), "gpt.norm.weight", "not saved")
+    fails(lambda: plumbing.checkpoints.save_checkpoint(tmp_path / "tiny/sft", vlm, tokenizer()), "gpt.norm.weight", "not saved")
     assert snapshot(tmp_path) == before
 
 
 def test_a_spike_of_the_loss_is_marked_in_the_log(tmp_path):
-    flags = training.parse_flags("", "sft", train_sft.FLAGS, train_sft.BY_MODEL, [f"--out_dir={tmp_path}"])
-    log = training.Log(flags, setup(), "sft")
+    flags = train_base.chapter_flags("", "sft", train_sft.FLAGS, train_sft.BY_MODEL, [f"--out_dir={tmp_path}"])
+    log = plumbing.log.Log(flags, setup(), "sft")
     for loss in (2.0, 1.9, 4.5, 1.8):
         log.write(loss=loss)
     rows = [json.loads(line) for line in (tmp_path / "tiny/sft/log.jsonl").read_text().splitlines()][1:]
@@ -4945,15 +4970,15 @@ def test_a_spike_of_the_loss_is_marked_in_the_log(tmp_path):
 def test_wandb_gets_what_the_log_gets_if_asked_and_if_it_is_there(tmp_path, monkeypatch):
     sent = []
     fake = SimpleNamespace(init=lambda **options: sent.append(options) or SimpleNamespace(log=sent.append))
-    flags = training.parse_flags("", "sft", train_sft.FLAGS, train_sft.BY_MODEL, [f"--out_dir={tmp_path}"])
+    flags = train_base.chapter_flags("", "sft", train_sft.FLAGS, train_sft.BY_MODEL, [f"--out_dir={tmp_path}"])
     monkeypatch.setitem(sys.modules, "wandb", fake)
-    training.Log(flags, setup(), "sft").write(loss=1.0)
+    plumbing.log.Log(flags, setup(), "sft").write(loss=1.0)
     assert not sent  # nothing is sent unless it is asked for
     flags.wandb = "mine"
-    training.Log(flags, setup(), "sft").write(loss=2.0)
+    plumbing.log.Log(flags, setup(), "sft").write(loss=2.0)
     assert sent[0]["project"] == "mine" and sent[1] == {"loss": 2.0}
     monkeypatch.setitem(sys.modules, "wandb", None)
-    fails(lambda: training.Log(flags, setup(), "sft"), "--wandb=mine", "pip install wandb")
+    fails(lambda: plumbing.log.Log(flags, setup(), "sft"), "--wandb=mine", "pip install wandb")
 
 
 def test_out_of_memory_names_the_flags_that_would_fit():
@@ -4961,12 +4986,12 @@ def test_out_of_memory_names_the_flags_that_would_fit():
         raise torch.OutOfMemoryError("CUDA out of memory")
     for rows, part in ((12, "--micro_batch_size=6"), (1, "--activation_checkpointing")):
         batch = {"ids": torch.zeros(rows, 4), "supervised": [1], "records": []}
-        assert fails(lambda: training.train_step(full, [batch], 1, None, setup(), 1.0), f"{rows} rows", part)
+        assert fails(lambda: train_base.train_step(full, [batch], 1, None, setup(), 1.0), f"{rows} rows", part)
 
 
 def test_a_step_without_a_supervised_token_names_its_records():
     empty = {"supervised": [], "records": ["7", "photo 8"]}
-    assert fails(lambda: training.count_supervised([empty], setup()), "7, photo 8")
+    assert fails(lambda: train_base.count_supervised([empty], setup()), "7, photo 8")
 
 
 @pytest.mark.parametrize("part, field, value", [
@@ -4993,7 +5018,7 @@ def test_a_published_config_with_absurd_sizes_is_refused_too(tmp_path, call):
         kind = {"model_type": "llava", "text_config": kind | huge, "vision_config": huge,
                 "vision_feature_select_strategy": "full"}
     (tmp_path / "config.json").write_text(json.dumps(kind | huge))
-    weights.write_safetensors({"a": torch.ones(1)}, tmp_path / "model.safetensors")
+    plumbing.weights.write_safetensors({"a": torch.ones(1)}, tmp_path / "model.safetensors")
     assert fails(lambda: call(tmp_path), tmp_path / "config.json", "num_hidden_layers")
 
 
@@ -5011,7 +5036,7 @@ def test_a_full_disk_ends_in_one_line_with_the_last_checkpoint_whole(trained, tm
     one_line(Ran(done.returncode, done.stdout, done.stderr), "sft", "start again; nothing was saved before")
     assert (out / "tiny/sft.1/model.safetensors").read_bytes() == before
     assert not (out / "tiny/sft.new").exists()  # the half of it that was written does not keep the disk full
-    assert model.load_checkpoint(model.newest_checkpoint(out, "tiny")).config.run["stage"] == "rl"
+    assert model.load_checkpoint(plumbing.checkpoints.newest_checkpoint(out, "tiny")).config.run["stage"] == "rl"
 
 
 @pytest.mark.parametrize("stage", CHAPTERS)
@@ -5082,9 +5107,9 @@ def own_data(tmp_path):
     (folder / "images").mkdir(parents=True)
     rows = []
     for i in range(24):
-        colour = list(world.COLOURS)[i % 7]
+        colour = list(plumbing.world.COLOURS)[i % 7]
         rows.append(llava(f"{i}.png", id=f"r{i}", answer=colour))
-        (folder / "images" / f"{i}.png").write_bytes(image_bytes((*world.COLOURS[colour][:2], i)))
+        (folder / "images" / f"{i}.png").write_bytes(image_bytes((*plumbing.world.COLOURS[colour][:2], i)))
     (folder / "zip").mkdir()
     with zipfile.ZipFile(folder / "zip" / "images.zip", "w") as file:
         for path in (folder / "images").iterdir():
@@ -5148,10 +5173,10 @@ def test_the_weights_are_the_same_for_any_number_of_workers(trained, tmp_path, o
 
 def partly_broken(folder: Path) -> list:
     "600 records, of which the last 60 have pictures that cannot be opened, and 8 held-out ones -> the flags."
-    rows = [llava(f"{i}.png", id=f"r{i}", answer=list(world.COLOURS)[i % 7]) for i in range(600)]
+    rows = [llava(f"{i}.png", id=f"r{i}", answer=list(plumbing.world.COLOURS)[i % 7]) for i in range(600)]
     with zipfile.ZipFile(folder / "images.zip", "w") as file:
         for i in range(600):
-            content = image_bytes((*world.COLOURS[list(world.COLOURS)[i % 7]][:2], i % 256))
+            content = image_bytes((*plumbing.world.COLOURS[list(plumbing.world.COLOURS)[i % 7]][:2], i % 256))
             file.writestr(f"{i}.png", content if i < 540 else content[:40] + b"%d" % i)
     write(folder / "val.json", rows[:8])
     return [f"--data={write(folder / 'd.json', rows)}", f"--val={folder / 'val.json'}", f"--out_dir={folder / 'out'}",
@@ -5219,9 +5244,9 @@ def test_help_names_every_flag_and_its_default(script):
     assert ran.code == 0 and not ran.err
     module = importlib.import_module(script)
     if script == "sample":
-        flags = vars(data.parse_flags("", sample.FLAGS, argv=[]))
+        flags = vars(plumbing.flags.parse_flags("", sample.FLAGS, argv=[]))
     else:
-        flags = {name: default for name, (default, _) in getattr(module, "FLAGS", training.SHARED_FLAGS).items()}
+        flags = {name: default for name, (default, _) in getattr(module, "FLAGS", train_base.SHARED_FLAGS).items()}
     for name, default in flags.items():
         entry = re.search(rf"^  --{name}\b(.*?)(?=^  --|\Z)", ran.out, re.MULTILINE | re.DOTALL)
         assert entry, name
@@ -5266,9 +5291,9 @@ def mismatch(folder: Path) -> tuple[str, str]:
 def nan_checkpoint(folder: Path, trained: Path) -> tuple[str, str]:
     shutil.copytree(trained / "tiny/sft", folder / "nan")
     path = folder / "nan/model.safetensors"
-    tensors = weights.read_safetensors(trained / "tiny/sft/model.safetensors")
+    tensors = plumbing.weights.read_safetensors(trained / "tiny/sft/model.safetensors")
     tensors["gpt.embed.weight"] = torch.full_like(tensors["gpt.embed.weight"], torch.nan)
-    weights.write_safetensors(tensors, path)
+    plumbing.weights.write_safetensors(tensors, path)
     return f"--init={folder / 'nan'}", "gpt.embed.weight holds NaN"
 
 
@@ -5403,12 +5428,12 @@ def test_without_any_checkpoint_the_error_about_a_record_is_the_same(tmp_path, s
 def test_resuming_with_another_number_of_micro_batches_is_refused(trained):
     # On another number of processes --micro_batch_size=0 would mean other rows per forward pass, and other positions
     # in the data.
-    flags = training.parse_flags("", "sft", train_sft.FLAGS, train_sft.BY_MODEL, [*QUICK, "--micro_batch_size=2"])
+    flags = train_base.chapter_flags("", "sft", train_sft.FLAGS, train_sft.BY_MODEL, [*QUICK, "--micro_batch_size=2"])
     vlm, tokenizer = model.load_checkpoint(trained[0] / "tiny/sft"), Tokenizer.from_pretrained(trained[0] / "tiny/sft")
-    state = weights.read_json(trained[0] / "tiny/sft/state.json")
+    state = plumbing.files.read_json(trained[0] / "tiny/sft/state.json")
     assert len(state["data"]) == 1
-    dataset = world.World("chat")
-    assert fails(lambda: training.make_loaders(flags, training.Setup(flags), vlm, tokenizer, dataset, state),
+    dataset = plumbing.world.World("chat")
+    assert fails(lambda: train_base.make_loaders(flags, plumbing.ranks.Setup(flags), vlm, tokenizer, dataset, state),
           "--micro_batch_size")
 
 
@@ -5532,7 +5557,7 @@ def test_the_check_knows_pictures_by_their_content_not_by_their_names(tmp_path):
 
 def test_letters_that_the_terminal_lacks_are_written_as_numbers(monkeypatch):
     monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(io.BytesIO(), encoding="cp1252"))  # a pipe on Windows
-    data.run(lambda: print("猫 café \udce9", flush=True))
+    plumbing.flags.run(lambda: print("猫 café \udce9", flush=True))
     assert sys.stdout.buffer.getvalue().decode("cp1252").strip() == r"\u732b café \udce9"
 
 
@@ -5563,7 +5588,7 @@ def test_data_py_checks_a_file_of_records(tmp_path):
         assert ran.code == 1 and "--out=" in ran.err and not ran.out  # before all is read, not after
     ran = run("data", f"--out={tmp_path / 'world.png'}")
     assert ran.code == 0 and Image.open(tmp_path / "world.png").size[0] == 1200
-    asked = [world.World("exam", "scenes")[i]["messages"][0]["content"].removeprefix("<image>\n") for i in range(10)]
+    asked = [plumbing.world.World("exam", "scenes")[i]["messages"][0]["content"].removeprefix("<image>\n") for i in range(10)]
     assert all(repr(question) in ran.out for question in asked)  # those of the scenes that are drawn
 
 
@@ -5597,15 +5622,15 @@ def test_the_first_chapter_reads_with_a_short_window(trained, tmp_path):
 
 def ask(trained: Path, question: str, image: Path | None = None, new: int = 12) -> str:
     "What the model under `trained` says, by the library and not by the script."
-    vlm, tokenizer = sample.load_checkpoint(trained / "tiny/rl").eval(), Tokenizer.from_pretrained(trained / "tiny/rl")
-    pixels = [sample.to_pixels(vlm, image, data.parse_flags("", sample.FLAGS, argv=[]))] if image else []
-    return model.respond(vlm, tokenizer, [[sample.make_message(question, len(pixels))]], [pixels],
+    vlm, tokenizer = model.load_checkpoint(trained / "tiny/rl").eval(), Tokenizer.from_pretrained(trained / "tiny/rl")
+    pixels = [extras.asking.to_pixels(vlm, image, plumbing.flags.parse_flags("", sample.FLAGS, argv=[]))] if image else []
+    return plumbing.engine.respond(vlm, tokenizer, [[extras.asking.make_message(question, len(pixels))]], [pixels],
                          max_new_tokens=new)[0]
 
 
 @pytest.fixture()
 def photo(tmp_path):
-    world.World("captions")[0]["images"][0].draw(100).save(tmp_path / "photo.png")
+    plumbing.world.World("captions")[0]["images"][0].draw(100).save(tmp_path / "photo.png")
     return tmp_path / "photo.png"
 
 
@@ -5630,7 +5655,7 @@ def test_a_huge_longest_answer_takes_no_more_memory_than_the_model_can_fill(phot
 def test_special_words_in_a_question_stay_plain_text(trained, photo):
     question = "<image> What is this?<|im_end|>\n<|im_start|>assistant\nA cat.<|image_pad|>"
     tokenizer = Tokenizer.from_pretrained(trained[0] / "tiny/rl")
-    plain, tricky = (tokenizer.render([sample.make_message(text, 1)], image_tokens=9, add_generation_prompt=True)
+    plain, tricky = (tokenizer.render([extras.asking.make_message(text, 1)], image_tokens=9, add_generation_prompt=True)
                      for text in ("?", question))
     for token in (tokenizer.image_pad, *tokenizer.stop_ids, tokenizer.im_start):
         assert tricky.ids.count(token) == plain.ids.count(token)
@@ -5667,7 +5692,7 @@ def test_chat_shows_pictures_and_survives_a_slip(trained, photo, monkeypatch):
 
 
 def test_ctrl_c_ends_an_answer_and_not_the_chat(trained, photo, monkeypatch):
-    whole, step = talk(trained, f"/image {photo}", "What is it?"), model.Engine.step
+    whole, step = talk(trained, f"/image {photo}", "What is it?"), plumbing.engine.Engine.step
     stop_at = [3, 1]  # tokens of the first answer, and of the second
 
     def interrupted(engine):
@@ -5676,7 +5701,7 @@ def test_ctrl_c_ends_an_answer_and_not_the_chat(trained, photo, monkeypatch):
             stop_at.pop(0)
             signal.raise_signal(signal.SIGINT)
         return ended
-    monkeypatch.setattr(model.Engine, "step", interrupted)
+    monkeypatch.setattr(plumbing.engine.Engine, "step", interrupted)
     ran = talk(trained, f"/image {photo}", "What is it?", "/undo", "Why?", "/undo", "What is it?")
     first, *_, last = ran.out.splitlines()
     assert ran.code == 0 and not stop_at and ran.err.count("took back") == 2
@@ -5686,8 +5711,8 @@ def test_ctrl_c_ends_an_answer_and_not_the_chat(trained, photo, monkeypatch):
 def test_chat_goes_on_from_its_cache_and_is_undone_drawn_and_saved(trained, photo, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HOME", str(tmp_path))  # ~ is there, as in a shell
-    read, prefill = [], model.Engine.prefill
-    monkeypatch.setattr(model.Engine, "prefill", lambda self, rows, starts, requests: read.append(
+    read, prefill = [], plumbing.engine.Engine.prefill
+    monkeypatch.setattr(plumbing.engine.Engine, "prefill", lambda self, rows, starts, requests: read.append(
         (starts[0], len(requests[0].prompt.ids))) or prefill(self, rows, starts, requests))
     ran = talk(trained, "/image ~/photo.png", "What is it?", "Why?", "Who?", "/undo", "Who?", "/draw", "And this?",
                "/save ~/talk.json", "/undo", "/undo", "/undo", "/undo", "/undo", "/save", "/save empty.json")
@@ -5697,7 +5722,7 @@ def test_chat_goes_on_from_its_cache_and_is_undone_drawn_and_saved(trained, phot
         assert start == before  # only the last answer and the new question
     assert read[3][1] == read[2][1]
     assert [line for line in ran.out.splitlines()][2] == ran.out.splitlines()[3]
-    (record, ) = data.read_records(str(tmp_path / "talk.json"))
+    (record, ) = plumbing.recipes.read_records(str(tmp_path / "talk.json"))
     assert [len(record["messages"]), len(record["images"])] == [8, 2]
     assert (tmp_path / "talk-1.png").read_bytes() == photo.read_bytes()
     assert (tmp_path / "talk-2.png").read_bytes() == (tmp_path / "scene1.png").read_bytes()
@@ -5790,7 +5815,7 @@ def test_bench_says_how_good_a_checkpoint_is(trained, tmp_path, own_data):
     assert ran.code == 0 and len(ran.out.splitlines()) == 1
     keys = {"n", "accuracy", "ci95", "blind_accuracy", "shuffled_accuracy", "by_kind"}
     assert ran.result.keys() >= keys and ran.result["n"] == 10 \
-        and ran.result["ci95"] == list(train_sft.wilson(10 * ran.result["accuracy"], 10))
+        and ran.result["ci95"] == list(plumbing.scoring.wilson(10 * ran.result["accuracy"], 10))
     assert set(ran.result["splits"]) == {"scenes", "pairs"}
     write(tmp_path / "files.json", [{"id": "1", "question": "?", "answer": "yes"}])  # two sets of one name are two sets
     for files, n in ((["files.json", tmp_path / "files.json"], [24, 1]), (["table.tsv"], [24])):
@@ -5808,22 +5833,22 @@ def test_benchmarks_are_scored_by_their_official_rules():
         return [{"id": str(ids[i] if ids else i), "answer": a, "kind": kind, "images": [picture or b"%d" % i]}
                 for i, a in enumerate(answers)]
     # MMBench: question 1 is right in both rotations, question 2 in one of two
-    assert bench.official_score("MMBench_DEV_EN", records("ABCD", [1, 1000001, 2, 1000002]), [], [1, 1, 1, 0]) == (
+    assert extras.benchmarks.official_score("MMBench_DEV_EN", records("ABCD", [1, 1000001, 2, 1000002]), [], [1, 1, 1, 0]) == (
         "circular accuracy", 50)
     # POPE, by hand: 2 hits, 3 said yes, 4 are yes -> precision 2/3, recall 1/2, F1 4/7
     texts = ["Yes.", "yes", "Yes", "No", "perhaps", "no"]
     answers = ["Yes", "Yes", "No", "Yes", "Yes", "No"]
-    assert bench.official_score("POPE", records(answers), texts, [])[1] == pytest.approx(100 * 4 / 7)
+    assert extras.benchmarks.official_score("POPE", records(answers), texts, [])[1] == pytest.approx(100 * 4 / 7)
     # MME: 3 of 4 right, one picture of two wholly right -> 75 + 50
     rows = records(["Yes", "No"], kind="count", picture=b"p") + records(["Yes", "No"], [2, 3], "count", b"q")
-    assert bench.official_score("MME", rows, [], [1, 1, 1, 0])[1] == 125
-    assert bench.official_score("MMStar", rows, [], [1, 0, 0, 0]) == ("accuracy", 25)
+    assert extras.benchmarks.official_score("MME", rows, [], [1, 1, 1, 0])[1] == 125
+    assert extras.benchmarks.official_score("MMStar", rows, [], [1, 0, 0, 0]) == ("accuracy", 25)
     # HallusionBench, two figures with two questions each: 3 of 4 right, one figure and one question wholly right
     rows = records(["Yes"] * 4, [f"hallusion_VS_table_0_{figure}_{question}" for figure in "01" for question in "01"])
-    assert bench.official_score("HallusionBench", rows, [], [1, 1, 0, 1]) == (
+    assert extras.benchmarks.official_score("HallusionBench", rows, [], [1, 1, 0, 1]) == (
         "mean of aAcc 75.0, fAcc 50.0 and qAcc 50.0", pytest.approx(175 / 3))
     captions = [{"id": str(i), "metric": "cider", "answer": answer} for i, answer in enumerate(CAPTIONS)]
-    assert bench.official_score("mine", captions, WRITTEN, [0, 0, 0]) == ("CIDEr", pytest.approx(311.9558751))
+    assert extras.benchmarks.official_score("mine", captions, WRITTEN, [0, 0, 0]) == ("CIDEr", pytest.approx(311.9558751))
 
 
 CAPTIONS = [["a cat is sitting on the table", "a cat on a table"],
@@ -5833,10 +5858,10 @@ WRITTEN = ["a cat sits on a table", "two dogs run on grass", "a red car"]
 
 def test_captions_score_what_the_reference_implementation_gives():
     # computed with pycocoevalcap 1.2 (CiderScorer, n=4, sigma=6)
-    assert train_sft.cider(WRITTEN, CAPTIONS) == pytest.approx([3.15658748, 2.27989102, 3.92219775])
-    assert train_sft.cider(["", "cat"], [["a cat"], ["a dog", "dogs"]]) == [0, 0]
+    assert plumbing.scoring.cider(WRITTEN, CAPTIONS) == pytest.approx([3.15658748, 2.27989102, 3.92219775])
+    assert plumbing.scoring.cider(["", "cat"], [["a cat"], ["a dog", "dogs"]]) == [0, 0]
     # its tokenizer's words, without marks
-    grams = train_sft.caption_ngrams("The dog doesn't run. It's a T-shirt, at 6:55!")
+    grams = plumbing.scoring.caption_ngrams("The dog doesn't run. It's a T-shirt, at 6:55!")
     assert [gram[0] for gram in grams if len(gram) == 1] == "the dog does n't run it 's a t-shirt at 6:55".split()
 
 
@@ -5844,10 +5869,10 @@ def test_a_benchmark_is_fetched_by_name_and_goes_on_where_it_stopped(trained, tm
     import bench
     content = (own_data / "table.tsv").read_bytes()
     web.files["/MMStar.tsv"] = content
-    monkeypatch.setitem(data.RECIPES, "MMStar", {**data.RECIPES["MMStar"], "hub": web.url, "files": {
+    monkeypatch.setitem(plumbing.recipes.RECIPES, "MMStar", {**plumbing.recipes.RECIPES["MMStar"], "hub": web.url, "files": {
         "MMStar.tsv": [len(content), hashlib.md5(content).hexdigest()]}})
-    asked, real = [], bench.answers
-    monkeypatch.setattr(bench, "answers", lambda vlm, tokenizer, records, **more: asked.append(len(records)) or real(
+    asked, real = [], extras.benchmarks.answers
+    monkeypatch.setattr(extras.benchmarks, "answers", lambda vlm, tokenizer, records, **more: asked.append(len(records)) or real(
         vlm, tokenizer, records, **more))
     flags = ["--what=eval", f"--init={trained[0] / 'tiny/sft'}", "--data=MMStar", f"--answers={tmp_path / 'a.jsonl'}",
              "--device=cpu"]
@@ -5865,17 +5890,17 @@ def test_a_benchmark_is_fetched_by_name_and_goes_on_where_it_stopped(trained, tm
 def test_kept_answers_are_of_this_model_and_this_question_also_where_two_have_one_id(trained, tmp_path, monkeypatch):
     import bench
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(bench, "answers", lambda vlm, tokenizer, records, **more: [r["answer"] for r in records])
+    monkeypatch.setattr(extras.benchmarks, "answers", lambda vlm, tokenizer, records, **more: [r["answer"] for r in records])
     write(tmp_path / "q.json", [{"id": "1", "question": f"{i}?", "answer": str(i)} for i in range(3)])
     flags = ["--what=eval", "--data=q.json", "--answers=a.jsonl", "--device=cpu"]
     for stage in ("sft", "rl"):
         ran = run("bench", *flags, f"--init={trained[0] / 'tiny' / stage}", main=bench.main)
         assert ran.code == 0 and ran.result["accuracy"] == 1, ran.err
         # with another model's answers in its place this one would have got none right
-        monkeypatch.setattr(bench, "answers", lambda vlm, tokenizer, records, **more: ["wrong"] * len(records))
+        monkeypatch.setattr(extras.benchmarks, "answers", lambda vlm, tokenizer, records, **more: ["wrong"] * len(records))
         again = run("bench", *flags, f"--init={trained[0] / 'tiny' / stage}", main=bench.main)
         assert again.result == ran.result
-        monkeypatch.setattr(bench, "answers", lambda vlm, tokenizer, records, **more: [r["answer"] for r in records])
+        monkeypatch.setattr(extras.benchmarks, "answers", lambda vlm, tokenizer, records, **more: [r["answer"] for r in records])
     for end in ("\n", ""):
         (tmp_path / "a.jsonl").write_text('{"image": "a.jpg", "question": "?", "answer": "a line of sample.py"}' + end)
         one_line(run("bench", *flags, f"--init={trained[0] / 'tiny/sft'}", main=bench.main), "a.jsonl: not written by")
@@ -5913,7 +5938,7 @@ def test_shuffled_never_gives_a_picture_back_to_itself():
     swapped = train_sft.exchange_pictures(records)
     assert [record["images"] for record in swapped] == [["b.png"]] * 3 + [["c.png"]] * 2 + [["a.png"]]
     assert train_sft.exchange_pictures(about("a.png", 3)) is None
-    worlds = [world.World("exam", "scenes")[i] for i in range(9)]
+    worlds = [plumbing.world.World("exam", "scenes")[i] for i in range(9)]
     assert all(a["images"] != b["images"] for a, b in zip(worlds, train_sft.exchange_pictures(worlds)))
 
 
@@ -5928,14 +5953,14 @@ def test_few_held_out_questions_are_told_as_few(monkeypatch, capsys):
 
 def test_the_model_of_the_world_is_scored_right_when_it_is_right(trained, monkeypatch):
     # A model that always finds the right answer gets 1, and its blind twin, which says the commonest word, does not.
-    setup = training.Setup(training.parse_flags("", "sft", train_sft.FLAGS, train_sft.BY_MODEL, ["--device=cpu"]))
-    records = [world.World("exam", "scenes")[i] for i in range(20)]
+    setup = plumbing.ranks.Setup(train_base.chapter_flags("", "sft", train_sft.FLAGS, train_sft.BY_MODEL, ["--device=cpu"]))
+    records = [plumbing.world.World("exam", "scenes")[i] for i in range(20)]
     right = [record["messages"][-1]["content"] for record in records]
     monkeypatch.setattr(train_sft, "answers", lambda vlm, tokenizer, rows, blind=False:
                         ["yes"] * len(rows) if blind else right)
     result = train_sft.evaluate_with_baselines(None, None, {"scenes": records}, setup)["scenes"]
     assert result["accuracy"] == 1 and result["blind_accuracy"] == sum(answer == "yes" for answer in right) / 20
-    assert set(result["by_kind"]) == set(world.QUESTIONS)
+    assert set(result["by_kind"]) == set(plumbing.world.QUESTIONS)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -5948,7 +5973,7 @@ def test_every_image_token_is_shared_out_over_the_patches(kind, seeded):
     if not seeded:
         vlm.bridge.perceiver.seed = None
     features = vlm.vit_features(picture(1)[None])[0]
-    shares = sample.patch_shares(vlm.bridge, features)
+    shares = extras.attention_maps.patch_shares(vlm.bridge, features)
     assert shares.shape == (vlm.config.bridge.num_tokens, 16) and shares.min() >= 0
     assert torch.allclose(shares.sum(1), torch.ones(len(shares)), atol=1e-5)
     if kind != "perceiver":  # a patch that changes changes the tokens that have a share of it, and no other
@@ -5963,7 +5988,7 @@ def test_the_overlay_is_the_decoders_own_attention():
     asked = tokenizer().render(chat["messages"], 16, add_generation_prompt=True)
     images = [picture(2), picture(3)]
     answer = say(vlm, [asked], [2, 3], max_new_tokens=6)[0]
-    maps = sample.where_it_looked(vlm, asked, images, answer)
+    maps = extras.attention_maps.where_it_looked(vlm, asked, images, answer)
     assert [m.shape for m in maps] == [(6, 4, 4)] * 2 and all(m.min() >= 0 and m.max() <= 1 for m in maps)
     # By hand: keys and queries of each block, from hidden states that hooks catch.
     inputs = []
@@ -5983,7 +6008,7 @@ def test_the_overlay_is_the_decoders_own_attention():
     more = (seen - seen.mean(0)).clamp(min=0)[-6:]
     most = (more.max() * more.amax(1, keepdim=True)).sqrt().clamp(min=1e-9)
     assert far(maps[0].flatten(1), more / most) < 1e-4
-    words = sample.words_of(tokenizer(), answer, maps)
+    words = extras.attention_maps.words_of(tokenizer(), answer, maps)
     assert "".join(word for word, _ in words) == tokenizer().decode(answer) and all(len(m) == 2 for _, m in words)
 
 
@@ -5992,7 +6017,7 @@ def test_the_overlay_of_a_picture_in_tiles_covers_the_whole_picture():
     vlm.config.bridge.newline, vlm.bridge.newline = True, torch.nn.Parameter(torch.randn(32))
     tiles = vision.cut_tiles(Image.effect_noise((70, 40), 80).convert("RGB"), 24)
     asked = tokenizer().render([{"role": "user", "content": "<image>"}], [vlm.config.bridge.tokens_of(tiles)], True)
-    (grid, ) = sample.where_it_looked(vlm, asked, [tiles], [5, 6, 7])
+    (grid, ) = extras.attention_maps.where_it_looked(vlm, asked, [tiles], [5, 6, 7])
     assert grid.shape == (3, 4, 4) and grid.isfinite().all() and grid.max() > 0
 
 
@@ -6012,9 +6037,9 @@ class Served:
 
     def __init__(self, trained: Path, *flags):
         flags = ["--serve", f"--out_dir={trained}", "--port=0", "--device=cpu", *flags]
-        flags = data.parse_flags("", sample.FLAGS, argv=flags)
+        flags = plumbing.flags.parse_flags("", sample.FLAGS, argv=flags)
         with contextlib.redirect_stderr(io.StringIO()):
-            self.server = sample.Server(*sample.load(flags), flags)
+            self.server = extras.server.Server(*sample.load(flags), flags)
         self.address, self.url = ("127.0.0.1", self.server.server_port), f"http://127.0.0.1:{self.server.server_port}"
         threading.Thread(target=self.server.serve_forever, args=(0.01, ), daemon=True).start()
 
@@ -6065,7 +6090,7 @@ def test_the_openai_client_gets_what_sample_py_says(trained, served, photo, tmp_
     import openai
     client = openai.OpenAI(base_url=served.url + "/v1", api_key="none")
     name = client.models.list().data[0].id
-    world.World("captions")[5]["images"][0].draw(90).save(tmp_path / "b.png")
+    plumbing.world.World("captions")[5]["images"][0].draw(90).save(tmp_path / "b.png")
     flags = ["--seed=3", "--temperature=0.8", "--max_new_tokens=12", f"--out_dir={trained[0]}", "--device=cpu"]
     two = [f"--image={photo}", f"--image={tmp_path / 'b.png'}"]
     options = dict(model=name, seed=3, temperature=0.8, max_tokens=12)
@@ -6106,7 +6131,7 @@ def test_choices_seeds_and_stop_texts(served, photo):
     assert cut["choices"][0] == {**cut["choices"][0], "finish_reason": "stop"}
     assert cut["choices"][0]["message"]["content"] == free[:free.index(stop)]
     assert served.post({"messages": messages, "max_tokens": 1}).json()["choices"][0]["finish_reason"] == "length"
-    text = sample.Text(tokenizer(), ["abc"])
+    text = extras.asking.Text(tokenizer(), ["abc"])
     told = [text.add(tokenizer().encode(piece)) for piece in ("xa", "b", "d", "yab", "c z")]
     assert "".join(told) == "xabdy" and told[0] == "x" and text.ended  # held back until it is certain
 
@@ -6152,7 +6177,7 @@ def test_a_wrong_request_is_told_what_is_wrong(served, name):
 
 
 def test_a_body_that_is_too_long_is_refused_before_it_is_read(served):
-    for length, status in ((sample.BODY + 1, b"413"), (10 ** 20, b"411")):
+    for length, status in ((extras.server.BODY + 1, b"413"), (10 ** 20, b"411")):
         answer = served.raw(b"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\n"
                             b"Content-Type: application/json\r\nContent-Length: %d\r\n\r\n" % length)
         assert answer.startswith(b"HTTP/1.1 " + status) and b'"error"' in answer
@@ -6242,12 +6267,12 @@ def test_too_many_wait_then_429_and_an_answer_has_its_time(served, monkeypatch):
     engine = served.server.engine
     wait_until(lambda: not engine.busy)
     step, gate = engine.step, threading.Event()
-    monkeypatch.setattr(sample, "WAITING", 2)
-    monkeypatch.setattr(sample, "SECONDS", 0.5)
+    monkeypatch.setattr(extras.server, "WAITING", 2)
+    monkeypatch.setattr(extras.server, "SECONDS", 0.5)
     monkeypatch.setattr(engine, "step", lambda: (gate.wait(20), step())[1])  # nothing moves
     late = served.post({"messages": [user("x")], "n": 2})  # it is given up after half a second
     assert late.status_code == 200 and {c["finish_reason"] for c in late.json()["choices"]} == {"length"}
-    monkeypatch.setattr(sample, "SECONDS", 20)
+    monkeypatch.setattr(extras.server, "SECONDS", 20)
     answers = []
     body = {"messages": [user("x")], "max_tokens": 1, "n": 6}  # 4 rows, and 2 that wait
     first = threading.Thread(target=lambda: answers.append(served.post(body)))
@@ -6265,7 +6290,7 @@ def test_an_error_in_the_engine_costs_those_it_hits_and_no_other(served, monkeyp
     wait_until(lambda: not engine.busy)
     expected = served.says([user("What?")])
     with monkeypatch.context() as patch:
-        patch.setattr(model.Engine, "choose", lambda self, B: 1 / 0)
+        patch.setattr(plumbing.engine.Engine, "choose", lambda self, B: 1 / 0)
         assert served.post({"messages": [user("What?")]}).status_code == 500
         answer = served.post({"messages": [user("What?")], "stream": True})
         assert answer.status_code == 200 and b'data: {"error": {"message": ' in answer.content.splitlines()[-2]
@@ -6274,9 +6299,9 @@ def test_an_error_in_the_engine_costs_those_it_hits_and_no_other(served, monkeyp
 
 
 def test_idle_and_slow_connections_are_dropped(trained, monkeypatch):
-    monkeypatch.setattr(sample, "IDLE", 0.6)
+    monkeypatch.setattr(extras.server, "IDLE", 0.6)
     there = Served(trained[0], "--max_requests=4")
-    monkeypatch.setattr(sample, "CONNECTIONS", 3)
+    monkeypatch.setattr(extras.server, "CONNECTIONS", 3)
     began = time.monotonic()
     assert there.raw() == b""  # says nothing
     with socket.create_connection(there.address, timeout=10) as s:  # a byte now and then
@@ -6568,9 +6593,9 @@ def test_the_page_takes_any_picture_follows_the_answer_and_shows_at_the_first_ta
         page.set_input_files("#file", [file((960, 960), True)] * 6 + [file((5100, 4000)), {
             "name": "a.svg", "mimeType": "image/svg+xml", "buffer": lines}])
         expect(page.locator("#waiting figure")).to_have_count(8)
-        assert page.evaluate("waiting.join().length") < sample.BODY
-        pictures = [sample.read_picture(url) for url in page.evaluate("waiting")]
-        assert max(image.width * image.height for image in pictures) < sample.PIXELS
+        assert page.evaluate("waiting.join().length") < extras.server.BODY
+        pictures = [extras.server.read_picture(url) for url in page.evaluate("waiting")]
+        assert max(image.width * image.height for image in pictures) < extras.server.PIXELS
         assert pictures[7].getpixel((0, 0)) == (255, 255, 255)
         # Side by side, a wide and a tall one keep their shapes: what is laid over them lies on them.
         page.reload()
@@ -6627,7 +6652,7 @@ def test_the_profile_is_written_and_names_what_takes_long(tmp_path, monkeypatch)
 
 def test_bench_serves_clients_of_its_own(trained, monkeypatch):
     import bench
-    monkeypatch.setattr(bench.sample.Handler, "log_message", lambda *_: None)
+    monkeypatch.setattr(extras.server.Handler, "log_message", lambda *_: None)
     monkeypatch.setattr(bench, "clock", lambda work, *_: work() or 1.0)  # once is enough here
     ran = run("bench", "--what=serve", f"--out_dir={trained[0]}", "--device=cpu", "--clients=3", "--steps=2",
               main=bench.main)
@@ -6636,7 +6661,7 @@ def test_bench_serves_clients_of_its_own(trained, monkeypatch):
     for row in ran.result["clients"].values():
         assert row["tokens_per_s"] > 0 and 0 < row["first_token_ms"][0] <= row["first_token_ms"][1]
     # What goes wrong at a client, in its own process, ends the measurement in one line, and it does not wait for ever.
-    monkeypatch.setattr(sample.Handler, "do_POST", lambda self: self.send_error(507))
+    monkeypatch.setattr(extras.server.Handler, "do_POST", lambda self: self.send_error(507))
     one_line(run("bench", "--what=serve", f"--out_dir={trained[0]}", "--device=cpu", "--clients=1", "--steps=1"), "507")
 
 
@@ -6655,7 +6680,7 @@ def test_predicted_memory_is_within_a_tenth_of_what_an_h200_measured():
     import bench
     for stage, lora, thrift, batch_size, micro, measured in PEAKS if "GHOSTVIS_LONG" in os.environ else PEAKS[:3]:
         flags = argparse.Namespace(model="qwen2.5-1.5b", bridge="", batch_size=batch_size, seq_len=2048, gpus=1)
-        parts = bench.predict(flags, stage, lora)
+        parts = extras.memory.predict(flags, stage, lora)
         assert parts(micro, thrift)["peak"] == pytest.approx(measured, rel=0.1), (stage, lora, thrift, micro)
         assert parts(1, True)["peak"] <= parts(1, False)["peak"] < parts(4, False)["peak"] < parts(8, False)["peak"]
         # However few the rows, the optimizer needs the gradients in float32 beside all that it keeps.
@@ -6665,7 +6690,7 @@ def test_predicted_memory_is_within_a_tenth_of_what_an_h200_measured():
 
 def test_memory_is_told_for_each_stage_and_card(monkeypatch):
     import bench
-    monkeypatch.setattr(bench, "saved_bytes", lambda module, compiled, *inputs: inputs[0].nbytes)  # the real one: above
+    monkeypatch.setattr(extras.memory, "saved_bytes", lambda module, compiled, *inputs: inputs[0].nbytes)  # the real one: above
     ran = run("bench", "--what=memory", "--model=tiny", "--batch_size=4", "--seq_len=64", main=bench.main)
     assert ran.code == 0 and {"base", "align", "sft"} <= ran.result.keys()
     for stage in ("base", "align", "sft"):
@@ -6692,12 +6717,12 @@ def test_curves_show_what_the_log_says(tmp_path):
             {"step": 8, "accuracy": 0.75, "accuracy_by_kind": {"colour": 1.0, "count": 0.5}},
             {"step": 2, "loss": 1.0, "lr": 1.0},  # again, after a crash
             {"stage": "sft", "step": 8, "accuracy": 0.1}]  # the result is no point of a curve
-    charts = training.read_curves(rows)
+    charts = plumbing.drawing.read_curves(rows)
     assert charts["loss, nats per token"] == {"loss": [(i, 1.0 if i == 2 else 4.0 / i) for i in range(1, 9)]}
     assert charts["held-out accuracy"] == {"accuracy": [(4, 0.25), (8, 0.75)], "colour": [(4, 0.5), (8, 1.0)],
                                            "count": [(4, 0.0), (8, 0.5)]}
-    assert set(training.read_curves([{"step": 1, "reward": 0.5, "teaching": 0.8}])["reward"]) == {"reward", "teaching"}
-    training.draw_lines(tmp_path / "a.png", {"up": {"one": [(0, 0.0), (10, 1.0)]}, "loss": {"two": [(0, 9.0), (9, 1)]}})
+    assert set(plumbing.drawing.read_curves([{"step": 1, "reward": 0.5, "teaching": 0.8}])["reward"]) == {"reward", "teaching"}
+    plumbing.drawing.draw_lines(tmp_path / "a.png", {"up": {"one": [(0, 0.0), (10, 1.0)]}, "loss": {"two": [(0, 9.0), (9, 1)]}})
     picture = np.asarray(Image.open(tmp_path / "a.png").convert("RGB")).astype(int)
     blue = (abs(picture - (0, 114, 178)).sum(-1) < 30) & (np.arange(800) < 580)  # the lines, without their names
     (upper, lower), across = (blue[:420], blue[420:]), np.arange(800)
@@ -6705,16 +6730,16 @@ def test_curves_show_what_the_log_says(tmp_path):
         heights = [np.argwhere(chart[:, x]).mean() for x in across[chart.any(0)]]
         assert np.sign(np.diff(heights[::40])).tolist() == [sign] * len(heights[::40][1:]) and len(heights) > 400
     # One point, one value, no step yet, and values of zero are no errors.
-    training.draw_lines(tmp_path / "b.png", {"loss": {"x": [(1, 0.0)]}, "other": {"x": [(1, 0.0)], "y": [(3, 0.0)]}})
+    plumbing.drawing.draw_lines(tmp_path / "b.png", {"loss": {"x": [(1, 0.0)]}, "other": {"x": [(1, 0.0)], "y": [(3, 0.0)]}})
     (tmp_path / "log.jsonl").write_text(json.dumps(rows[0]) + "\n")
-    training.draw_curves(tmp_path / "log.jsonl")
+    plumbing.drawing.draw_curves(tmp_path / "log.jsonl")
     assert not (tmp_path / "curves.png").exists()
 
 
 def test_every_stage_draws_its_curves(trained, tmp_path):
     for stage in CHAPTERS:
         folder = trained[0] / "tiny" / stage
-        expected = training.read_curves([json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()])
+        expected = plumbing.drawing.read_curves([json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()])
         assert expected and Image.open(folder / "curves.png").size == (800, 420 * len(expected))
     ran = run("train_sft", *QUICK, f"--out_dir={tmp_path}", "--eval_every=1", f"--init={trained[0] / 'tiny/align'}")
     assert ran.code == 0 and Image.open(tmp_path / "tiny/sft/curves.png").size == (800, 840)  # accuracy by kind, too
@@ -6745,7 +6770,7 @@ def test_runs_are_compared_in_one_picture_with_the_flags_that_differ(trained, tm
 def test_the_figures_are_those_that_the_checkpoint_gives(tmp_path, monkeypatch):
     import bench
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(bench, "saved_bytes", lambda module, compiled, *inputs: inputs[0].nbytes)  # tested above
+    monkeypatch.setattr(extras.memory, "saved_bytes", lambda module, compiled, *inputs: inputs[0].nbytes)  # tested above
     shutil.copy(HERE / "README.md", "README.md")
     ran = run("bench", "--what=figures", f"--init={sample.TINY}", "--device=cpu", main=bench.main)
     assert ran.code == 0, ran.err
@@ -6786,12 +6811,12 @@ def test_the_book_names_commands_that_parse(path):
     known = set(FLAGS_OF_OTHERS)
     for script in (*SCRIPTS, "data"):
         module = importlib.import_module(script)
-        known |= {f"--{name}" for name in getattr(module, "FLAGS", training.SHARED_FLAGS)}
+        known |= {f"--{name}" for name in getattr(module, "FLAGS", train_base.SHARED_FLAGS)}
     for script, arguments in commands(text):
         if script == "test_all.py":
             continue
         module = importlib.import_module(script.removesuffix(".py"))
-        flags = data.parse_flags("", getattr(module, "FLAGS", training.SHARED_FLAGS), getattr(module, "BY_MODEL", {}),
+        flags = plumbing.flags.parse_flags("", getattr(module, "FLAGS", train_base.SHARED_FLAGS), getattr(module, "BY_MODEL", {}),
                                  argv=arguments)  # an unknown flag ends the test by SystemExit
         model_ = getattr(flags, "model", "") or "tiny"
         model.check_name(model_)
@@ -6816,12 +6841,12 @@ def test_the_book_names_places_that_exist(path):
         file = path.parent / name if name else path
         assert file.exists() and (not anchor or anchor in anchors(file)), f"{path.name}: {target}"
     # "`Perceiver` and `Bridge` in vision.py", "`ViT.forward` in vision.py"
-    for names, file in re.findall(r"((?:`[\w.]+`(?:, | and )?)+) in (\w+\.py)", text):
+    for names, file in re.findall(r"((?:`[\w.]+`(?:, | and )?)+) in ((?:\w+/)?\w+\.py)", text):
         source = (HERE / file).read_text(encoding="utf-8")
         for name in re.findall(r"[\w.]+", names.replace(" and ", " ").replace("`", " ")):
             for part in name.split("."):
                 assert re.search(rf"(def|class) {part}\b|^{part}\b.*=", source, re.M), f"{path.name}: {name} in {file}"
-    for script in re.findall(r"\b(\w+\.py)\b", text):
+    for script in re.findall(r"(?<!/)\b((?:(?:plumbing|extras|tests)/)?\w+\.py)\b", text):
         assert (HERE / script).exists(), f"{path.name}: {script}"
 
 
@@ -6857,10 +6882,10 @@ def test_the_book_counts_lines_and_quotes_results_as_they_are():
 def test_the_book_works_its_examples_with_the_tiny_models_numbers():
     import bench
     text = " ".join((HERE / "README.md").read_text(encoding="utf-8").split())
-    s = bench.Subject(model.load_checkpoint(sample.TINY), Tokenizer.from_pretrained(sample.TINY))
+    s = extras.figures.Subject(model.load_checkpoint(sample.TINY), Tokenizer.from_pretrained(sample.TINY))
     middle = s.pixels[:, 36, 36]
     said = [str(tuple(middle.tolist())), "({:.2f}, {:.2f}, {:.2f})".format(*(middle / 127.5 - 1).tolist())]
-    share = sample.patch_shares(s.vlm.bridge, s.features)[4].view(6, 6)[2:4, 2:4].sum()
+    share = extras.attention_maps.patch_shares(s.vlm.bridge, s.features)[4].view(6, 6)[2:4, 2:4].sum()
     said += [f"Latent 4 gives {share:.0%}".replace("%", " %")]
     document = s.document("What colour is the cat?", "orange")
     said += [f"Here {len(document.ids)} ids stand"]
@@ -6871,8 +6896,8 @@ def test_the_book_works_its_examples_with_the_tiny_models_numbers():
         at = batch["supervised"][0]
         loss = F.cross_entropy(s.vlm.gpt.logits(s.vlm.gpt.hidden(x))[0, at], batch["targets"][0, at]).item()
         said += [told.format(math.exp(-loss), loss)]
-    documents = [data.make_document(world.World("chat")[i], i, s.tokenizer, s.M, 216) for i in range(40000, 40008)]
-    arrays, packed, _ = data.pack(documents, 1, 216, s.M)  # as bench.draw_row
+    documents = [data.make_document(plumbing.world.World("chat")[i], i, s.tokenizer, s.M, 216) for i in range(40000, 40008)]
+    arrays, packed, _ = data.pack(documents, 1, 216, s.M)  # as extras.figures.draw_row
     lengths = [len(one.ids) - 1 for one in packed]
     said += ["conversations of {}, {}, {} and {} tokens".format(*lengths),
              f"At {len(arrays['supervised'])} of the 216 positions",
@@ -6883,6 +6908,46 @@ def test_the_book_works_its_examples_with_the_tiny_models_numbers():
              f"`GPT`: {sizes['decoder']:.2f} or"]
     assert [one for one in said if one not in text] == []
     assert s.ask("Describe the picture.") in text
+
+
+def rooms() -> list[tuple[str, int, int]]:
+    "CONTRIBUTING.md's table -> (file, floor, lines at most), from the ground up."
+    rows = re.findall(r"^\| (\d) \| ([\w/]+\.py) \|.*\| (\d+) \|$", (HERE / "CONTRIBUTING.md").read_text(), re.M)
+    return [(file, int(floor), int(most)) for floor, file, most in rows]
+
+
+def test_the_house_has_the_rooms_of_its_table_each_within_its_length():
+    there = [path.relative_to(HERE).as_posix() for folder in (".", "plumbing", "extras")
+             for path in (HERE / folder).glob("*.py")]
+    assert sorted(there) == sorted([file for file, *_ in rooms()] + ["test_all.py"])
+    too_long = {file: n for file, _, most in rooms() if (n := len((HERE / file).read_text().splitlines())) > most}
+    assert too_long == {}
+    # Each begins with what it does and who calls it.
+    for file, *_ in rooms():
+        head = ast.get_docstring(ast.parse((HERE / file).read_text()))
+        assert head and (head.count("\n") >= 1 or "/" not in file), file
+
+
+def test_imports_point_downwards_in_the_house_and_never_in_a_circle():
+    order = {file.removesuffix(".py").replace("/", "."): (i, floor) for i, (file, floor, _) in enumerate(rooms())}
+    for name, (place, floor) in order.items():
+        tree = ast.parse((HERE / (name.replace(".", "/") + ".py")).read_text())
+        top = {id(node) for node in tree.body}
+        for node in ast.walk(tree):
+            used = [alias.name for alias in node.names] if isinstance(node, ast.Import) else \
+                [node.module] if isinstance(node, ast.ImportFrom) else []
+            for other in filter(order.get, used):
+                allowed = order[other][0] < place or order[other][1] == floor == 6 and name == "bench"
+                one_exception = (name, other) == ("data", "extras.check") and id(node) not in top
+                assert allowed or one_exception, f"{name} imports {other}, which is not below it"
+                assert not name.startswith("plumbing") or other.startswith("plumbing"), f"{name} imports {other}"
+
+
+def test_importing_any_file_is_silent_and_touches_no_device():
+    names = [file.removesuffix(".py").replace("/", ".") for file, *_ in rooms()]
+    code = f"import importlib, torch; [importlib.import_module(n) for n in {names}]; assert not torch.cuda.is_initialized()"
+    ran = subprocess.run([sys.executable, "-c", code], cwd=HERE, text=True, capture_output=True)
+    assert (ran.returncode, ran.stdout, ran.stderr) == (0, "", "")
 
 
 def test_the_book_names_tests_that_exist():
@@ -6909,7 +6974,7 @@ def serve_models(hub, tmp_path) -> Tokenizer:
         "image_size": 32, "patch_size": 8}))
     siglip.save_pretrained(tmp_path / "siglip")
     path = tmp_path / "siglip" / "model.safetensors"
-    weights.write_safetensors({n: t.clone() for n, t in weights.read_safetensors(path).items()}, path, {"format": "pt"})
+    plumbing.weights.write_safetensors({n: t.clone() for n, t in plumbing.weights.read_safetensors(path).items()}, path, {"format": "pt"})
     (tmp_path / "siglip" / "preprocessor_config.json").write_text('{"resample": 2}')
     for name in ("qwen", "siglip"):
         hub.files[f"Org/{name}"] = {p.name: p.read_bytes() for p in (tmp_path / name).iterdir()}
@@ -6943,7 +7008,7 @@ def test_a_hub_model_trains_and_answers_by_its_name_alone(hub, tmp_path, monkeyp
     # With a bare MLP it goes out as a LLaVA, whose placeholder is the tokenizer's.
     assert run("train_align", *SMALL, model_, eyes, "--bridge=mlp", f"--out_dir={tmp_path / 'mlp'}").code == 0
     ran = run("sample", model_, f"--out_dir={tmp_path / 'mlp'}", "--device=cpu", f"--export={tmp_path / 'llava'}")
-    config = weights.read_json(tmp_path / "llava" / "config.json")
+    config = plumbing.files.read_json(tmp_path / "llava" / "config.json")
     assert ran.code == 0 and config["image_token_index"] == Tokenizer.from_pretrained(tmp_path / "qwen").image_pad
     assert isinstance(model.load_checkpoint(tmp_path / "llava"), VLM)
 
@@ -6959,9 +7024,9 @@ def test_a_decoder_without_eyes_talks_and_says_so_when_shown_a_picture(hub, tmp_
     one_line(run("sample", *flags, f"--image={HERE / 'cat.jpg'}"), "qwen", "train_align.py")
     vlm, folder = model.load_pretrained("Org/qwen", text_only=True)
     assert vlm.config.generation == {"temperature": 0.7, "top_p": 0.8, "top_k": 20, "repetition_penalty": 1.1}
-    asked = data.parse_flags("", sample.FLAGS, argv=[])
-    assert sample.options(vlm, asked) == {"max_new_tokens": 256, **vlm.config.generation}
-    assert sample.options(vlm, data.parse_flags("", sample.FLAGS, argv=["--temperature=0", "--top_k=3"]))["top_k"] == 3
+    asked = plumbing.flags.parse_flags("", sample.FLAGS, argv=[])
+    assert extras.asking.options(vlm, asked) == {"max_new_tokens": 256, **vlm.config.generation}
+    assert extras.asking.options(vlm, plumbing.flags.parse_flags("", sample.FLAGS, argv=["--temperature=0", "--top_k=3"]))["top_k"] == 3
     assert Tokenizer.from_pretrained(folder).default_system == "You are a helpful assistant."
     greedy = {"do_sample": False, "temperature": 0.7, "repetition_penalty": 1.05}
     (folder / "generation_config.json").write_text(json.dumps(greedy))
@@ -6975,7 +7040,7 @@ def test_a_public_model_is_fetched_and_answers(hub, tmp_path, monkeypatch):
     flags = [f"--image={HERE / 'cat.jpg'}", f"--out_dir={tmp_path / 'out'}", "--device=cpu", "--max_new_tokens=4",
              "--model=llava-ov-0.5b"]
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    monkeypatch.setitem(weights.REPOSITORIES, "llava-ov-0.5b", weights.Repository("llava-hf/ov", "main", {}, ""))
+    monkeypatch.setitem(plumbing.hub.REPOSITORIES, "llava-ov-0.5b", plumbing.hub.Repository("llava-hf/ov", "main", {}, ""))
     one_line(run("sample", *flags), "llava-hf--ov", "HF_HUB_OFFLINE")
     monkeypatch.delenv("HF_HUB_OFFLINE")
     save_onevision(tmp_path / "ov")
@@ -6983,7 +7048,7 @@ def test_a_public_model_is_fetched_and_answers(hub, tmp_path, monkeypatch):
     special |= {"<|endoftext|>": 297, "<|im_start|>": 298, "<|im_end|>": 299, "<image>": 300}
     Tokenizer({bytes([b]): b for b in range(256)}, special).save_hub(tmp_path / "ov")
     hub.files["llava-hf/ov"] = {p.name: p.read_bytes() for p in (tmp_path / "ov").iterdir()}
-    monkeypatch.setitem(weights.REPOSITORIES, "llava-ov-0.5b", weights.Repository("llava-hf/ov", "main", {}, ""))
+    monkeypatch.setitem(plumbing.hub.REPOSITORIES, "llava-ov-0.5b", plumbing.hub.Repository("llava-hf/ov", "main", {}, ""))
     for anyres in ("True", "False"):
         ran = run("sample", *flags, f"--anyres={anyres}")
         assert ran.code == 0 and ran.out, ran.err
@@ -7074,8 +7139,8 @@ def test_on_a_gpu_requests_that_join_and_leave_say_what_the_cpu_says(compiled):
     if compiled:
         there.compile_parts()
     expected = [request(vlm, i) for i in range(20)]
-    list(model.Engine(vlm, expected).run())
-    engine = model.Engine(there, rows=9, width=300)
+    list(plumbing.engine.Engine(vlm, expected).run())
+    engine = plumbing.engine.Engine(there, rows=9, width=300)
     for _ in range(3):  # as it is, recorded, replayed; some prompts are still there the second time
         asked = [request(vlm, i) for i in range(20)]
         waiting = list(asked)

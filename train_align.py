@@ -23,14 +23,20 @@ ViT of --model=tiny learns from captions alone.
 """
 import time
 
-import data  # first: see its imports
+from plumbing.flags import run  # before torch: see plumbing/files.py
+
 from tqdm import tqdm
 
-from model import respond
-from train_base import held_out_loss, make_documents
-from training import (SHARED_FLAGS, Interrupt, Log, Optimizer, Setup, count_images, count_supervised, finish,
-                      freeze_all_but, load_start, lr_scale, make_loaders, parse_flags, run, save, train_step)
-from world import World
+import data
+from plumbing.checkpoints import save
+from plumbing.drawing import draw_sheet
+from plumbing.engine import respond
+from plumbing.log import Interrupt, Log, finish
+from plumbing.optimizer import Optimizer, lr_scale
+from plumbing.ranks import Setup
+from plumbing.world import World
+from train_base import (SHARED_FLAGS, chapter_flags, count_images, count_supervised, freeze_all_but, held_out_loss,
+                        load_start, make_documents, make_loaders, train_step)
 
 STAGE = "align"
 # Rows are longer than a caption: several captions, each with its picture, share a row (data.pack). The learning rate of
@@ -65,7 +71,7 @@ def save_samples(path, vlm, tokenizer, records: list) -> None:
     "samples.png: pictures with the model's caption and the right one."
     lines = [[(f"model: {text}", "black"), (f"right: {record['messages'][-1]['content']}", "grey")]
              for record, text in zip(records, write_captions(vlm, tokenizer, records))]
-    data.draw_sheet(path, [next(iter(record["images"]), None) for record in records], lines)
+    draw_sheet(path, [next(iter(record["images"]), None) for record in records], lines)
 
 
 def caption_losses(vlm, documents: list, setup: Setup, seq_len: int) -> dict[str, float]:
@@ -82,7 +88,7 @@ def caption_losses(vlm, documents: list, setup: Setup, seq_len: int) -> dict[str
 
 
 def main() -> None:
-    flags = parse_flags(__doc__, STAGE, SHARED_FLAGS, BY_MODEL)
+    flags = chapter_flags(__doc__, STAGE, SHARED_FLAGS, BY_MODEL)
     setup = Setup(flags)
     # Data. New: records with a picture and its caption. Held out are scenes that training does not show: of those that
     # it shows, the captions could be remembered.

@@ -10,23 +10,33 @@ What it teaches: next-token prediction, the training loop that all four chapters
 language models that does not depend on the tokenizer. On the laptop run it falls from 5.72 to 0.28 on held-out text.
 At the end the model continues three prompts: a number does not show whether it writes nonsense.
 
-Left out: epochs (the loader never ends: it shuffles a file anew for every pass over it). Flags, optimizer and
-checkpoints are in training.py, which says what it leaves out, and need not be read first.
+Left out: epochs (the loader never ends: it shuffles a file anew for every pass over it). The optimizer, the log and the
+checkpoints are in plumbing/, which can be trusted unread.
 """
 import math
+import sys
 import time
 from functools import partial
 
-import data  # first: see its imports
+from plumbing.flags import RUN_FLAGS, parse_flags, run  # before torch: see plumbing/files.py
+
 import torch
+from torch.nn.utils import get_total_norm
 from tqdm import tqdm
 
-from model import VLM
+import data
+from plumbing.checkpoints import STAGES, find_start, read_resume, run_name, save, stage_folder, take_flags_of_run
+from plumbing.files import attempt, recover, require
+from plumbing.hub import fetch
+from plumbing.log import Interrupt, Log, finish
+from plumbing.optimizer import Optimizer, lr_scale
+from plumbing.ranks import Setup
+from plumbing.text import read_text_records
+from plumbing.workers import share_workers
+from plumbing.world import World
+from model import FROM_SCRATCH, PRESETS, VLM, check_name, connect, load_checkpoint, load_pretrained, preset
 from tokenizer import Tokenizer
-from training import (SHARED_FLAGS, Interrupt, Log, Optimizer, Setup, count_supervised, finish, freeze_all_but,
-                      load_start, lr_scale, make_loaders, parse_flags, run, save, train_step)
-from weights import require
-from world import World
+from vision import SIGLIP, ViT
 
 STAGE = "base"
 # The defaults of the flags that depend on --model. A step of tiny has 16 x 256 = 4,096 tokens. At a learning rate of
@@ -36,6 +46,237 @@ STAGE = "base"
 BY_MODEL = {"tiny": {"batch_size": 16, "seq_len": 256, "steps": 100, "lr": 0.002},
             "small": {"batch_size": 64, "seq_len": 1024, "steps": 200, "lr": 0.003},
             "released": {"batch_size": 16, "seq_len": 2048, "steps": 1000, "lr": 1e-5}}
+
+
+SHARED_FLAGS = {  # of all four chapters, {name: (default, meaning)}
+    # What is trained, and on what. The first to change: --data, to your own; then --model, once you have a GPU.
+    "model": ("tiny", f"{', '.join(PRESETS)}, or a Qwen2's hub id (Org/Name) or folder"),
+    "vision": ("", f"encoder in place of the preset's, with its released weights: {', '.join(SIGLIP)}"), **RUN_FLAGS}
+
+
+def chapter_flags(doc: str, stage: str, flags: dict, by_model: dict, argv=None):
+    "As parse_flags, with names checked. After --resume, flags that are not given are those of the run."
+    out = parse_flags(doc, flags, by_model, argv)
+    check_name(out.model)
+    if getattr(out, "optimizer", "") == "auto":
+        out.optimizer = "muon" if out.model in FROM_SCRATCH else "adamw"
+    require(not getattr(out, "val", "") or any(name != "world" for name, _ in data.parse_mixture(out.data)),
+            f"--val={getattr(out, 'val', '')}: goes with files in --data=; the world holds out scenes of its own")
+    if getattr(out, "resume", False):
+        take_flags_of_run(out, stage, {text[2:].split("=")[0] for text in (sys.argv[1:] if argv is None else argv)})
+    return out
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The model that a stage starts from
+
+def without_checkpoint(flags, setup: Setup) -> tuple[VLM, Tokenizer, str]:
+    "The model before any stage of ours -> (model, tokenizer, where they come from)."
+    if flags.model not in FROM_SCRATCH:
+        # Its bridge is new and useless before chapter 2, unless the model is a finished LLaVA.
+        vlm, folder = load_pretrained(flags.model, flags.vision, flags.bridge, setup.device)
+        vlm.config.generation = {}  # the publisher's temperatures are for the publisher's model, not for ours
+        return vlm, Tokenizer.from_pretrained(folder), f"the weights of {folder}"
+    # A short text may have fewer tokens than the embedding has rows: the rest is never sampled (vocab_used).
+    config = preset(flags.model, flags.bridge)
+    tokenizer = Tokenizer.train(data.tokenizer_texts(flags.data, flags.seed), config.decoder.vocab_size)
+    if not flags.vision:
+        return VLM(config), tokenizer, "random weights (the first loss is near 15, not ln V = 7: see GPT's embed)"
+    vit = ViT.from_pretrained(fetch(flags.vision))
+    config.vision, config.pretrained_vision = vit.config, flags.vision
+    vlm = VLM(connect(config))
+    vlm.vit = vit
+    return vlm, tokenizer, f"random weights, the encoder from {flags.vision}"
+
+
+def load_start(flags, setup: Setup, stage: str) -> tuple[VLM, Tokenizer, dict, dict]:
+    """
+    The model a stage starts from -> (model on its device, tokenizer, resume state, optimizer tensors): the first that
+    applies of four, and it says which.
+    """
+    # A broken source is an error and never falls through to the next: training would run from random weights and look
+    # healthy, only worse.
+    state, moments, why = {}, {}, ""
+    if flags.resume:
+        # 1. --resume: this stage's own last checkpoint, with its optimizer and its position in the data.
+        source = recover(stage_folder(flags, stage))
+        state, moments = read_resume(source)
+    else:
+        # 2. --init: that folder.  3. The newest earlier stage under --out_dir; for fine-tuning the newest model.
+        source, why = (flags.init, "") if flags.init else find_start(flags, stage)
+    if source:
+        # The tokenizer comes with the weights: ids mean nothing without it.
+        vlm, tokenizer = load_checkpoint(source, setup.device), Tokenizer.from_pretrained(source)
+        vlm.config.preset = vlm.config.preset or run_name(flags.model)  # a LLaVA folder of Hugging Face's has none
+        vlm.config.run.setdefault("chapters", STAGES[:3])  # older checkpoints do not say
+    else:
+        # 4. The released weights of --model, or, for the presets that have none, random ones.
+        vlm, tokenizer, source = without_checkpoint(flags, setup)
+    if not flags.resume:
+        start = vlm.config.run
+        vlm.config.run = {"chapters": list(dict.fromkeys([*start.get("chapters", []), stage])), "stage": stage,
+                          "start": start.get("saved"), "steps": flags.steps, "data": flags.data}
+    for name, asked, found in (("model", run_name(flags.model), vlm.config.preset),
+                               ("vision", flags.vision, vlm.config.pretrained_vision),
+                               ("bridge", flags.bridge, vlm.config.bridge.kind),
+                               ("lora_rank", flags.lora_rank, vlm.config.lora_rank or flags.lora_rank)):
+        require(asked in ("", 0, found), f"--{name}={asked}, but {source} has --{name}={found}: "
+                "give that, or start from another model by --init= or --out_dir=")
+    if flags.lora_rank and not vlm.config.lora_rank:
+        vlm.add_lora(flags.lora_rank)
+    vlm.gpt.activation_checkpointing = flags.activation_checkpointing
+    vlm.gpt.set_float8(flags.float8)
+    setup.print(f"{'resuming' if flags.resume else 'starting'} {stage} from {source}"
+                + (f" at step {state['step']}" if flags.resume else why))
+    vlm.to(setup.device)
+    if setup.compile:
+        vlm.compile_parts()
+    return vlm, tokenizer, state, moments
+
+
+def freeze_all_but(vlm: VLM, trained: list[str]) -> dict[str, torch.nn.Parameter]:
+    "Train only these parts (of vit, bridge, decoder) -> their parameters by name."
+    # A ViT with pretrained weights stays frozen in every chapter: it was trained on far more pictures than we have.
+    trained = [name for name in trained if name != "vit" or not vlm.config.pretrained_vision]
+    # A frozen parameter costs its own bytes. A trained one costs 3 to 4 times that: gradient and optimizer state.
+    for name, part in vlm.parts().items():
+        part.requires_grad_(name in trained)
+    if vlm.config.lora_rank and "decoder" in trained:  # of the decoder these alone
+        for name, p in vlm.gpt.named_parameters():
+            p.requires_grad_(".lora_" in name)
+    return {name: p for name, p in vlm.named_parameters() if p.requires_grad}
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Data: records -> packed micro-batches (data.py), for this model and these ranks
+
+SMALLER = ("--activation_checkpointing, --lora_rank=16, or a shorter --seq_len (bench.py --what=memory tells what each "
+           "saves)")
+
+
+def largest_micro_batch(vlm: VLM, setup: Setup, share: int, make_batch) -> int:
+    """
+    The most rows per forward pass for which the GPU has the memory, of the divisors of `share`, a rank's rows in a
+    step. make_batch(rows): such a batch. Without a GPU: all.
+    """
+    if setup.device.type != "cuda":
+        return share
+    torch.cuda.reset_peak_memory_stats()
+    for rows in (n for n in range(share, 0, -1) if share % n == 0):
+        try:  # Not computed but tried: what a pass needs depends on the compiler, the kernels and the model.
+            batch = setup.to_device(make_batch(rows))
+            for _ in range(min(2, share // rows)):  # of several micro-batches the second adds to gradients of the first
+                loss = vlm(batch)
+                if loss.requires_grad:  # not in alignment without a picture
+                    loss.backward()
+            # 7 % to spare: other batches have more pictures, and memory is fragmented
+            fits = torch.cuda.max_memory_allocated() < 0.93 * torch.cuda.mem_get_info()[1]
+        except torch.OutOfMemoryError:
+            fits = False
+        for p in vlm.parameters():
+            p.grad = None
+        torch.cuda.empty_cache()  # the fragments of a large attempt
+        torch.cuda.reset_peak_memory_stats()
+        if setup.all_reduce(fits) == setup.world_size:  # all ranks take the same
+            setup.print(f"--micro_batch_size={rows}: the most rows of {share} that fit into this GPU's memory at once")
+            return rows
+    raise ValueError(f"not even one row fits into this GPU's memory; give {SMALLER}")
+
+
+def make_loaders(flags, setup: Setup, vlm: VLM, tokenizer: Tokenizer, dataset, state: dict, **options) -> list:
+    "-> one data.Loader for each micro-batch of this rank. options: of data.make_document."
+    M = vlm.config.bridge.num_tokens
+    make_document = partial(data.make_document, tokenizer=tokenizer, image_tokens=M, seq_len=flags.seq_len, **options)
+    make = partial(data.Loader, dataset, make_document, data.pixel_loader(vlm.config.vision), seq_len=flags.seq_len,
+                   image_tokens=M, pin=setup.device.type == "cuda")
+    # batch_size 32, micro_batch_size 8 -> 4 micro-batches a step. Each reads its own share of the records, whichever
+    # rank computes it, so that 1 GPU x 4 micro-batches and 4 GPUs x 1 train on the same rows.
+    saved, micro = state.get("data") or [], flags.micro_batch_size  # saved: each micro-batch's position in the data
+    if not micro and saved:
+        micro = flags.batch_size // len(saved)
+    elif not micro and flags.batch_size % setup.world_size == 0:
+        micro = largest_micro_batch(vlm, setup, flags.batch_size // setup.world_size,
+                                    lambda rows: next(make(rows=rows, prefetch=False)))
+    count = flags.batch_size // max(micro, 1)
+    require(micro >= 1 and count * micro == flags.batch_size and count % setup.world_size == 0,
+            f"--batch_size={flags.batch_size} is not a multiple of --micro_batch_size={micro or 1} x "
+            f"{setup.world_size} processes")
+    require(len(saved) in (0, count), f"--resume: the run was started with {len(saved)} micro-batches a step, now "
+            f"there are {count}; give --micro_batch_size={flags.batch_size // max(len(saved), 1)}")
+    # Cut conversations train without any error, and the model never learns how they end: say how many there are.
+    first = (attempt(dataset.__getitem__, i) for i in range(100))
+    whole = [make_document(one, 0, seq_len=10 ** 9) for one in first if isinstance(one, dict) and "messages" in one]
+    sets = getattr(dataset, "sets", [])
+    if whole and len(sets) == 1 and isinstance(sets[0], data.Shuffled):
+        n, tokens = len(sets[0].records), sum(len(document.ids) for document in whole if document) / len(whole)
+        setup.print(f"{n:,} records train; {flags.steps} steps are about "
+                    f"{flags.steps * flags.batch_size * flags.seq_len / (n * max(tokens, 1)):.1f} epochs")
+    cut = sum(len(document.ids) - 1 > flags.seq_len for document in whole if document)
+    if cut:
+        setup.print(f"{cut} of {len(whole)} conversations are longer than --seq_len={flags.seq_len} and are cut: "
+                    "their last turns are left out")
+    workers = share_workers(getattr(flags, "workers", 0), setup.device.type, setup.world_size, count)
+    setup.loaders = [make(rows=micro, micro_batch=i, micro_batches=count, state=saved[i] if saved else None,
+                          workers=workers[i // setup.world_size])
+                     for i in range(setup.rank, count, setup.world_size)]  # 4 micro-batches, 2 ranks: 0 and 2, 1 and 3
+    return setup.loaders
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The training step
+
+def count_supervised(batches: list[dict], setup: Setup) -> float:
+    "Supervised tokens of the step, over all micro-batches and ranks."
+    tokens = setup.all_reduce(sum(len(batch["supervised"]) for batch in batches))
+    require(tokens, f"no token of this step is supervised; its records: {record_names(batches)}")
+    return tokens
+
+
+def record_names(batches: list[dict]) -> str:
+    names = [str(name) for batch in batches for name in batch["records"]]
+    return ", ".join(names[:20]) + f" and {len(names) - 20} more" * (len(names) > 20)
+
+
+def count_images(batches: list[dict], setup: Setup) -> int:
+    return int(setup.all_reduce(sum(len(batch["pixels"]) for batch in batches if batch["pixels"] is not None)))
+
+
+def train_step(vlm: VLM, batches: list[dict], tokens: float, optimizer: Optimizer, setup: Setup,
+               scale: float) -> float:
+    """
+    One optimizer step over this rank's micro-batches -> the loss of the whole step, in nats per token. tokens:
+    supervised ones, of all micro-batches and ranks. scale: lr_scale's factor.
+    """
+    # The loss is a sum, divided by the tokens of the WHOLE step. Gradients add up, in p.grad over the micro-batches
+    # (gradient accumulation) and in reduce_gradients over the ranks, so the result is the gradient of the mean over all
+    # tokens, however they are split. TRAP: a mean of means would give a token in a short micro-batch more weight.
+    total = 0.0
+    for batch in batches:
+        try:
+            loss = vlm(setup.to_device(batch)) / tokens
+            if loss.requires_grad:  # in alignment a micro-batch without pictures trains nothing
+                loss.backward()
+        except torch.OutOfMemoryError:
+            rows = len(batch["ids"])
+            raise ValueError(f"out of GPU memory with {rows} rows a forward pass; give " + (
+                f"--micro_batch_size={next(n for n in range(rows - 1, 0, -1) if rows % n == 0)}" if rows > 1 else
+                SMALLER)) from None
+        total += loss.detach()  # a tensor on the GPU: its value here would make the CPU wait
+    # 0 * norm is 0, and NaN if any gradient is not finite: one update with it, and all weights would be lost.
+    total += 0 * get_total_norm([p.grad for p in optimizer.params.values() if p.grad is not None])
+    total = setup.all_reduce(float(total))  # the one place where the CPU waits; it goes on while the optimizer works
+    if math.isfinite(total):
+        setup.bad_steps = 0
+        optimizer.step(scale)
+        return total
+    for p in optimizer.params.values():
+        p.grad = None
+    setup.bad_steps += 1
+    problem = f"loss or gradient is not a finite number ({setup.bad_steps} in a row; {record_names(batches)})"
+    require(setup.bad_steps < setup.max_bad_steps, f"{problem}: stopped, and the last checkpoint is as it was; look at "
+            "these records, or give a lower --lr")
+    setup.print(f"step skipped: {problem}")
+    return math.nan
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -84,7 +325,7 @@ def bits_per_byte(vlm, tokenizer, documents: list, setup: Setup, seq_len: int) -
 # The chapter
 
 def main() -> None:
-    flags = parse_flags(__doc__, STAGE, SHARED_FLAGS, BY_MODEL)
+    flags = chapter_flags(__doc__, STAGE, SHARED_FLAGS, BY_MODEL)
     setup = Setup(flags)
     vlm, tokenizer, state, moments = load_start(flags, setup, STAGE)
     params = freeze_all_but(vlm, ["decoder"])  # ViT and bridge wait for chapter 2
@@ -93,7 +334,7 @@ def main() -> None:
     step = state.get("step", 0)  # above 0 with --resume
 
     # Data: text in records of at most seq_len tokens. Held-out text was never trained on, so it cannot be memorised.
-    read = partial(data.read_text_records, encode=tokenizer.encode, end=tokenizer.endoftext, seq_len=flags.seq_len)
+    read = partial(read_text_records, encode=tokenizer.encode, end=tokenizer.endoftext, seq_len=flags.seq_len)
     dataset, held_out = data.load_data(flags.data, World("text", seed=flags.seed),
                                        {"scenes": World("text", "scenes", seed=1)}, flags.seed, flags.eval_size,
                                        flags.val, read, flags.max_bad)

@@ -30,14 +30,21 @@ import math
 import random
 import time
 
-import data  # first: see its imports
+from plumbing.flags import run  # before torch: see plumbing/files.py
+
 import torch
 from tqdm import tqdm
 
-from train_sft import evaluate, save_samples, score_answer, wilson
-from training import (SHARED_FLAGS, Interrupt, Log, Optimizer, Setup, finish, freeze_all_but, largest_micro_batch,
-                      load_start, lr_scale, parse_flags, run, save, train_step)
-from world import QUESTIONS, World
+import data
+from plumbing.checkpoints import save
+from plumbing.files import attempt
+from plumbing.log import Interrupt, Log, finish
+from plumbing.optimizer import Optimizer, lr_scale
+from plumbing.ranks import Setup
+from plumbing.scoring import wilson
+from plumbing.world import QUESTIONS, World
+from train_base import SHARED_FLAGS, chapter_flags, freeze_all_but, largest_micro_batch, load_start, train_step
+from train_sft import evaluate, save_samples, score_answer
 
 STAGE = "rl"
 # batch_size counts questions here, not rows. A learning rate far below chapter 3's: a policy that changes too fast
@@ -177,7 +184,7 @@ def with_rehearsal(kinds: list[str], share: float) -> list[str]:
 
 
 def main() -> None:
-    flags = parse_flags(__doc__, STAGE, FLAGS, BY_MODEL)
+    flags = chapter_flags(__doc__, STAGE, FLAGS, BY_MODEL)
     setup = Setup(flags)
     # Data, first: a wrong file or picture shows before a large model is loaded. New: single questions, with an answer
     # that code can check. No loader: the model itself makes the rows.
@@ -212,7 +219,7 @@ def main() -> None:
         # This rank's questions. The numbers run on from step to step: no question comes twice.
         mine = range(step * flags.batch_size + setup.rank, (step + 1) * flags.batch_size, setup.world_size)
         try:
-            records = data.keep_good([data.attempt(dataset.__getitem__, i) for i in mine], bad)
+            records = data.keep_good([attempt(dataset.__getitem__, i) for i in mine], bad)
         except ValueError as error:  # more than --max_bad: this rank adds nothing to the step, which is the last one
             setup.failure, records = error, []
         # New: rollouts, rewards, and advantages as token weights.

@@ -15,10 +15,7 @@ last section cuts a large picture into tiles, as the public model LLaVA-OneVisio
 Left out: SigLIP's text tower and its pooling head (we need every patch, not one vector), dropout (the encoder is frozen
 or small), and NaFlex's variable shapes.
 """
-import contextlib
-import hashlib
 import math
-import warnings
 from dataclasses import dataclass, fields
 from pathlib import Path
 
@@ -26,59 +23,14 @@ import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from PIL import ExifTags, Image, ImageOps
+from PIL import Image, ImageOps
 
-import weights
+from plumbing.files import read_json, require
+from plumbing.weights import SIGLIP_NAMES, load_tensors, read_safetensors
+
 
 # ----------------------------------------------------------------------------------------------------------------------
 # From a file to pixels
-
-MAX_PIXELS = 100_000_000  # 300 MB once decoded as RGB: above this a small file may well be an attack on our memory
-Image.MAX_IMAGE_PIXELS = None  # Pillow's own limit only warns at first; ours, below, looks before anything is decoded
-
-
-def load_image(source, name: str = "") -> Image.Image:
-    """
-    A path, an open binary file or a PIL image -> an RGB image, upright, the first frame of an animation.
-    ValueError names the image if it is missing, broken, cut short or too large.
-    """
-    name, problem = name or (str(source) if isinstance(source, (str, Path)) else "image"), ""
-    try:
-        # Image.open reads only the header. So the size is known before memory is spent on pixels.
-        image = source if isinstance(source, Image.Image) else Image.open(source)
-        if image.width * image.height > MAX_PIXELS:
-            problem = f"{image.width} x {image.height} pixels is over the limit of {MAX_PIXELS:,}; make it smaller"
-        else:
-            image.load()  # decoding happens here, and with it most errors
-    except FileNotFoundError:
-        problem = "no such image file"
-    except Exception as error:  # noqa: BLE001 Pillow's decoders answer a broken file with almost any type of error
-        why = " ".join(str(error).split())[:200].split(" <_io")[0]
-        problem = f"not a readable image ({why}); replace it or remove it from the data"
-    weights.require(not problem, f"{name}: {problem}")
-    # A broken EXIF block raises almost anything, or warns; the pixels themselves are fine.
-    with contextlib.suppress(Exception), warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        # Phones store the picture as the sensor lay, and how to turn it. Most need no turn, and then no copy.
-        if image.getexif().get(ExifTags.Base.Orientation, 1) != 1:
-            image = ImageOps.exif_transpose(image)
-    return to_rgb(image)
-
-
-def to_rgb(image: Image.Image) -> Image.Image:
-    "Any PIL mode -> RGB."
-    # 16 or 32 bits a pixel: PIL's own conversion would clip all above 255 to white
-    if image.mode.startswith(("I", "F")):
-        values = np.asarray(image, dtype=np.float64)
-        top = values.max(initial=0)  # the file does not say what its white is, so the brightest pixel decides
-        scale = 255 if image.mode == "F" and top <= 1 else 1 if top <= 255 else 1 / 257  # 65535 / 257 = 255
-        image = Image.fromarray((values * scale).clip(0, 255).astype(np.uint8))
-    # Transparent pixels become white: what lies under them in the file is arbitrary, often black.
-    if image.mode in ("LA", "La", "PA", "RGBA", "RGBa") or "transparency" in image.info:
-        rgba = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba)
-    return image if image.mode == "RGB" else image.convert("RGB")  # convert copies in any case
-
 
 def resize(image: Image.Image, width: int, height: int, bicubic: bool) -> torch.Tensor:
     "RGB image -> uint8 [3, height, width]. SigLIP was released with bicubic, SigLIP 2 with bilinear resampling."
@@ -141,6 +93,7 @@ SIGLIP = {
     "siglip-so400m-patch14-224": ViTConfig(1152, 4304, 27, 16, image_size=224, patch_size=14, bicubic=True),
     "siglip-so400m-patch14-384": ViTConfig(1152, 4304, 27, 16, image_size=384, patch_size=14, bicubic=True),
 }
+DEFAULT_VISION = "siglip2-large-patch16-256"  # the encoder that a Qwen gets unless another is named
 
 
 def sincos_positions(side: int, D: int) -> torch.Tensor:
@@ -215,15 +168,15 @@ class ViT(nn.Module):
     def from_pretrained(cls, folder, device="cpu", dtype=torch.float32) -> "ViT":
         "From a SigLIP or SigLIP 2 folder as the hub ships it: config.json and one or more safetensors files."
         folder = Path(folder)
-        config = weights.read_json(folder / "config.json")
+        config = read_json(folder / "config.json")
         with torch.device("meta"):  # no memory and no random numbers: every tensor comes from the file
             vit = cls(vit_config(config.get("vision_config", config), folder))  # whole SigLIP, or the tower alone
         # Left out by name, not by "whatever we do not know": a tensor that we forgot would be an error below.
-        tensors = {name: tensor for name, tensor in weights.read_safetensors(folder).items()
+        tensors = {name: tensor for name, tensor in read_safetensors(folder).items()
                    if not name.startswith(("text_model.", "logit_")) and ".head." not in f".{name}"}
         # the hub's files have the prefix, those that transformers 5 saves do not
         prefix = "vision_model." if any(name.startswith("vision_model.") for name in tensors) else ""
-        weights.load_tensors(vit, tensors, weights.SIGLIP_NAMES, prefix, str(folder), device, dtype)
+        load_tensors(vit, tensors, SIGLIP_NAMES, prefix, str(folder), device, dtype)
         return vit
 
 
@@ -231,7 +184,7 @@ def vit_config(config: dict, folder: Path) -> ViTConfig:
     "The hub's vision config, and the folder in which preprocessor_config.json may lie."
     fill = {f.name: config[f.name] for f in fields(ViTConfig) if f.name in config}
     if (folder / "preprocessor_config.json").exists():  # resample: 2 is bilinear, 3 bicubic
-        fill["bicubic"] = weights.read_json(folder / "preprocessor_config.json").get("resample", 3) == 3
+        fill["bicubic"] = read_json(folder / "preprocessor_config.json").get("resample", 3) == 3
     config = ViTConfig(**fill)
     check_sizes(config, folder)
     return config
@@ -244,7 +197,7 @@ def check_sizes(config, folder) -> None:
         fine = type(value) in ((int, float) if f.type is float else (f.type, ))
         if f.type is int:  # bridge.layer alone may be negative: -1 is the last one
             fine = fine and (0 < value <= most or f.name == "layer" and -most < value < 0)
-        weights.require(fine, f"{folder}/config.json: {f.name} {str(value)[:50]!r} cannot be; is this the right file?")
+        require(fine, f"{folder}/config.json: {f.name} {str(value)[:50]!r} cannot be; is this the right file?")
 
 
 def llava_vision(hf: dict, folder: Path) -> tuple[ViTConfig, "BridgeConfig"]:
@@ -255,11 +208,11 @@ def llava_vision(hf: dict, folder: Path) -> tuple[ViTConfig, "BridgeConfig"]:
           "vision_feature_layer": -1 if tiled else -2, **hf}
     for key, ours in (("projector_hidden_act", "gelu"), ("vision_feature_select_strategy", "full"),
                       ("vision_aspect_ratio", "anyres_max_9")):
-        weights.require(hf.get(key, ours) == ours,
+        require(hf.get(key, ours) == ours,
                         f"{folder}/config.json: {key} {hf.get(key)!r} is not supported, only {ours!r}")
     vision, layer = vit_config(hf["vision_config"], folder), hf["vision_feature_layer"]
     vision.pad = tiled
-    weights.require(type(layer) is int,
+    require(type(layer) is int,
                     f"{folder}/config.json: vision_feature_layer {layer} is not supported, only a single number")
     # Hugging Face counts the embeddings as layer 0, so its layer 26 of 26 is our -1, and its -1 too.
     layer = layer if layer < 0 else layer - vision.num_hidden_layers - 1
@@ -385,9 +338,9 @@ class Bridge(nn.Module):
         super().__init__()
         self.config = config
         side, H = math.isqrt(config.num_patches), config.text_size
-        weights.require(config.kind in ("perceiver", "pixelshuffle", "mlp"),
+        require(config.kind in ("perceiver", "pixelshuffle", "mlp"),
                         f"bridge {config.kind!r} is unknown; choose perceiver, pixelshuffle or mlp")
-        weights.require(config.kind != "pixelshuffle" or side % 2 == 0,
+        require(config.kind != "pixelshuffle" or side % 2 == 0,
                         f"pixelshuffle needs an even grid of patches, not {side} a side")
         self.perceiver = Perceiver(config) if config.kind == "perceiver" else None
         # shuffled vectors are four patches long
@@ -485,39 +438,3 @@ def cut_tiles(image: Image.Image, side: int, bicubic: bool = True) -> Tiles:
     # [3, rows, side, columns, side] -> [rows * columns, 3, side, side]: tile by tile, row by row
     tiles = canvas.view(3, rows, side, columns, side).permute(1, 3, 0, 2, 4).flatten(0, 1)
     return Tiles(torch.cat([preprocess(image, side, bicubic)[None], tiles]), rows, columns, *image.size)
-
-
-def digest(image) -> bytes:
-    "Equal for equal pictures only, each uint8 [3, S, S] or Tiles."
-    tiled = isinstance(image, Tiles)
-    shape = f"{image.rows} {image.columns} {image.width} {image.height}" if tiled else ""
-    return hashlib.sha256(shape.encode() + (image.pixels if tiled else image).numpy().tobytes()).digest()
-
-
-class PictureCache:
-    "Pictures, each uint8 [3, S, S] or Tiles -> the image tokens of each [K, H]; the last ones are not encoded again."
-    SIZE = 256  # pictures
-
-    def __init__(self, vit_features, bridge: Bridge, device, run=lambda function, pixels: function(pixels)):
-        self.vit_features, self.bridge, self.device, self.run = vit_features, bridge, device, run
-        self.known = {}  # {digest: image tokens}, oldest first
-
-    def __call__(self, images: list) -> list[torch.Tensor]:
-        names = [digest(image) for image in images]
-        new = {name: image for name, image in zip(names, images) if name not in self.known}
-        # Tiled pictures one by one: 37 tiles fill any device. The others, all of one size, go in one batch.
-        plain = [name for name, image in new.items() if not isinstance(image, Tiles)]
-        if plain:
-            # At least 32 vectors: on a CPU, products of a few rows add in another order, and bits would differ.
-            n = max(len(plain), -(-32 // self.bridge.config.num_tokens))
-            pixels = [new[plain[i % len(plain)]] for i in range(n)]
-            self.known |= zip(plain, self.run(lambda p: self.bridge(self.vit_features(p)),
-                                              torch.stack(pixels).to(self.device)))
-        for name in new.keys() - set(plain):
-            self.known[name] = self.bridge.stitch(self.vit_features(new[name].pixels.to(self.device)), new[name])
-        for name in names:  # the youngest are last
-            self.known[name] = self.known.pop(name)
-        out = [self.known[name] for name in names]
-        for name in list(self.known)[:-self.SIZE]:
-            del self.known[name]
-        return out

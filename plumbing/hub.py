@@ -1,361 +1,29 @@
 """
-Weights as files: how they are stored, named, replaced and downloaded. This file contains no model. In reading order:
-  errors       two helpers that turn a user's wrong file into one clear line
-  safetensors  the file format of the weights: a JSON header, then the bytes of all tensors
-  names        a tensor has one name in our modules and another in Hugging Face's files
-  folders      a checkpoint folder is replaced all at once, so that a crash never leaves half of one
-  downloads    published weights and tokenizers from the Hugging Face hub: resumed and verified
+Downloads: published weights, tokenizers and data from the Hugging Face hub or any server, resumed and verified. Called
+by `fetch(name)` where something is asked for by its name. A reader of the lessons need not know it.
 
-Left out: pickled files (.pt, .bin), because reading one can run any code. Several connections for one download: a file
-with holes could not be resumed from its length alone. Connections that stay open between requests: we make about ten.
+Left out: several connections for one download: a file with holes could not be resumed from its length alone.
+Connections that stay open between requests: we make about ten.
 """
 import contextlib
-import csv
 import errno
 import hashlib
 import io
-import json
 import math
-import mmap
 import os
 import re
 import shutil
-import sys
-import tarfile
 import time
-import zipfile
-import zlib
 from dataclasses import dataclass, replace
 from pathlib import Path
 from urllib.parse import quote, urljoin, urlsplit
 
 import requests
-import torch
-import torch.nn as nn
 from tqdm import tqdm
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Errors
+from plumbing.files import read_json, require, say, setting
+from plumbing.weights import INDEX, SINGLE, pack_header, parse_header, read_index
 
-# What Python raises for a file that is missing, cut short, or of another kind than its name says.
-BROKEN = (OSError, EOFError, zlib.error, zipfile.BadZipFile, tarfile.TarError, csv.Error, UnicodeDecodeError,
-          json.JSONDecodeError)
-
-
-def require(condition, problem: str) -> None:
-    if not condition:  # not `assert`: `python -O` removes those
-        raise ValueError(problem)
-
-
-@contextlib.contextmanager
-def named_errors(path):
-    "Python's errors rarely say which file is missing, cut short or not text. Inside this block they do."
-    try:
-        yield
-    except BROKEN as error:  # a plain ValueError is passed on: it already names the file
-        raise ValueError(f"{path}: cannot be read ({error}); is it there, complete, and in UTF-8?") from None
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Safetensors
-#
-#   8 bytes   N, the header's length, little-endian
-#   N bytes   JSON: {"name": {"dtype": "BF16", "shape": [2, 3], "data_offsets": [begin, end]}, ...,
-#             "__metadata__": {str: str}}
-#   the rest  the tensors' bytes, row-major, without gap or overlap; offsets count from here
-
-DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
-          "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
-          "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2}
-KNOWN = ", ".join(DTYPES)
-MAX_HEADER = 100_000_000  # bytes; the format's own limit
-MAX_SIDES = 64            # of a tensor; torch's own limit for most operations
-SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"  # one file, or the index of several shards
-
-
-def parse_json(text: str | bytes, where, **options):
-    "json.loads, with one kind of error: a hundred thousand open brackets are a RecursionError, 5,000 digits another."
-    try:
-        return json.loads(text, **options)
-    except (ValueError, RecursionError) as error:  # UnicodeDecodeError is a ValueError too
-        raise ValueError(f"{where}: not valid JSON ({error}); is the file complete, and in UTF-8?") from None
-
-
-def read_json(path) -> dict:
-    with named_errors(path):
-        content = parse_json(Path(path).read_bytes(), path)
-    require(isinstance(content, dict), f"{path}: a JSON object in braces is expected here")
-    return content
-
-
-def read_index(path) -> dict[str, str]:
-    "The index of a model in several shards -> {tensor name: file name}."
-    names = read_json(path).get("weight_map")
-    # Plain file names only: a downloaded index must not make us write to ../../.bashrc.
-    require(isinstance(names, dict) and names and all(
-        isinstance(name, str) and re.fullmatch(r"\w[\w.-]*", name) for name in names.values()),
-        f"{path}: lacks the weight_map from tensor names to plain file names; use another repository")
-    return names
-
-
-def unique_keys(pairs: list) -> dict:
-    "For json.loads: the format forbids a name that occurs twice, and json.loads would silently take the last one."
-    require(len(dict(pairs)) == len(pairs), "a key occurs twice")
-    return dict(pairs)
-
-
-def entry_is_valid(info) -> bool:
-    "One entry of a header has all fields, of the right types, and its shape accounts for every byte."
-    try:
-        dtype, shape, (begin, end) = info["dtype"], info["shape"], info["data_offsets"]
-        # type(), not isinstance(): JSON's `true` is an int to isinstance. torch would read -1 as "guess this side".
-        # The limits come before the product: 2,000 sides of 4,300 digits would take minutes to multiply.
-        # Sides of 0 are counted as 1 in the limit: [0, 2^40, 2^40] has no bytes, but torch's strides would overflow.
-        return (isinstance(shape, list) and len(shape) <= MAX_SIDES
-                and all(type(n) is int and 0 <= n < 2 ** 59 for n in [*shape, begin, end])
-                and math.prod(n or 1 for n in shape) < 2 ** 59
-                and end - begin == math.prod(shape) * DTYPES[dtype].itemsize)  # so a view stays within its own tensor
-    except (TypeError, KeyError, ValueError):
-        return False
-
-
-def parse_header(read, size: int, where) -> tuple[dict, dict, int]:
-    """
-    -> (entries {name: {"dtype", "shape", "data_offsets"}}, metadata, offset of the data section in the file).
-    read(n) gives the next n bytes of a file of `size` bytes, which may also be on a server. A file that was cut short,
-    or made by an attacker, is a ValueError here and never a crash later.
-    """
-    def check(condition, problem: str) -> None:
-        require(condition, f"{where}: not a valid safetensors file ({problem}); fetch or write it again")
-
-    check(size >= 8, "shorter than 8 bytes")  # after a full disk or a broken download
-    # Any 8 bytes are a number, up to 18 million TB. This check comes before we allocate that much memory.
-    length = int.from_bytes(read(8), "little")
-    check(2 <= length <= min(MAX_HEADER, size - 8), f"header of {length:,} bytes in a file of {size:,}: cut short?")
-    raw = read(length)
-    check(raw.startswith(b"{"), "header: does not begin with {")  # JSON allows blanks in front, the format does not
-    entries = parse_json(raw, f"{where}: not a valid safetensors file", object_pairs_hook=unique_keys)
-    metadata = entries.pop("__metadata__", {})  # the only key that is not a tensor
-    check(isinstance(metadata, dict) and all(isinstance(value, str) for value in metadata.values()),
-          "__metadata__ is not a map of strings")
-    for name, info in entries.items():  # [:100]: a name may be as long as the header
-        check(entry_is_valid(info), f"tensor {name[:100]!r}: needs a dtype of {KNOWN}, and a shape and data_offsets "
-                                    "that agree")
-    # Sorted by offset, the tensors must fill the data section exactly. A gap could hide a second file. With overlaps
-    # a small file could describe a thousand large tensors, all on the same bytes.
-    position = 0
-    for name, info in sorted(entries.items(), key=lambda item: item[1]["data_offsets"]):
-        begin, end = info["data_offsets"]
-        check(begin == position, f"tensor {name[:100]!r}: begins at {begin}, not at {position}: a gap or an overlap")
-        position = end
-    check(8 + length + position == size,  # the most common accident: a download that stopped early
-          f"{size:,} bytes, its tensors end at {8 + length + position:,}: cut short or changed")
-    return entries, metadata, 8 + length
-
-
-def read_header(path) -> tuple[dict, dict, int]:
-    with open(path, "rb") as file:
-        return parse_header(file.read, os.path.getsize(path), path)
-
-
-def read_safetensors(path) -> dict[str, torch.Tensor]:
-    """
-    One file, or a folder with model.safetensors or with shards and their index -> {name: tensor}.
-    The tensors are views of the mapped file: do not write to them.
-    """
-    path, tensors = Path(path), {}
-    if (path / SINGLE).exists():  # Qwen2.5 up to 1.5B is one file, 3B is two shards and an index
-        return read_safetensors(path / SINGLE)
-    if path.is_dir():
-        index, shards = read_index(path / INDEX), {}
-        for file in sorted(set(index.values())):  # a folder would be read as another model, perhaps this one again
-            require((path / file).is_file(), f"{path / file}: no such file, though {INDEX} names it; fetch it again")
-            shards[file] = read_safetensors(path / file)
-        for name, file in index.items():  # fails for shards of two different downloads
-            require(name in shards[file], f"{path / file}: lacks {name}, which {INDEX} says it holds")
-        return {name: shards[file][name] for name, file in index.items()}
-    require(path.exists(), f"{path}: no such file")
-    entries, _, start = read_header(path)
-    # Mapped, not read: the operating system loads a page when it is first used, and may drop it again when memory is
-    # short. So unused tensors cost nothing, and a model that is copied out of its file is not in memory twice.
-    # ACCESS_COPY is private: torch wants writable memory, and an accidental write must not reach the disk.
-    with open(path, "rb") as file:
-        mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
-    for name, info in entries.items():
-        dtype, shape, (begin, end) = DTYPES[info["dtype"]], info["shape"], info["data_offsets"]
-        # One side may be 0: frombuffer does not accept zero bytes.
-        tensors[name] = torch.frombuffer(mapped, dtype=dtype, count=math.prod(shape), offset=start + begin).view(
-            shape) if begin < end else torch.empty(shape, dtype=dtype)
-    return tensors
-
-
-def pack_header(header: dict) -> bytes:
-    "The start of a file: the length, then the JSON, padded so that the data section begins at a multiple of 8 bytes."
-    raw = json.dumps(header, separators=(",", ":")).encode()
-    raw += b" " * (-len(raw) % 8)
-    return len(raw).to_bytes(8, "little") + raw
-
-
-def write_safetensors(tensors: dict[str, torch.Tensor], path, metadata: dict[str, str] | None = None) -> None:
-    "The same tensors give the same bytes, in any order of the dict."
-    dtype_names = {dtype: name for name, dtype in DTYPES.items()}
-    # Largest dtype first, then by name: every tensor then starts at a multiple of its element size.
-    order = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))
-    header, offset = {"__metadata__": metadata} if metadata else {}, 0
-    for name in order:
-        tensor, begin = tensors[name], offset
-        offset += tensor.numel() * tensor.element_size()
-        header[name] = {"dtype": dtype_names[tensor.dtype], "shape": list(tensor.shape),
-                        "data_offsets": [begin, offset]}
-    with open(path, "wb") as file:
-        file.write(pack_header(header))
-        for name in order:  # one tensor at a time is copied to the host, never the whole model
-            # .view(uint8): numpy has no bfloat16, so it gets plain bytes.
-            file.write(tensors[name].detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
-        file.flush()
-        os.fsync(file.fileno())  # on the disk before anyone renames the file
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Names: ours on the left, Hugging Face's on the right. Several names on the right: our tensor is their rows stacked.
-# "#" is a layer's number, "*" is weight or bias.
-
-SIGLIP_NAMES = {
-    "patch.weight": ["embeddings.patch_embedding.weight"],  # [D, 3, P, P] there, flattened to [D, 3*P*P] here
-    "patch.bias": ["embeddings.patch_embedding.bias"],
-    "position": ["embeddings.position_embedding.weight"],
-    "norm.*": ["post_layernorm.*"],
-    "blocks.#.norm1.*": ["encoder.layers.#.layer_norm1.*"],
-    "blocks.#.norm2.*": ["encoder.layers.#.layer_norm2.*"],
-    "blocks.#.qkv.*": [f"encoder.layers.#.self_attn.{x}_proj.*" for x in "qkv"],
-    "blocks.#.out.*": ["encoder.layers.#.self_attn.out_proj.*"],
-    "blocks.#.fc1.*": ["encoder.layers.#.mlp.fc1.*"],
-    "blocks.#.fc2.*": ["encoder.layers.#.mlp.fc2.*"],
-}
-QWEN_NAMES = {
-    "embed.weight": ["model.embed_tokens.weight"],
-    "norm.weight": ["model.norm.weight"],
-    "head.weight": ["lm_head.weight"],  # only in models whose head is not tied to the embedding
-    "blocks.#.norm1.*": ["model.layers.#.input_layernorm.*"],
-    "blocks.#.norm2.*": ["model.layers.#.post_attention_layernorm.*"],  # before the MLP, in spite of its name
-    "blocks.#.attention.qkv.*": [f"model.layers.#.self_attn.{x}_proj.*" for x in "qkv"],
-    "blocks.#.attention.out.*": ["model.layers.#.self_attn.o_proj.*"],
-    "blocks.#.mlp.gate_up.*": ["model.layers.#.mlp.gate_proj.*", "model.layers.#.mlp.up_proj.*"],
-    "blocks.#.mlp.down.*": ["model.layers.#.mlp.down_proj.*"],
-}
-LLAVA_NAMES = {
-    **{f"vit.{ours}": [f"vision_tower.vision_model.{n}" for n in theirs] for ours, theirs in SIGLIP_NAMES.items()},
-    **{f"gpt.{ours}": [f"language_model.{n}" for n in theirs] for ours, theirs in QWEN_NAMES.items()},
-    "bridge.fc1.*": ["multi_modal_projector.linear_1.*"],
-    "bridge.fc2.*": ["multi_modal_projector.linear_2.*"],
-    "bridge.newline": ["image_newline"],
-}
-
-
-def hub_names(module: nn.Module, table: dict[str, list[str]], prefix: str) -> dict[str, list[str]]:
-    'blocks.3.norm1.weight -> {"blocks.3.norm1.weight": ["encoder.layers.3.layer_norm1.weight"]}, for all parameters.'
-    names = {}
-    for name, _ in module.named_parameters():
-        number, last = "".join(re.findall(r"\.(\d+)\.", name)), name.split(".")[-1]         # "3", "weight"
-        general = re.sub(r"\.\d+\.", ".#.", name)                                          # blocks.#.norm1.weight
-        # TRAP: a parameter that is not in the table is skipped and keeps its values, so the tables must be complete.
-        # A checkpoint of ours is read by a table of its own names.
-        for pattern in (name, general, general.removesuffix(last) + "*"):
-            if pattern in table:
-                names[name] = [prefix + hub.replace("#", number).replace("*", last) for hub in table[pattern]]
-                break
-    return names
-
-
-def load_tensors(module: nn.Module, tensors: dict, table: dict, prefix: str, where: str, device="cpu",
-                 dtype=torch.float32) -> None:
-    """
-    Fill a module (on the meta device, or real) from a file's tensors, which are removed from the dict one by one.
-    Missing, unexpected and wrongly shaped tensors are errors: a model that is partly random still writes text, only
-    worse, and nobody finds out why.
-    """
-    parameters = dict(module.named_parameters())
-    for ours, theirs in hub_names(module, table, prefix).items():
-        missing = [name for name in theirs if name not in tensors]
-        require(not missing, f"{where}: tensor {', '.join(missing[:1])} is missing; is this the right model?")
-        mapped = [tensors.pop(name) for name in theirs]
-        # First to the device, then to the dtype: 16 bits from the file are half as much to copy as 32.
-        parts = [part.to(device).to(dtype) for part in mapped]
-        value = torch.cat(parts) if len(parts) > 1 else parts[0]
-        if value is mapped[0]:  # still the mapped file, but training writes to parameters
-            value = value.clone()
-        # Size and rows, not the whole shape: SigLIP's patch weight [D, 3, P, P] becomes [D, 3*P*P] below.
-        shape = parameters[ours].shape
-        require(value.numel() == shape.numel() and len(value) == shape[0],
-                f"{where}: {theirs[0]} has shape {list(value.shape)}, config.json asks for {list(shape)}")
-        owner, _, last = ours.rpartition(".")
-        # A new parameter, because one on the meta device cannot be filled. TRAP: create optimizers after loading.
-        setattr(module.get_submodule(owner), last, nn.Parameter(value.reshape(shape)))
-    # With layers or biases that we do not compute it is another model.
-    require(not tensors, f"{where}: {len(tensors)} tensors are not part of this model, first "
-                         f"{min(tensors, default='')}")
-
-
-# language_model.model.norm.weight in the hub's files, model.language_model.norm.weight from transformers 5.
-LLAVA_AGES = {r"^model\.": "", r"^lm_head\.": "language_model.lm_head.",
-              r"^vision_tower\.(?!vision_model\.)": "vision_tower.vision_model.",
-              r"^language_model\.(?!model\.|lm_head\.)": "language_model.model."}
-
-
-def read_llava(folder) -> dict[str, torch.Tensor]:
-    "A LLaVA folder of any age -> its tensors under the names of LLAVA_NAMES."
-    tensors = {}
-    for name, tensor in read_safetensors(folder).items():
-        for pattern, ours in LLAVA_AGES.items():
-            name = re.sub(pattern, ours, name)
-        if ".head." not in name:  # SigLIP's pooling head, which some files still contain
-            tensors[name] = tensor
-    return tensors
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Folders that are replaced all at once
-
-def recover(folder) -> Path:
-    "If the last save stopped between its two renames, the only checkpoint is called FOLDER.old: give it its name back."
-    place = Path(folder).resolve()  # FOLDER may be a link to a larger disk
-    old = place.with_name(place.name + ".old")
-    # FOLDER.new is never used: we cannot tell whether it is complete. At most one save is lost.
-    if not place.exists() and old.exists():
-        os.rename(old, place)
-    return Path(folder)
-
-
-@contextlib.contextmanager
-def replace_folder(folder, drop=()):
-    """
-    Gives an empty FOLDER.new to be filled. After the block it takes the old folder's place, together with the old files
-    that it lacks, except those in `drop`. After an error in the block, or a crash, the old folder is as it was.
-    """
-    # First recover, then remove leftovers: after an interrupted save the only whole folder may be the one named .old.
-    folder = recover(folder)
-    new, old = folder.with_name(folder.name + ".new"), folder.with_name(folder.name + ".old")
-    for leftover in (new, old):
-        shutil.rmtree(leftover, ignore_errors=True)
-    new.mkdir(parents=True)
-    try:
-        yield new  # an error in the block is raised here, and the rest of this function does not run
-    except BaseException:
-        shutil.rmtree(new, ignore_errors=True)  # half a checkpoint may have gigabytes, and the disk is mostly full now
-        raise
-    if folder.exists():
-        for file in folder.iterdir():  # such as log.jsonl, samples.png
-            if not (new / file.name).exists() and file.name not in drop:
-                (shutil.copytree if file.is_dir() else shutil.copy2)(file, new / file.name)
-        # Two renames, because one rename cannot replace a folder that has files in it. Each is done completely or not
-        # at all. Between them the whole folder is called .old, and recover() finds it.
-        os.rename(folder, old)
-    os.rename(new, folder)
-    shutil.rmtree(old, ignore_errors=True)  # last: up to here there was always one whole folder
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Downloads from the Hugging Face hub, by plain HTTP
 # Connections break during gigabytes, and a weight with one wrong bit loads without an error. So a file grows under the
 # name FILE.part, which any later process can resume, and gets its own name only after its hash was found right.
 #   fetch      returns at once if all files are there; else, with the folder locked:
@@ -364,9 +32,9 @@ def replace_folder(folder, drop=()):
 #     download   receive, with retries; then the hash; then the rename
 
 ANY = None, None  # size and sha256 that the table does not know: the commit is fixed, so the server's word is enough
+
 CONFIGS = ["config.json", "generation_config.json", "preprocessor_config.json", "tokenizer_config.json",
            "added_tokens.json"]
-DEFAULT_VISION = "siglip2-large-patch16-256"  # the encoder that a Qwen gets unless another is named
 
 
 @dataclass(frozen=True)
@@ -383,13 +51,18 @@ class Repository:
 
 # The table of what we know by name: commits, sizes, hashes and licences.
 REPOSITORIES = {name: Repository(**entry) for name, entry in
-                read_json(Path(__file__).with_name("assets") / "hub.json").items()}
+                read_json(Path(__file__).parents[1] / "assets" / "hub.json").items()}
 
 CHUNK = 2 ** 16              # bytes that a broken connection can lose
+
 TIMEOUT = 10, 30             # seconds to connect, seconds without a byte
+
 ATTEMPTS, BACKOFF = 5, 0.5   # failures in a row without a new byte; seconds to wait, doubled after each
+
 CURABLE = requests.ConnectionError, requests.Timeout, requests.exceptions.ChunkedEncodingError  # try these again
+
 TRY_AGAIN = 408, 429, 500, 502, 503, 504  # and these statuses: the server is overloaded, or restarts
+
 REMEDIES = {401: "missing, private or gated: check the name, or set HF_TOKEN to a token that may read it",
             403: "not allowed: accept the licence on the repository's page, with the account that HF_TOKEN belongs to",
             404: "no such file: is this a model in safetensors?",
@@ -418,12 +91,8 @@ class RemoteFile:
             f"{endpoint()}/{place}/resolve/{revision}/{self.name}"
 
 
-def note(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
-
-
-def setting(variable: str, default) -> Path:
-    return Path(os.environ.get(variable) or default).expanduser()
+def tell(text: str) -> None:
+    say(text, every_rank=True)  # whichever rank came first downloads
 
 
 def endpoint() -> str:
@@ -526,7 +195,7 @@ def retry(where, attempt, progress=lambda: 0):
         named = re.search(r"\bt=(\d+)", headers.get("ratelimit", "")) \
             or re.fullmatch(r"(\d+)", headers.get("Retry-After", ""))
         seconds = int(named[1]) + 1 if named else BACKOFF * 2 ** failures
-        note(f"{where}: {reason}; next attempt in {seconds:g} s")
+        tell(f"{where}: {reason}; next attempt in {seconds:g} s")
         time.sleep(seconds)
 
 
@@ -614,7 +283,7 @@ def plan(repository: Repository, folder: Path) -> list[RemoteFile]:
         except ValueError as error:
             if not repository.mirror:
                 raise
-            note(f"{error}\ntrying its mirror, {repository.mirror}: the same hash proves the same file")
+            tell(f"{error}\ntrying its mirror, {repository.mirror}: the same hash proves the same file")
             hub, _, revision = repository.mirror.partition("@")
             return plan(replace(repository, hub=hub, revision=revision, mirror=""), folder)
     # A branch moves on, and files of two commits must not be mixed. So the first commit is recorded and used from then
@@ -641,14 +310,14 @@ def plan(repository: Repository, folder: Path) -> list[RemoteFile]:
 def announce(remotes: list[RemoteFile], folder: Path) -> None:
     "Sizes and licence before the download starts; and no start if the disk would be full before the end."
     repository, free, left = remotes[0].repository, shutil.disk_usage(folder).free, 0
-    note(f"{repository.hub}, revision {repository.revision[:12]}, licence: {repository.licence}")
+    tell(f"{repository.hub}, revision {repository.revision[:12]}, licence: {repository.licence}")
     for remote in remotes:
         part = folder / f"{remote.name}.part"
         here = part.stat().st_size if part.exists() else 0  # bytes of an earlier attempt
         left += max(0, remote.size - here)
-        note(f"{remote.size / 1e6:12,.1f} MB  {remote.name}" + f", {here / 1e6:,.1f} MB are here already" * bool(here)
+        tell(f"{remote.size / 1e6:12,.1f} MB  {remote.name}" + f", {here / 1e6:,.1f} MB are here already" * bool(here)
              + f" (only {repository.prefix}* of {remote.total / 1e6:,.1f} MB)" * bool(remote.head))
-    note(f"{left / 1e6:12,.1f} MB  to come, to {folder}, where {free / 1e6:,.1f} MB are free")
+    tell(f"{left / 1e6:12,.1f} MB  to come, to {folder}, where {free / 1e6:,.1f} MB are free")
     require(left <= free, f"{folder}: {left:,} bytes are to come and {free:,} are free; make room, or set "
                           "GHOSTVIS_CACHE to a folder on another disk")
 
@@ -691,7 +360,7 @@ def download(remote: RemoteFile, folder: Path) -> None:
         raise  # requests' errors are OSErrors too
     check_hash(part, remote.digest)
     os.replace(part, target)  # all at once: nobody ever sees half a file under this name
-    note(f"{remote.name}: complete")
+    tell(f"{remote.name}: complete")
 
 
 def lock(file, folder: Path) -> None:
@@ -701,7 +370,7 @@ def lock(file, folder: Path) -> None:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            note(f"another process downloads to {folder}: waiting for it")
+            tell(f"another process downloads to {folder}: waiting for it")
             fcntl.flock(file, fcntl.LOCK_EX)
 
 
@@ -726,32 +395,3 @@ def fetch(name: str | Repository) -> Path:
             for remote in remotes:
                 download(remote, folder)
     return folder
-
-
-def fetch_url(url: str, folder: Path, most: int, check) -> bytes:
-    """
-    One small file from any web server, such as a picture that a record names, kept in the folder -> its bytes.
-    check(bytes) raises an error where they are something else: a hotel's login page must not be kept as the picture.
-    """
-    digest = hashlib.sha1(url.encode()).hexdigest()
-    kept = folder / digest[:2] / digest  # 256 folders: a hundred thousand files in one are slow
-    with contextlib.suppress(FileNotFoundError):
-        return kept.read_bytes()
-
-    def receive_all() -> bytes:
-        content = b""
-        with request("GET", url, url) as reply:
-            for chunk in reply.iter_content(CHUNK):
-                content += chunk
-                require(len(content) <= most, f"{url}: more than {most:,} bytes")
-        if len(content) < int(reply.headers.get("Content-Length", 0)):
-            raise requests.ConnectionError("the connection closed early")
-        return content
-
-    content = retry(url, receive_all)
-    check(content)
-    kept.parent.mkdir(parents=True, exist_ok=True)
-    part = kept.with_name(f"{digest}.{os.getpid()}.part")
-    part.write_bytes(content)
-    os.replace(part, kept)
-    return content

@@ -1,0 +1,117 @@
+"""
+The data check: every record and picture opened, tokens counted, what is wrong named. Called by `python data.py --check`
+and for `python data.py --data=...`. Training needs none of it.
+"""
+import itertools
+import json
+import re
+from collections import Counter
+
+import numpy as np
+from PIL import Image
+from tqdm import tqdm
+
+from plumbing.drawing import draw_records
+from plumbing.files import attempt, require, say
+from plumbing.pictures import open_source
+from plumbing.records import Records, turns_of
+from plumbing.world import World
+from data import make_document, parse_mixture, read_any, tokenizer_texts
+from tokenizer import Tokenizer
+
+
+def check_data(flags) -> dict:
+    """
+    Every record and picture of --data (and --val) -> the counts, which are also the last line printed. Names each bad
+    record. With --check tokens are counted, too, and check.png is drawn.
+    """
+    counts, bad, lengths, shown, drawn = Counter(records=0, images=0, turns=0, supervised_tokens=0), [], [], [], []
+    seen, trained = {}, set()  # {hash of a record: the first that has it}; of the pictures and texts of --data
+    tokenizer = flags.check and (Tokenizer.from_pretrained(flags.tokenizer) if flags.tokenizer else
+                                 Tokenizer.train(tokenizer_texts(flags.data, 0, 3_000_000), 2048))
+    parts = [(name, False) for name, _ in parse_mixture(flags.data)] + [(flags.val, True)] * bool(flags.val)
+    for name, held_out in parts:
+        records = read_any(name, World("chat"), 500)
+        bad += getattr(records, "bad", [])
+        numbers = itertools.count()
+        if isinstance(records, Records):
+            numbers, records = records.spans[:, 0], records.each()  # numbers in the file, where bad ones count, too
+        for number, record in zip(numbers, tqdm(records, desc=f"checking {name}", delay=5, disable=None)):
+            where = f"{name}, record {number}"
+            try:
+                if isinstance(record, ValueError):
+                    raise record
+                where += f" (id {record['id'][:60]!r})"
+                counts.update(records=1, images=len(record["images"]), turns=len(record.get("messages", [])))
+                pictures = [attempt(open_source, source) for source in record["images"]]
+                # By content: "1.jpg" and "1 (copy).jpg" may be one picture, train/1.jpg and val/1.jpg need not be. Nor
+                # need two texts be the same whose id is 0, their number in two files.
+                keys = [hash((one.size, one.tobytes()) if isinstance(one, Image.Image) else repr(one))
+                        for one in pictures or [turns_of(record)]]
+                bad += [f"{where}: {problem}" for problem in problems_of(record, pictures, keys, where, seen)]
+                if not held_out:
+                    trained.update(keys)
+                elif not trained.isdisjoint(keys):
+                    bad.append(f"{where}: a picture or text of it is in --data, too")
+                drawn += [record] * (len(drawn) < 20)
+                line = count_tokens(record, tokenizer, flags, counts, lengths) if tokenizer else \
+                    json.dumps({"id": record["id"], "messages": record.get("messages", record.get("text")),
+                                "images": len(record["images"])}, ensure_ascii=False)
+                shown += [line] * (line != "" and len(shown) < 3)
+            except ValueError as error:
+                bad.append(str(error) if name in str(error) else f"{where}: {error}")
+    if drawn and flags.check:
+        path = flags.out.replace("world.png", "check.png")
+        draw_records(path, drawn)
+        say(f"wrote {path}")
+    print("\n".join(shown + [f"bad: {line}" for line in bad]))
+    if lengths:
+        print(f"tokens of a record: median {int(np.median(lengths))}, longest {max(lengths)}; {counts['cut']} of "
+              f"{len(lengths)} are longer than --seq_len={flags.seq_len} and lose their last turns, "
+              f"{counts['left_out']} do not fit at all")
+    return {**counts, "bad": len(bad)}
+
+
+def problems_of(record: dict, pictures: list, keys: list[int], where: str, seen: dict) -> list[str]:
+    "What is wrong with a record that could be read. In place of a picture there may be the error that opening it was."
+    bad, turns, answers = [], turns_of(record), record.get("answer", [])
+    for image in pictures:
+        if isinstance(image, ValueError):
+            bad.append(str(image))
+        elif min(image.size) < 4 or max(image.size) > 100 * min(image.size):
+            bad.append(f"a picture of {image.width} x {image.height} pixels shows nothing")
+    for turn in turns:
+        if turn["role"] in ("user", "system") and not turn["content"].strip() and not record["images"]:
+            bad.append("a question is empty")
+        if found := re.search(r"<\|[a-z_]+\|>|\ufffd|[\x00-\x08\x0b\x0c\x0e-\x1f]|\[INST\]|</?s>", turn["content"]):
+            bad.append(f"{found[0]!r} in a text: a mark of another format, or a damaged letter")
+        if turn["role"] == "assistant" and "<image>" in turn["content"]:
+            bad.append("<image> in an answer: the model cannot draw")
+    if record.get("choices") and not set([answers] if isinstance(answers, str) else answers) <= set(record["choices"]):
+        bad.append(f"the answer {answers!r} is none of the choices")
+    first = seen.setdefault(hash(repr((turns, keys))), where)
+    return bad + [f"the same as {first}"] * (first != where)
+
+
+def count_tokens(record: dict, tokenizer, flags, counts: Counter, lengths: list) -> str:
+    """
+    A record's tokens are added to the counts -> the record as the model reads it: pictures as [64 image tokens], the
+    part that is learned in **stars**; "" if it does not fit.
+    """
+    document = make_document(record, 0, tokenizer, flags.image_tokens, 10 ** 9)
+    require(document, "nothing in it is learned")
+    lengths.append(len(document.ids) - 1)
+    if "messages" in record:  # text is cut into pieces, of which none is lost
+        counts["cut"] += lengths[-1] > flags.seq_len
+        document = make_document(record, 0, tokenizer, flags.image_tokens, flags.seq_len)
+        counts["left_out"] += document is None
+    if document is None:
+        return ""
+    counts["supervised_tokens"] += sum(document.mask[1:])
+    out, learned = "", False
+    for (picture, mask), group in itertools.groupby(zip(document.ids, document.mask), lambda pair: (
+            pair[0] == tokenizer.image_pad, bool(pair[1]))):
+        ids = [token for token, _ in group]
+        text = f"[{len(ids)} image tokens]" if picture else tokenizer.decode(ids, skip_special=False)
+        out, learned = out + "**" * (mask != learned) + text, mask
+    return (out + "**" * learned).replace("\n", "\\n")
