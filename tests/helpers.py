@@ -1,0 +1,822 @@
+"""
+What the tests share: a model of 50,000 weights, a tokenizer, pictures that are numbers, how scripts are run, and a
+trained tiny model. Random weights and small files made on the spot; transformers and safetensors are the references.
+"""
+import argparse
+import base64
+import contextlib
+import csv
+import gzip
+import hashlib
+import http.server
+import importlib.util
+import io
+import json
+import os
+import random
+import re
+import runpy
+import signal
+import struct
+import subprocess
+import sys
+import tarfile
+import threading
+import time
+import zipfile
+import zlib
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import data
+import plumbing.checkpoints
+import plumbing.engine
+import plumbing.flags
+import plumbing.hub
+import plumbing.ranks
+import plumbing.records
+import plumbing.weights
+import plumbing.world
+import train_base
+from model import GPT, VLM, GPTConfig, VLMConfig
+from tokenizer import Rendered, Tokenizer
+from vision import BridgeConfig, ViTConfig
+
+if "PYTEST_XDIST_WORKER" in os.environ:
+    torch.set_num_threads(1)  # two processes with two threads each would wait for each other
+    os.environ["OMP_NUM_THREADS"] = "1"
+
+HERE = Path(__file__).parents[1]
+SHARED = HERE.parent / "shared"  # optional: real pictures and texts
+# Whatever lies in this machine's caches, and whatever its network, the tests find none of it; only the fixture `hub`,
+# a server on this machine, is ever asked.
+os.environ |= {"HF_HUB_OFFLINE": "1", "GHOSTVIS_CACHE": "/nonexistent/ghostvis", "HF_HOME": "/nonexistent/huggingface"}
+DATA = SHARED / "data"
+# The full form of some promises takes an hour: python test_all.py --long
+long_form = pytest.mark.skipif("GHOSTVIS_LONG" not in os.environ, reason="the full form: python test_all.py --long")
+needs_shared = pytest.mark.skipif(not DATA.is_dir(), reason=f"no data at {DATA}")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Helpers: a model of 50,000 weights, a tokenizer, and pictures that are numbers
+
+SEQ_LEN = 128
+
+
+@lru_cache
+def tokenizer() -> Tokenizer:
+    texts = ["user\n", "assistant\n", "what is this? a red cat, a blue dog. one two three four"] * 3
+    return Tokenizer.train(texts, 300)
+
+
+def tiny_vlm(kind: str = "perceiver", tied: bool = True, seed: int = 0) -> VLM:
+    torch.manual_seed(seed)
+    config = VLMConfig(
+        ViTConfig(hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2, image_size=24,
+                  patch_size=6),
+        BridgeConfig(kind, num_latents=4, num_layers=1, num_heads=2, vision_size=32, text_size=32, num_patches=16),
+        GPTConfig(vocab_size=320, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+                  num_key_value_heads=2, rope_theta=1e4, tie_word_embeddings=tied))
+    return shake(VLM(config), seed)
+
+
+def text_only(gpt: GPT) -> VLM:
+    vlm = tiny_vlm()
+    vlm.gpt, vlm.config.decoder = gpt, gpt.config
+    return vlm
+
+
+def picture(number: int, record=None) -> torch.Tensor:
+    "In place of a file: uint8 [3, 24, 24]."
+    return torch.randint(0, 256, (3, 24, 24), dtype=torch.uint8, generator=torch.Generator().manual_seed(number))
+
+
+def setup() -> plumbing.ranks.Setup:
+    return plumbing.ranks.Setup(argparse.Namespace(device="cpu", dtype="float32", compile="False", seed=0))
+
+
+def chat_model(*turns, images=()) -> dict:
+    messages = [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(turns)]
+    return {"id": "chat", "messages": messages, "images": list(images)}
+
+CHATS_model = [
+    chat_model("<image>what is this?", "a red cat", images=[1]),
+    chat_model("one two three", "four"),
+    chat_model("<image>what is this?", "a blue dog. a cat.", "and <image>this?", "a red dog", images=[2, 3]),
+    chat_model("what is this", "one two three four one two three four"),
+    chat_model("<image>", "a cat", "a dog?", "a red cat, a blue dog", images=[1]),  # the picture of the first one
+    chat_model("a", "b"),
+]
+
+
+def render(record: dict, index: int, vlm: VLM, seq_len: int = SEQ_LEN) -> data.Document | None:
+    return data.make_document(record, index, tokenizer(), vlm.config.bridge.num_tokens, seq_len)
+
+
+def documents(vlm: VLM, chats: list = CHATS_model) -> list[data.Document]:
+    return [render(record, i, vlm) for i, record in enumerate(chats)]
+
+
+def batch_of(vlm: VLM, docs: list, rows: int = 3, seq_len: int = SEQ_LEN) -> dict:
+    arrays, placed, waiting = data.pack(docs, rows, seq_len, vlm.config.bridge.num_tokens)
+    assert not waiting
+    return data.collate(arrays, placed, picture)
+
+
+def prompts(vlm: VLM, chats: list) -> list[Rendered]:
+    tokens = vlm.config.bridge.num_tokens
+    return [tokenizer().render(c["messages"][:1], tokens, add_generation_prompt=True) for c in chats]
+
+
+def image_tokens(vlm: VLM, images: list) -> torch.Tensor:
+    return torch.cat(plumbing.engine.PictureCache(vlm)(images))
+
+
+def say(vlm: VLM, asked: list, images: list = (), **options) -> list[list[int]]:
+    "What each row generates, as ids."
+    rows = [list(row) for row in zip(*vlm.generate(asked, [picture(i) for i in images], **options))]
+    return [[token for token in row if token is not None] for row in rows]
+
+
+def needs(package: str):
+    missing = importlib.util.find_spec(package) is None
+    return pytest.mark.skipif(missing, reason=f"needs {package}: pip install -r requirements-dev.txt")
+
+
+def fails(call, *parts):
+    "The call raises a ValueError of one line that contains all these parts. Returns the line."
+    with pytest.raises(ValueError) as caught:
+        call()
+    message = str(caught.value)
+    assert "\n" not in message
+    for part in parts:
+        assert str(part) in message, message
+    return message
+
+
+def far(ours: torch.Tensor, theirs: torch.Tensor) -> float:
+    "Relative error: the difference's length over the reference's."
+    assert ours.shape == theirs.shape
+    return ((ours - theirs).norm() / theirs.norm()).item()
+
+
+@torch.no_grad()
+def shake(module: torch.nn.Module, seed: int = 0, by: float = 0.1) -> torch.nn.Module:
+    "Every parameter at random: fresh biases are 0 and fresh norms 1, and would hide that one of them was forgotten."
+    generator = torch.Generator().manual_seed(seed)
+    for p in module.parameters():
+        p.add_(by * torch.randn(p.shape, generator=generator))
+    return module.eval()
+
+
+def change_config(folder: Path, change) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    change(config)
+    (folder / "config.json").write_text(json.dumps(config))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# tokenizer.py
+
+QWEN = SHARED / "data" / "qwen_tokenizer"
+
+
+def chat(*turns):
+    return [{"role": role, "content": content} for role, content in turns]
+
+
+@lru_cache
+def qwen():
+    return Tokenizer.from_pretrained(QWEN)
+
+
+@lru_cache
+def small():
+    return Tokenizer.train(["the cat sat on the mat. the cat, it's the cat that sat! été 12 12"] * 2, 300)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# weights.py: safetensors
+
+def entry(dtype="I32", shape=(2, 2), offsets=(0, 16)) -> dict:
+    return {"a": {"dtype": dtype, "shape": shape, "data_offsets": offsets}}
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# weights.py: downloads
+
+COMMIT = "c0ffee" * 6 + "abcd"
+BLOCK = 4096  # bytes that the server sends at once
+
+
+def blob(content: bytes) -> str:
+    "Git's name for a file, the hub's ETag of small ones."
+    return hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
+
+
+class Hub:
+    """
+    Two servers, as the real hub is: one knows the files and sends small ones (307, relative), the other holds the large
+    ones (302, a signed address that is good once). `faults`: what goes wrong with the next requests for large files.
+    """
+
+    def __init__(self):
+        self.files, self.large = {}, ("safetensors",)   # files: {"Org/Name": {name: bytes}}
+        self.log, self.faults, self.answers = [], [], {}  # answers: {file name: (status, headers)} instead of the file
+        self.hold, self.released = None, threading.Event()  # hold: a byte at which large files stop until released
+        self.sent, self.signature, self.etags = 0, 0, {}
+        self.servers = [http.server.ThreadingHTTPServer(("127.0.0.1", 0), self.handler(role)) for role in
+                        (self.hub, self.storage)]
+        for server in self.servers:
+            server.daemon_threads = True
+            threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
+        self.url, self.storage_url = (f"http://127.0.0.1:{server.server_port}" for server in self.servers)
+
+    def close(self):
+        self.released.set()
+        for server in self.servers:
+            server.shutdown()
+            server.server_close()
+
+    def handler(hub, answer):
+        class Handler(http.server.BaseHTTPRequestHandler):
+            protocol_version = "HTTP/1.1"
+
+            def do_GET(self):
+                hub.log.append((self.command, self.path, dict(self.headers)))
+                with contextlib.suppress(OSError):  # the client may be gone
+                    answer(self)
+
+            do_HEAD = do_GET
+
+            def reply(self, status, headers=(), body=b"", length=None):
+                self.send_response(status)
+                for key, value in {"Content-Length": len(body) if length is None else length, **dict(headers)}.items():
+                    if value is not None:
+                        self.send_header(key, str(value))
+                self.end_headers()
+                if self.command == "GET":
+                    self.wfile.write(body)
+
+            def log_message(self, *parts):
+                pass
+        return Handler
+
+    def hub(self, http):
+        path = http.path.split("?")[0]
+        if path.startswith("/api/resolve-cache/"):
+            repo, name = "/".join(path.split("/")[3:5]), path.split("/")[-1]
+            content = self.files[repo][name]
+            return http.reply(200, {"ETag": f'W/"{blob(content)}"', "X-Repo-Commit": COMMIT}, content)
+        org, name, _, revision, file = path[1:].split("/", 4)
+        repo, files = f"{org}/{name}", self.files.get(f"{org}/{name}")
+        if file in self.answers:
+            return http.reply(*self.answers[file])
+        if files is None:
+            return http.reply(404, {"X-Error-Code": "RepoNotFound"})
+        if revision not in ("main", COMMIT):
+            return http.reply(404, {"X-Error-Code": "RevisionNotFound"})
+        if file not in files:
+            return http.reply(404, {"X-Error-Code": "EntryNotFound"})
+        if not file.endswith(self.large):
+            return http.reply(307, {"Location": f"/api/resolve-cache/{repo}/{COMMIT}/{file}", "X-Repo-Commit": COMMIT})
+        self.signature += 1
+        etag = self.etags.get(file) or hashlib.sha256(files[file]).hexdigest()
+        http.reply(302, {"Location": f"{self.storage_url}/{repo}/{file}?signature={self.signature}", "X-Linked-Etag":
+                         f'"{etag}"', "X-Linked-Size": len(files[file]), "X-Repo-Commit": COMMIT})
+
+    def storage(self, http):
+        path, signature = http.path.split("?signature=")
+        assert http.command == "GET" and int(signature) == self.signature  # an older address is no longer good
+        repo, file = path[1:].rsplit("/", 1)
+        content, wanted = self.files[repo][file], http.headers.get("Range", "")
+        fault, *number = (self.faults.pop(0) if self.faults else "").split() or [""]
+        start, stop = (int(n) for n in wanted.removeprefix("bytes=").split("-")) if wanted else (0, len(content) - 1)
+        if fault == "status":
+            return http.reply(int(number[0]), {number[1]: " ".join(number[2:])} if number[1:] else ())
+        if fault == "unranged":
+            start, stop, wanted = 0, len(content) - 1, ""
+        headers = {"ETag": '"the storage has an ETag of its own"'}
+        if wanted:
+            headers["Content-Range"] = f"bytes {start + (7 if fault == 'shifted' else 0)}-{stop}/{len(content)}"
+        body = content[start:stop + 1]
+        if fault == "flipped":
+            body = bytes([body[0] ^ 1]) + body[1:]
+        http.send_response(206 if wanted else 200)
+        for key, value in headers.items():
+            http.send_header(key, value)
+        http.close_connection = True
+        http.send_header(*("Connection", "close") if fault == "short" else ("Content-Length", len(body)))
+        http.end_headers()
+        last = int(number[0]) if number else len(body)
+        for i in range(0, last, BLOCK):
+            block = body[i:min(i + BLOCK, last)]
+            if self.hold is not None and start + i + len(block) > self.hold:
+                http.wfile.write(block[:max(0, self.hold - start - i)])
+                self.released.wait(20)
+                return
+            http.wfile.write(block)
+            self.sent += len(block)
+        if fault == "stall":
+            self.released.wait(20)
+
+    def requests(self, method: str, part: str) -> list:
+        return [(path, headers) for verb, path, headers in list(self.log) if verb == method and part in path]
+
+    def ranges(self) -> list:
+        "The Range of every request to the storage, in order."
+        return [headers.get("Range") for path, headers in self.requests("GET", "signature=")]
+
+
+@pytest.fixture()
+def hub(tmp_path, monkeypatch):
+    server = Hub()
+    server.folder = tmp_path / "cache"
+    for variable in ("HF_TOKEN", "HF_TOKEN_PATH", "HF_HUB_CACHE", "HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE"):
+        monkeypatch.delenv(variable, raising=False)
+    for variable, value in {"HF_ENDPOINT": server.url, "GHOSTVIS_CACHE": server.folder, "NO_PROXY": "*",
+                            "HF_HOME": tmp_path / "hf", "NETRC": tmp_path / "netrc"}.items():
+        monkeypatch.setenv(variable, str(value))
+    monkeypatch.setattr(plumbing.hub, "BACKOFF", 0.002)
+    monkeypatch.setattr(plumbing.hub, "CHUNK", 1000)
+    monkeypatch.setattr(plumbing.hub, "TIMEOUT", (2, 0.3))
+    monkeypatch.setattr(plumbing.hub, "REPOSITORIES", {})
+    yield server
+    server.close()
+
+
+def noise(size: int, seed: int = 0) -> bytes:
+    return random.Random(seed).randbytes(size)
+
+
+def table(hub, monkeypatch, repo="Org/Name", short="short", **more):
+    "The repository as an entry of the table, with the true size and hash of its weights."
+    content = hub.files[repo]["model.safetensors"]
+    pair = len(content), hashlib.sha256(content).hexdigest()
+    small = {name: plumbing.hub.ANY for name in hub.files[repo] if name != "model.safetensors"}
+    files = small | {"model.safetensors": more.pop("pair", pair)}
+    entry = plumbing.hub.Repository(repo, COMMIT, files, **{"licence": "Apache-2.0"} | more)
+    monkeypatch.setitem(plumbing.hub.REPOSITORIES, short, entry)
+    return entry
+
+
+def wait_until(condition, seconds=20.0):  # a busy machine may need that long
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "waited in vain"
+        time.sleep(0.002)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# weights.py: the table; data.py: --download
+
+def command(*flags):
+    "python data.py FLAGS, in this process -> (exit code or its line, standard output, standard error)."
+    out, err, kept = io.StringIO(), io.StringIO(), sys.argv
+    sys.argv = ["data.py", *flags]
+    try:
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+            runpy.run_path(str(HERE / "data.py"), run_name="__main__")
+        return 0, out.getvalue(), err.getvalue()
+    except SystemExit as end:
+        return end.code, out.getvalue(), err.getvalue()
+    finally:
+        sys.argv = kept
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# plumbing.world.py
+
+def texts(record: dict) -> str:
+    return record.get("text", "") + "\n".join(m["content"] for m in record.get("messages", []))
+
+
+def exam(record: dict) -> tuple[str, str, list]:
+    question, answer = (message["content"] for message in record["messages"])
+    return question.removeprefix("<image>\n"), answer, list(record["images"][0].things)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# vision.py: pictures of all sorts
+
+def saved(image: Image.Image, kind: str, **options) -> io.BytesIO:
+    file = io.BytesIO()
+    image.save(file, kind, **options)
+    file.seek(0)
+    return file
+
+RED, GREEN, BLUE, WHITE, BLACK = (255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 255), (0, 0, 0)
+
+
+def png_chunk(kind: bytes, body: bytes) -> bytes:
+    return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
+
+
+def huge_png(side: int) -> bytes:
+    "A header that promises side x side pixels, and hardly a byte of them."
+    header = png_chunk(b"IHDR", struct.pack(">IIBBBBB", side, side, 1, 0, 0, 0, 0))
+    return b"\x89PNG\r\n\x1a\n" + header + png_chunk(b"IDAT", zlib.compress(bytes(1000))) + png_chunk(b"IEND", b"")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# data.py: reading files
+
+def image_bytes(color="red", kind="PNG", size=(8, 8)) -> bytes:
+    file = io.BytesIO()
+    Image.new("RGB", size, color).save(file, kind)
+    return file.getvalue()
+
+
+def llava(image="a.png", question="<image>\nWhat colour?", answer="red", **more) -> dict:
+    turns = [{"from": "human", "value": question}, {"from": "gpt", "value": answer}]
+    return {"id": "r1", "conversations": turns, **({"image": image} if image else {}), **more}
+
+
+def write(path: Path, rows, lines=False) -> Path:
+    path.write_text("\n".join(map(json.dumps, rows)) if lines else json.dumps(rows))
+    return path
+
+
+def write_tsv(path: Path, rows: list[dict]) -> Path:
+    with open(path, "w", newline="") as file:
+        writer = csv.DictWriter(file, list(dict.fromkeys(key for row in rows for key in row)), delimiter="\t")
+        writer.writeheader()
+        writer.writerows(rows)
+    return path
+
+
+def split(rows: list[dict], *options, **more):
+    "data.split_by_image of records that lie in no file."
+    keys = [plumbing.records.hash_keys(row) for row in rows]
+    return data.split_by_image(plumbing.records.Records(rows.__getitem__, np.arange(len(rows))[:, None], np.array(
+        sum(keys, []), np.uint64), np.array([len(one) for one in keys])), *options, **more)
+
+# The same four conversations, in every container.
+COLOURS_4 = {"red": (255, 0, 0), "blue": (0, 0, 255), "lime": (0, 255, 0), "white": (255, 255, 255)}
+
+
+def add_to_tar(tar, member: str, content: bytes, **fields) -> None:
+    info = tarfile.TarInfo(member)
+    info.size = len(content)
+    for field, value in fields.items():
+        setattr(info, field, value)
+    tar.addfile(info, io.BytesIO(content))
+
+
+def build(folder: Path, kind: str) -> str:
+    "-> what --data= says for the four conversations in this form."
+    pictures = {f"{name}.png": image_bytes(colour) for name, colour in COLOURS_4.items()}
+    rows = [llava(f"{name}.png", id=name, answer=name) for name in COLOURS_4]
+    if kind in ("files", "lines", "linked", "gzip"):
+        (folder / "p" if kind == "linked" else folder / "images").mkdir()
+        for name, content in pictures.items():
+            (folder / ("p" if kind == "linked" else "images") / name).write_bytes(content)
+        if kind == "linked":  # the folder of pictures itself may be elsewhere
+            (folder / "own").mkdir()
+            (folder / "own" / "images").symlink_to(folder / "p")
+            return str(write(folder / "own" / "d.json", rows))
+        path = write(folder / "d.jsonl", rows, lines=kind != "files")
+        if kind == "gzip":
+            (folder / "d.jsonl.gz").write_bytes(gzip.compress(path.read_bytes()))
+            return str(folder / "d.jsonl.gz")
+        return str(path)
+    if kind == "zips":
+        for number, names in enumerate((["red.png", "blue.png"], ["lime.png", "white.png"])):
+            with zipfile.ZipFile(folder / f"part{number}.zip", "w") as file:
+                for name in names:
+                    file.writestr(f"some/folder/{name}", pictures[name])
+        return str(write(folder / "d.json", rows))
+    if kind == "zip of a part":  # coco/red.png is red.png in coco/train.zip
+        (folder / "coco").mkdir()
+        with zipfile.ZipFile(folder / "coco" / "train.zip", "w") as file:
+            for name, content in pictures.items():
+                file.writestr(name, content)
+        return str(write(folder / "d.json", [row | {"image": f"coco/{row['image']}"} for row in rows]))
+    if kind in ("data URIs", "openai"):
+        uris = {n: "data:image/png;base64," + base64.b64encode(c).decode() for n, c in pictures.items()}
+        if kind == "data URIs":
+            return str(write(folder / "d.json", [row | {"image": uris[row["image"]]} for row in rows]))
+        return str(write(folder / "d.json", [{"id": name, "messages": [
+            {"role": "user", "content": [{"type": "image_url", "image_url": {"url": uris[f"{name}.png"]}},
+                                         {"type": "text", "text": "\nWhat colour?"}]},
+            {"role": "assistant", "content": name}]} for name in COLOURS_4]))
+    if kind == "metadata":
+        for name, content in pictures.items():
+            (folder / name).write_bytes(content)
+        write(folder / "metadata.jsonl", [{"file_name": f"{name}.png", "id": name, "question": "What colour?",
+                                           "answer": name} for name in COLOURS_4], lines=True)
+        return str(folder)
+    if kind == "shards":
+        for number, names in enumerate((["red", "blue"], ["lime", "white"])):
+            with tarfile.open(folder / f"s-{number:03}.tar", "w", format=tarfile.PAX_FORMAT) as tar:
+                for name in names:
+                    add_to_tar(tar, f"x/{name}.png", pictures[f"{name}.png"])
+                    add_to_tar(tar, f"x/{name}.json", json.dumps(llava(None, id=name, answer=name)).encode())
+        return str(folder / "s-{000..001}.tar")
+    pyarrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    picture = {name: {"bytes": content, "path": name} for name, content in pictures.items()}
+    if kind == "FineVision":
+        table = {"id": list(COLOURS_4), "images": [[picture[f"{name}.png"]] for name in COLOURS_4],
+                 "texts": [[{"user": "What colour?", "assistant": name}] for name in COLOURS_4]}
+    else:
+        table = {"id": list(COLOURS_4), "image": [picture[f"{name}.png"] for name in COLOURS_4],
+                 "conversations": [row["conversations"] for row in rows]}
+    parquet.write_table(pyarrow.table(table), folder / "d.parquet", row_group_size=3)
+    return str(folder / "d.parquet")
+
+
+def nested(depth: int = 200_000) -> str:
+    return '{"question": ' + "[" * depth + "]" * depth + ', "answer": "a"}'
+
+CHAT = {"id": "r1", "question": "q", "answer": "a"}
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# data.py: from the web
+
+class Web:
+    "A plain web server: files {path: bytes}; faults: what goes wrong with the next requests (break, stall, 503, lie)."
+
+    def __init__(self):
+        self.files, self.faults, self.log, self.released = {}, [], [], threading.Event()
+        self.redirects = {}  # {path: path}
+
+        class Handler(http.server.BaseHTTPRequestHandler):
+            protocol_version = "HTTP/1.1"
+
+            def do_GET(handler):
+                self.log.append((handler.command, handler.path))
+                if handler.path in self.redirects:
+                    handler.send_response(302)
+                    handler.send_header("Location", self.redirects[handler.path])
+                    handler.send_header("Content-Length", "0")
+                    return handler.end_headers()
+                content, fault = self.files.get(handler.path), ""
+                if handler.command == "GET" and self.faults:
+                    fault = self.faults.pop(0)
+                if content is None or fault == "503":
+                    handler.send_response(503 if fault else 404)
+                    handler.send_header("Content-Length", "0")
+                    return handler.end_headers()
+                start, whole = 0, len(content)
+                if wanted := handler.headers.get("Range"):
+                    start = int(re.match(r"bytes=(\d+)", wanted)[1])
+                body = content[start:]
+                handler.send_response(206 if wanted else 200)
+                handler.send_header("Content-Length", str(len(body)))
+                if wanted:
+                    handler.send_header("Content-Range", f"bytes {start}-{whole - 1}/{whole}")
+                handler.end_headers()
+                if handler.command == "HEAD":
+                    return
+                handler.close_connection = bool(fault)
+                with contextlib.suppress(OSError):
+                    if fault == "lie":
+                        body = bytes([body[0] ^ 1]) + body[1:]
+                    handler.wfile.write(body[:len(body) // 2] if fault in ("break", "stall") else body)
+                if fault == "stall":
+                    self.released.wait(20)
+
+            do_HEAD = do_GET
+
+            def log_message(handler, *parts):
+                pass
+        self.server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.server.daemon_threads = True
+        threading.Thread(target=self.server.serve_forever, args=(0.01,), daemon=True).start()
+        self.url = f"http://127.0.0.1:{self.server.server_port}"
+
+
+@pytest.fixture()
+def web(tmp_path, monkeypatch):
+    monkeypatch.setenv("GHOSTVIS_CACHE", str(tmp_path / "cache"))
+    for variable in ("HF_HUB_OFFLINE", "http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY"):
+        monkeypatch.delenv(variable, raising=False)
+    monkeypatch.setattr(plumbing.hub, "BACKOFF", 0.01)
+    monkeypatch.setattr(plumbing.hub, "TIMEOUT", (2, 0.5))
+    server = Web()
+    yield server
+    server.released.set()
+    server.server.shutdown()
+    server.server.server_close()
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# data.py: data sets and packing
+
+def document(ids, mask=None, slots=(), weight=1.0, index=0, images=()) -> data.Document:
+    return data.Document(index, list(ids), list(mask or [1] * len(ids)), list(slots),
+                         {"id": "r", "images": list(images)}, weight)
+
+
+def plain_records(n: int) -> list[dict]:
+    return [{"id": str(i), "images": []} for i in range(n)]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# data.py: the loader
+
+def seen(loader: data.Loader, batches: int) -> list[int]:
+    out = []
+    for _ in range(batches):
+        batch = next(loader)
+        out += batch["ids"][(batch["positions"] == 0) & (batch["document_ids"] > 0)].tolist()  # documents' first ids
+    return out
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# model.py: LLaVA-OneVision, and the sizes of the published files
+
+def save_onevision(folder: Path, tied: bool = True, layer: int = -1, old_names: bool = False):
+    "A small random LLaVA-OneVision, as transformers saves it or under the hub's older names -> transformers' own."
+    from transformers import (LlavaOnevisionConfig, LlavaOnevisionForConditionalGeneration, Qwen2Config,
+                              SiglipVisionConfig)
+    side = 28
+    config = LlavaOnevisionConfig(
+        vision_config=SiglipVisionConfig(hidden_size=32, intermediate_size=48, num_hidden_layers=3,
+                                         num_attention_heads=4, image_size=side, patch_size=7, vision_use_head=False),
+        text_config=Qwen2Config(vocab_size=400, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
+                                num_attention_heads=4, num_key_value_heads=2, tie_word_embeddings=tied,
+                                rope_parameters={"rope_theta": 1e6, "rope_type": "default"}),
+        image_token_index=300, vision_feature_layer=layer, vision_feature_select_strategy="full",
+        image_grid_pinpoints=[[side * a, side * b] for a in range(1, 7) for b in range(1, 7)],
+        tie_word_embeddings=tied)
+    reference = shake(LlavaOnevisionForConditionalGeneration(config), by=0.2)
+    reference.save_pretrained(folder)
+    if old_names:
+        path = folder / "model.safetensors"
+        tensors = {n.replace("vision_tower.", "vision_tower.vision_model."): t.clone()
+                   for n, t in plumbing.weights.read_safetensors(path).items()}
+        plumbing.weights.write_safetensors(tensors, path, {"format": "pt"})
+    return reference
+
+
+def noise_image(width: int, height: int, seed: int = 0) -> Image.Image:
+    return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# model.py: generation
+
+RAGGED = [chat_model("<image>what is this?", images=[1]), chat_model("one two three four one two three four what?"),
+          chat_model("<image>and <image>this?", images=[2, 3]), chat_model("a"),
+          chat_model("a red <image>cat", images=[4])]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# model.py: the engine
+
+def request(vlm: VLM, number: int, **more) -> plumbing.engine.Request:
+    "One of the ragged prompts, with options and a length of its own."
+    chat = RAGGED[number % 5]
+    options = [{}, {"temperature": 0.9, "top_k": 30}, {"repetition_penalty": 1.3}, {"temperature": 1.2}][number % 4]
+    return plumbing.engine.Request(prompts(vlm, [chat])[0], [picture(i) for i in chat["images"]],
+                         **{"max_new_tokens": 5 + number, "seed": number, **options, **more})
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# training.py: steps and the optimizer
+
+def step(vlm: VLM, batches: list[dict], optimizer) -> float:
+    return train_base.train_step(vlm, batches, train_base.count_supervised(batches, setup()), optimizer, setup(), 1.0)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The stage scripts: how they are called here
+
+SCRIPTS = ["train_base", "train_align", "train_sft", "train_rl", "sample", "bench"]
+CHAPTERS = {"base": "train_base", "align": "train_align", "sft": "train_sft", "rl": "train_rl"}
+QUICK = ["--steps=2", "--eval_size=10", "--batch_size=4", "--device=cpu"]
+
+
+class Ran:
+    def __init__(self, code, out: str, err: str):
+        self.code, self.out, self.err = code, out, err
+
+    @property
+    def result(self) -> dict:
+        return json.loads(self.out.splitlines()[-1])
+
+
+def run(script: str, *flags, stdin: str = "", main=None) -> Ran:
+    """
+    The script as `python script.py flags` runs it, but in this process, which saves the seconds that importing torch
+    takes. A traceback there is an exception here. With main the module's own function runs instead of a fresh copy of
+    the file.
+    """
+    out, err, code, kept = io.StringIO(), io.StringIO(), 0, (sys.argv, sys.stdin)
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+    sys.argv, sys.stdin = [f"{script}.py", *map(str, flags)], io.StringIO(stdin)
+    try:
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+            if main:
+                plumbing.flags.run(main)
+            else:
+                runpy.run_path(str(HERE / f"{script}.py"), run_name="__main__")
+    except SystemExit as end:
+        code = end.code or 0
+        if isinstance(code, str):  # what Python does with it at the end of a process
+            err.write(code + "\n")
+            code = 1
+        return Ran(code, out.getvalue(), err.getvalue())
+    finally:
+        sys.argv, sys.stdin = kept
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+    return Ran(code, out.getvalue(), err.getvalue())
+
+
+def run_process(script: str, *flags, stdin: str = "", launcher=()) -> Ran:
+    done = subprocess.run([sys.executable, *launcher, str(HERE / f"{script}.py"), *map(str, flags)], input=stdin,
+                          text=True, capture_output=True, timeout=300, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    return Ran(done.returncode, done.stdout, done.stderr)
+
+
+def snapshot(folder: Path, but=()) -> dict:
+    "Every file and what is in it; to see that nothing was touched."
+    return {str(path.relative_to(folder)): zlib.crc32(path.read_bytes()) if path.is_file() else None
+            for path in sorted(folder.rglob("*")) if path.name not in but}
+
+
+@pytest.fixture(scope="session")
+def trained(tmp_path_factory):
+    """
+    All four chapters one after the other, two steps each -> (out folder, what each printed, base as chapter 1 left it).
+    """
+    out, ran = tmp_path_factory.mktemp("trained") / "out", {}
+    for stage, script in CHAPTERS.items():
+        ran[stage] = run(script, *QUICK, f"--out_dir={out}")
+        assert ran[stage].code == 0, ran[stage].err
+    return out, ran
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The stage scripts: stop and resume, several processes
+
+START = {"base": "base", "align": "base", "sft": "align", "rl": "sft"}
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The stage scripts: which model answers and which one is trained further; nothing good is lost
+
+def starts(out: Path, stage: str, source: str = "world"):
+    folder, why = plumbing.checkpoints.find_start(argparse.Namespace(out_dir=out, model="tiny", data=source), stage)
+    return folder and folder.name, why
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# All scripts: help, and bad input
+
+def one_line(ran: Ran, *parts) -> None:
+    "It stopped with exactly one line that says error: and contains these parts."
+    assert ran.code not in (0, None) and ran.out == ""
+    lines = [line for line in ran.err.splitlines() if line.startswith("error:")]
+    assert len(lines) == 1 and ran.err.count("error:") == 1 and "Traceback" not in ran.err, ran.err
+    assert ran.err.rstrip("\n").endswith(lines[0])  # the last thing that is said
+    for part in parts:
+        assert str(part) in lines[0], lines[0]
+
+
+def bytes_of(kind: str) -> bytes:
+    "A picture file that is huge when decoded, or cut off in the middle."
+    if kind == "huge":
+        return huge_png(30_000)  # 900 MB once it is decoded as RGB
+    whole = saved(Image.effect_noise((64, 64), 50).convert("RGB"), "JPEG").getvalue()
+    return whole[:len(whole) // 2]
+
+
+def empty(folder: Path, name: str) -> tuple[str, str]:
+    (folder / name).write_text("")
+    return f"--data={folder / name}", f"{folder / name}: the file is empty"
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# sample.py and bench.py, on a trained model
+
+@pytest.fixture()
+def photo(tmp_path):
+    plumbing.world.World("captions")[0]["images"][0].draw(100).save(tmp_path / "photo.png")
+    return tmp_path / "photo.png"
+
+
+def about(picture: str, n: int = 1) -> list[dict]:
+    return [{"id": i, "messages": [{"role": "user", "content": "<image>?"}, {"role": "assistant", "content": "yes"}],
+             "images": [picture]} for i in range(n)]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# sample.py: the server
+
+def uri(image, kind: str = "png") -> str:
+    raw = image if isinstance(image, bytes) else image.read_bytes()
+    return f"data:image/{kind};base64," + base64.b64encode(raw).decode()
+
+
+def user(text: str, *images) -> dict:
+    return {"role": "user", "content": [{"type": "text", "text": text}, *(
+        {"type": "image_url", "image_url": {"url": uri(image)}} for image in images)]}

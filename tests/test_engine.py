@@ -1,0 +1,125 @@
+"Requests that join and leave: nobody's answer changes."
+import itertools
+
+import pytest
+import torch
+
+import plumbing.engine
+import vision
+from model import VLM
+from tests.helpers import chat_model, picture, request, say, tiny_vlm, tokenizer
+from tokenizer import Rendered
+
+pytest_plugins = ["tests.helpers"]  # its fixtures
+
+
+def logits_of(vlm: VLM, requests: list, rows: int, joins=lambda step: 99) -> list:
+    "Runs them, joins(step) more of them before each step -> for each the logits that its tokens were chosen from."
+    engine, waiting, seen = plumbing.engine.Engine(vlm, rows=rows, width=160), list(requests), {r: [] for r in requests}
+    choose = engine.choose
+
+    def watched(B):
+        for row, r in engine.running.items():
+            seen[r].append(engine.logits[row].clone())
+        return choose(B)
+    engine.choose = watched
+    for step in itertools.count():
+        for r in waiting[:joins(step)]:
+            engine.submit(r)
+        del waiting[:joins(step)]
+        if not (waiting or engine.busy):
+            return [torch.stack(seen[r]) for r in requests]
+        engine.step()
+
+
+@pytest.mark.parametrize("rows", [1, 3, 8, 20])
+def test_a_request_is_the_same_bit_for_bit_alone_and_among_others_that_join_and_leave(rows):
+    vlm = tiny_vlm()
+    alone, among = [request(vlm, i) for i in range(20)], [request(vlm, i) for i in range(20)]
+    expected = [logits_of(vlm, [r], 1)[0] for r in alone]
+    for r, a, b in zip(among, expected, logits_of(vlm, among, rows, joins=lambda step: step % 3)):
+        assert torch.equal(a, b) and len(b) == r.max_new_tokens and r.finish == "length"
+    assert [r.answer for r in among] == [r.answer for r in alone] and len({tuple(r.answer) for r in alone}) == 20
+
+
+def test_a_finished_row_is_free_at_once_and_a_cancelled_one_too():
+    vlm = tiny_vlm()
+    engine, requests = plumbing.engine.Engine(vlm, rows=4, width=64), [request(vlm, 0, max_new_tokens=n) for n in (1, 9, 9, 9, 9)]
+    for r in requests:
+        engine.submit(r)
+    assert engine.step() == requests[:1] and len(engine.running) == 3 and len(engine.waiting) == 1
+    assert engine.step() == [] and len(engine.running) == 4 and len(requests[4].answer) == 1
+    requests[1].finish = "cancelled"
+    assert engine.step() == [requests[1]] and len(engine.free) == 1
+    gone = request(vlm, 1)
+    gone.finish = "cancelled"  # before it got a row
+    engine.submit(gone)
+    assert set(engine.run()) == set(requests[2:]) and not gone.answer and len(engine.free) == 4
+    # From an endless source only as many are taken as there are rows.
+    taken = []
+    endless = (taken.append(i) or request(vlm, i % 5) for i in itertools.count())
+    assert len(list(itertools.islice(engine.run(endless), 6))) == 6 and len(taken) < 16
+
+
+def test_a_conversation_that_goes_on_is_not_read_again_and_answered_alike():
+    vlm, calls = tiny_vlm(), []
+    vlm.vit.register_forward_hook(lambda *_: calls.append(1))
+    turns = chat_model("<image>what is this?", "a red cat", "and <image>this?", "a blue dog", "one two", images=[1, 2])
+    images, parts = [picture(1), picture(2)], [turns["messages"][:n] for n in (1, 3, 5)]
+    asked = [tokenizer().render(part, 4, add_generation_prompt=True) for part in parts]
+    engine, shown = plumbing.engine.Engine(vlm, rows=4, width=256), (1, 2, 2)
+    for i, (prompt, n) in enumerate(zip(asked, shown)):
+        again = plumbing.engine.Request(prompt, images[:n], max_new_tokens=8)
+        fresh = plumbing.engine.Request(prompt, images[:n], max_new_tokens=8)
+        other = request(vlm, i, max_new_tokens=3)  # someone else, in between
+        engine.submit(again), engine.submit(other)
+        list(engine.run())
+        assert torch.equal(*(logits_of(vlm, [plumbing.engine.Request(prompt, images[:n], max_new_tokens=8)], 1)[0]
+                             for _ in range(2)))
+        list(plumbing.engine.Engine(vlm, [fresh]).run())
+        assert again.answer == fresh.answer
+        # all but what the last answer and the new question add
+        assert again.reused == (len(asked[i - 1].ids) if i else 0) and not fresh.reused
+    # The start of another conversation keeps its own row, and an edited turn goes on from what is equal.
+    edited = plumbing.engine.Request(tokenizer().render([*parts[1][:2], {"role": "user", "content": "a dog?"}], 4, True),
+                           images[:1], max_new_tokens=8)
+    engine.submit(edited)
+    list(engine.run())
+    assert len(asked[0].ids) <= edited.reused < len(edited.prompt.ids)
+    assert edited.answer == say(vlm, [edited.prompt], [1], max_new_tokens=8)[0]
+    # Another picture in the same place is another conversation.
+    swapped = plumbing.engine.Request(asked[0], [picture(9)], max_new_tokens=8)
+    engine.submit(swapped)
+    list(engine.run())
+    assert swapped.reused <= asked[0].slots[0] and swapped.answer == say(vlm, [asked[0]], [9], max_new_tokens=8)[0]
+
+
+def test_continued_logits_equal_fresh_ones_bit_for_bit():
+    vlm = tiny_vlm()
+    engine = plumbing.engine.Engine(vlm, rows=2, width=128)
+    for n in (12, 29, 60):  # one prompt, ever longer
+        r = plumbing.engine.Request(Rendered(list(range(n)), [0] * n, []), max_new_tokens=1)
+        engine.submit(r)
+        with torch.no_grad():
+            engine.admit()
+        seen = [engine.logits[next(iter(engine.running))].clone()]
+        engine.step()
+        fresh = logits_of(vlm, [plumbing.engine.Request(r.prompt, max_new_tokens=1)], 1)[0][0]
+        assert torch.equal(seen[0], fresh) and r.reused == {12: 0, 29: 12, 60: 29}[n]
+
+
+def test_a_picture_seen_before_is_not_encoded_again():
+    vlm, seen = tiny_vlm(), []
+    vlm.vit.register_forward_hook(lambda module, inputs, out: seen.append(len(inputs[0])))
+    engine = plumbing.engine.Engine(vlm, rows=4, width=64)
+    for numbers in ([1], [1], [2, 1], [2, 1]):
+        words = " ".join("<image>" for _ in numbers) + "one two"[:len(seen)]
+        prompt = tokenizer().render([{"role": "user", "content": words}], 4, add_generation_prompt=True)
+        engine.submit(plumbing.engine.Request(prompt, [picture(i) for i in numbers], max_new_tokens=2))
+        list(engine.run())
+    assert len(seen) == 2
+    engine.pictures.SIZE = 1  # the oldest goes
+    engine.pictures([picture(1)])
+    assert list(engine.pictures.known) == [plumbing.engine.digest(picture(1))] and len(seen) == 2
+    a, b = (vision.Tiles(torch.zeros(3, 3, 2, 2, dtype=torch.uint8), *shape, 7, 7) for shape in ((1, 2), (2, 1)))
+    assert plumbing.engine.digest(a) != plumbing.engine.digest(b)

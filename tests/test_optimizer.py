@@ -1,0 +1,228 @@
+"Muon, AdamW, the training step, ranks."
+import argparse
+import itertools
+from collections import Counter
+from types import SimpleNamespace
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import data
+import plumbing.log
+import plumbing.optimizer
+import plumbing.weights
+import plumbing.world
+import train_base
+from tests.helpers import SEQ_LEN, batch_of, documents, fails, far, setup, step, tiny_vlm, tokenizer
+
+pytest_plugins = ["tests.helpers"]  # its fixtures
+
+STAGES = {"base": ["decoder"], "align": ["bridge", "vit"], "align_pretrained": ["bridge"],
+          "sft": ["bridge", "decoder", "vit"], "sft_pretrained": ["bridge", "decoder"]}
+
+
+@pytest.mark.parametrize("kind", ["muon", "adamw"])
+@pytest.mark.parametrize("stage", STAGES)
+def test_frozen_parts_stay_and_trained_parts_learn(stage, kind):
+    vlm = tiny_vlm(tied=False)
+    params = train_base.freeze_all_but(vlm, STAGES[stage])
+    assert {name.split(".")[0].replace("gpt", "decoder") for name in params} == set(STAGES[stage])
+    before = {name: p.detach().clone() for name, p in vlm.named_parameters()}
+    step(vlm, [batch_of(vlm, documents(vlm))], plumbing.optimizer.Optimizer(params, kind, 1e-3))
+    for name, p in vlm.named_parameters():
+        assert torch.equal(p, before[name]) == (name not in params), name
+        assert p.grad is None  # a frozen one has none at all, a trained one's is used up
+
+
+def test_micro_batches_give_the_gradient_of_one_large_batch():
+    vlm = tiny_vlm()
+    docs = documents(vlm)
+    parts = docs[:1], docs[1:2], docs[2:3], docs[3:]  # very unequal in tokens
+    batches = [batch_of(vlm, part, rows=1) for part in parts]
+    shift = list(itertools.accumulate((0 if b["pixels"] is None else len(b["pixels"]) for b in batches), initial=0))
+    plain = ("ids", "targets", "positions", "document_ids", "loss_weights")
+    large = {name: torch.cat([b[name] for b in batches]) for name in plain}
+    for name in ("image_positions", "supervised"):
+        large[name] = torch.cat([b[name] + i * SEQ_LEN for i, b in enumerate(batches)])
+    large["cu_seqlens"], large["records"] = torch.zeros(0), []  # for a GPU; here the mask is used
+    large["pixels"] = torch.cat([b["pixels"] for b in batches if b["pixels"] is not None])
+    large["image_index"] = torch.cat([b["image_index"] + n for b, n in zip(batches, shift)])
+    params, gradients, losses = train_base.freeze_all_but(vlm, ["vit", "bridge", "decoder"]), [], []
+    keep = SimpleNamespace(step=lambda scale: None, params=params)  # leaves the gradients where they are
+    for parts in (batches, [large]):
+        vlm.zero_grad()
+        losses.append(step(vlm, parts, keep))
+        gradients.append(torch.cat([p.grad.flatten() for p in params.values()]))
+    assert losses[0] == pytest.approx(losses[1], rel=1e-6)
+    assert far(*gradients) < 1e-6
+
+
+def test_loss_falls_on_a_batch_seen_again_and_again():
+    vlm = tiny_vlm()
+    params, batch = train_base.freeze_all_but(vlm, ["vit", "bridge", "decoder"]), batch_of(vlm, documents(vlm))
+    optimizer = plumbing.optimizer.Optimizer(params, "muon", 5e-3)
+    losses = [step(vlm, [batch], optimizer) for _ in range(30)]
+    assert losses[-1] < 0.2 * losses[0]
+
+
+@pytest.mark.parametrize("shape", [(3, 24, 60), (3, 60, 24), (2, 20, 20)], ids=["wide", "tall", "square"])
+def test_orthogonalize_makes_all_directions_about_equally_strong(shape):
+    torch.manual_seed(0)
+    g = torch.randn(shape) * torch.tensor([1e-4, 1.0, 1e3])[:shape[0], None, None]  # a gradient's size must not matter
+    out = plumbing.optimizer.orthogonalize(g)
+    assert out.shape == g.shape and out.dtype == g.dtype
+    u, s, v = torch.linalg.svd(g, full_matrices=False)
+    values = torch.linalg.svdvals(out)
+    strong = s > 0.05 * s[:, :1]  # five steps do not lift the very weakest all the way
+    assert (values <= 1.3).all() and (values.sort(-1).values[strong.sort(-1).values] > 0.5).all()
+    assert F.cosine_similarity(out.flatten(1), (u @ v).flatten(1)).min() > 0.9  # the same directions, not just any
+
+
+def test_a_pretrained_vit_stays_frozen_whatever_a_chapter_asks_for():
+    vlm = tiny_vlm()
+    assert any(name.startswith("vit.") for name in train_base.freeze_all_but(vlm, ["bridge", "decoder", "vit"]))
+    vlm.config.pretrained_vision = True
+    params = train_base.freeze_all_but(vlm, ["bridge", "decoder", "vit"])
+    assert params and not any(name.startswith("vit.") for name in params)
+    assert not vlm.vit.patch.weight.requires_grad
+
+
+def test_query_key_and_value_get_updates_of_one_size_whatever_their_gradients():
+    torch.manual_seed(0)
+    # 8 query rows, 4 key rows and 4 value rows of width 8, in one matrix; the value's gradient is 10,000 times larger
+    p = torch.nn.Parameter(torch.zeros(16, 8))
+    p.grad = torch.randn(16, 8) * torch.tensor([1e-4] * 12 + [1.0] * 4)[:, None]
+    plumbing.optimizer.Optimizer({"blocks.0.attention.qkv.weight": p}, "muon", 1.0).step(1.0)
+    query, key, value = (part.detach().square().mean().sqrt() for part in p.split([8, 4, 4]))
+    assert 0.7 < key / value < 1.4 and 0.7 < query / value < 2  # a square matrix of rank 8 has larger entries
+    assert plumbing.optimizer.row_blocks("blocks.0.mlp.down.weight", p) == [16]
+
+
+def test_the_batch_that_chapter_4_tries_memory_with_is_full():
+    import train_rl
+    vlm, flags = tiny_vlm(), argparse.Namespace(seq_len=256, max_new_tokens=12)
+    batch = train_rl.full_batch(3, plumbing.world.World("exam"), flags, vlm, tokenizer(), data.BadRecords(0))
+    assert batch["ids"].shape == (3, 256) and (batch["document_ids"] > 0).float().mean() > 0.6  # bytes: long questions
+    documents = len(batch["image_index"])
+    assert documents >= 3 and len(batch["pixels"]) == documents  # each with a picture of its own
+    assert len(batch["supervised"]) == documents * 12 == (batch["targets"] >= 0).sum()
+
+
+def test_the_gain_of_questions_asked_twice_and_its_interval():
+    import train_rl
+    r = train_rl.gain([0, 0, 1, 1] * 100, [1, 0, 1, 1] * 100)
+    assert (r["n"], r["before"], r["accuracy"]) == (400, 0.5, 0.75) and r["gain"] == 0.25
+    low, high = r["gain_ci95"]
+    assert low + high == pytest.approx(0.5)
+    assert high - low == pytest.approx(2 * 1.96 * (0.25 * 0.75 / 400) ** 0.5, rel=0.01)
+    # Before and after being right independently of each other, the same accuracies would give a wider interval.
+    assert r["gain_ci95"][0] > 0 and train_rl.gain([0, 0, 1, 1] * 5, [1, 0, 1, 0] * 5)["gain_ci95"][0] < 0
+
+
+def test_rehearsal_gives_every_kind_of_question_its_share():
+    import train_rl
+    kinds = Counter(train_rl.with_rehearsal(["number", "relation"], 0.25))
+    assert kinds == {kind: 16 if kind in ("number", "relation") else 1 for kind in plumbing.world.QUESTIONS}  # 10 of 40
+    assert train_rl.with_rehearsal(["number"], 0) == ["number"] and train_rl.with_rehearsal([], 0.25) == []
+
+
+def test_one_ranks_ctrl_c_is_heard_by_all():
+    interrupt = plumbing.log.Interrupt()
+    interrupt.close()
+    setup = argparse.Namespace(loaders=[], failure=None, all_reduce=lambda value: value + 0.0)
+    assert not interrupt.requested(setup)
+    setup.all_reduce = lambda value: value + 1.0
+    assert interrupt.requested(setup) and interrupt.interrupted
+
+
+@pytest.mark.parametrize("kind", ["muon", "adamw"])
+def test_an_optimizer_that_was_saved_goes_on_bit_for_bit(tmp_path, kind):
+    one = tiny_vlm()
+    params, batch = train_base.freeze_all_but(one, ["bridge", "decoder"]), batch_of(one, documents(one))
+    optimizer = plumbing.optimizer.Optimizer(params, kind, 3e-3)
+    for _ in range(2):
+        step(one, [batch], optimizer)
+    plumbing.weights.write_safetensors(optimizer.state()[0], tmp_path / "o.safetensors")
+    two = tiny_vlm(seed=9)
+    two.load_state_dict(one.state_dict())
+    params_two = train_base.freeze_all_but(two, ["bridge", "decoder"])
+    again = plumbing.optimizer.Optimizer(params_two, kind, 3e-3, plumbing.weights.read_safetensors(tmp_path / "o.safetensors"))
+    for _ in range(3):
+        assert step(one, [batch], optimizer) == step(two, [batch], again)
+    assert all(torch.equal(p, params_two[name]) for name, p in params.items())
+
+
+@pytest.mark.parametrize("kind", ["muon", "adamw"])
+def test_each_rank_stores_master_weights_and_moments_of_its_share_alone(kind, monkeypatch):
+    vlm, ranks, owned = tiny_vlm(), 3, []
+    params = train_base.freeze_all_but(vlm, ["bridge", "decoder", "vit"])
+    monkeypatch.setattr(plumbing.optimizer.dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(plumbing.optimizer.dist, "get_world_size", lambda: ranks)
+    for rank in range(ranks):
+        monkeypatch.setattr(plumbing.optimizer.dist, "get_rank", lambda: rank)
+        optimizer = plumbing.optimizer.Optimizer(params, kind, 1e-3)
+        assert optimizer.master_weights.keys() == optimizer.moments.keys()
+        for group in optimizer.adamw.param_groups:
+            assert {id(p) for p in group["params"]} <= {id(p) for p in optimizer.master_weights.values()}
+        owned.append(set(optimizer.master_weights))
+    assert set.union(*owned) == set(params) and sum(map(len, owned)) == len(params)  # none twice, none forgotten
+    sizes = [sum(params[name].numel() for name in names) for names in owned]
+    assert max(sizes) - min(sizes) <= max(p.numel() for p in params.values())
+
+
+def test_a_parameter_that_no_row_used_stays_where_it_is():
+    vlm = tiny_vlm()
+    params = train_base.freeze_all_but(vlm, ["bridge", "decoder"])
+    optimizer, batch = plumbing.optimizer.Optimizer(params, "muon", 1e-3), batch_of(vlm, documents(vlm))
+    step(vlm, [batch], optimizer)  # now the bridge's moments would move it on, were they asked
+    before = {name: p.detach().clone() for name, p in params.items()}
+    step(vlm, [batch_of(vlm, [doc for doc in documents(vlm) if not doc.slots])], optimizer)
+    for name, p in params.items():
+        assert torch.equal(p, before[name]) == name.startswith("bridge."), name
+
+
+def test_a_micro_batch_has_as_many_rows_as_fit_into_a_gpus_memory(monkeypatch, capsys):
+    fits, tried = 6, []
+
+    def forward(rows):
+        tried.append(rows)
+        if rows > fits:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return torch.zeros((), requires_grad=True).sum()
+    on_a_gpu = setup()
+    on_a_gpu.device = torch.device("cuda")
+    on_a_gpu.to_device = lambda batch: batch
+    for name, value in (("reset_peak_memory_stats", None), ("empty_cache", None), ("mem_get_info", (1, 100)),
+                        ("max_memory_allocated", 50)):
+        monkeypatch.setattr(torch.cuda, name, lambda value=value: value)
+    model_of = lambda: type("VLM", (), {"__call__": lambda self, rows: forward(rows), "parameters": lambda self: []})()
+    assert train_base.largest_micro_batch(model_of(), on_a_gpu, 24, lambda rows: rows) == 6
+    assert tried == [24, 12, 8, 6, 6]  # only divisors; twice where gradients add up over several passes
+    assert "--micro_batch_size=6" in capsys.readouterr().err
+    fits = 0
+    with pytest.raises(ValueError, match="not even one row.*--activation_checkpointing"):
+        train_base.largest_micro_batch(model_of(), on_a_gpu, 4, lambda rows: rows)
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: 95)  # it went well, but only just
+    fits = 24
+    with pytest.raises(ValueError):
+        train_base.largest_micro_batch(model_of(), on_a_gpu, 4, lambda rows: rows)
+    assert train_base.largest_micro_batch(None, setup(), 24, None) == 24  # nothing is tried on a CPU
+
+
+@pytest.mark.parametrize("spoil", [lambda moments, name: moments.pop(name),
+                                   lambda moments, name: moments.update({name: torch.zeros(3)})])
+def test_moments_of_another_version_are_refused_in_one_line(spoil):
+    vlm = tiny_vlm()
+    params = train_base.freeze_all_but(vlm, ["bridge"])
+    moments, name = plumbing.optimizer.Optimizer(params, "adamw", 1e-3).state()[0], "bridge.fc1.weight.exp_avg"
+    assert name in moments
+    spoil(moments, name)
+    assert fails(lambda: plumbing.optimizer.Optimizer(params, "adamw", 1e-3, moments), name, "without --resume")
+
+
+def test_learning_rate_rises_stays_and_falls_to_zero():
+    flags = argparse.Namespace(steps=100, warmup=0.1, cooldown=0.5)
+    scales = [plumbing.optimizer.lr_scale(i, flags) for i in range(101)]
+    assert scales[0] == 0.1 and scales[9] == 1.0 and scales[50] == 1.0 and scales[75] == 0.5 and scales[100] == 0.0
+    assert max(scales) == 1.0 and scales[99] > 0

@@ -1,0 +1,71 @@
+"The benchmarks' scoring rules."
+import pytest
+
+import plumbing.scoring
+from tests.helpers import fails
+
+pytest_plugins = ["tests.helpers"]  # its fixtures
+
+OPTIONS = {"A": "a red car", "B": "a dog", "C": "5", "D": "none of these"}
+
+
+@pytest.mark.parametrize("metric", [*plumbing.scoring.RULES, "vqa", "choice"])
+def test_an_empty_answer_scores_nothing_under_every_metric(metric):
+    for prediction in ("", " ", "\n\t "):
+        for answers in ("A", ["yes"], ["the"] * 10, [""], ["0"], ["", "."]):
+            assert plumbing.scoring.score(metric, prediction, answers, OPTIONS) == 0.0
+
+
+@pytest.mark.parametrize("prediction, letter", [
+    ("B", "B"), ("B.", "B"), ("(B)", "B"), ("**B**", "B"), ("The answer is B", "B"), ("B. a dog", "B"),
+    ("I think it is B: a dog", "B"), ("A or B", "Z"), ("It is a dog", "B"), ("an a dog", "B"), ("b", "Z"), ("E", "Z"),
+    ("A red car and a dog are both here", "Z"), ("Z", "Z"),
+    ("A DOG", "A"),  # an article is taken for the letter, by the original too
+    ("B is what I say because of it", "Z"),  # the letter stands too far from the end
+    ("B is right, and the answer is B, I say it once more now", "B"),  # but here the sentence says it
+    ("It must be a dog, " + "for so it is " * 5, "Z")])  # too long to be an option's text
+def test_a_letter_is_found_as_vlmevalkit_does(prediction, letter):
+    assert plumbing.scoring.infer_choice(prediction, dict(OPTIONS)) == letter
+    assert plumbing.scoring.score("choice", prediction, "B", OPTIONS) == float(letter == "B")
+
+
+@pytest.mark.parametrize("metric, prediction, answers, expected", [
+    ("exact", " Red. ", "red", 1), ("exact", "dark red", "red", 0), ("exact", "3.5", "3.5", 1),
+    ("exact", "b", ["a", "b"], 1),
+    ("yesno", "Yes, there is.", "Yes", 1), ("yesno", "No", "yes", 0), ("yesno", "yes and no", "yes", 0),
+    ("yesno", "I do not know", "no", 0), ("yesno", "yesterday", "yes", 0),
+    ("relaxed", "105", "100", 1), ("relaxed", "105.1", "100", 0), ("relaxed", "-95", "-100", 1),
+    ("relaxed", "0.1", "0", 0), ("relaxed", "0", "0", 1), ("relaxed", "5%", "0.05", 1), ("relaxed", "5", "5%", 0),
+    ("relaxed", "Germany ", "germany", 1), ("relaxed", "1,000", "1000", 0), ("relaxed", "7", ["8", "7.2"], 1),
+    ("anls", "hello world", "Hello  World", 1), ("anls", "helo", "hello", 0.8), ("anls", "cat", "dogs", 0),
+    ("anls", "ab", "abcd", 0.5), ("anls", "abcd", ["zzzz", "abce"], 0.75),
+    ("contains", "The sign says STOP now", "stop", 1), ("contains", "sto", "stop", 0),
+    ("contains", "a\nb", ["x", "A b"], 1)])
+def test_scores_follow_the_official_rules(metric, prediction, answers, expected):
+    assert plumbing.scoring.score(metric, prediction, answers) == pytest.approx(expected)
+
+
+def test_vqa_averages_over_the_people_left_out():
+    for said, expected in [(0, 0), (1, 0.3), (2, 0.6), (3, 0.9), (4, 1.0), (10, 1.0)]:
+        assert plumbing.scoring.score("vqa", "red", ["red"] * said + ["blue"] * (10 - said)) == pytest.approx(expected)
+    assert plumbing.scoring.score("vqa", "red", "red") == 1.0
+
+
+@pytest.mark.parametrize("text, form", [
+    ("The two dogs.", "2 dogs"), ("A cat", "cat"), ("dont", "don't"), ("couldn'tve", "couldn't've"), ("none", "0"),
+    ("1,000", "1000"), ("t-shirt", "t shirt"), ("red, white", "red white"), ("3.5", "3.5"), ("Yes!", "yes"),
+    ("hello?", "hello"), ("well -known", "well known"), ("o'clock", "o'clock"), ("a\nb", "b"), ("U.S.A.", "usa")])
+def test_vqa_answers_are_normalised_as_in_the_official_code(text, form):
+    assert plumbing.scoring.vqa_form(text) == form
+
+
+def test_an_unknown_metric_is_named():
+    assert fails(lambda: plumbing.scoring.score("bleu", "a", "a"), "'bleu'", "relaxed")
+    assert fails(lambda: plumbing.scoring.score("exact", "a", []), "no right answer")
+
+
+def test_the_95_percent_interval_is_wilsons():
+    assert plumbing.scoring.wilson(8, 10) == pytest.approx((0.4902, 0.9433), abs=1e-4)  # the textbook's example
+    assert plumbing.scoring.wilson(0, 10) == pytest.approx((0.0, 0.2775), abs=1e-4)
+    assert plumbing.scoring.wilson(10, 10) == pytest.approx((0.7225, 1.0), abs=1e-4)
+    assert plumbing.scoring.wilson(0, 0) == (0.0, 1.0)

@@ -1,0 +1,612 @@
+"The server: OpenAI's API, the page, hostile requests."
+import base64
+import contextlib
+import io
+import json
+import os
+import random
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import requests
+from PIL import Image
+
+import extras.asking
+import extras.server
+import plumbing.engine
+import plumbing.flags
+import plumbing.world
+import sample
+from tests.helpers import HERE, bytes_of, needs, run, tokenizer, user, wait_until
+
+pytest_plugins = ["tests.helpers"]  # its fixtures
+
+
+class Served:
+    "A server in this process, over real sockets."
+
+    def __init__(self, trained: Path, *flags):
+        flags = ["--serve", f"--out_dir={trained}", "--port=0", "--device=cpu", *flags]
+        flags = plumbing.flags.parse_flags("", sample.FLAGS, argv=flags)
+        with contextlib.redirect_stderr(io.StringIO()):
+            self.server = extras.server.Server(*sample.load(flags), flags)
+        self.address, self.url = ("127.0.0.1", self.server.server_port), f"http://127.0.0.1:{self.server.server_port}"
+        threading.Thread(target=self.server.serve_forever, args=(0.01, ), daemon=True).start()
+
+    def post(self, body: dict, path: str = "/v1/chat/completions", **headers) -> requests.Response:
+        return requests.post(self.url + path, json=body, headers=headers, timeout=30)
+
+    def says(self, messages: list, **more) -> str:
+        answer = self.post({"messages": messages, "max_tokens": 5, **more})
+        assert answer.status_code == 200, answer.text
+        return answer.json()["choices"][0]["message"]["content"]
+
+    def raw(self, *pieces: bytes, half: bool = False) -> bytes:
+        "Bytes on a socket -> all bytes that come back until the server closes it."
+        with socket.create_connection(self.address, timeout=10) as s:
+            s.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            with contextlib.suppress(OSError):
+                for piece in pieces:
+                    s.sendall(piece)
+                if half:
+                    s.shutdown(socket.SHUT_WR)
+            out = b""
+            with contextlib.suppress(ConnectionError):
+                while piece := s.recv(65536):
+                    out += piece
+            return out
+
+
+@pytest.fixture(scope="session")
+def served(trained):
+    there = Served(trained[0], "--max_requests=4")
+    yield there
+    there.server.shutdown()
+    there.server.server_close()
+
+
+@needs("openai")
+def test_the_openai_client_gets_what_sample_py_says(trained, served, photo, tmp_path):
+    import openai
+    client = openai.OpenAI(base_url=served.url + "/v1", api_key="none")
+    name = client.models.list().data[0].id
+    plumbing.world.World("captions")[5]["images"][0].draw(90).save(tmp_path / "b.png")
+    flags = ["--seed=3", "--temperature=0.8", "--max_new_tokens=12", f"--out_dir={trained[0]}", "--device=cpu"]
+    two = [f"--image={photo}", f"--image={tmp_path / 'b.png'}"]
+    options = dict(model=name, seed=3, temperature=0.8, max_tokens=12)
+    said = run("sample", *flags, *two, "--question=What is it?")
+    messages = [user("What is it?", photo, tmp_path / "b.png")]
+    lines = ["What is it?", "Why?", "And where?"]
+    chat = run("sample", *flags, *two, "--chat", stdin="\n".join(lines), main=sample.main).out
+    for turn, question in enumerate(lines):
+        if turn:
+            messages.append(user(question))
+        whole = client.chat.completions.create(messages=messages, **options)
+        pieces = list(client.chat.completions.create(messages=messages, stream=True,
+                                                     stream_options={"include_usage": True}, **options))
+        text = whole.choices[0].message.content
+        streamed = "".join(p.choices[0].delta.content or "" for p in pieces[:-1])
+        assert text == streamed and chat.startswith(text + "\n") and (turn or text + "\n" == said.out)
+        chat = chat[len(text) + 1:]
+        assert pieces[-1].usage.completion_tokens == whole.usage.completion_tokens > 0 and not pieces[-1].choices
+        assert pieces[-2].choices[0].finish_reason == whole.choices[0].finish_reason
+        if turn:  # all but the last answer and question is still in the cache
+            assert whole.usage.prompt_tokens_details.cached_tokens >= 20
+        messages.append({"role": "assistant", "content": text})
+    with pytest.raises(openai.BadRequestError, match="frequency_penalty"):
+        client.chat.completions.create(messages=messages[:1], model=name, frequency_penalty=1.0)
+    with pytest.raises(openai.NotFoundError, match="gpt-4o"):
+        client.chat.completions.create(messages=messages[:1], model="gpt-4o")
+
+
+def test_choices_seeds_and_stop_texts(served, photo):
+    messages = [user("What is it?", photo)]
+    both = served.post({"messages": messages, "max_tokens": 8, "n": 2, "temperature": 1.0, "seed": 5}).json()
+    texts = [choice["message"]["content"] for choice in both["choices"]]
+    assert texts == [served.says(messages, max_tokens=8, temperature=1.0, seed=seed) for seed in (5, 6)]
+    assert both["usage"]["completion_tokens"] <= 16 and [c["index"] for c in both["choices"]] == [0, 1]
+    free = served.says(messages, max_tokens=40, temperature=1.0, seed=5)
+    stop = free[4:6]
+    cut = served.post({"messages": messages, "max_tokens": 40, "temperature": 1.0, "seed": 5, "stop": stop}).json()
+    assert cut["choices"][0] == {**cut["choices"][0], "finish_reason": "stop"}
+    assert cut["choices"][0]["message"]["content"] == free[:free.index(stop)]
+    assert served.post({"messages": messages, "max_tokens": 1}).json()["choices"][0]["finish_reason"] == "length"
+    text = extras.asking.Text(tokenizer(), ["abc"])
+    told = [text.add(tokenizer().encode(piece)) for piece in ("xa", "b", "d", "yab", "c z")]
+    assert "".join(told) == "xabdy" and told[0] == "x" and text.ended  # held back until it is certain
+
+BAD = {  # what the body has instead of a good one's; the answer names the parameter or says what is wrong
+    "no_messages": ({"messages": None}, "messages"), "empty": ({"messages": []}, "messages"),
+    "many": ({"messages": [user("x")] * 101}, "messages"),
+    "role": ({"messages": [{"role": "tool", "content": "x"}]}, "role"),
+    "content": ({"messages": [{"role": "user", "content": 7}]}, "content"),
+    "part": ({"messages": [{"role": "user", "content": [{"type": "input_audio"}]}]}, "part 0"),
+    "not_a_message": ({"messages": ["hi"]}, "messages[0]"),
+    "assistant_last": ({"messages": [user("x"), {"role": "assistant", "content": "y"}]}, "assistant"),
+    "assistant_picture": ({"messages": [{**user("x", b"x"), "role": "assistant"}]}, "part 1"),
+    "long": ({"messages": [user("cat " * 3000)]}, "context_length_exceeded"),
+    "endless": ({"messages": [user("cat " * 200_000)]}, "context_length_exceeded"),
+    "no_room": ({"max_tokens": 2048}, "context_length_exceeded"), "tokens_0": ({"max_tokens": 0}, "max_tokens"),
+    "tokens_huge": ({"max_tokens": 10 ** 30}, "max_tokens"), "tokens_text": ({"max_tokens": "5"}, "max_tokens"),
+    "tokens_true": ({"max_tokens": True}, "max_tokens"),
+    "tokens_new": ({"max_completion_tokens": -1}, "max_completion"),
+    "hot": ({"temperature": 99}, "temperature"), "cold": ({"temperature": -0.1}, "temperature"),
+    "top_p": ({"top_p": 0}, "top_p"), "n": ({"n": 100}, "n must be"), "seed": ({"seed": 0.5}, "seed"),
+    "seed_huge": ({"seed": 2 ** 200}, "seed"), "stop": ({"stop": 5}, "stop"), "stops": ({"stop": ["a"] * 5}, "stop"),
+    "stream": ({"stream": "yes"}, "stream"), "stream_options": ({"stream_options": [1]}, "stream_options"),
+    "tools": ({"tools": [{"type": "function"}]}, "tools"),
+    "json": ({"response_format": {"type": "json_object"}}, "response"),
+    "unknown": ({"frobnicate": 1}, "frobnicate"), "bias": ({"logit_bias": {"5": 9}}, "logit_bias"),
+    **{name: ({"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": url}]}]}, "data:")
+       for name, url in (("http", {"url": "http://x/a.png"}), ("file", "file:///etc/passwd"), ("no_url", {}))},
+    "broken": ({"messages": [user("x", b"no picture")]}, "not a readable picture"),
+    "eps": ({"messages": [user("x", b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n")]}, "not a readable picture"),
+    "many_pictures": ({"messages": [user("x", *[b"GIF89a\x01\0\x01\0\x80\0\0\0\0\0\xff\xff\xff,\0\0\0\0\x01\0\x01"
+                                                  b"\0\0\x02\x02D\x01\0;"] * 9)]}, "more than 8 pictures"),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_a_wrong_request_is_told_what_is_wrong(served, name):
+    change, culprit = BAD[name]
+    answer = served.post({"messages": [user("What?")], **change})
+    error = answer.json()["error"]
+    assert 400 <= answer.status_code < 500 and culprit in json.dumps(error) and set(error) == {
+        "message", "type", "param", "code"} and len(answer.text) < 800
+
+
+def test_a_body_that_is_too_long_is_refused_before_it_is_read(served):
+    for length, status in ((extras.server.BODY + 1, b"413"), (10 ** 20, b"411")):
+        answer = served.raw(b"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\n"
+                            b"Content-Type: application/json\r\nContent-Length: %d\r\n\r\n" % length)
+        assert answer.startswith(b"HTTP/1.1 " + status) and b'"error"' in answer
+
+
+@pytest.mark.parametrize("kind", ["cut", "huge"])
+def test_a_picture_that_is_cut_or_a_bomb_is_refused(served, kind):
+    answer = served.post({"messages": [user("x", bytes_of(kind))]})
+    assert answer.status_code == 400 and "messages[0]" in answer.text
+
+
+def test_a_page_elsewhere_cannot_use_a_local_server(served, photo):
+    good = {"messages": [user("x")], "max_tokens": 1}
+    port = served.address[1]
+    for headers, status in (({"Host": "evil.example"}, 403), ({"Host": f"evil.example:{port}"}, 403),
+                            ({"Host": ""}, 403),
+                            ({"Origin": "http://evil.example"}, 403), ({"Origin": "null"}, 403),
+                            ({"Host": f"localhost:{port}"}, 200), ({"Host": "192.168.1.7:1"}, 200),
+                            ({"Host": "[::1]:80"}, 200), ({"Origin": f"http://127.0.0.1:{port}"}, 200)):
+        answer = served.post(good, **headers)
+        assert answer.status_code == status, (headers, answer.text)
+        assert not any(name.lower().startswith("access-control") for name in answer.headers)
+    for kind in ("text/plain", "application/x-www-form-urlencoded", "multipart/form-data"):  # what a form can send
+        answer = requests.post(served.url + "/v1/chat/completions", data=json.dumps(good),
+                               headers={"Content-Type": kind})
+        assert answer.status_code == 415
+    assert requests.options(served.url + "/v1/chat/completions", headers={"Origin": "http://evil"}).status_code == 405
+
+
+def test_the_page_and_its_headers(served):
+    page = requests.get(served.url + "/")
+    assert page.status_code == 200 and page.headers["Content-Type"].startswith("text/html")
+    policy = page.headers["Content-Security-Policy"]
+    assert "default-src 'none'" in policy and "unsafe" not in policy and "frame-ancestors 'none'" in policy
+    assert page.headers["X-Content-Type-Options"] == "nosniff" and not re.search(r"https?://(?!www.w3.org)", page.text)
+    assert not re.search(r"\sstyle=|\son\w+=\"", page.text)  # the policy would forbid them
+    assert requests.get(served.url + "/health").json() == {"status": "ok", "running": 0, "waiting": 0}
+    (card, ) = requests.get(served.url + "/v1/models").json()["data"]
+    assert card["id"] == "tiny" and card["sees"] and card["world"]
+    assert Image.open(io.BytesIO(requests.get(served.url + "/draw").content)).size == (320, 320)
+    head = requests.head(served.url + "/")
+    assert head.status_code == 200 and not head.content and int(head.headers["Content-Length"]) == len(page.content)
+    assert requests.get(served.url + "/nowhere").status_code == 404
+    assert requests.get(served.url + "/look").status_code == 405
+
+
+def test_the_page_is_told_where_each_word_looked(served, photo):
+    asked = [user("What is it?", photo), {"role": "assistant", "content": "a red cat"}]
+    words = served.post({"messages": asked}, "/look").json()["words"]
+    assert [word["text"] for word in words] == ["a", " red", " cat"]
+    assert np.array([word["maps"] for word in words]).shape == (3, 1, 6, 6)
+    for wrong in ({"messages": asked[:1]}, {"messages": [user("x"), asked[1]]}, [], {"messages": 5}):
+        assert served.post(wrong, "/look").status_code == 400
+
+
+def test_a_key_is_asked_for(trained):
+    there = Served(trained[0], "--api_key=sesame", "--max_requests=4")
+    good = {"messages": [user("x")], "max_tokens": 1}
+    for headers, status in (({}, 401), ({"Authorization": "Bearer sesam"}, 401), ({"Authorization": "sesame"}, 200),
+                            ({"Authorization": "Bearer sesame"}, 200), ({"Authorization": "Bearer "}, 401)):
+        assert there.post(good, **headers).status_code == status
+    for path, status in (("/", 200), ("/health", 200), ("/v1/models", 401), ("/draw", 401)):
+        assert requests.get(there.url + path).status_code == status
+    there.server.shutdown()
+
+
+def test_a_client_that_hangs_up_frees_its_row(served):
+    engine = served.server.engine
+    wait_until(lambda: not engine.busy)
+    served.server.stop, kept = set(), served.server.stop
+    try:
+        body = json.dumps({"messages": [user("x")], "max_tokens": 2000}).encode()
+        for stream_ in (b"", b"text/event-stream"):
+            with socket.create_connection(served.address) as s:
+                sent = body[:-1] + (b', "stream": true}' if stream_ else b"}")
+                s.sendall(b"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+                          b"Content-Length: %d\r\n\r\n%s" % (len(sent), sent))
+                wait_until(lambda: engine.running)
+                said = next(iter(engine.running.values()))
+            wait_until(lambda: not engine.running)
+            assert said.finish == "cancelled" and len(said.answer) < 2000
+    finally:
+        served.server.stop = kept
+
+
+def test_too_many_wait_then_429_and_an_answer_has_its_time(served, monkeypatch):
+    engine = served.server.engine
+    wait_until(lambda: not engine.busy)
+    step, gate = engine.step, threading.Event()
+    monkeypatch.setattr(extras.server, "WAITING", 2)
+    monkeypatch.setattr(extras.server, "SECONDS", 0.5)
+    monkeypatch.setattr(engine, "step", lambda: (gate.wait(20), step())[1])  # nothing moves
+    late = served.post({"messages": [user("x")], "n": 2})  # it is given up after half a second
+    assert late.status_code == 200 and {c["finish_reason"] for c in late.json()["choices"]} == {"length"}
+    monkeypatch.setattr(extras.server, "SECONDS", 20)
+    answers = []
+    body = {"messages": [user("x")], "max_tokens": 1, "n": 6}  # 4 rows, and 2 that wait
+    first = threading.Thread(target=lambda: answers.append(served.post(body)))
+    first.start()
+    wait_until(lambda: len(served.server.open) == 6)
+    refused = served.post({"messages": [user("x")]})
+    assert refused.status_code == 429 and int(refused.headers["Retry-After"]) > 0
+    gate.set()
+    first.join()
+    assert answers[0].status_code == 200 and served.says([user("x")]) is not None
+
+
+def test_an_error_in_the_engine_costs_those_it_hits_and_no_other(served, monkeypatch, capfd):
+    engine = served.server.engine
+    wait_until(lambda: not engine.busy)
+    expected = served.says([user("What?")])
+    with monkeypatch.context() as patch:
+        patch.setattr(plumbing.engine.Engine, "choose", lambda self, B: 1 / 0)
+        assert served.post({"messages": [user("What?")]}).status_code == 500
+        answer = served.post({"messages": [user("What?")], "stream": True})
+        assert answer.status_code == 200 and b'data: {"error": {"message": ' in answer.content.splitlines()[-2]
+    wait_until(lambda: len(served.server.engine.free) == 4)
+    assert served.says([user("What?")]) == expected and "ZeroDivisionError" in capfd.readouterr().err
+
+
+def test_idle_and_slow_connections_are_dropped(trained, monkeypatch):
+    monkeypatch.setattr(extras.server, "IDLE", 0.6)
+    there = Served(trained[0], "--max_requests=4")
+    monkeypatch.setattr(extras.server, "CONNECTIONS", 3)
+    began = time.monotonic()
+    assert there.raw() == b""  # says nothing
+    with socket.create_connection(there.address, timeout=10) as s:  # a byte now and then
+        with contextlib.suppress(OSError):
+            for letter in b"POST /v1/chat/completions HTTP/1.1\r\n" * 9:
+                s.sendall(bytes([letter]))
+                time.sleep(0.05)
+        with contextlib.suppress(OSError):
+            assert s.recv(9) == b""
+    assert time.monotonic() - began < 6
+    wait_until(lambda: not there.server.connections)
+    held = [socket.create_connection(there.address) for _ in range(3)]
+    wait_until(lambda: len(there.server.connections) == 3)
+    assert there.raw() == b""  # one too many
+    for s in held:
+        s.close()
+    wait_until(lambda: not there.server.connections)
+    assert there.says([user("x")]) is not None
+    there.server.shutdown()
+
+
+def hostile(rng: random.Random, good: bytes) -> list[bytes]:
+    "The pieces of one malformed request."
+    head = b"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+    junk = bytes(rng.randrange(256) for _ in range(rng.randrange(1, 200)))
+    body = bytearray(good)
+    for _ in range(rng.randrange(1, 6)):  # bytes changed, dropped, doubled
+        at = rng.randrange(len(body))
+        body[at:at + rng.randrange(3)] = bytes([rng.randrange(256)] * rng.randrange(3))
+    value = rng.choice([b"NaN", b"Infinity", b"-1e999", b"1" * 5000, b"[" * 100_000, b'{"a":' * 50_000, b'"\\ud800"',
+                        b"null", b"true", b"{}", b"[[]]", b'"' + junk.hex().encode() + b'"'])
+    field = rng.choice([b"messages", b"max_tokens", b"temperature", b"seed", b"n", b"stop", b"stream", b"top_p"])
+    odd = b'{"messages": [{"role": "user", "content": "x"}], "%s": %s}' % (field, value)
+
+    def post(body, length=None):
+        return [head + b"Content-Length: %d\r\n\r\n" % (len(body) if length is None else length), bytes(body)]
+    return rng.choice([
+        lambda: [junk], lambda: post(body), lambda: post(odd), lambda: post(odd), lambda: post(junk),
+        lambda: post(good, len(good) + 50), lambda: post(good, -5), lambda: post(good, 10 ** 15),
+        lambda: post(good, 10 ** 30),
+        lambda: [head + b"Content-Length: 5\r\nContent-Length: 6\r\n\r\n", good], lambda: [head + b"\r\n", good],
+        lambda: [head + b"Transfer-Encoding: chunked\r\n\r\n5\r\nhello\r\n0\r\n\r\n"],
+        lambda: [b"GET / HTTP/1.1\r\n" + b"X-%d: y\r\n" % rng.randrange(99) * 500 + b"\r\n"],
+        lambda: [b"GET /" + b"a" * 70_000 + b" HTTP/1.1\r\n\r\n"], lambda: [b"GET / HTTP/9.9\r\n\r\n"],
+        lambda: [b"GET / HTTP/1.1\r\nHost: localhost\r\nA: " + b"b" * 70_000 + b"\r\n\r\n"],
+        lambda: [b"FROB / HTTP/1.1\r\nHost: localhost\r\n\r\n"], lambda: [b"GET /\r\n"], lambda: [b"GET"],
+        lambda: [b"GET /../../etc/passwd HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n"],
+        lambda: [b"GET /%s HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n" % junk.replace(b"\n", b"")],
+        lambda: [*post(odd), *post(good), b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n"],  # pipelined
+    ])()
+
+
+def test_500_hostile_requests_and_the_next_good_one_is_answered(served, capfd):
+    wait_until(lambda: not served.server.connections)
+    good, rng = json.dumps({"messages": [user("x")], "max_tokens": 1}).encode(), random.Random(0)
+    expected = served.says([user("What?")])
+    for i in range(500):
+        pieces = hostile(rng, good)
+        answer = served.raw(*pieces, half=True)
+        for status in re.findall(rb"^HTTP/1.1 (\d+)", answer, re.M):
+            assert status == b"200" or 400 <= int(status) < 500, (pieces, answer)  # a few mutations are still good
+        if answer and b" 200 " not in answer[:20]:
+            assert b'{"error": {"message": ' in answer, (pieces, answer)
+        if i % 50 == 0:
+            assert served.says([user("What?")]) == expected
+    assert served.says([user("What?")]) == expected
+    wait_until(lambda: not served.server.connections and not served.server.engine.busy)
+    log = capfd.readouterr().err
+    assert "Traceback" not in log and log.replace("\n", "").isprintable()
+
+
+def test_memory_files_and_threads_stay_level(served, photo):
+    def state():
+        import gc
+        gc.collect()
+        return (len(os.listdir("/proc/self/fd")), threading.active_count(),
+                int(re.search(r"VmRSS:\s*(\d+)", Path("/proc/self/status").read_text())[1]) / 1024)
+    body = {"messages": [user("What is it?", photo)], "max_tokens": 1}
+    with requests.Session() as session:
+        for i in range(400):
+            session.post(served.url + "/v1/chat/completions", json={**body, "stream": i % 2 == 0}).content
+            if i == 100:
+                files, threads, mib = state()
+    after = state()
+    assert after[0] <= files + 2 and after[1] <= threads + 2 and after[2] < mib + 30
+    assert len(served.server.engine.pictures.known) <= 256
+
+
+def test_sigterm_lets_running_answers_finish_and_no_new_one_begin(trained):
+    process = subprocess.Popen([sys.executable, str(HERE / "sample.py"), "--serve", "--port=0", "--host=0.0.0.0",
+                                f"--out_dir={trained[0]}", "--device=cpu"], stderr=subprocess.PIPE, text=True)
+    try:
+        lines = []
+        while not (lines and "page" in lines[-1]):
+            lines.append(process.stderr.readline())
+        assert any("warning" in line and "--api_key" in line for line in lines)
+        url = "http://127.0.0.1:" + re.search(r":(\d+)/", lines[-1])[1]
+        with requests.post(url + "/v1/chat/completions", stream=True, json={
+                "messages": [user("x")], "temperature": 2, "seed": 1, "max_tokens": 1000, "stream": True}) as answer:
+            events = answer.iter_lines()
+            next(events)
+            process.send_signal(signal.SIGTERM)
+            time.sleep(0.3)
+            with pytest.raises(requests.ConnectionError):
+                requests.post(url + "/v1/chat/completions", json={"messages": [user("y")]}, timeout=5)
+            rest = [line for line in events if line]
+            assert rest[-1] == b"data: [DONE]" and b'"finish_reason": "' in rest[-2]
+        assert process.wait(15) == 0
+    finally:
+        process.kill()
+
+CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+
+
+@needs("playwright")
+@pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium: apt-get install chromium")
+def test_a_browser_shows_the_page_and_talks(served, photo):
+    from playwright.sync_api import expect, sync_playwright
+    expect.set_options(timeout=20_000)  # milliseconds: a busy machine
+    with sync_playwright() as play:
+        browser = play.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        page, told, asked = browser.new_page(), [], []
+        page.on("console", lambda message: told.append(message.text))
+        page.on("pageerror", lambda error: told.append(str(error)))
+        page.on("request", lambda r: asked.append(r.url))
+        page.goto(served.url)
+        expect(page.locator("#model")).to_contain_text("tiny")
+        # Dropped, drawn and removed again.
+        page.locator("body").evaluate_handle("""(body, [raw, name]) => {
+            const bytes = Uint8Array.from(atob(raw), c => c.charCodeAt(0)), data = new DataTransfer()
+            data.items.add(new File([bytes], name, {type: "image/png"}))
+            for (const kind of ["dragenter", "dragover", "drop"])
+                document.dispatchEvent(new DragEvent(kind, {dataTransfer: data, bubbles: true, cancelable: true}))
+        }""", [base64.b64encode(photo.read_bytes()).decode(), "photo.png"])
+        expect(page.locator("#waiting figure")).to_have_count(1)
+        page.click("#draw")
+        expect(page.locator("#waiting figure")).to_have_count(2)
+        page.click("#waiting figure:nth-child(2) button")
+        # Words arrive one by one: slowed down, or they would be there at once. Then stopped.
+        engine, step = served.server.engine, served.server.engine.step
+        served.server.stop, kept = set(), served.server.stop
+        engine.step = lambda: time.sleep(0.05) or step()
+        page.fill("#text", "What is it?")
+        page.press("#text", "Enter")
+        text = page.locator(".bot .text")
+        lengths = set()
+        for _ in range(30):
+            lengths.add(len(text.text_content()))
+            time.sleep(0.03)
+        assert len(lengths) > 5
+        page.click("#send")  # now it says stop
+        expect(page.locator(".bot .foot")).to_contain_text("stopped")
+        wait_until(lambda: not engine.running)
+        engine.step = step
+        # An edited question takes the place of the first. Its answer is long: it grows under the pointer.
+        page.click(".user .foot button")
+        expect(page.locator("#text")).to_have_value("What is it?")
+        page.fill("#text", "What is this?")
+        page.press("#text", "Enter")
+        expect(page.locator(".bot .text")).to_contain_text("a")
+        page.hover(".bot .text")  # before the answer has ended, and it does not move until the words are there
+        expect(page.locator(".bot .foot")).to_contain_text("tokens")
+        expect(page.locator(".user .text")).to_have_text(["What is this?"])
+        served.server.stop = kept
+        # The words under the pointer, and under the arrow keys, change the overlay.
+        expect(page.locator(".bot .text span").first).to_be_visible()
+        page.locator(".bot .text span").first.hover()
+        expect(page.locator("figure canvas.on")).to_have_count(1)
+        seen = page.locator("figure canvas").screenshot()
+        page.mouse.move(1, 1)
+        expect(page.locator("figure canvas.on")).to_have_count(0)
+        time.sleep(0.3)
+        assert page.locator("figure").screenshot() != seen
+        page.focus(".bot .text")
+        page.keyboard.press("ArrowRight")
+        expect(page.locator("figure canvas.on")).to_have_count(1)
+        # A picture without words is described, and what went wrong can be tried again.
+        page.click("#new")
+        page.click("#draw")
+        page.fill("#text", "")
+        expect(page.locator("#text")).to_have_attribute("placeholder", "Describe the picture.")
+        page.evaluate("model.id = 'another'")
+        page.press("#text", "Enter")
+        expect(page.locator(".error")).to_contain_text("another")
+        told.clear()  # the browser itself notes the 404
+        page.evaluate("model.id = 'tiny'")
+        page.click(".error button")
+        expect(page.locator(".bot .foot")).to_contain_text("tokens")
+        expect(page.locator(".error")).to_have_count(0)
+        expect(page.locator(".user .text")).to_have_text(["Describe the picture."])
+        expect(page.locator(".user img")).to_have_count(1)
+        page.reload()
+        expect(page.locator("#hello")).to_be_visible()
+        browser.close()
+    assert not told and all(url.startswith((served.url, "data:", "blob:")) for url in asked)
+
+
+@needs("playwright")
+@pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium: apt-get install chromium")
+def test_the_page_asks_for_the_key(trained):
+    from playwright.sync_api import expect, sync_playwright
+    expect.set_options(timeout=20_000)  # milliseconds: a busy machine
+    there = Served(trained[0], "--api_key=clé", "--max_requests=4", "--max_new_tokens=5")
+    assert requests.get(there.url + "/v1/models", headers={"Authorization": "Bearer clé".encode()}).ok  # as curl does
+    with sync_playwright() as play:
+        browser = play.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        page = browser.new_page()
+        page.goto(there.url)
+        for key, said in (("ключ", "asks for one"), ("clé", "not accepted")):
+            expect(page.locator("#key-note")).to_contain_text(said)
+            page.fill("#key", key)
+            page.press("#key", "Enter")
+        expect(page.locator("#model")).to_contain_text("tiny")
+        expect(page.locator(".error")).to_have_count(0)
+        assert page.input_value("#length") == "5"  # --max_new_tokens
+        # Another key counts from now on: the question that was refused is asked again with it.
+        there.server.flags.api_key = "new"
+        page.fill("#text", "What?")
+        page.press("#text", "Enter")
+        page.fill("#key", "new")
+        page.press("#key", "Enter")
+        expect(page.locator(".bot .foot")).to_contain_text("token")
+        expect(page.locator(".error")).to_have_count(0)
+        # A server that is gone, and back.
+        page.route("**/v1/**", lambda route: route.abort())
+        page.reload()
+        expect(page.locator(".error")).to_contain_text("The server does not answer.")
+        page.unroute("**/v1/**")
+        page.click(".error button")
+        expect(page.locator("#model")).to_contain_text("tiny")
+        browser.close()
+    there.server.shutdown()
+
+
+@needs("playwright")
+@pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium: apt-get install chromium")
+def test_the_page_keeps_a_draft_while_an_earlier_question_is_edited_or_tried_again(served):
+    from playwright.sync_api import expect, sync_playwright
+    expect.set_options(timeout=20_000)  # milliseconds: a busy machine
+    with sync_playwright() as play:
+        browser = play.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        page = browser.new_page()
+        page.goto(served.url)
+        expect(page.locator("#model")).to_contain_text("tiny")
+        page.route("**/v1/**", lambda route: route.abort())
+        page.fill("#text", "What?")
+        page.press("#text", "Enter")
+        expect(page.locator(".error")).to_be_visible()
+        page.click("#draw")
+        page.fill("#text", "my draft")
+        page.unroute("**/v1/**")
+        page.click(".error button")
+        expect(page.locator(".bot .foot")).to_contain_text("token")
+        for key in ("Escape", "Enter"):  # the edit is given up, then sent
+            expect(page.locator("#text")).to_have_value("my draft")
+            expect(page.locator("#waiting figure")).to_have_count(1)
+            page.click(".user .foot button")
+            page.click(".user .foot button")  # twice: what is edited is no draft
+            expect(page.locator("#text")).to_have_value("What?")
+            expect(page.locator("#waiting figure")).to_have_count(0)
+            page.press("#text", key)
+        expect(page.locator("#text")).to_have_value("my draft")
+        expect(page.locator("#waiting figure")).to_have_count(1)
+        expect(page.locator(".user")).to_have_count(1)
+        browser.close()
+
+
+@needs("playwright")
+@pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium: apt-get install chromium")
+def test_the_page_takes_any_picture_follows_the_answer_and_shows_at_the_first_tap_where_it_looked(tmp_path):
+    from playwright.sync_api import expect, sync_playwright
+    expect.set_options(timeout=20_000)  # milliseconds: a busy machine
+    there = Served(tmp_path, "--max_requests=4")  # the model that comes with the code
+
+    def file(size, noise=False) -> dict:
+        out, image = io.BytesIO(), Image.new("RGB", size, "red")
+        (Image.frombytes("RGB", size, os.urandom(size[0] * size[1] * 3)) if noise else image).save(out, "PNG")
+        return {"name": "a.png", "mimeType": "image/png", "buffer": out.getvalue()}
+    with sync_playwright() as play:
+        browser = play.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        page = browser.new_page(viewport={"width": 800, "height": 700}, has_touch=True)
+        page.goto(there.url)
+        expect(page.locator("#model")).to_contain_text("tiny")
+        page.set_input_files("#file", {"name": "a.pdf", "mimeType": "application/pdf", "buffer": b"%PDF"})
+        expect(page.locator(".error")).to_contain_text("a.pdf")
+        # Eight pictures fit into one request, and each into its number of pixels. What is transparent becomes white.
+        lines = b'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 9 9"><path d="M2 2h1v1"/></svg>'
+        page.set_input_files("#file", [file((960, 960), True)] * 6 + [file((5100, 4000)), {
+            "name": "a.svg", "mimeType": "image/svg+xml", "buffer": lines}])
+        expect(page.locator("#waiting figure")).to_have_count(8)
+        assert page.evaluate("waiting.join().length") < extras.server.BODY
+        pictures = [extras.server.read_picture(url) for url in page.evaluate("waiting")]
+        assert max(image.width * image.height for image in pictures) < extras.server.PIXELS
+        assert pictures[7].getpixel((0, 0)) == (255, 255, 255)
+        # Side by side, a wide and a tall one keep their shapes: what is laid over them lies on them.
+        page.reload()
+        page.set_input_files("#file", [file((90, 40)), file((40, 90)), file((60, 60))])
+        page.click("#send")
+        expect(page.locator(".bot .foot")).to_contain_text("tokens")
+        for figure in page.locator(".user figure").all():
+            assert figure.bounding_box() == figure.locator("img").bounding_box()
+        # A finger moves nothing before it taps.
+        place = page.locator(".bot .text").bounding_box()
+        page.touchscreen.tap(place["x"] + 5, place["y"] + 14)
+        expect(page.locator("figure canvas.on")).to_have_count(3)
+        # An answer that comes faster than a page can glide is followed to its end.
+        event = "data: " + json.dumps({"choices": [{"delta": {"content": "word\n"}, "finish_reason": "stop"}]}) + "\n\n"
+        page.route("**/chat/completions", lambda route: route.fulfill(body=event * 300))
+        page.fill("#text", "What?")
+        page.click("#send")
+        expect(page.locator(".bot .foot").last).to_contain_text("first word")
+        expect(page.locator(".bot .foot").last).to_be_in_viewport()
+        # The pictures have scrolled away: copies are shown, all of them, also on a phone, and not over the word.
+        page.set_viewport_size({"width": 390, "height": 700})
+        page.touchscreen.tap(20, 100)
+        expect(page.locator("#lens canvas")).to_have_count(3)
+        places = [canvas.bounding_box() for canvas in page.locator("#lens canvas").all()]
+        assert min(place["x"] for place in places) >= 0 and min(place["y"] for place in places) > 130
+        browser.close()
+    there.server.shutdown()
