@@ -1,6 +1,7 @@
 """
-Public benchmarks by their official rules, and one's own files of questions, with answers that are kept. Called by
-`python bench.py --what=eval`.
+What a whole public benchmark counts from its answers (POPE's F1, MMBench's circular accuracy, MME's sum), beside the
+blind and shuffled columns, with answers that are kept; the same for one's own files of questions. Called by `python
+bench.py --what=eval`.
 
 Questions about one picture or one option are not worth a point each in every benchmark. To be comparable with
 published numbers, ours must be counted as theirs are, odd rules included.
