@@ -26,8 +26,8 @@ from plumbing.files import cache, named_errors, new_file, require
 from plumbing.hub import CHUNK, request, retry
 from plumbing.world import Scene
 
-# A source is a path, a URL, a (zip file, member) pair, the bytes of a picture file, or a Scene of the built-in world. It
-# is opened only when its record is used.
+# A source is a path, a URL, a (zip file, member) pair, the bytes of a picture file, or a Scene of the built-in world.
+# It is opened only when its record is used.
 
 PICTURES = (".jpg", ".jpeg", ".jfif", ".png", ".webp", ".gif", ".bmp")
 
