@@ -1,6 +1,6 @@
 """
 What a whole public benchmark counts from its answers (POPE's F1, MMBench's circular accuracy, MME's sum), beside the
-blind and shuffled columns, with answers that are kept; the same for one's own files of questions. Called by `python
+same with blind and exchanged pictures (train_sft.py), with answers that are kept; the same for one's own files of questions. Called by `python
 bench.py --what=eval`.
 
 Questions about one picture or one option are not worth a point each in every benchmark. To be comparable with

@@ -1,7 +1,7 @@
 """
 Where a record's picture lies, and how it is opened safely: paths, zips, URLs and bytes become upright RGB images; zip
 bombs, huge pictures and names that lead out of the data's folder are refused.
-Called by the loader, the data check and sample.py. A reader of the lessons need know only `open_source` and
+Called by the loader, the data check, sample.py and the server. A reader of the lessons need know only `open_source` and
 `load_image`; what is done to the pixels from there on is in vision.py.
 """
 import base64
