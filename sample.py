@@ -77,7 +77,7 @@ FLAGS = {  # name: (default, meaning); a type instead of a default: not given
     "batch_size": (16, "pictures at once, with --images"),
     "device": ("auto", "auto, cpu, cuda or mps"),
     "export": ("", "write the model into this new folder, in Hugging Face's form and bfloat16; no question is asked"),
-    "decoder_only": (False, "with --export: the language model alone, as a Qwen2"),
+    "decoder_only": (False, "with --export: the language model alone, as a Qwen2 or Qwen3"),
     "slim": ("", "write the checkpoint into this new folder, in bfloat16 and without what only training needs"),
 }
 

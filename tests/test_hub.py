@@ -499,11 +499,16 @@ def test_a_broken_header_is_one_line(hub, monkeypatch, length, header):
 # weights.py: the table; data.py: --download
 
 def test_the_table_is_complete():
-    names = [f"qwen2.5-{size}{kind}" for size in ("0.5b", "1.5b", "3b") for kind in ("", "-instruct")]
+    names = [f"qwen2.5-{size}{kind}" for size in ("0.5b", "1.5b", "3b", "7b") for kind in ("", "-instruct")]
+    asked = [f"qwen3-{size}{kind}" for size in ("0.6b", "1.7b", "4b", "8b") for kind in ("", "-base")]
     names += ["siglip2-large-patch16-256", "siglip-large-patch16-256", "siglip2-base-patch16-224",
               "siglip-base-patch16-224", "siglip-so400m-patch14-224", "siglip-so400m-patch14-384", "llava-ov-0.5b"]
-    assert sorted(plumbing.hub.REPOSITORIES) == sorted(names)
-    for name, entry in plumbing.hub.REPOSITORIES.items():
+    assert sorted(plumbing.hub.REPOSITORIES) == sorted(names + asked)
+    for name in asked:  # their commits and hashes are the hub's own word, as with any Org/Name
+        entry, size = plumbing.hub.REPOSITORIES[name], name.split("-")[1].upper()
+        assert entry.hub == f"Qwen/Qwen3-{size}" + "-Base" * name.endswith("base")
+        assert not entry.files and entry.revision == "main"
+    for name, entry in ((name, plumbing.hub.REPOSITORIES[name]) for name in names):
         assert len(entry.revision) == 40 and next(iter(entry.files)) == "config.json" and "@" not in entry.hub
         assert list(entry.files)[-1].endswith(".safetensors")  # last: who has the weights has all
         for size, digest in entry.files.values():
