@@ -90,6 +90,40 @@ QWEN_TEMPLATE = """
     {{- '<|im_start|>assistant\\n' }}
 {%- endif %}
 """
+# What Qwen3's own template (of 0.6B to 8B, April 2025) does with conversations without tools.
+QWEN3_TEMPLATE = """
+{%- set ns = namespace(last_query=messages|length - 1) %}
+{%- for message in messages %}{% if message.role == 'user' %}{% set ns.last_query = loop.index0 %}{% endif %}{% endfor %}
+{%- for message in messages %}
+    {%- set content, reasoning = message.content, '' %}
+    {%- if message.role == 'assistant' and '</think>' in content %}
+        {%- set reasoning = content.split('</think>')[0].rstrip('\n').split('<think>')[-1].lstrip('\n') %}
+        {%- set content = content.split('</think>')[-1].lstrip('\n') %}
+    {%- endif %}
+    {{- '<|im_start|>' + message.role + '\n' }}
+    {%- if message.role == 'assistant' and loop.index0 > ns.last_query and (loop.last or reasoning) %}
+        {{- '<think>\n' + reasoning.strip('\n') + '\n</think>\n\n' + content.lstrip('\n') }}
+    {%- else %}
+        {{- content }}
+    {%- endif %}
+    {{- '<|im_end|>\n' }}
+{%- endfor %}
+{%- if add_generation_prompt %}
+    {{- '<|im_start|>assistant\n' }}
+    {%- if enable_thinking is defined and enable_thinking is false %}
+        {{- '<think>\n\n</think>\n\n' }}
+    {%- endif %}
+{%- endif %}
+"""
+QWEN3_TOKENS = ["<tool_response>", "</tool_response>", "<think>", "</think>"]  # after Qwen2.5's special tokens
+THOUGHTS = [
+    [("user", "Hi"), ("assistant", "<think>\nThey greet me.\n</think>\n\nHello!")],
+    [("user", "Hi"), ("assistant", "<think>\nA.\n\nB.\n</think>\n\nHello!"), ("user", "7+5?"),
+     ("assistant", "<think>\n\n</think>\n\n12")],
+    [("user", "Hi"), ("assistant", "no mark</think>\n\nHello!"), ("user", "7+5?"), ("assistant", "12\n")],
+    [("system", "s"), ("user", "a"), ("assistant", "<think>t</think>b"), ("assistant", "c")],
+    [("assistant", "no question"), ("assistant", "was asked")],
+]
 CHATS = [
     [("user", "Hi"), ("assistant", "Hello! How can I help?")],
     [("system", "Answer in French."), ("user", "Count to 12, please."), ("assistant", "1, 2, 3 ... 12.")],
@@ -172,7 +206,63 @@ def test_render_equals_qwens_chat_template_in_transformers(turns):
 
 
 @lru_cache
-def _reference(transformers):
+def qwen3(table=qwen) -> Tokenizer:
+    "Qwen3's tokenizer: another's with four more tokens."
+    special = table().special | {name: table().vocab_size + i for i, name in enumerate(QWEN3_TOKENS)}
+    return Tokenizer(table().ranks, special, thinking=True)
+
+
+@needs_qwen
+@pytest.mark.parametrize("turns", [*CHATS, *THOUGHTS, [("user", "7+5?"), ("assistant", "\n\n12")]])
+def test_render_equals_qwen3s_chat_template_in_transformers(turns):
+    transformers = pytest.importorskip("transformers")
+    reference = _reference(transformers, qwen3=True)
+    assert (qwen3().think, qwen3().think_end) == (151667, 151668)
+    for n in range(1, len(turns) + 1):
+        messages = chat(*turns[:n])
+        for prompt in {False, turns[n - 1][0] != "assistant"}:
+            for think in {False, prompt}:  # with a question at the end, both ways to ask for the answer
+                text = reference.apply_chat_template(messages, tokenize=False, add_generation_prompt=prompt,
+                                                     enable_thinking=think)
+                want = reference(text, add_special_tokens=False)["input_ids"]
+                assert qwen3().render(messages, add_generation_prompt=prompt, think=think).ids == want
+
+
+def test_of_a_qwen3s_answer_all_but_the_empty_thoughts_is_learned():
+    t = qwen3(small)
+    block = [t.think, *t.encode("\n\n"), t.think_end, *t.encode("\n\n")]
+
+    def learned(*turns):
+        r = t.render(chat(*turns))
+        return t.decode([i for i, m in zip(r.ids, r.mask) if m], skip_special=False)
+    said = [("user", "the cat"), ("assistant", "sat"), ("user", "it?"), ("assistant", "the mat")]
+    assert learned(*said) == "sat<|im_end|>the mat<|im_end|>"
+    assert learned(said[0], ("assistant", "<think>\nthe\n</think>\n\nsat")) == "<think>\nthe\n</think>\n\nsat<|im_end|>"
+    row, prompt = t.render(chat(*said)), t.render(chat(*said[:3]), add_generation_prompt=True)
+    assert row.ids[:len(prompt.ids)] == prompt.ids and prompt.ids[-len(block):] == block
+    assert not any(row.mask[i] for i in range(len(prompt.ids)) if row.ids[i] in block[:2])
+    assert t.render(chat(*said[:3]), add_generation_prompt=True, think=True).ids == prompt.ids[:-len(block)]
+    plain = Tokenizer(t.ranks, t.special)  # the same tokens, but a template that knows no thoughts
+    assert t.think not in plain.render(chat(*said)).ids
+
+
+def test_an_answer_that_thinks_is_shown_without_its_thoughts():
+    t = qwen3(small)
+    hidden = [t.think, *t.encode("\nthe mat\n"), t.think_end, *t.encode("\n\n"), *t.encode("sat. é\n\nthe"), t.im_end]
+    for ids, said in ((hidden, "sat. é\n\nthe"), (hidden[:4], ""), (t.encode("sat"), "sat"), ([], "")):
+        assert t.answer(ids) == said
+        for size in (1, 2, 3, 100):  # however the tokens come
+            text = extras.asking.Text(t)
+            assert "".join(text.add(ids[i:i + size], last=i + size >= len(ids)) for i in range(0, len(ids), size)) == said
+    shown = extras.asking.Text(t, thoughts=True).add(hidden, last=True)
+    assert shown == "<think>\nthe mat\n</think>\n\nsat. é\n\nthe"
+    # and what was shown is dropped where the conversation goes on
+    asked = chat(("user", "a"), ("assistant", shown), ("user", "b"))
+    assert t.render(asked) == t.render(chat(("user", "a"), ("assistant", "sat. é\n\nthe"), ("user", "b")))
+
+
+@lru_cache
+def _reference(transformers, qwen3=False):
     reference = transformers.Qwen2Tokenizer(
         vocab=json.loads((QWEN / "vocab.json").read_text(encoding="utf-8")),
         merges=[tuple(m.split(" ")) for m in read_merges()],
@@ -180,6 +270,9 @@ def _reference(transformers):
     reference.add_tokens([transformers.AddedToken(name, special=True, normalized=False) for name in SPECIAL_TOKENS])
     assert reference.convert_tokens_to_ids(SPECIAL_TOKENS) == list(qwen().special.values())
     reference.chat_template = QWEN_TEMPLATE
+    if qwen3:
+        reference.add_tokens([transformers.AddedToken(name, normalized=False) for name in QWEN3_TOKENS])
+        reference.chat_template = QWEN3_TEMPLATE
     return reference
 
 
@@ -442,12 +535,12 @@ def hub_tables() -> dict[str, Tokenizer]:
     llava = {name: top + i for i, name in enumerate([*SPECIAL_TOKENS[:3], "<image>", "<video>"])}  # no marks
     tables = {"own": small(), "own_system": Tokenizer(ranks, small().special, default_system=TRICKY_SYSTEM),
               "bytes_only": Tokenizer.train(["x"], 300), "gaps": Tokenizer(ranks, odd, default_system=""),
-              "llava_ov": Tokenizer(ranks, llava)}  # fmt: skip
+              "llava_ov": Tokenizer(ranks, llava), "own_qwen3": qwen3(small)}  # fmt: skip
     if (QWEN / "vocab.json").exists():
         tables["qwen"] = Tokenizer(qwen().ranks, qwen().special, default_system=QWEN_SYSTEM)
     return tables
 
-HUB_TABLES = ["own", "own_system", "bytes_only", "gaps", "llava_ov", pytest.param("qwen", marks=needs_qwen)]
+HUB_TABLES = ["own", "own_system", "bytes_only", "gaps", "llava_ov", "own_qwen3", pytest.param("qwen", marks=needs_qwen)]
 
 
 def hub_folder(name: str, tmp_path_factory) -> Path:
@@ -502,7 +595,8 @@ def test_transformers_gives_our_ids_from_what_save_hub_wrote(name, model_type, t
         assert ids == t.encode(text)
         assert theirs.decode(ids) == t.decode(ids) == unicodedata.normalize("NFC", text)
     assert theirs("".join(t.special))["input_ids"] == list(t.special.values())
-    assert theirs.decode(list(t.special.values()), skip_special_tokens=True) == ""
+    shown = "".join(name for name in tok.THINK if name in t.special)  # what a Qwen3 thinks is not hidden by these
+    assert theirs.decode(list(t.special.values()), skip_special_tokens=True) == shown
     # The strings of special tokens as ordinary text, where one asks for that.
     text = "".join(SPECIAL_TOKENS) + "<image>"
     assert theirs(text, split_special_tokens=True)["input_ids"] == t.encode(text)
@@ -519,7 +613,7 @@ def test_transformers_gives_our_ids_for_any_text(tmp_path_factory, text):
 
 @needs("transformers")
 @pytest.mark.parametrize("name", HUB_TABLES)
-@pytest.mark.parametrize("messages", [*(chat(*turns) for turns in CHATS), *IMAGE_CHATS])
+@pytest.mark.parametrize("messages", [*(chat(*turns) for turns in [*CHATS, *THOUGHTS]), *IMAGE_CHATS])
 def test_chat_template_of_save_hub_gives_what_render_renders(name, messages, tmp_path_factory):
     t, theirs = hub_tables()[name], auto_tokenizer(hub_folder(name, tmp_path_factory), "llava")
     for n in range(1, len(messages) + 1):
@@ -1765,7 +1859,7 @@ def talk(trained, *lines, flags=(), **more) -> Ran:
 def test_chat_shows_pictures_and_survives_a_slip(trained, photo, monkeypatch):
     seen = []
 
-    def answer(engine, tokenizer, request):
+    def answer(engine, tokenizer, request, thoughts):
         seen.append((len(request.images), len(request.prompt.slots)))
         request.finish = "cancelled"
         print("A cat.")
