@@ -484,7 +484,7 @@ def download(names: str, vision: str) -> None:
             print(f"{name:26} {recipe['stage']}: {recipe['about']:37} {recipe['licence']}")
         return
     names = [name.strip() for name in names.split(",")]
-    names += [vision] if vision and any(name.startswith("qwen2.5-") for name in names) else []
+    names += [vision] if vision and any(name.startswith("qwen") for name in names) else []
     for name in names:  # a typing error in the last name is found before the gigabytes of the first
         if name not in RECIPES:
             find_repository(name)
@@ -501,7 +501,7 @@ FLAGS = {
     "tokenizer": ("", "with --check: a folder with a tokenizer; empty: one that is trained on --data"),
     "out": ("world.png", "where the contact sheet goes; of --check: check.png"),
     "download": ("", "what to fetch: names joined by commas; list shows them"),
-    "vision": (DEFAULT_VISION, "fetched along with any qwen2.5-*; empty: none"),
+    "vision": (DEFAULT_VISION, "fetched along with any qwen*; empty: none"),
 }
 
 

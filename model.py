@@ -1,14 +1,15 @@
 """
-The model: a Qwen2.5 decoder, a vision-language model (VLM) around it, the loss, generation, and loading.
+The model: a Qwen decoder, a vision-language model (VLM) around it, the loss, generation, and loading.
 
     ids [B, T] -> embeddings [B, T, H], image tokens written over the <|image_pad|> positions
       L x ( RMSNorm -> attention (RoPE, grouped queries) -> +  RMSNorm -> SwiGLU -> + )
       RMSNorm -> head -> logits [B, T, V]
 
-The layers compute exactly what Hugging Face's Qwen2 computes (arXiv 2412.15115): same weights, same logits. Two
-sections only save time or memory; they say so, and a first reader can skip them.
+The layers compute exactly what Hugging Face's Qwen2 and Qwen3 compute (arXiv 2412.15115, 2505.09388): same weights,
+same logits. Two sections only save time or memory; they say so, and a first reader can skip them.
 Axis letters: B rows, T tokens in a row, H the decoder's width, d a head's width, V vocabulary, n pictures, M image
-tokens of each picture. Left out: sliding windows (no released Qwen2.5 uses them), dropout, YaRN for very long texts.
+tokens of each picture. Left out: sliding windows (none of these models uses them), Qwen3's mixtures of experts,
+dropout, YaRN for very long texts.
 """
 import contextlib
 import copy
@@ -39,7 +40,7 @@ from vision import (DEFAULT_VISION, SIGLIP, Bridge, BridgeConfig, Tiles, ViT, Vi
 
 @dataclass
 class GPTConfig:
-    "Field names are those of Hugging Face's Qwen2Config; the values here are Qwen2.5-1.5B's."
+    "Field names are those of Hugging Face's Qwen2Config and Qwen3Config; the values here are Qwen2.5-1.5B's."
     vocab_size: int = 151936          # V: rows of the embedding; 151,665 are tokens, the rest is padding
     hidden_size: int = 1536           # H: the width of the residual stream
     intermediate_size: int = 8960     # I: width inside the MLP, where most of the weights are
@@ -50,10 +51,13 @@ class GPTConfig:
     rope_theta: float = 1_000_000.0   # the slowest rotary pair turns once in about 5 million tokens
     tie_word_embeddings: bool = True  # the head is the embedding matrix, transposed
     max_position_embeddings: int = 32768  # tokens of the longest text it was trained on
+    head_dim: int = 0                 # d; 0: H / heads. Qwen3's is always 128: its queries may be wider than x
+    attention_bias: bool = True       # of q, k and v: Qwen2 has one
+    use_qk_norm: bool = False         # RMSNorm of each head's query and key: Qwen3 has that instead
 
-    @property
-    def head_dim(self) -> int:        # d
-        return self.hidden_size // self.num_attention_heads
+    def __post_init__(self):
+        with contextlib.suppress(TypeError, ZeroDivisionError):  # of a stranger's file; check_sizes names the field
+            self.head_dim = self.head_dim or self.hidden_size // self.num_attention_heads
 
 
 @dataclass
@@ -84,14 +88,22 @@ PRESETS = {
                   num_key_value_heads=2, max_position_embeddings=4096)),
 }
 FROM_SCRATCH = tuple(PRESETS)  # these have no released weights
-# Qwen2.5 as released. The fields not named here are the same in all: vocabulary, RoPE's base, epsilon, the tied head.
+# Qwen2.5 and Qwen3 as released. The fields not named here are the same in all: RoPE's base, epsilon.
 QWEN = {
     "qwen2.5-0.5b": GPTConfig(hidden_size=896, intermediate_size=4864, num_hidden_layers=24, num_attention_heads=14),
     "qwen2.5-1.5b": GPTConfig(max_position_embeddings=131072),
     "qwen2.5-3b": GPTConfig(hidden_size=2048, intermediate_size=11008, num_hidden_layers=36, num_attention_heads=16),
+    "qwen2.5-7b": GPTConfig(152064, 3584, 18944, num_attention_heads=28, num_key_value_heads=4,
+                            tie_word_embeddings=False, max_position_embeddings=131072),
 }
 for _name, _decoder in list(QWEN.items()):  # the instruct models have the same shapes
     QWEN[_name + "-instruct"] = replace(_decoder, max_position_embeddings=32768)
+for _name, _H, _I, _layers, _heads in (("0.6b", 1024, 3072, 28, 16), ("1.7b", 2048, 6144, 28, 16),
+                                       ("4b", 2560, 9728, 36, 32), ("8b", 4096, 12288, 36, 32)):
+    QWEN[f"qwen3-{_name}"] = GPTConfig(
+        151936, _H, _I, _layers, _heads, num_key_value_heads=8, tie_word_embeddings=_name != "8b",
+        max_position_embeddings=40960, head_dim=128, attention_bias=False, use_qk_norm=True)
+    QWEN[f"qwen3-{_name}-base"] = replace(QWEN[f"qwen3-{_name}"], max_position_embeddings=32768)
 PRESETS |= {_name: VLMConfig(SIGLIP[DEFAULT_VISION], BridgeConfig(), _decoder,
                              pretrained_vision=DEFAULT_VISION) for _name, _decoder in QWEN.items()}
 # A finished public model: SigLIP so400m without its last layer, an MLP, Qwen2-0.5B with a few more rows of padding.
@@ -195,13 +207,18 @@ class Attention(nn.Module):
         H, d = config.hidden_size, config.head_dim
         # rows of query, key and value in one matrix; 1536, 256 and 256 in Qwen2.5-1.5B
         self.sizes = [config.num_attention_heads * d, config.num_key_value_heads * d, config.num_key_value_heads * d]
-        self.qkv = Linear(H, sum(self.sizes))          # Qwen has a bias here and nowhere else
-        self.out = Linear(H, H, bias=False)
+        self.qkv = Linear(H, sum(self.sizes), bias=config.attention_bias)  # nowhere else has Qwen2 a bias, Qwen3 none
+        self.out = Linear(self.sizes[0], H, bias=False)
+        self.q_norm, self.k_norm = (RMSNorm(d, config.rms_norm_eps) if config.use_qk_norm else None for _ in range(2))
 
     def project(self, x, rope) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         "x [B, T, H] -> q [B, T, heads, d], k and v [B, T, kv heads, d]."
         B, T, _ = x.shape
         q, k, v = (part.view(B, T, -1, self.config.head_dim) for part in self.qkv(x).split(self.sizes, dim=-1))
+        if self.q_norm is not None:
+            # However large the weights grow, a score stays below sqrt(d) times the two gains: no head's softmax can
+            # collapse onto one token (arXiv 2302.05442). Over d channels, before the rotation, which keeps lengths.
+            q, k = self.q_norm(q), self.k_norm(k)
         # Only queries and keys are rotated: position decides where to attend, not what is found there.
         return rotate(q, *rope), rotate(k, *rope), v
 
@@ -308,7 +325,7 @@ class GPT(nn.Module):
 
     @classmethod
     def from_pretrained(cls, folder, device="cpu", dtype=torch.float32) -> "GPT":
-        "From a Qwen2 or Qwen2.5 folder as the hub ships it: config.json and one or more safetensors files."
+        "From a Qwen2, Qwen2.5 or Qwen3 folder as the hub ships it: config.json and one or more safetensors files."
         folder = Path(folder)
         with torch.device("meta"):  # shapes without memory: no random weights are drawn only to be replaced
             gpt = cls(gpt_config(read_json(folder / "config.json"), folder))
@@ -319,23 +336,35 @@ class GPT(nn.Module):
         return gpt
 
 
+# What Hugging Face's code does for a model type, whatever its config.json says.
+FAMILIES = {"qwen2": {"attention_bias": True, "use_qk_norm": False},
+            "qwen3": {"attention_bias": False, "use_qk_norm": True}}
+
+
 def gpt_config(hf: dict, folder: Path) -> GPTConfig:
-    "Qwen2's config.json; one that asks for what this decoder does not do is refused."
+    "A Qwen2's or Qwen3's config.json; one that asks for what this decoder does not do is refused."
     # TRAP: within a LLaVA's config.json, what equals a default is left out, and Qwen2Config's are not GPTConfig's.
+    kind = hf.get("model_type", "qwen2")
     hf = {"hidden_size": 4096, "intermediate_size": 22016, "num_hidden_layers": 32, "num_attention_heads": 32,
-          "num_key_value_heads": 32, "rope_theta": 10000.0, "tie_word_embeddings": False, **hf}
+          "num_key_value_heads": 32, "rope_theta": 10000.0, "tie_word_embeddings": False,
+          "head_dim": 128 if kind == "qwen3" else None, **hf}
     hf |= hf.get("rope_parameters") or {}  # transformers 5 moved rope_theta in there
     rope = {**hf, **(hf.get("rope_scaling") or {})}
     # What we would compute differently is refused: such a model would load, and answer a little worse.
-    if hf.get("model_type", "qwen2") != "qwen2":
-        raise ValueError(f"{folder}/config.json: a {hf['model_type']} model; only Qwen2 and Qwen2.5 are supported")
-    if hf.get("use_sliding_window") or rope.get("rope_type", rope.get("type", "default")) != "default":
+    if kind not in FAMILIES:
+        raise ValueError(f"{folder}/config.json: a {kind} model; only Qwen2, Qwen2.5 and dense Qwen3 are supported")
+    if hf.get("use_sliding_window") or "sliding_attention" in (hf.get("layer_types") or ()) \
+            or rope.get("rope_type", rope.get("type", "default")) != "default":
         raise ValueError(f"{folder}/config.json: sliding windows and scaled RoPE are not supported")
-    config = GPTConfig(**{f.name: hf[f.name] for f in fields(GPTConfig) if f.name in hf})
+    if kind == "qwen3" and hf.get("attention_bias"):
+        raise ValueError(f"{folder}/config.json: a Qwen3 with attention_bias is not supported; no released one has it")
+    config = GPTConfig(**{f.name: hf[f.name] for f in fields(GPTConfig) if hf.get(f.name) is not None}
+                       | FAMILIES[kind])
     check_sizes(config, folder)
-    heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
-    if config.hidden_size % heads or heads % kv_heads:
-        raise ValueError(f"{folder}/config.json: hidden_size {config.hidden_size}, {heads} heads and {kv_heads} key "
+    H, heads, kv_heads, d = (
+        config.hidden_size, config.num_attention_heads, config.num_key_value_heads, config.head_dim)
+    if heads % kv_heads or d % 2 or not hf["head_dim"] and H != heads * d:
+        raise ValueError(f"{folder}/config.json: hidden_size {H}, {heads} heads of {d} channels and {kv_heads} key "
                          "and value heads do not divide; is the file whole?")
     return config
 
@@ -607,7 +636,7 @@ LLAVA = ("llava_onevision", "llava")  # Hugging Face's model types: with and wit
 def load_checkpoint(folder, device="cpu", dtype=torch.float32) -> VLM:
     """
     The folder's model: one of our checkpoints, or Hugging Face's folder of a LLaVA-OneVision or of a LLaVA with SigLIP
-    and Qwen2. ValueError if anything is missing, cut short or of another shape.
+    and a Qwen. ValueError if anything is missing, cut short or of another shape.
     """
     folder = recover(folder)
     hf = read_json(path := folder / "config.json")
@@ -629,7 +658,7 @@ def load_checkpoint(folder, device="cpu", dtype=torch.float32) -> VLM:
         source, names = folder / "model.safetensors", None
         tensors = read_safetensors(source)
     else:
-        raise ValueError(f"{path}: neither a checkpoint of this project nor a LLaVA; a bare Qwen2 folder is given by "
+        raise ValueError(f"{path}: neither a checkpoint of this project nor a LLaVA; a bare Qwen folder is given by "
                          "--model=")
     with torch.device("meta"):
         vlm = VLM(config)
@@ -650,7 +679,7 @@ def generation_config(folder) -> dict:
 def load_pretrained(name: str, vision: str = "", bridge: str = "", device="cpu", dtype=torch.float32,
                     text_only: bool = False) -> tuple[VLM, Path]:
     """
-    Released weights -> (model, the folder with its tokenizer). name: a preset, a hub id or a folder with a Qwen2 or a
+    Released weights -> (model, the folder with its tokenizer). name: a preset, a hub id or a folder with a Qwen or a
     LLaVA. A Qwen gets a released vision encoder and a new bridge, which chapter 2 trains; text_only: it gets neither.
     """
     folder = Path(name) if Path(name).is_dir() else fetch(name)

@@ -73,11 +73,12 @@ FLAGS = {  # name: (default, meaning); a type instead of a default: not given
     "top_k": (int, "sample among the k most likely tokens; 0: all; not given: the model's own, else 0"),
     "top_p": (float, "sample among the fewest tokens that hold this share; not given: the model's own, else 1"),
     "repetition_penalty": (float, "above 1: words already used become less likely; not given: the model's own, else 1"),
+    "think": (False, "of a Qwen3: it thinks before it answers, and its thoughts are shown"),
     "seed": (0, "of sampling"),
     "batch_size": (16, "pictures at once, with --images"),
     "device": ("auto", "auto, cpu, cuda or mps"),
     "export": ("", "write the model into this new folder, in Hugging Face's form and bfloat16; no question is asked"),
-    "decoder_only": (False, "with --export: the language model alone, as a Qwen2"),
+    "decoder_only": (False, "with --export: the language model alone, as a Qwen2 or Qwen3"),
     "slim": ("", "write the checkpoint into this new folder, in bfloat16 and without what only training needs"),
 }
 
@@ -245,7 +246,7 @@ class Chat:
         # Ctrl-C ends the answer, not the chat. An exception could end the engine in the middle of a step, so: a flag.
         usual = signal.signal(signal.SIGINT, lambda *_: setattr(request, "finish", request.finish or "cancelled"))
         try:
-            answer = stream(self.engine, self.tokenizer, request)
+            answer = stream(self.engine, self.tokenizer, request, self.flags.think)
         finally:
             signal.signal(signal.SIGINT, usual)
         if answer or request.finish != "cancelled":
@@ -327,7 +328,7 @@ def answer_folder(vlm: VLM, tokenizer: Tokenizer, flags) -> None:
         # All with the same seed, and rows do not depend on each other: a run that was stopped gives the same answers
         # as one that was not, in whatever order they come.
         for n, request in enumerate(engine.run(requests()), 1):
-            write(request.name, answer=tokenizer.decode(request.answer).strip())
+            write(request.name, answer=tokenizer.answer(request.answer))
             if n % flags.batch_size == 0 or n + failed == len(names):
                 say(f"{n + failed} of {len(names)} pictures")
     # At the end, when all others are answered: exit code 1 tells a script that some are missing.
@@ -342,7 +343,7 @@ def ask(vlm: VLM, tokenizer: Tokenizer, flags) -> None:
     "--question about all --image, in the order given; the answer is printed as it comes."
     pixels = [to_pixels(vlm, path, flags, alone=len(flags.image) == 1) for path in flags.image]
     request = make_request(vlm, tokenizer, [make_message(flags.question, len(pixels))], pixels, flags)
-    stream(Engine(vlm, [request], vocab_used=tokenizer.vocab_size), tokenizer, request)
+    stream(Engine(vlm, [request], vocab_used=tokenizer.vocab_size), tokenizer, request, flags.think)
     if flags.attention:
         draw_attention(flags.attention, vlm, tokenizer, request, list(map(load_image, flags.image)))
 

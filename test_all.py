@@ -90,6 +90,40 @@ QWEN_TEMPLATE = """
     {{- '<|im_start|>assistant\\n' }}
 {%- endif %}
 """
+# What Qwen3's own template (of 0.6B to 8B, April 2025) does with conversations without tools.
+QWEN3_TEMPLATE = """
+{%- set ns = namespace(last_query=messages|length - 1) %}
+{%- for message in messages %}{% if message.role == 'user' %}{% set ns.last_query = loop.index0 %}{% endif %}{% endfor %}
+{%- for message in messages %}
+    {%- set content, reasoning = message.content, '' %}
+    {%- if message.role == 'assistant' and '</think>' in content %}
+        {%- set reasoning = content.split('</think>')[0].rstrip('\n').split('<think>')[-1].lstrip('\n') %}
+        {%- set content = content.split('</think>')[-1].lstrip('\n') %}
+    {%- endif %}
+    {{- '<|im_start|>' + message.role + '\n' }}
+    {%- if message.role == 'assistant' and loop.index0 > ns.last_query and (loop.last or reasoning) %}
+        {{- '<think>\n' + reasoning.strip('\n') + '\n</think>\n\n' + content.lstrip('\n') }}
+    {%- else %}
+        {{- content }}
+    {%- endif %}
+    {{- '<|im_end|>\n' }}
+{%- endfor %}
+{%- if add_generation_prompt %}
+    {{- '<|im_start|>assistant\n' }}
+    {%- if enable_thinking is defined and enable_thinking is false %}
+        {{- '<think>\n\n</think>\n\n' }}
+    {%- endif %}
+{%- endif %}
+"""
+QWEN3_TOKENS = ["<tool_response>", "</tool_response>", "<think>", "</think>"]  # after Qwen2.5's special tokens
+THOUGHTS = [
+    [("user", "Hi"), ("assistant", "<think>\nThey greet me.\n</think>\n\nHello!")],
+    [("user", "Hi"), ("assistant", "<think>\nA.\n\nB.\n</think>\n\nHello!"), ("user", "7+5?"),
+     ("assistant", "<think>\n\n</think>\n\n12")],
+    [("user", "Hi"), ("assistant", "no mark</think>\n\nHello!"), ("user", "7+5?"), ("assistant", "12\n")],
+    [("system", "s"), ("user", "a"), ("assistant", "<think>t</think>b"), ("assistant", "c")],
+    [("assistant", "no question"), ("assistant", "was asked")],
+]
 CHATS = [
     [("user", "Hi"), ("assistant", "Hello! How can I help?")],
     [("system", "Answer in French."), ("user", "Count to 12, please."), ("assistant", "1, 2, 3 ... 12.")],
@@ -172,7 +206,63 @@ def test_render_equals_qwens_chat_template_in_transformers(turns):
 
 
 @lru_cache
-def _reference(transformers):
+def qwen3(table=qwen) -> Tokenizer:
+    "Qwen3's tokenizer: another's with four more tokens."
+    special = table().special | {name: table().vocab_size + i for i, name in enumerate(QWEN3_TOKENS)}
+    return Tokenizer(table().ranks, special, thinking=True)
+
+
+@needs_qwen
+@pytest.mark.parametrize("turns", [*CHATS, *THOUGHTS, [("user", "7+5?"), ("assistant", "\n\n12")]])
+def test_render_equals_qwen3s_chat_template_in_transformers(turns):
+    transformers = pytest.importorskip("transformers")
+    reference = _reference(transformers, qwen3=True)
+    assert (qwen3().think, qwen3().think_end) == (151667, 151668)
+    for n in range(1, len(turns) + 1):
+        messages = chat(*turns[:n])
+        for prompt in {False, turns[n - 1][0] != "assistant"}:
+            for think in {False, prompt}:  # with a question at the end, both ways to ask for the answer
+                text = reference.apply_chat_template(messages, tokenize=False, add_generation_prompt=prompt,
+                                                     enable_thinking=think)
+                want = reference(text, add_special_tokens=False)["input_ids"]
+                assert qwen3().render(messages, add_generation_prompt=prompt, think=think).ids == want
+
+
+def test_of_a_qwen3s_answer_all_but_the_empty_thoughts_is_learned():
+    t = qwen3(small)
+    block = [t.think, *t.encode("\n\n"), t.think_end, *t.encode("\n\n")]
+
+    def learned(*turns):
+        r = t.render(chat(*turns))
+        return t.decode([i for i, m in zip(r.ids, r.mask) if m], skip_special=False)
+    said = [("user", "the cat"), ("assistant", "sat"), ("user", "it?"), ("assistant", "the mat")]
+    assert learned(*said) == "sat<|im_end|>the mat<|im_end|>"
+    assert learned(said[0], ("assistant", "<think>\nthe\n</think>\n\nsat")) == "<think>\nthe\n</think>\n\nsat<|im_end|>"
+    row, prompt = t.render(chat(*said)), t.render(chat(*said[:3]), add_generation_prompt=True)
+    assert row.ids[:len(prompt.ids)] == prompt.ids and prompt.ids[-len(block):] == block
+    assert not any(row.mask[i] for i in range(len(prompt.ids)) if row.ids[i] in block[:2])
+    assert t.render(chat(*said[:3]), add_generation_prompt=True, think=True).ids == prompt.ids[:-len(block)]
+    plain = Tokenizer(t.ranks, t.special)  # the same tokens, but a template that knows no thoughts
+    assert t.think not in plain.render(chat(*said)).ids
+
+
+def test_an_answer_that_thinks_is_shown_without_its_thoughts():
+    t = qwen3(small)
+    hidden = [t.think, *t.encode("\nthe mat\n"), t.think_end, *t.encode("\n\n"), *t.encode("sat. é\n\nthe"), t.im_end]
+    for ids, said in ((hidden, "sat. é\n\nthe"), (hidden[:4], ""), (t.encode("sat"), "sat"), ([], "")):
+        assert t.answer(ids) == said
+        for size in (1, 2, 3, 100):  # however the tokens come
+            text = extras.asking.Text(t)
+            assert "".join(text.add(ids[i:i + size], last=i + size >= len(ids)) for i in range(0, len(ids), size)) == said
+    shown = extras.asking.Text(t, thoughts=True).add(hidden, last=True)
+    assert shown == "<think>\nthe mat\n</think>\n\nsat. é\n\nthe"
+    # and what was shown is dropped where the conversation goes on
+    asked = chat(("user", "a"), ("assistant", shown), ("user", "b"))
+    assert t.render(asked) == t.render(chat(("user", "a"), ("assistant", "sat. é\n\nthe"), ("user", "b")))
+
+
+@lru_cache
+def _reference(transformers, qwen3=False):
     reference = transformers.Qwen2Tokenizer(
         vocab=json.loads((QWEN / "vocab.json").read_text(encoding="utf-8")),
         merges=[tuple(m.split(" ")) for m in read_merges()],
@@ -180,6 +270,9 @@ def _reference(transformers):
     reference.add_tokens([transformers.AddedToken(name, special=True, normalized=False) for name in SPECIAL_TOKENS])
     assert reference.convert_tokens_to_ids(SPECIAL_TOKENS) == list(qwen().special.values())
     reference.chat_template = QWEN_TEMPLATE
+    if qwen3:
+        reference.add_tokens([transformers.AddedToken(name, normalized=False) for name in QWEN3_TOKENS])
+        reference.chat_template = QWEN3_TEMPLATE
     return reference
 
 
@@ -442,12 +535,12 @@ def hub_tables() -> dict[str, Tokenizer]:
     llava = {name: top + i for i, name in enumerate([*SPECIAL_TOKENS[:3], "<image>", "<video>"])}  # no marks
     tables = {"own": small(), "own_system": Tokenizer(ranks, small().special, default_system=TRICKY_SYSTEM),
               "bytes_only": Tokenizer.train(["x"], 300), "gaps": Tokenizer(ranks, odd, default_system=""),
-              "llava_ov": Tokenizer(ranks, llava)}  # fmt: skip
+              "llava_ov": Tokenizer(ranks, llava), "own_qwen3": qwen3(small)}  # fmt: skip
     if (QWEN / "vocab.json").exists():
         tables["qwen"] = Tokenizer(qwen().ranks, qwen().special, default_system=QWEN_SYSTEM)
     return tables
 
-HUB_TABLES = ["own", "own_system", "bytes_only", "gaps", "llava_ov", pytest.param("qwen", marks=needs_qwen)]
+HUB_TABLES = ["own", "own_system", "bytes_only", "gaps", "llava_ov", "own_qwen3", pytest.param("qwen", marks=needs_qwen)]
 
 
 def hub_folder(name: str, tmp_path_factory) -> Path:
@@ -502,7 +595,8 @@ def test_transformers_gives_our_ids_from_what_save_hub_wrote(name, model_type, t
         assert ids == t.encode(text)
         assert theirs.decode(ids) == t.decode(ids) == unicodedata.normalize("NFC", text)
     assert theirs("".join(t.special))["input_ids"] == list(t.special.values())
-    assert theirs.decode(list(t.special.values()), skip_special_tokens=True) == ""
+    shown = "".join(name for name in tok.THINK if name in t.special)  # what a Qwen3 thinks is not hidden by these
+    assert theirs.decode(list(t.special.values()), skip_special_tokens=True) == shown
     # The strings of special tokens as ordinary text, where one asks for that.
     text = "".join(SPECIAL_TOKENS) + "<image>"
     assert theirs(text, split_special_tokens=True)["input_ids"] == t.encode(text)
@@ -519,7 +613,7 @@ def test_transformers_gives_our_ids_for_any_text(tmp_path_factory, text):
 
 @needs("transformers")
 @pytest.mark.parametrize("name", HUB_TABLES)
-@pytest.mark.parametrize("messages", [*(chat(*turns) for turns in CHATS), *IMAGE_CHATS])
+@pytest.mark.parametrize("messages", [*(chat(*turns) for turns in [*CHATS, *THOUGHTS]), *IMAGE_CHATS])
 def test_chat_template_of_save_hub_gives_what_render_renders(name, messages, tmp_path_factory):
     t, theirs = hub_tables()[name], auto_tokenizer(hub_folder(name, tmp_path_factory), "llava")
     for n in range(1, len(messages) + 1):
@@ -961,17 +1055,22 @@ def test_an_unreadable_picture_names_its_record(tmp_path):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# model.py: Qwen2
+# model.py: Qwen2 and Qwen3
 
-def save_qwen(folder: Path, tied: bool, shards: bool = False, dtype=torch.float32, old_names: bool = False):
-    "A small random Qwen2 as the hub ships it; returns transformers' own reading of it, in float32."
-    from transformers import Qwen2Config, Qwen2ForCausalLM
+# Odd shapes: Qwen3's 6 heads of 10 channels are wider than H = 40, and each of its 3 kv heads serves two of them.
+ODD_QWEN3 = {"hidden_size": 40, "num_attention_heads": 6, "num_key_value_heads": 3, "head_dim": 10}
+
+
+def save_qwen(folder: Path, tied: bool, shards: bool = False, dtype=torch.float32, old_names: bool = False,
+              qwen3: bool = False):
+    "A small random Qwen as the hub ships it; returns transformers' own reading of it, in float32."
+    from transformers import AutoModelForCausalLM, Qwen2Config, Qwen3Config
     torch.manual_seed(0)
-    config = Qwen2Config(vocab_size=90, hidden_size=32, intermediate_size=48, num_hidden_layers=3,
-                         num_attention_heads=4, num_key_value_heads=2,
-                         rope_parameters={"rope_theta": 5e4, "rope_type": "default"},
-                         tie_word_embeddings=tied, rms_norm_eps=1e-5, bos_token_id=0, eos_token_id=0)
-    reference = shake(Qwen2ForCausalLM(config), by=0.2).to(dtype)
+    sizes = ODD_QWEN3 if qwen3 else {"hidden_size": 32, "num_attention_heads": 4, "num_key_value_heads": 2}
+    config = (Qwen3Config if qwen3 else Qwen2Config)(
+        vocab_size=90, intermediate_size=48, num_hidden_layers=3, tie_word_embeddings=tied, rms_norm_eps=1e-5,
+        rope_parameters={"rope_theta": 5e4, "rope_type": "default"}, bos_token_id=0, eos_token_id=0, **sizes)
+    reference = shake(AutoModelForCausalLM.from_config(config), by=0.2).to(dtype)
     reference.save_pretrained(folder, max_shard_size="20KB" if shards else "1GB")
     assert (folder / "model.safetensors.index.json").exists() == shards
 
@@ -979,26 +1078,29 @@ def save_qwen(folder: Path, tied: bool, shards: bool = False, dtype=torch.float3
         config["rope_theta"], config["torch_dtype"] = config.pop("rope_parameters")["rope_theta"], config.pop("dtype")
     if old_names:  # as all of Qwen's files have it; transformers 5 writes the other form
         change_config(folder, rename)
-    return Qwen2ForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
 
 
 @needs("transformers")
+@pytest.mark.parametrize("qwen3", [False, True], ids=["qwen2", "qwen3"])
 @pytest.mark.parametrize("tied, shards, dtype, old_names", [
     (True, False, torch.float32, True), (False, False, torch.float32, True), (True, True, torch.float32, False),
     (False, True, torch.float32, False), (True, False, torch.bfloat16, True), (False, True, torch.bfloat16, False)],
     ids=["tied", "untied", "tied_shards", "untied_shards", "bf16_tied", "bf16_untied_shards"])
-def test_gpt_equals_qwen2_of_transformers(tmp_path, tied, shards, dtype, old_names):
-    reference = save_qwen(tmp_path, tied, shards, dtype, old_names)
+def test_gpt_equals_qwen2_and_qwen3_of_transformers(tmp_path, tied, shards, dtype, old_names, qwen3):
+    reference = save_qwen(tmp_path, tied, shards, dtype, old_names, qwen3)
     gpt = GPT.from_pretrained(tmp_path)
     assert all(p.dtype == torch.float32 for p in gpt.parameters())  # whatever the file has
+    assert gpt.config.use_qk_norm == qwen3 == (not gpt.config.attention_bias)  # from the file, not from a name
     ids = torch.randint(0, 90, (2, 70))
     with torch.no_grad():
-        assert far(gpt(ids), reference(ids).logits) < 1e-4
+        assert far(gpt(ids), reference(ids).logits) < 1e-5
 
 
 @needs("transformers")
-def test_greedy_text_equals_transformers(tmp_path):
-    reference = save_qwen(tmp_path, tied=True)
+@pytest.mark.parametrize("qwen3", [False, True], ids=["qwen2", "qwen3"])
+def test_greedy_text_equals_transformers(tmp_path, qwen3):
+    reference = save_qwen(tmp_path, tied=True, qwen3=qwen3)
     vlm = text_only(GPT.from_pretrained(tmp_path))
     for prompt in ([5, 17, 80], [3] * 20):
         out = reference.generate(torch.tensor([prompt]), attention_mask=torch.ones(1, len(prompt)), max_new_tokens=64,
@@ -1010,9 +1112,25 @@ def test_what_the_decoder_cannot_compute_is_refused(tmp_path):
     sizes = {"vocab_size": 90, "hidden_size": 32}
     for more in ({"use_sliding_window": True}, {"rope_scaling": {"rope_type": "yarn", "factor": 4}},
                  {"rope_scaling": {"type": "yarn", "factor": 4}},  # as Qwen2.5's own manual writes it
-                 {"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e6}}):
+                 {"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e6}},
+                 {"layer_types": ["full_attention", "sliding_attention"]}, {"model_type": "qwen3_moe"},
+                 {"model_type": "qwen3", "attention_bias": True}):
         (tmp_path / "config.json").write_text(json.dumps(sizes | more))
-        assert fails(lambda: GPT.from_pretrained(tmp_path), tmp_path, "not supported")
+        assert fails(lambda: GPT.from_pretrained(tmp_path), tmp_path, "support")
+    for more, name in (({"head_dim": 7}, "7 channels"), ({"head_dim": "128"}, "head_dim"), ({"head_dim": -4}, "head_dim"),
+                       ({"num_attention_heads": 0}, "num_attention_heads"), ({"num_attention_heads": 12}, "divide"),
+                       ({"hidden_size": "32"}, "hidden_size")):
+        (tmp_path / "config.json").write_text(json.dumps(sizes | {"model_type": "qwen2"} | more))
+        assert fails(lambda: GPT.from_pretrained(tmp_path), tmp_path, name)
+
+
+def test_a_checkpoint_from_before_qwen3_is_the_model_it_was():
+    saved = plumbing.files.read_json(sample.TINY / "config.json")["decoder"]
+    assert not saved.keys() & {"head_dim", "attention_bias", "use_qk_norm"}  # it has none of the new fields
+    vlm = model.load_checkpoint(sample.TINY)
+    assert vlm.config.decoder == model.PRESETS["tiny"].decoder and vlm.config.decoder.head_dim == 32
+    attention = vlm.gpt.blocks[0].attention
+    assert attention.qkv.bias is not None and attention.q_norm is None and attention.out.weight.shape == (128, 128)
 
 
 @needs("transformers")
@@ -1179,13 +1297,35 @@ def test_qwen_presets_ask_for_the_published_file_to_the_byte(name, size):
     assert size in [f[0] for f in plumbing.hub.REPOSITORIES[name].files.values()]
 
 
-def test_the_qwen_3b_preset_asks_for_the_published_bytes():
-    # Two shards: 6,171,877,376 bytes of tensors, as the index says, and two headers.
+def decoder_tensors(name: str) -> dict[str, torch.Tensor]:
+    "A preset's tensors under the hub's names, on no device."
     with torch.device("meta"):
-        tensors = extras.export.hub_tensors(GPT(model.PRESETS["qwen2.5-3b"].decoder), plumbing.weights.QWEN_NAMES)
-    assert len(tensors) == 434 and sum(2 * t.numel() for t in tensors.values()) == 6_171_877_376
-    shards = [f[0] for name, f in plumbing.hub.REPOSITORIES["qwen2.5-3b"].files.items() if name.endswith(".safetensors")]
-    assert shards == [3_968_658_944, 2_203_268_048] and 0 < sum(shards) - 6_171_877_376 < 100_000
+        return extras.export.hub_tensors(GPT(model.PRESETS[name].decoder), plumbing.weights.QWEN_NAMES)
+
+
+@pytest.mark.parametrize("name, count, size, shards", [
+    ("qwen2.5-3b", 434, 6_171_877_376, [3_968_658_944, 2_203_268_048]),
+    ("qwen2.5-7b-instruct", 339, 15_231_233_024, [3_945_441_440, 3_864_726_352, 3_864_726_424, 3_556_377_672])])
+def test_the_large_qwen_presets_ask_for_the_published_bytes(name, count, size, shards):
+    # Bytes of tensors, as the index says, and a header for each shard.
+    tensors = decoder_tensors(name)
+    assert len(tensors) == count and sum(2 * t.numel() for t in tensors.values()) == size
+    listed = [f[0] for file, f in plumbing.hub.REPOSITORIES[name].files.items() if file.endswith(".safetensors")]
+    assert listed == shards and 0 < sum(shards) - size < 100_000
+
+
+@pytest.mark.parametrize("name, weights", [("0.6b", 596_049_920), ("1.7b", 1_720_574_976), ("4b", 4_022_468_096),
+                                           ("8b", 8_190_735_360)])
+def test_qwen3_presets_have_the_published_weights_and_names(name, weights):
+    for kind, longest in (("", 40960), ("-base", 32768)):
+        tensors, config = decoder_tensors(f"qwen3-{name}{kind}"), model.PRESETS[f"qwen3-{name}{kind}"].decoder
+        assert sum(t.numel() for t in tensors.values()) == weights and config.max_position_embeddings == longest
+        assert ("lm_head.weight" in tensors) == (name == "8b") and not any(n.endswith("proj.bias") for n in tensors)
+        attention = "model.layers.1.self_attn"
+        assert tensors[f"{attention}.q_norm.weight"].shape == tensors[f"{attention}.k_norm.weight"].shape == (128, )
+        q = config.num_attention_heads * 128
+        assert tensors[f"{attention}.q_proj.weight"].shape == (q, config.hidden_size)
+        assert tensors[f"{attention}.o_proj.weight"].shape == (config.hidden_size, q)
 
 
 def siglip_tensors(config: ViTConfig, words: int, length: int) -> dict[str, torch.Tensor]:
@@ -1362,8 +1502,9 @@ def test_chunks_of_the_loss_do_not_change_it():
 # ----------------------------------------------------------------------------------------------------------------------
 # model.py: generation
 
-def test_cached_decoding_equals_uncached():
-    vlm = tiny_vlm()
+@pytest.mark.parametrize("qwen3", [False, True], ids=["qwen2", "qwen3"])
+def test_cached_decoding_equals_uncached(qwen3):
+    vlm = tiny_vlm(qwen3=qwen3)
     gpt, ids = vlm.gpt, torch.randint(0, 300, (3, 24))
     lengths = torch.tensor([10, 3, 7])  # each row goes on where its prompt ends; what lies behind that is not seen
     with torch.no_grad():
@@ -1380,10 +1521,11 @@ def test_cached_decoding_equals_uncached():
             assert far(one[:, 0], whole[torch.arange(3), lengths + i]) < 1e-5
 
 
-def test_one_row_decodes_alike_when_compiled():
+@pytest.mark.parametrize("qwen3", [False, True], ids=["qwen2", "qwen3"])
+def test_one_row_decodes_alike_when_compiled(qwen3):
     # A single row has attention of its own then, written as sums. "eager": as the compiler sees it, but not compiled.
-    gpt = tiny_vlm().gpt
-    kvs = [torch.randn(2, 2, 1, 2, 16, 8, generator=torch.Generator().manual_seed(0)) for _ in range(2)]
+    gpt = tiny_vlm(qwen3=qwen3).gpt
+    kvs = [torch.randn(2, 2, 1, 2, 16, gpt.config.head_dim, generator=torch.Generator().manual_seed(0)) for _ in range(2)]
     x, block, column = torch.randn(1, 1, 32), gpt.blocks[0], torch.tensor([[5]])
     rope, compiled = model.rope_table(column, gpt.config), torch.compile(model.Block.forward, backend="eager")
     with torch.no_grad():
@@ -1717,7 +1859,7 @@ def talk(trained, *lines, flags=(), **more) -> Ran:
 def test_chat_shows_pictures_and_survives_a_slip(trained, photo, monkeypatch):
     seen = []
 
-    def answer(engine, tokenizer, request):
+    def answer(engine, tokenizer, request, thoughts):
         seen.append((len(request.images), len(request.prompt.slots)))
         request.finish = "cancelled"
         print("A cat.")

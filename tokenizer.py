@@ -12,8 +12,7 @@ A language model reads integers, called token ids. Text becomes ids in four step
    next, until no learned merge fits.
 
 `train_bpe` learns the merges. The position of a merge in the learned order is its rank and also its token id, so the
-whole tokenizer is one table {bytes: id}. tiktoken applies this table with fast Rust code. Qwen2.5's 151,643 entries and
-the few thousand entries of our own small models use the same code.
+whole tokenizer is one table {bytes: id}: 151,643 entries for Qwen, a few thousand for our own. tiktoken applies it.
 
 A conversation is text with special tokens in it. This format is called ChatML:
 
@@ -27,10 +26,9 @@ Each special token has its own id, and no text can produce it: a user who types 
 <|image_pad|> is the image token. An image is a run of them, and the model replaces their embeddings by image features.
 `Tokenizer.render` makes all this, and nothing else does. So training, evaluation and chat always use the same format.
 
-Left out: tool calls and the reasoning blocks of newer chat templates. Also vocabularies that cut text with another
-pattern than Qwen's: they would load and then give slightly wrong ids, so they are refused.
+Left out: tool calls. Also vocabularies that cut text with another pattern than Qwen's: they would load and then give
+slightly wrong ids, so they are refused.
 """
-
 import base64
 import heapq
 import json
@@ -63,11 +61,11 @@ SPECIAL_TOKENS = [
 
 IMAGE = "<image>"  # in the content of a message: the place of the next image (as in LLaVA's data)
 ROLES = ("system", "user", "assistant")  # only what the assistant says is supervised
+THINK = ("<think>", "</think>")  # in the answer of a Qwen3: around what it thinks first
 MAX_BLANKS = 100_000  # trap: a longer run of white space overflows the stack of tiktoken's regex engine
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Text to pieces
-
 
 def clean(text: str) -> str:
     """Text as it is trained on and encoded: in Unicode form NFC and without broken characters."""
@@ -76,12 +74,10 @@ def clean(text: str) -> str:
     return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
-# Only training needs the pieces themselves, because tiktoken cuts text inside its own code. Python's re does not know
-# \p{L} (any letter) and \p{N} (any number). So we match a copy of the text, the shadow, in which an ASCII character
-# replaces each character of the same kind. Then we cut the real text at the same places.
+# Only training needs the pieces: tiktoken cuts inside its own code. Python's re knows no \p{L} (any letter) and \p{N}
+# (any number). So a copy of the text is matched, the shadow, with an ASCII character for each of the same kind.
 class _Shadow(dict):
     """Code point -> an ASCII character of the same kind: {"é": "a", "½": "0", "。": "!"}, filled when needed."""
-
     def __missing__(self, code: int) -> str:
         char = chr(code)
         if code < 128:
@@ -98,8 +94,7 @@ _SHADOW = _Shadow()
 # The shadow has no underscores, so \w matches exactly letters and digits in it. re.ASCII makes \s match the same six
 # characters as in tiktoken's engine.
 _SHADOW_PATTERN = re.compile(
-    PATTERN.replace(r"\p{L}\p{N}", r"\w").replace(r"\p{L}", r"[^\W\d]").replace(r"\p{N}", r"\d"), re.ASCII
-)
+    PATTERN.replace(r"\p{L}\p{N}", r"\w").replace(r"\p{L}", r"[^\W\d]").replace(r"\p{N}", r"\d"), re.ASCII)
 
 
 def split(text: str) -> list[str]:
@@ -109,7 +104,6 @@ def split(text: str) -> list[str]:
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Training
-
 
 def _merge(ids: list[int], pair: tuple[int, int], new: int) -> list[int]:
     """[1, 2, 3, 1, 2] with the pair (1, 2) becoming 9 -> [9, 3, 9]"""
@@ -130,9 +124,7 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> dict[bytes, int]:
         raise ValueError(f"a byte-level vocabulary needs 256 entries before its first merge, got room for {vocab_size}")
     if isinstance(texts, str):
         raise ValueError("texts must be a list of texts, got one string: put it into a list")
-
-    # The same pieces occur again and again, so the work is done once per distinct piece. 1 MB of English has about
-    # 15,000 of them.
+    # The same pieces occur again and again: the work is done once per distinct piece, of which 1 MB has about 15,000.
     frequency = Counter()  # piece -> occurrences
     for text in texts:
         frequency.update(split(clean(text)))
@@ -145,7 +137,6 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> dict[bytes, int]:
         for pair in zip(ids, ids[1:]):
             counts[pair] += times[w]
             where[pair].add(w)
-
     # A heap finds the most frequent pair without a search through all pairs. Counts are negative because heapq returns
     # the smallest entry first. A heap entry cannot be changed: each changed count is pushed as a new entry, and an
     # entry with an old count is skipped. Of two equal counts, the pair with the smaller ids comes first.
@@ -160,9 +151,7 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> dict[bytes, int]:
             break  # a pair that occurs only once would be a token for one place in the text
         new = len(tokens)
         tokens.append(tokens[pair[0]] + tokens[pair[1]])
-        # Only the words that contain the pair change, and only they are counted again. Counting all words after each
-        # merge would take much longer.
-        change = Counter()  # pair -> by how much this merge changes its count
+        change = Counter()  # pair -> by how much this merge changes its count, counted in the words that contain it
         for w in where.pop(pair):
             before, words[w] = words[w], _merge(words[w], pair, new)
             for p in zip(before, before[1:]):
@@ -179,7 +168,6 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> dict[bytes, int]:
 
 # ----------------------------------------------------------------------------------------------------------------------
 # The files of the Hugging Face hub
-
 
 def _byte_alphabet() -> dict[str, int]:
     """The hub's files write bytes as visible characters, like GPT-2: {"!": 33, "Ġ": 32 (space), "Ċ": 10 (newline)}"""
@@ -215,8 +203,8 @@ def _ranks_from_merges(vocab: dict[str, int], merges: list, special: dict[str, i
     return {bytes(alphabet[c] for c in token): i for token, i in regular.items()}
 
 
-def _read_hub(folder: Path) -> tuple[dict[bytes, int], dict[str, int], str | None]:
-    """tokenizer.json, or the older files vocab.json and merges.txt -> ranks, special tokens, default system text"""
+def _read_hub(folder: Path) -> tuple[dict[bytes, int], dict[str, int], str | None, bool]:
+    """tokenizer.json, or the older vocab.json and merges.txt -> ranks, special tokens, default system text, thinking"""
     config = folder / "tokenizer_config.json"
     config = _read_json(config) if config.exists() else {}
     if (folder / "tokenizer.json").exists():  # one file with everything, including the pattern
@@ -238,17 +226,19 @@ def _read_hub(folder: Path) -> tuple[dict[bytes, int], dict[str, int], str | Non
             special = _read_json(folder / "added_tokens.json")
         else:
             special = {name: max(vocab.values()) + 1 + i for i, name in enumerate(SPECIAL_TOKENS)}
-    # The chat template is a program in Jinja. We need one thing from it: the system text that it adds to a conversation
-    # without one. Newer repositories store it in its own file. In its strings a newline is a backslash and an n.
+    # The chat template, a program in Jinja, in newer repositories a file of its own. We need two things from it: the
+    # system text of a conversation that has none, where a newline may be written as a backslash and an n; and whether
+    # it knows Qwen3's switch for thinking.
     jinja = folder / "chat_template.jinja"
     template = jinja.read_text(encoding="utf-8") if jinja.exists() else str(config.get("chat_template", ""))
-    # This search misses a text that contains a quote or a brace. So `save_hub` also writes the text as its own entry.
+    # This search misses a text that contains a quote or a brace. So `save_hub` also writes both as entries.
     found = re.search(r"<\|im_start\|>system(?:\\n|\n)([^<{}']+)<\|im_end\|>", template)
     default_system = config.get("default_system", found[1] if found else None)
     # LLaVA-OneVision was trained with this text before every conversation, but its template lacks it.
     if IMAGE in special and "default_system" not in config:
         default_system = default_system or "You are a helpful assistant."
-    return _ranks_from_merges(vocab, merges, special), special, default_system
+    thinking = config.get("thinking", "enable_thinking" in template)
+    return _ranks_from_merges(vocab, merges, special), special, default_system, thinking
 
 
 def _find_merges(vocab: dict[str, int]) -> list[str]:
@@ -266,28 +256,11 @@ def _find_merges(vocab: dict[str, int]) -> list[str]:
     return merges
 
 
-# The same format as `render`, as a Jinja program that the hub's software runs. `save_hub` writes the values of its
-# variables `image` and `default_system` before it. Trap: Jinja prints an undefined value as nothing. The '' + makes
-# it an error instead, so a part that is neither text nor image cannot be lost unnoticed.
-CHAT_TEMPLATE = r"""
-{%- if default_system is defined and messages[0].role != 'system' %}
-    {{- '<|im_start|>system\n' + default_system + '<|im_end|>\n' }}
-{%- endif %}
-{%- for message in messages %}{{ '<|im_start|>' + message.role + '\n' }}
-    {%- if message.content is string %}{{ message.content | replace('<image>', image) }}
-    {%- else %}{% for part in message.content %}{{ image if part.type == 'image' else '' + part.text }}{% endfor %}
-    {%- endif %}{{ '<|im_end|>\n' }}
-{%- endfor %}
-{%- if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"""
-
-
 # ----------------------------------------------------------------------------------------------------------------------
 # The tokenizer
 
-
 class Rendered(NamedTuple):
     """A conversation as the model reads it. ids and mask have the same length T."""
-
     ids: list[int]
     mask: list[int]  # loss mask: 1 where ids[i] is supervised, that is, the model learns to predict it from ids[:i]
     slots: list[int]  # per image, in order: where its run of image tokens starts in ids
@@ -315,10 +288,17 @@ def _read_message(i: int, message: dict) -> tuple[str, list[str]]:
     return role, texts
 
 
-class Tokenizer:
-    """ranks: {bytes: id} of the regular tokens. special: {name: id}. default_system: see `render`."""
+def _split_thoughts(text: str) -> tuple[str, str]:
+    """"<think>\\nA tail.\\n</think>\\n\\nA cat." -> ("A tail.", "A cat."), as Qwen3's template does it"""
+    parts = text.split(THINK[1])
+    return (parts[0].split(THINK[0])[-1].strip("\n"), parts[-1].lstrip("\n")) if parts[1:] else ("", text)
 
-    def __init__(self, ranks: dict[bytes, int], special: dict[str, int], *, default_system: str | None = None):
+
+class Tokenizer:
+    """ranks: {bytes: id} of the regular tokens. special: {name: id}. default_system, thinking: see `render`."""
+
+    def __init__(self, ranks: dict[bytes, int], special: dict[str, int], *, default_system: str | None = None,
+                 thinking: bool = False):
         needed = {bytes([b]) for b in range(256)} | set(SPECIAL_TOKENS[:3])
         if lacking := needed - ranks.keys() - special.keys():
             raise ValueError(f"the vocabulary lacks {min(lacking, key=str)!r}; it needs all bytes and ChatML's tokens")
@@ -329,7 +309,8 @@ class Tokenizer:
         self.encoding = tiktoken.Encoding("ghostvis", pat_str=PATTERN, mergeable_ranks=ranks, special_tokens=special)
         self.vocab_size = self.encoding.n_vocab  # Qwen's embedding has more rows (151936): never sample those ids
         self.endoftext, self.im_start, self.im_end = (special[name] for name in SPECIAL_TOKENS[:3])
-        self.special_ids = set(special.values())  # decode leaves them out
+        self.thinking, (self.think, self.think_end) = thinking and THINK[1] in special, map(special.get, THINK)
+        self.special_ids = {i for name, i in special.items() if name not in THINK}  # decode leaves them out
         self.stop_ids = (self.im_end, self.endoftext)  # a chat model stops with the first, a base model with the second
         # Trap: LLaVA-OneVision's image token is named <image>, and it has no start and end tokens around an image.
         self.image_pad = special.get("<|image_pad|>", special.get("<image>"))
@@ -347,12 +328,13 @@ class Tokenizer:
                 ranks = {base64.b64decode(token): int(rank) for token, rank in (line.split() for line in lines)}
                 settings = _read_json(folder / "special_tokens.json")
                 special, default_system = settings["special_tokens"], settings["default_system"]
+                thinking = settings.get("thinking", False)  # older checkpoints have no such entry
             elif "tokenizer.json" in names or {"vocab.json", "merges.txt"} <= names:
-                ranks, special, default_system = _read_hub(folder)
+                ranks, special, default_system, thinking = _read_hub(folder)
             else:
                 wanted = "tokenizer.tiktoken + special_tokens.json, tokenizer.json, or vocab.json + merges.txt"
                 raise ValueError(f"no tokenizer here; looked for {wanted}")
-            return cls(ranks, special, default_system=default_system)
+            return cls(ranks, special, default_system=default_system, thinking=thinking)
         except ValueError as error:
             raise ValueError(f"{folder}: {error}") from None  # every message names the folder
         except KeyError as error:
@@ -370,14 +352,14 @@ class Tokenizer:
         folder.mkdir(parents=True, exist_ok=True)
         lines = [base64.b64encode(token) + b" %d\n" % rank for token, rank in self.ranks.items()]
         (folder / "tokenizer.tiktoken").write_bytes(b"".join(lines))
-        settings = {"special_tokens": self.special, "default_system": self.default_system}
+        settings = {"special_tokens": self.special, "default_system": self.default_system, "thinking": self.thinking}
         (folder / "special_tokens.json").write_text(json.dumps(settings, indent=1) + "\n", encoding="utf-8")
 
     def save_hub(self, folder: str | Path, max_length: int = 32768) -> None:
         """
-        The files of a Qwen2 tokenizer as on the hub, for transformers and serving engines. max_length: tokens that the
-        model can read. Two differences to this class remain. Those programs read "<|im_end|>" in a user's text as the
-        special token. And they merge the newline after "assistant" with a newline at the start of an answer (`render`).
+        A Qwen tokenizer's files as on the hub. max_length: tokens the model can read. Two differences to this class
+        remain: other programs read "<|im_end|>" in a user's text as the special token, and they merge the newline after
+        "assistant" with one at the start of an answer (`render`).
         """
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
@@ -385,17 +367,19 @@ class Tokenizer:
         # Decoded as latin-1, every byte is the character with the same number; then `spell` replaces it.
         vocab = {t.decode("latin-1").translate(spell): self.ranks[t] for t in sorted(self.ranks, key=self.ranks.get)}
         merges = _find_merges(vocab)
-        flags = {"lstrip": False, "rstrip": False, "single_word": False, "normalized": False, "special": True}
-        added = {i: {"content": name, **flags} for name, i in self.special.items()}
+        flags = {"lstrip": False, "rstrip": False, "single_word": False, "normalized": False}
+        added = {i: {"content": name, **flags, "special": name not in THINK} for name, i in self.special.items()}
         # One image token per image: the hub's image processors repeat it. json.dumps quotes text as Jinja does.
         shown = self.image_marks[0] + [self.image_pad] + self.image_marks[1]
         names = {"image": IMAGE if self.image_pad is None else self.decode(shown, skip_special=False)}
         names |= {} if self.default_system is None else {"default_system": self.default_system}
+        names |= {"thinking": True} if self.thinking else {}
         quoted = [f"{{%- set {name} = {json.dumps(text, ensure_ascii=False)} %}}\n" for name, text in names.items()]
-        template = "".join(quoted) + CHAT_TEMPLATE
+        template = "".join(quoted) + (Path(__file__).parent / "assets" / "chat_template.jinja").read_text("utf-8")
         config = {"tokenizer_class": "Qwen2Tokenizer", "bos_token": None, "eos_token": "<|im_end|>", "unk_token": None,
                   "pad_token": "<|endoftext|>", "model_max_length": max_length, "clean_up_tokenization_spaces": False,
-                  "added_tokens_decoder": added, "default_system": self.default_system, "chat_template": template}
+                  "added_tokens_decoder": added, "default_system": self.default_system, "thinking": self.thinking,
+                  "chat_template": template}
         # The same again in one file, which transformers needs for a LLaVA model. Trap: if special tokens were not in
         # this vocabulary too, transformers would give them new ids without gaps.
         letters = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": False, "use_regex": False}
@@ -412,8 +396,7 @@ class Tokenizer:
 
     def encode(self, text: str) -> list[int]:
         """Text -> ids of regular tokens. For pretraining, append endoftext to each document."""
-        # encode_ordinary never produces special tokens. If it did, a user could type "<|im_end|>", end their own turn
-        # and then write text in the name of the assistant.
+        # encode_ordinary: no special tokens. Else a user could type "<|im_end|>" and go on in the assistant's name.
         if len(text) > MAX_BLANKS and re.search(r"\s{%d}" % MAX_BLANKS, text):
             raise ValueError(f"the text {text.strip()[:20]!r}... has {MAX_BLANKS:,} white-space characters in a row")
         return self.encoding.encode_ordinary(clean(text))
@@ -430,13 +413,26 @@ class Tokenizer:
         except (KeyError, OverflowError):
             raise ValueError(f"cannot decode an id that is no token; ids run from 0 to {self.vocab_size - 1}") from None
 
-    def render(self, messages: list[dict], image_tokens: int | list[int] = 64, add_generation_prompt=False) -> Rendered:
+    def answer(self, ids: Iterable[int]) -> str:
+        """What an answer says, without its thoughts: ids of "<think>\\nA tail.\\n</think>\\n\\nA cat." -> "A cat." """
+        ids = list(ids)
+        while self.think_end in ids:
+            ids = ids[ids.index(self.think_end) + 1 :]
+        return "" if self.think in ids else self.decode(ids).strip()  # "": it was cut off while it thought
+
+    def think_block(self, thoughts: str = "") -> list[int]:
+        return [self.think, *self.encode(f"\n{thoughts}\n"), self.think_end, *self.encode("\n\n")]
+
+    def render(self, messages: list[dict], image_tokens: int | list[int] = 64, add_generation_prompt=False,
+               think=False) -> Rendered:
         """
         [{"role": "user", "content": "<image>What is this?"}, {"role": "assistant", "content": "A cat."}] -> Rendered
         content: a string with "<image>" at the place of each image, or a list of {"type": "text", "text": "..."} and
         {"type": "image"}. image_tokens: the number of image tokens per image, or a list with one number for each image.
         add_generation_prompt: end with the header of an assistant message, so that the model writes the answer next.
         If the tokenizer has a default_system text, it is added to a conversation that has no system message.
+        A Qwen3 (self.thinking) was trained with a block of thoughts before the last answer, empty where it shall not
+        think, and none before earlier answers. think: leave it to the model to open that block.
         """
         turns = [_read_message(i, message) for i, message in enumerate(messages)]
         if not turns:
@@ -446,7 +442,6 @@ class Tokenizer:
         if self.default_system is not None and turns[0][0] != "system":
             turns.insert(0, ("system", [self.default_system]))
         images = sum(len(texts) - 1 for _, texts in turns)
-        # Some models use more image tokens for a large image, so each image may have its own number.
         counts = [image_tokens] * images if isinstance(image_tokens, int) else list(image_tokens)
         if len(counts) != images or any(n < 1 for n in counts):
             raise ValueError(f"{images} images need one positive number each, but image_tokens is {image_tokens}")
@@ -458,15 +453,20 @@ class Tokenizer:
         def put(new: list[int], supervised: bool = False) -> None:
             ids.extend(new)
             mask.extend([int(supervised)] * len(new))  # ids and mask grow together, so their lengths stay equal
-
-        # Trap: training must see the same tokens as generation. A user's message is complete before the model reads it.
-        # So "user\n" and its content are encoded as one string, as Qwen does: if the content starts with a newline, the
-        # two become one token. But the model starts its answer after the header's token "\n". So an answer is
-        # encoded separately from its header. In one string the two could share a token, which generation never does.
+        # Trap: training must see the same tokens as generation. "user\n" and a user's content are encoded as one text,
+        # as Qwen does: if the content starts with a newline, the two become one token. But the model starts its answer
+        # after the header's token "\n", so an answer is encoded separately from it.
         header = self.encode("assistant\n")
-        for role, (first, *rest) in turns:
+        last_user = max((i for i, (role, _) in enumerate(turns) if role == "user"), default=len(turns))
+        for i, (role, (first, *rest)) in enumerate(turns):
             answer = role == "assistant"
             put([self.im_start] + header * answer)  # a list times False is []
+            if answer and self.thinking:
+                thoughts, first = _split_thoughts(first)
+                if i > last_user and (thoughts or i == len(turns) - 1):
+                    first = first.lstrip("\n")
+                    # The empty block is a part of the prompt. Thoughts are what the model is to say itself.
+                    put(self.think_block(thoughts), bool(thoughts))
             put(self.encode(first if answer else role + "\n" + first), answer)
             for text in rest:  # each of these follows an image
                 put(self.image_marks[0])  # image tokens are never supervised, not even inside an answer
@@ -476,5 +476,5 @@ class Tokenizer:
             put([self.im_end], answer)  # supervised, or the model would not learn when to stop
             put(self.encode("\n"))  # not supervised: generation stops before it
         if add_generation_prompt:
-            put([self.im_start] + header)
+            put([self.im_start] + header + (self.think_block() if self.thinking and not think else []))
         return Rendered(ids, mask, slots)

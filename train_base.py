@@ -50,7 +50,7 @@ BY_MODEL = {"tiny": {"batch_size": 16, "seq_len": 256, "steps": 100, "lr": 0.002
 
 SHARED_FLAGS = {  # of all four chapters, {name: (default, meaning)}
     # What is trained, and on what. The first to change: --data, to your own; then --model, once you have a GPU.
-    "model": ("tiny", f"{', '.join(PRESETS)}, or a Qwen2's hub id (Org/Name) or folder"),
+    "model": ("tiny", f"{', '.join(PRESETS)}, or a Qwen's hub id (Org/Name) or folder"),
     "vision": ("", f"encoder in place of the preset's, with its released weights: {', '.join(SIGLIP)}"), **RUN_FLAGS}
 
 

@@ -91,7 +91,7 @@ def rollout(vlm, tokenizer, records: list, flags, step: int) -> tuple[list, list
 def reward(record: dict, ids: list[int], tokenizer) -> float:
     "1 for a right answer that also ends; the scoring rules are those of the evaluation."
     # Without this, an endless answer that happens to score would become more likely, and answers would grow and grow.
-    return score_answer(record, tokenizer.decode(ids).strip()) if ids[-1] in tokenizer.stop_ids else 0.0
+    return score_answer(record, tokenizer.answer(ids)) if ids[-1] in tokenizer.stop_ids else 0.0
 
 
 def to_documents(records, prompts, groups, tokenizer, reward=reward) -> tuple[list, int, dict]:

@@ -51,14 +51,15 @@ def make_message(text: str, images: int = 0, role: str = "user") -> dict:
             "content": [{"type": "image"}] * images + [{"type": "text", "text": "\n" * bool(images) + text}]}
 
 
-def render(vlm: VLM, tokenizer: Tokenizer, messages: list, pixels: list):
+def render(vlm: VLM, tokenizer: Tokenizer, messages: list, pixels: list, think: bool = False):
     "-> the prompt: its ids, and the slots where each picture's image tokens begin. It ends where the answer begins."
-    return tokenizer.render(messages, list(map(vlm.config.bridge.tokens_of, pixels)), add_generation_prompt=True)
+    return tokenizer.render(messages, list(map(vlm.config.bridge.tokens_of, pixels)), add_generation_prompt=True,
+                            think=think)
 
 
 def make_request(vlm: VLM, tokenizer: Tokenizer, messages: list, pixels: list, flags, width: int = 0) -> Request:
     "width: of the engine's cache, which a long conversation leaves less room for the answer; 0: as much as needed."
-    prompt, given = render(vlm, tokenizer, messages, pixels), options(vlm, flags)
+    prompt, given = render(vlm, tokenizer, messages, pixels, flags.think), options(vlm, flags)
     if width:
         given["max_new_tokens"] = max(1, min(given["max_new_tokens"], width - len(prompt.ids)))
     return Request(prompt, pixels, stop=set(tokenizer.stop_ids), seed=flags.seed, **given)
@@ -73,18 +74,35 @@ def open_engine(vlm: VLM, tokenizer: Tokenizer, rows: int) -> Engine:
 class Text:
     """
     The tokens of an answer -> text that can be shown, piece by piece. Two things wait until more is known: a token that
-    is a part of a character (an emoji has 4 bytes), and words that may be the beginning of a stop text.
+    is a part of a character (an emoji has 4 bytes), and words that may be the beginning of a stop text. thoughts: what
+    a Qwen3 thinks is shown, too.
     """
 
-    def __init__(self, tokenizer: Tokenizer, stops: list[str] = ()):
+    def __init__(self, tokenizer: Tokenizer, stops: list[str] = (), thoughts: bool = False):
+        self.thoughts, self.hidden, self.trim = thoughts, False, False  # hidden: it thinks; trim: it has just thought
         self.tokenizer, self.decoder = tokenizer, codecs.getincrementaldecoder("utf-8")("replace")
         self.stops, self.held, self.ended = stops, "", False  # ended: a stop text was found
         self.tokens = 0  # how many have been added
 
+    def aloud(self, ids: list[int]) -> list[int]:
+        "Those ids that are no thoughts."
+        said = []
+        for i in ids:
+            if i in (self.tokenizer.think, self.tokenizer.think_end):
+                self.hidden = i == self.tokenizer.think
+                self.trim = not self.hidden
+            elif not self.hidden:
+                said.append(i)
+        return said
+
     def add(self, ids: list[int], last: bool = False) -> str:
         self.tokens += len(ids)
         # Special tokens are left out.
-        text = self.held + self.decoder.decode(self.tokenizer.decode_bytes(ids), last)
+        new = self.decoder.decode(self.tokenizer.decode_bytes(ids if self.thoughts else self.aloud(ids)), last)
+        if self.trim:  # the empty line after the thoughts
+            new = new.lstrip("\n")
+            self.trim = not new
+        text = self.held + new
         if found := [at for stop in self.stops if (at := text.find(stop)) >= 0]:
             self.held, self.ended = "", True
             return text[:min(found)]
@@ -95,9 +113,9 @@ class Text:
         return text[:shown]
 
 
-def stream(engine: Engine, tokenizer: Tokenizer, request: Request) -> str:
+def stream(engine: Engine, tokenizer: Tokenizer, request: Request, thoughts: bool = False) -> str:
     "Print the answer token by token, and return it."
-    text, out = Text(tokenizer), ""
+    text, out = Text(tokenizer, thoughts=thoughts), ""
     while not request.finish:
         engine.step()
         out += (new := text.add(request.answer[text.tokens:], last=bool(request.finish)))

@@ -22,14 +22,16 @@ from vision import MOST_TILES, MOST_TOKENS
 def export(folder, vlm: VLM, tokenizer, decoder_only: bool = False, dtype=torch.bfloat16) -> None:
     """
     Write a Hugging Face folder that transformers and serving engines load: a LLaVA (bridge "mlp"), or the decoder alone
-    as a Qwen2. Other bridges exist only in this project; the decoder beside them can be exported.
+    as a Qwen2 or Qwen3. Other bridges exist only in this project; the decoder beside them can be exported.
     """
     folder, config = Path(folder), vlm.config
     if not decoder_only and config.bridge.kind != "mlp":
         raise ValueError(f"Hugging Face has no model with a {config.bridge.kind} bridge: train with --bridge=mlp, "
                          "or export the decoder alone by --decoder_only")
     tokenizer.save_hub(folder, config.decoder.max_position_embeddings)
-    text = {**asdict(config.decoder), "model_type": "qwen2", "architectures": ["Qwen2ForCausalLM"],
+    decoder = asdict(config.decoder)
+    kind = "qwen3" if decoder.pop("use_qk_norm") else "qwen2"  # neither has our field; the type says it
+    text = {**decoder, "model_type": kind, "architectures": [f"{kind.title()}ForCausalLM"],
             "hidden_act": "silu", "use_sliding_window": False, "torch_dtype": str(dtype).removeprefix("torch."),
             "bos_token_id": tokenizer.endoftext, "eos_token_id": tokenizer.im_end, "pad_token_id": tokenizer.endoftext}
     files = {"config.json": text, "generation_config.json": {

@@ -230,7 +230,7 @@ def respond(vlm, tokenizer, conversations: list, images: list, seeds: list[int] 
                 for messages, group, seed in zip(conversations, images, seeds or itertools.count())]
     with contextlib.closing(Engine(vlm, requests, vocab_used=tokenizer.vocab_size)) as engine:
         list(engine.run())
-    return [tokenizer.decode(token for token in r.answer if token not in r.stop).strip() for r in requests]
+    return [tokenizer.answer(r.answer) for r in requests]
 
 
 def digest(image) -> bytes:

@@ -34,7 +34,7 @@ from plumbing.weights import INDEX, SINGLE, pack_header, parse_header, read_inde
 ANY = None, None  # size and sha256 that the table does not know: the commit is fixed, so the server's word is enough
 
 CONFIGS = ["config.json", "generation_config.json", "preprocessor_config.json", "tokenizer_config.json",
-           "added_tokens.json"]
+           "added_tokens.json", "chat_template.jinja"]
 
 
 @dataclass(frozen=True)

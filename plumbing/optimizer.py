@@ -39,10 +39,14 @@ def orthogonalize(g: torch.Tensor, steps: int = 5) -> torch.Tensor:
 MOMENTUM = 0.8
 
 
-def row_blocks(name: str, p: torch.Tensor) -> list[int]:
-    "Rows of each matrix in p: query, key and value are stored as one for speed, [H + 2 kv, H]."
-    rows, H = p.shape
-    return [H, (rows - H) // 2, (rows - H) // 2] if name.endswith("qkv.weight") else [rows]
+def row_blocks(name: str, params: dict) -> list[int]:
+    "Rows of each matrix in a parameter: query, key and value are stored as one for speed, [heads d + 2 kv heads d, H]."
+    rows = len(params[name])
+    if not name.endswith("qkv.weight"):
+        return [rows]
+    # All query heads side by side are what the next matrix reads, [H, heads d]. TRAP: in a Qwen3 that is not H.
+    query = params[name.removesuffix("qkv.weight") + "out.weight"].shape[1]
+    return [query, (rows - query) // 2, (rows - query) // 2]
 
 
 class Optimizer:
@@ -116,7 +120,8 @@ class Optimizer:
             g = p.grad.lerp(mean, MOMENTUM)  # Nesterov: the gradient, moved one step ahead along the momentum
             # Query, key and value separately: in one piece the value's large gradient would leave almost nothing of the
             # update to the other two, which decide where to attend.
-            for block, gradient in zip(p.split(row_blocks(n, p)), g.split(row_blocks(n, p))):
+            rows = row_blocks(n, self.params)
+            for block, gradient in zip(p.split(rows), g.split(rows)):
                 shapes.setdefault(block.shape, []).append((block, gradient))
         for shape, pairs in shapes.items():
             # An orthogonal [rows, cols] has entries of 1 / sqrt(longer side) in root mean square. Times 0.2 sqrt(longer

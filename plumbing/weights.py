@@ -192,6 +192,8 @@ QWEN_NAMES = {
     "blocks.#.norm2.*": ["model.layers.#.post_attention_layernorm.*"],  # before the MLP, in spite of its name
     "blocks.#.attention.qkv.*": [f"model.layers.#.self_attn.{x}_proj.*" for x in "qkv"],
     "blocks.#.attention.out.*": ["model.layers.#.self_attn.o_proj.*"],
+    "blocks.#.attention.q_norm.*": ["model.layers.#.self_attn.q_norm.*"],  # these two: Qwen3 alone
+    "blocks.#.attention.k_norm.*": ["model.layers.#.self_attn.k_norm.*"],
     "blocks.#.mlp.gate_up.*": ["model.layers.#.mlp.gate_proj.*", "model.layers.#.mlp.up_proj.*"],
     "blocks.#.mlp.down.*": ["model.layers.#.mlp.down_proj.*"],
 }

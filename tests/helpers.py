@@ -74,14 +74,17 @@ def tokenizer() -> Tokenizer:
     return Tokenizer.train(texts, 300)
 
 
-def tiny_vlm(kind: str = "perceiver", tied: bool = True, seed: int = 0) -> VLM:
+QWEN3 = {"head_dim": 12, "attention_bias": False, "use_qk_norm": True}  # 4 heads of 12 channels: wider than H = 32
+
+
+def tiny_vlm(kind: str = "perceiver", tied: bool = True, seed: int = 0, qwen3: bool = False) -> VLM:
     torch.manual_seed(seed)
     config = VLMConfig(
         ViTConfig(hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2, image_size=24,
                   patch_size=6),
         BridgeConfig(kind, num_latents=4, num_layers=1, num_heads=2, vision_size=32, text_size=32, num_patches=16),
         GPTConfig(vocab_size=320, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
-                  num_key_value_heads=2, rope_theta=1e4, tie_word_embeddings=tied))
+                  num_key_value_heads=2, rope_theta=1e4, tie_word_embeddings=tied, **(QWEN3 if qwen3 else {})))
     return shake(VLM(config), seed)
 
 

@@ -17,21 +17,25 @@ from tokenizer import Tokenizer
 pytest_plugins = ["tests.helpers"]  # its fixtures
 
 
-def exported(tmp_path, kind: str, decoder_only: bool = False, tied: bool = True) -> tuple[VLM, Path]:
-    vlm = tiny_vlm(kind, tied)
+def exported(tmp_path, kind: str, decoder_only: bool = False, tied: bool = True,
+             qwen3: bool = False) -> tuple[VLM, Path]:
+    vlm = tiny_vlm(kind, tied, qwen3=qwen3)
     extras.export.export(tmp_path / "hf", vlm, tokenizer(), decoder_only, torch.float32)
     return vlm, tmp_path / "hf"
 
 
 @needs("transformers")
+@pytest.mark.parametrize("qwen3", [False, True], ids=["qwen2", "qwen3"])
 @pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
 @pytest.mark.parametrize("images", [0, 1, 2])
-def test_an_exported_llava_gives_transformers_the_same_logits(tmp_path, tied, images):
+def test_an_exported_llava_gives_transformers_the_same_logits(tmp_path, tied, images, qwen3):
     from transformers import AutoProcessor, LlavaForConditionalGeneration
-    vlm, folder = exported(tmp_path, "mlp", tied=tied)
+    vlm, folder = exported(tmp_path, "mlp", tied=tied, qwen3=qwen3)
     reference, info = LlavaForConditionalGeneration.from_pretrained(folder, output_loading_info=True,
                                                                     dtype=torch.float32)
     assert not info["missing_keys"] and not info["unexpected_keys"]
+    assert reference.config.text_config.model_type == ("qwen3" if qwen3 else "qwen2")
+    assert model.load_checkpoint(folder).config.decoder == vlm.config.decoder  # and we read it back alike
     # The whole way as an engine goes it: its own processor makes ids and pixels from the same conversation.
     photos = [noise_image(40 + 9 * i, 31, i) for i in range(images)]
     messages = [{"role": "user", "content": [{"type": "image"}] * images + [{"type": "text", "text": "what is this?"}]}]
@@ -52,11 +56,13 @@ def test_an_exported_llava_gives_transformers_the_same_logits(tmp_path, tied, im
 
 
 @needs("transformers")
-@pytest.mark.parametrize("kind", ["perceiver", "mlp", "pixelshuffle"])
-def test_any_exported_decoder_is_a_qwen2_to_transformers(tmp_path, kind):
+@pytest.mark.parametrize("kind, qwen3, tied", [("perceiver", False, True), ("mlp", False, True), (
+    "pixelshuffle", False, True), ("perceiver", True, True), ("perceiver", True, False)])
+def test_any_exported_decoder_is_a_qwen_to_transformers(tmp_path, kind, qwen3, tied):
     from transformers import AutoModelForCausalLM, AutoTokenizer
-    vlm, folder = exported(tmp_path, kind, decoder_only=True)
+    vlm, folder = exported(tmp_path, kind, decoder_only=True, tied=tied, qwen3=qwen3)
     reference = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    assert type(reference).__name__ == ("Qwen3ForCausalLM" if qwen3 else "Qwen2ForCausalLM")
     ids = AutoTokenizer.from_pretrained(folder).apply_chat_template(
         [{"role": "user", "content": "one two"}], add_generation_prompt=True, return_tensors="pt", return_dict=True)
     asked = tokenizer().render([{"role": "user", "content": "one two"}], add_generation_prompt=True)

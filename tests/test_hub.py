@@ -22,9 +22,10 @@ import plumbing.hub
 import plumbing.recipes
 import plumbing.weights
 import sample
-from model import VLM
+import tokenizer as tokenizer_file
+from model import GPT, VLM
 import tests.helpers
-from tests.helpers import (CHAPTERS, COMMIT, HERE, command, fails, needs, noise, one_line, run, save_onevision, table,
+from tests.helpers import (CHAPTERS, COMMIT, HERE, command, fails, far, needs, noise, one_line, run, save_onevision, table,
                            wait_until)
 from tokenizer import Tokenizer
 from vision import ViT
@@ -499,11 +500,16 @@ def test_a_broken_header_is_one_line(hub, monkeypatch, length, header):
 # weights.py: the table; data.py: --download
 
 def test_the_table_is_complete():
-    names = [f"qwen2.5-{size}{kind}" for size in ("0.5b", "1.5b", "3b") for kind in ("", "-instruct")]
+    names = [f"qwen2.5-{size}{kind}" for size in ("0.5b", "1.5b", "3b", "7b") for kind in ("", "-instruct")]
+    asked = [f"qwen3-{size}{kind}" for size in ("0.6b", "1.7b", "4b", "8b") for kind in ("", "-base")]
     names += ["siglip2-large-patch16-256", "siglip-large-patch16-256", "siglip2-base-patch16-224",
               "siglip-base-patch16-224", "siglip-so400m-patch14-224", "siglip-so400m-patch14-384", "llava-ov-0.5b"]
-    assert sorted(plumbing.hub.REPOSITORIES) == sorted(names)
-    for name, entry in plumbing.hub.REPOSITORIES.items():
+    assert sorted(plumbing.hub.REPOSITORIES) == sorted(names + asked)
+    for name in asked:  # their commits and hashes are the hub's own word, as with any Org/Name
+        entry, size = plumbing.hub.REPOSITORIES[name], name.split("-")[1].upper()
+        assert entry.hub == f"Qwen/Qwen3-{size}" + "-Base" * name.endswith("base")
+        assert not entry.files and entry.revision == "main"
+    for name, entry in ((name, plumbing.hub.REPOSITORIES[name]) for name in names):
         assert len(entry.revision) == 40 and next(iter(entry.files)) == "config.json" and "@" not in entry.hub
         assert list(entry.files)[-1].endswith(".safetensors")  # last: who has the weights has all
         for size, digest in entry.files.values():
@@ -565,14 +571,18 @@ def test_download_works_in_a_process_of_its_own(hub):
 # ----------------------------------------------------------------------------------------------------------------------
 # From a hub to an answer: whole runs against a server that this file starts
 
-def serve_models(hub, tmp_path) -> Tokenizer:
+def serve_models(hub, tmp_path, qwen3: bool = False) -> Tokenizer:
     "A small Qwen in shards and a small SigLIP with its text tower, saved by transformers, as two repositories."
-    from transformers import Qwen2Config, Qwen2ForCausalLM, SiglipConfig, SiglipModel
+    from transformers import AutoModelForCausalLM, Qwen2Config, Qwen3Config, SiglipConfig, SiglipModel
     words = Tokenizer.train(["user\n", "assistant\n", "What colour is the cat? red blue a b c"] * 3, 400)
     words.default_system = "You are a helpful assistant."
-    qwen = Qwen2ForCausalLM(Qwen2Config(vocab_size=512, hidden_size=64, intermediate_size=96, num_hidden_layers=2,
-                                        num_attention_heads=4, num_key_value_heads=2, tie_word_embeddings=True,
-                                        rope_parameters={"rope_theta": 1e6, "rope_type": "default"}))
+    if qwen3:
+        marks = {name: words.vocab_size + i for i, name in enumerate(tokenizer_file.THINK)}
+        words = Tokenizer(words.ranks, words.special | marks, thinking=True)
+    qwen = AutoModelForCausalLM.from_config((Qwen3Config if qwen3 else Qwen2Config)(
+        vocab_size=512, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, tie_word_embeddings=True, **({"head_dim": 24} if qwen3 else {}),
+        rope_parameters={"rope_theta": 1e6, "rope_type": "default"}))
     qwen.to(torch.bfloat16).save_pretrained(tmp_path / "qwen", max_shard_size="100KB")
     words.save_hub(tmp_path / "qwen")
     part = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2)
@@ -616,6 +626,29 @@ def test_a_hub_model_trains_and_answers_by_its_name_alone(hub, tmp_path, monkeyp
     config = plumbing.files.read_json(tmp_path / "llava" / "config.json")
     assert ran.code == 0 and config["image_token_index"] == Tokenizer.from_pretrained(tmp_path / "qwen").image_pad
     assert isinstance(model.load_checkpoint(tmp_path / "llava"), VLM)
+
+
+@needs("transformers")
+def test_a_qwen3_is_fetched_by_its_short_name_trained_and_exported(hub, tmp_path, monkeypatch):
+    from transformers import AutoModelForCausalLM
+    words, out = serve_models(hub, tmp_path, qwen3=True), tmp_path / "out"
+    hub.files["Qwen/Qwen3-0.6B"] = hub.files.pop("Org/qwen")
+    monkeypatch.setattr(plumbing.hub, "REPOSITORIES", {"qwen3-0.6b": TABLE["qwen3-0.6b"]})
+    ran = run("train_sft", *SMALL, "--model=qwen3-0.6b", "--vision=Org/siglip", f"--out_dir={out}", "--optimizer=muon")
+    assert ran.code == 0 and ran.result["step"] == 2, ran.err
+    vlm, saved = model.load_checkpoint(out / "qwen3-0.6b/sft"), Tokenizer.from_pretrained(out / "qwen3-0.6b/sft")
+    assert vlm.config.decoder.use_qk_norm and vlm.config.decoder.head_dim == 24
+    assert saved.thinking and saved.special == words.special
+    for think in ([], ["--think"]):  # the answer, and the same after thoughts
+        ran = run("sample", f"--init={out / 'qwen3-0.6b/sft'}", f"--image={HERE / 'cat.jpg'}", "--device=cpu",
+                  "--max_new_tokens=5", *think)
+        assert ran.code == 0, ran.err
+    ran = run("sample", f"--init={out / 'qwen3-0.6b/sft'}", f"--export={tmp_path / 'hf'}", "--decoder_only")
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "hf", dtype=torch.float32).eval()
+    ids = torch.tensor([saved.render([{"role": "user", "content": "red"}], add_generation_prompt=True).ids])
+    with torch.no_grad():
+        ours = GPT.from_pretrained(tmp_path / "hf")(ids)
+        assert theirs.config.model_type == "qwen3" and far(ours, theirs(ids).logits) < 1e-5
 
 
 @needs("transformers")

@@ -32,8 +32,9 @@ def test_products_in_float8_are_near_the_exact_ones_whatever_the_size(size):
     assert (zeros == 0).all()  # not 0 / 0
 
 
-def test_float8_is_for_the_decoders_training_alone():
-    vlm = tiny_vlm().to(torch.bfloat16)
+@pytest.mark.parametrize("qwen3", [False, True], ids=["qwen2", "qwen3"])
+def test_float8_is_for_the_decoders_training_alone(qwen3):
+    vlm = tiny_vlm(qwen3=qwen3).to(torch.bfloat16)
     x, linear = torch.randn(2, 8, 32, dtype=torch.bfloat16), vlm.gpt.blocks[0].attention.qkv
     exact = linear(x)
     vlm.gpt.set_float8(True)
@@ -50,8 +51,9 @@ def test_float8_is_for_the_decoders_training_alone():
 # ----------------------------------------------------------------------------------------------------------------------
 # model.py: LoRA and activation checkpointing
 
-def test_lora_adds_nothing_at_first_and_then_learns_alone():
-    vlm = tiny_vlm()
+@pytest.mark.parametrize("qwen3", [False, True], ids=["qwen2", "qwen3"])
+def test_lora_adds_nothing_at_first_and_then_learns_alone(qwen3):
+    vlm = tiny_vlm(qwen3=qwen3)
     batch = batch_of(vlm, documents(vlm))
     before = vlm(batch).item()
     vlm.add_lora(4)
@@ -69,8 +71,9 @@ def test_lora_adds_nothing_at_first_and_then_learns_alone():
     assert vlm(batch).item() < before
 
 
-def test_lora_goes_through_checkpoints_and_is_merged_on_export(tmp_path):
-    vlm = tiny_vlm("mlp")
+@pytest.mark.parametrize("qwen3", [False, True], ids=["qwen2", "qwen3"])
+def test_lora_goes_through_checkpoints_and_is_merged_on_export(tmp_path, qwen3):
+    vlm = tiny_vlm("mlp", qwen3=qwen3)
     vlm.add_lora(3)
     shake(vlm)
     plumbing.checkpoints.save_checkpoint(tmp_path / "lora", vlm, tokenizer())

@@ -93,10 +93,21 @@ def test_query_key_and_value_get_updates_of_one_size_whatever_their_gradients():
     # 8 query rows, 4 key rows and 4 value rows of width 8, in one matrix; the value's gradient is 10,000 times larger
     p = torch.nn.Parameter(torch.zeros(16, 8))
     p.grad = torch.randn(16, 8) * torch.tensor([1e-4] * 12 + [1.0] * 4)[:, None]
-    plumbing.optimizer.Optimizer({"blocks.0.attention.qkv.weight": p}, "muon", 1.0).step(1.0)
+    out = torch.nn.Parameter(torch.zeros(8, 8))  # it reads the 8 query channels
+    params = {"blocks.0.attention.qkv.weight": p, "blocks.0.attention.out.weight": out}
+    plumbing.optimizer.Optimizer(params, "muon", 1.0).step(1.0)
     query, key, value = (part.detach().square().mean().sqrt() for part in p.split([8, 4, 4]))
     assert 0.7 < key / value < 1.4 and 0.7 < query / value < 2  # a square matrix of rank 8 has larger entries
-    assert plumbing.optimizer.row_blocks("blocks.0.mlp.down.weight", p) == [16]
+    assert plumbing.optimizer.row_blocks("blocks.0.attention.qkv.weight", params) == [8, 4, 4]
+    assert plumbing.optimizer.row_blocks("blocks.0.attention.out.weight", params) == [8]
+
+
+@pytest.mark.parametrize("qwen3", [False, True], ids=["qwen2", "qwen3"])
+def test_query_key_and_value_are_cut_apart_where_their_heads_end(qwen3):
+    params = dict(tiny_vlm(qwen3=qwen3).named_parameters())  # Qwen3's 4 heads of 12 channels are wider than H = 32
+    assert plumbing.optimizer.row_blocks("gpt.blocks.1.attention.qkv.weight", params) == (
+        [48, 24, 24] if qwen3 else [32, 16, 16])
+    assert plumbing.optimizer.row_blocks("vit.blocks.1.qkv.weight", params) == [32, 32, 32]
 
 
 def test_the_batch_that_chapter_4_tries_memory_with_is_full():
