@@ -448,6 +448,7 @@ class VLM(nn.Module):
         self.cross_entropy = cross_entropy
         self.sample = sample   # how a token is chosen from its logits: here, so that the engine finds it
         self.idle_caches = {}  # see take_cache, Engine.close
+        self.source = ""       # the folder that its weights come from, for the server's page
         if config.lora_rank:
             self.add_lora(config.lora_rank)
 

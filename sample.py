@@ -42,7 +42,7 @@ from vision import MOST_TOKENS
 from extras.asking import draw_scene, make_message, make_request, open_engine, stream, to_pixels
 from extras.attention_maps import draw_attention
 from extras.export import export, slim
-from extras.server import serve
+from extras.server import check_port, serve
 
 # A folder often contains other files too. They are recognised by their names: opening each one would take long.
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff"}
@@ -59,6 +59,7 @@ FLAGS = {  # name: (default, meaning); a type instead of a default: not given
     "host": ("127.0.0.1", "address to serve; 0.0.0.0: every network, so give --api_key"),
     "port": (8000, "port to serve; 0: any free one"),
     "api_key": ("", "with --serve: what a program must send as its key; empty: none"),
+    "allow_origins": ("", "with --serve: pages elsewhere that may ask, http://localhost:3000, comma-separated"),
     "max_requests": (32, "with --serve: answered at once; more wait. Each has 8,192 tokens of memory: a qwen2.5-1.5b's "
                          "are 0.23 GB"),
     "out": ("answers.jsonl", "with --images; pictures that it already answers are skipped"),
@@ -105,6 +106,8 @@ def check_flags(flags) -> None:
     ]:
         if wrong:
             raise ValueError(message)
+    if flags.serve:
+        check_port(flags)
 
 
 def load(flags) -> tuple[VLM, Tokenizer]:
@@ -125,6 +128,7 @@ def load(flags) -> tuple[VLM, Tokenizer]:
     if broken := [name for name, p in vlm.named_parameters() if not p.sum(dtype=torch.float32).isfinite()]:
         raise ValueError(f"{folder}: {broken[0]} holds NaN or infinity, so every answer would be noise; take another "
                          "checkpoint, or fetch this one again")
+    vlm.source = str(folder)
     # The tokenizer is in the folder of the weights: with another one's ids the same weights would write noise.
     tokenizer = Tokenizer.from_pretrained(folder)
     # Which of several models answers is easily mistaken, so it is printed; to standard error, as it is not the answer.

@@ -48,6 +48,15 @@ def patch_shares(bridge: Bridge, features: torch.Tensor) -> torch.Tensor:
 
 
 @torch.no_grad()
+def latent_maps(vlm: VLM, pixels: torch.Tensor) -> torch.Tensor:
+    "uint8 [3, S, S] -> [M, n, n], 0 to 1: what each image token took from each patch, beside what it took most from."
+    n = math.isqrt(vlm.config.vision.num_patches)
+    features = vlm.vit_features(pixels[None].to(vlm.gpt.embed.weight.device))[0]                     # [N, D]
+    shares = patch_shares(vlm.bridge, features)                                                      # [M, N]
+    return (shares / shares.amax(1, keepdim=True)).view(-1, n, n).cpu()
+
+
+@torch.no_grad()
 def where_it_looked(vlm: VLM, prompt, images: list, answer: list[int]) -> list[torch.Tensor]:
     "-> for each picture [A, n, n], 0 to 1: where each of the answer's A tokens looked more than usual."
     device, bridge, n = vlm.gpt.embed.weight.device, vlm.bridge, math.isqrt(vlm.config.vision.num_patches)

@@ -1,16 +1,15 @@
 """
-The server: OpenAI's chat completions, and a page. Called by `python sample.py --serve`. It answers strangers, so every
-limit is here, and has a test.
+The server: OpenAI's completions, and a page. Called by `python sample.py --serve`. It answers strangers, so everything
+has its limit: here, in connection.py and in fields.py, and each limit has a test.
 
-A request's way: Handler.route checks who asks; read_fields, read_messages and read_request check what is asked and
-make Requests of it; Server.generate computes their tokens, together with everyone else's; Handler.words makes text of
-them; Handler.complete sends it.
+A request's way: Connection.guard (connection.py) checks who asks; read_fields (fields.py), read_messages and
+read_request check what is asked and make Requests of it; Server.generate computes their tokens, together with everyone
+else's; Handler.words makes text of them; Handler.complete sends it.
 """
 import base64
+import collections
 import contextlib
-import http.server
 import io
-import ipaddress
 import json
 import queue
 import re
@@ -23,37 +22,40 @@ import sys
 import threading
 import time
 import traceback
+import urllib.parse
 from pathlib import Path
 
 from PIL import Image
 
 from plumbing.engine import Request
-from plumbing.files import parse_json, say
+from plumbing.files import say
 from plumbing.pictures import load_image
-from model import FROM_SCRATCH, VLM
-from tokenizer import Tokenizer
-from extras.asking import CONTEXT, SAMPLING, Text, draw_scene, make_message, open_engine, options, render, to_pixels
-from extras.attention_maps import where_it_looked, words_of
-
-BODY = 20_000_000       # bytes of a request
+from model import VLM
+from tokenizer import Rendered, Tokenizer
+from extras.answers import Answer, score_prompt
+from extras.asking import (SAMPLING, Text, about, make_message, new_scene, open_engine, options, render,
+                           scene_questions, to_pixels)
+from extras.attention_maps import latent_maps, where_it_looked, words_of
+from extras.connection import Connection
+from extras.fields import Refused, check_message, count_rivals, read_fields
 
 PICTURES = 8            # of a request
 
-PIXELS = 20_000_000     # of a picture
+PIXELS = 50_000_000     # of a picture; a phone's have up to 50 million
+
+LARGE = 20_000_000      # pixels; what has more is decoded alone, and at half its width and height
 
 TURNS = 100             # messages of a request
 
-LETTERS = 400_000       # of their texts: more cannot fit into CONTEXT, and to cut them into tokens would take long
+LATENTS = 64            # of a picture that the page is told of
 
-CHOICES = 8             # answers to one request (n)
+PROMPTS = 32            # texts to be continued, of a request
+
+LETTERS = 400_000       # of their texts: more would fit into no context, and to cut them into tokens would take long
 
 WAITING = 128           # answers that wait for a row; then 429
 
 CONNECTIONS = 256       # open at once; each has a thread
-
-SECONDS = 120           # for one answer, waiting included
-
-IDLE = 20               # seconds in which the next request must have arrived as a whole
 
 TELL = 0.001            # seconds for each running answer, between two times that all clients get their tokens
 
@@ -63,19 +65,10 @@ GRACE = 10              # seconds for what is being answered when the server is 
 
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP")  # not all that Pillow opens: EPS, for one, starts another program
 
-DECODING = threading.Semaphore(2)  # pictures unpacked at once: each may take 3 bytes a pixel
+# Pictures unpacked at once: each may take 3 bytes a pixel. A large one takes both places.
+DECODING, ALONE = threading.Semaphore(2), threading.Lock()
 
 PAGE = Path(__file__).parents[1] / "assets" / "page.html"
-
-
-class Refused(ValueError):
-    "An answer in the form of OpenAI's errors. param: the field at fault; code: what programs tell errors apart by."
-
-    def __init__(self, status: int, message: str, param: str | None = None, code: str | None = None):
-        super().__init__(message)
-        kinds = {401: "authentication_error", 429: "rate_limit_error", 500: "server_error", 503: "server_error"}
-        self.status, self.body = status, {"error": {
-            "message": message, "type": kinds.get(status, "invalid_request_error"), "param": param, "code": code}}
 
 
 class Server(socketserver.ThreadingTCPServer):
@@ -95,12 +88,14 @@ class Server(socketserver.ThreadingTCPServer):
         self.stop = set(tokenizer.stop_ids)
         self.inbox = queue.SimpleQueue()  # functions, for the engine's thread
         self.lock, self.open, self.ending = threading.Lock(), {}, False  # open: {request: its news}, unanswered ones
-        self.connections = set()
-        self.address_family = socket.AF_INET6 if ":" in flags.host else socket.AF_INET
-        try:
-            super().__init__((flags.host, flags.port), Handler)
-        except (OSError, OverflowError) as error:
-            raise ValueError(f"--host={flags.host} --port={flags.port}: {error}; choose another") from None
+        self.told = set()  # unknown fields that the log has named
+        self.cut = False   # the server ends, and waits no longer
+        self.origins = {origin.strip().rstrip("/") for origin in flags.allow_origins.split(",") if origin.strip()}
+        # Those that were one too many, and when the log last said so. They stay open for a while: to close at once
+        # what has not been read would take back the answer.
+        self.connections, self.refused, self.noted = set(), collections.deque(maxlen=64), 0.0
+        self.address_family = family(flags.host)
+        super().__init__((flags.host, flags.port), Handler)
         self.server_port = self.server_address[1]
         threading.Thread(target=self.generate, daemon=True).start()
 
@@ -108,11 +103,24 @@ class Server(socketserver.ThreadingTCPServer):
 
     def verify_request(self, request, client_address) -> bool:
         self.connections.add(request)
-        return len(self.connections) <= CONNECTIONS
+        if len(self.connections) <= CONNECTIONS:
+            return True
+        if time.monotonic() - self.noted > 1:  # a flood must not fill the log
+            self.noted = time.monotonic()
+            say(f"more than {CONNECTIONS} connections: 503 for the next ones")
+        body = json.dumps(Refused(503, f"{CONNECTIONS} connections are open; ask again in a few seconds").body).encode()
+        with contextlib.suppress(OSError):
+            request.setblocking(False)
+            request.send(b"HTTP/1.1 503 Service Unavailable\r\nContent-Type: application/json\r\nRetry-After: 5\r\n"
+                         b"Connection: close\r\nContent-Length: %d\r\n\r\n%s" % (len(body), body))
+            request.shutdown(socket.SHUT_WR)
+        self.refused.append(request)
+        return False
 
     def shutdown_request(self, request) -> None:
         self.connections.discard(request)
-        super().shutdown_request(request)
+        if request not in self.refused:
+            super().shutdown_request(request)
 
     def handle_error(self, request, client_address) -> None:
         if not isinstance(sys.exc_info()[1], OSError):  # those are connections that broke
@@ -140,6 +148,17 @@ class Server(socketserver.ThreadingTCPServer):
                 for request in requests:
                     request.finish = request.finish or "cancelled"
                     del self.open[request]
+
+    @contextlib.contextmanager
+    def paused(self):
+        "The block may use the model: the engine's thread comes to the barrier between two tokens, and stands still."
+        still = threading.Barrier(2)
+        self.inbox.put(lambda: [still.wait(), still.wait()])
+        still.wait()
+        try:
+            yield
+        finally:
+            still.wait()
 
     def generate(self) -> None:
         "The engine's thread: what is in the inbox, then one token more for everyone, and so on."
@@ -171,45 +190,6 @@ class Server(socketserver.ThreadingTCPServer):
                     news.set()
 
 
-# The fields that a request may have: {"messages": [{"role": "user", "content": "Hello"}], "max_tokens": 9, ...}
-# Numbers have a kind and a range, others a type. top_k and repetition_penalty are not OpenAI's but vLLM's.
-NUMBERS = {"temperature": (float, 0, 2), "top_p": (float, 1e-6, 1), "top_k": (int, 0, 10 ** 6),
-           "repetition_penalty": (float, 0.1, 10), "seed": (int, -2 ** 63, 2 ** 63 - 1), "n": (int, 1, CHOICES),
-           "max_tokens": (int, 1, CONTEXT), "max_completion_tokens": (int, 1, CONTEXT)}
-
-OTHERS = {"messages": list, "model": str, "stop": (str, list), "stream": bool, "stream_options": dict}
-
-# What would change the answer and is not built in is refused, never ignored. With these values it changes nothing.
-NEUTRAL = {"frequency_penalty": 0, "presence_penalty": 0, "logit_bias": {}, "logprobs": False, "tools": [],
-           "response_format": {"type": "text"}, "modalities": ["text"]}
-
-IGNORED = {"user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key"}  # for statistics only
-
-
-def read_fields(server: Server, body: dict) -> dict:
-    "The JSON body of a request -> its fields that are not null, checked."
-    fields = {name: value for name, value in body.items() if value is not None}
-    for name, value in fields.items():
-        if name in NUMBERS:
-            kind, least, most = NUMBERS[name]
-            if type(value) not in (int, kind) or not least <= value <= most:  # type: True is an instance of int
-                kind = "an integer" if kind is int else "a number"
-                raise Refused(400, f"{name} must be {kind} from {least} to {most}", name)
-        elif name in OTHERS:
-            if not isinstance(value, OTHERS[name]):
-                raise Refused(400, f"{name} is of the wrong type: {type(value).__name__}", name)
-        elif name not in IGNORED and (name not in NEUTRAL or value != NEUTRAL[name]):
-            raise Refused(400, f"{name[:50]} is not supported by this server", name[:50], "unsupported_parameter")
-    if fields.get("model", server.name) != server.name:
-        raise Refused(404, f"the model {fields['model'][:50]!r} is not here; this is {server.name}", "model",
-                      "model_not_found")
-    stops = fields.get("stop", [])
-    fields["stop"] = stops = [stops] if isinstance(stops, str) and stops else list(stops)
-    if len(stops) > 4 or not all(type(stop) is str and 0 < len(stop) <= 100 for stop in stops):
-        raise Refused(400, "stop must be a text or up to 4 texts, of at most 100 letters", "stop")
-    return fields
-
-
 def read_picture(url: str) -> Image.Image:
     "A data URI -> an RGB picture."
     head, _, content = url.partition(",")
@@ -218,16 +198,23 @@ def read_picture(url: str) -> Image.Image:
         raise ValueError("send the picture itself, as data:image/png;base64,...; other addresses are not opened")
     try:
         image = Image.open(io.BytesIO(base64.b64decode(content, validate=True)), formats=FORMATS)
+        if image.width * image.height > PIXELS:
+            raise ValueError(f"{image.width} x {image.height} pixels is over the limit of {PIXELS:,}")
+        if image.width * image.height > LARGE:
+            with ALONE, DECODING, DECODING:
+                half = image.width // 2, image.height // 2
+                image.draft(None, half)  # a JPEG is never larger than this in memory; others are, but not as RGB
+                return load_image(image if image.width < 2 * half[0] else image.resize(half, Image.Resampling.BOX),
+                                  "the picture")
     except Exception as error:  # noqa: BLE001 see load_image
         raise ValueError(f"not a readable picture ({' '.join(str(error).split())[:100]})") from None
-    if image.width * image.height > PIXELS:
-        raise ValueError(f"{image.width} x {image.height} pixels is over the limit of {PIXELS:,}")
     with DECODING:
         return load_image(image, "the picture")
 
 
 def read_message(message, images: list) -> dict:
     "One of OpenAI's messages -> one of ours. Its pictures are added to `images`."
+    check_message(message)
     match message:
         case {"role": "system" | "developer" | "user" | "assistant" as role, "content": str() | list() as content}:
             texts, before = [], len(images)
@@ -262,90 +249,68 @@ def read_messages(server: Server, messages) -> tuple[list, list]:
     return out, [to_pixels(server.vlm, image, server.flags, alone=len(images) == 1) for image in images]
 
 
-def read_request(server: Server, fields: dict) -> list[Request]:
+def read_sampling(server: Server, fields: dict, length: int) -> dict:
+    "How to answer a prompt of this many tokens: as Request's fields. max_tokens is a limit, which room may lower."
+    given, room = options(server.vlm, server.flags), server.engine.width - length
+    if room < 1:
+        raise Refused(400, f"{length:,} tokens: there is room for {server.engine.width:,} with the answer; send less, "
+                      "or start over", "messages" if "messages" in fields else "prompt", "context_length_exceeded")
+    most = fields.get("max_completion_tokens", fields.get("max_tokens", given["max_new_tokens"]))
+    given |= {name: fields[name] for name in SAMPLING if name in fields}
+    return given | {"max_new_tokens": min(most, room), "stop": server.stop}
+
+
+def read_request(server: Server, fields: dict, rivals: int) -> list[Request]:
     "-> one Request for each of the n choices. Only their seeds differ; the engine prefills their prompt once."
     messages, pixels = read_messages(server, fields.get("messages"))
-    prompt, width = render(server.vlm, server.tokenizer, messages, pixels), server.engine.width
-    given = options(server.vlm, server.flags)
-    most = fields.get("max_completion_tokens", fields.get("max_tokens"))
-    if len(prompt.ids) + (most or 1) > width:
-        raise Refused(400, f"{len(prompt.ids):,} tokens and an answer of up to {most or 1:,}: there is room for "
-                      f"{width:,}; send less, or start over", "messages", "context_length_exceeded")
-    given["max_new_tokens"] = most or min(given["max_new_tokens"], width - len(prompt.ids))
-    given |= {name: fields[name] for name in SAMPLING if name in fields}
-    seed = fields.get("seed", secrets.randbits(31))
-    return [Request(prompt, pixels, stop=server.stop, seed=seed + i, **given) for i in range(fields.get("n", 1))]
+    prompt = render(server.vlm, server.tokenizer, messages, pixels)
+    given, seed = read_sampling(server, fields, len(prompt.ids)), fields.get("seed", secrets.randbits(31))
+    return [Request(prompt, pixels, seed=seed + i, rivals=rivals, **given) for i in range(fields.get("n", 1))]
 
 
-class Incoming(socket.SocketIO):
-    "What a connection receives. All bytes of a request share one deadline: a slow sender must not hold its thread."
-    deadline = 0.0
+def read_prompts(server: Server, fields: dict, rivals: int) -> list[Request]:
+    "Of /v1/completions: a text, its ids, or a list of either, to be continued -> n Requests for each."
+    prompts, tokenizer = fields.get("prompt", ""), server.tokenizer
+    if isinstance(prompts, str) or prompts and all(type(token) is int for token in prompts):
+        prompts = [prompts]
+    if not 1 <= len(prompts) <= PROMPTS or sum(len(p) if isinstance(p, (str, list)) else 0 for p in prompts) > LETTERS:
+        raise Refused(400, f"prompt must be 1 to {PROMPTS} texts, of {LETTERS:,} letters in all", "prompt")
+    out, seed = [], fields.get("seed", secrets.randbits(31))
+    for prompt in prompts:
+        ids = tokenizer.encode(prompt) if isinstance(prompt, str) else prompt
+        if not isinstance(ids, list) or not all(type(i) is int and 0 <= i < tokenizer.vocab_size for i in ids):
+            raise Refused(400, f"prompt must be texts, or lists of ids from 0 to {tokenizer.vocab_size - 1}", "prompt")
+        # A document follows the end of another one: so a text that is empty begins.
+        ids = ids or [tokenizer.endoftext]
+        given = read_sampling(server, fields, len(ids))
+        prompt = Rendered(ids, [], [])
+        out += [Request(prompt, seed=seed + i, rivals=rivals, **given) for i in range(fields.get("n", 1))]
+    return out
 
-    def readinto(self, buffer) -> int:
-        self._sock.settimeout(max(0.001, self.deadline - time.monotonic()))
-        return super().readinto(buffer)
 
-
-class Handler(http.server.BaseHTTPRequestHandler):
-    "One connection: requests and answers, one after the other. http.server reads their first lines and headers."
-    # default_request_version: 0.9 knows no headers, and a malformed first line would be answered without any.
-    protocol_version = default_request_version = "HTTP/1.1"
-    server_version, sys_version, disable_nagle_algorithm = "GhostVis", "", True
-    events = False  # whether the head of a stream of events has been sent
-
-    def setup(self) -> None:
-        super().setup()
-        self.rfile = io.BufferedReader(Incoming(self.connection, "r"))
-
-    def handle_one_request(self) -> None:
-        self.rfile.raw.deadline = time.monotonic() + IDLE
-        super().handle_one_request()
-
-    def log_message(self, format: str, *args) -> None:
-        # Escaped: what a client sends must not forge lines or move the cursor of the terminal.
-        say(f"{self.client_address[0]} {(format % args)[:200].encode('unicode_escape').decode()}")
-
-    def send(self, content, kind: str = "application/json", status: int = 200, **headers) -> None:
-        "content: bytes, or what is sent as JSON; None: it follows as a stream of events."
-        self.connection.settimeout(IDLE)  # Incoming has set another
-        self.send_response(status)
-        body = content if isinstance(content, bytes) else json.dumps(content).encode()
-        headers |= {"Content-Type": kind, "Cache-Control": "no-store", "X-Content-Type-Options": "nosniff",
-                    "Referrer-Policy": "no-referrer", "Cross-Origin-Resource-Policy": "same-origin"}
-        headers |= {"Content-Length": len(body)} if content is not None else {}
-        headers |= {"Connection": "close"} if self.close_connection else {}
-        for name, value in headers.items():
-            self.send_header(name, str(value))
-        self.end_headers()
-        if content is not None and self.command != "HEAD":
-            self.wfile.write(body)
-
-    def send_event(self, value) -> None:
-        "Server-sent events: lines such as data: {...}, each followed by an empty one."
-        self.wfile.write(b"data: " + json.dumps(value).encode() + b"\n\n")
-
-    def refuse(self, error: Refused) -> None:
-        self.close_connection = True  # what is left of a body would be taken for the next request
-        if self.events:  # too late for a status; clients read this too
-            return self.send_event(error.body)
-        self.send(error.body, status=error.status, **{"Retry-After": 5} if error.status in (429, 503) else {})
-
-    def send_error(self, code, message=None, explain=None) -> None:
-        "What http.server itself finds wrong: a request line, a header, a method."
-        self.refuse(Refused(405 if code == 501 else min(code, 499), str(message or code)[:200]))
+class Handler(Connection):
+    "One connection: what is asked, and the answers."
 
     def route(self) -> None:
-        path, command = self.path.split("?")[0], self.command.replace("HEAD", "GET")
+        path, command = self.path.split("?")[0].rstrip("/") or "/", self.command.replace("HEAD", "GET")
+        self.events, self.reason = False, ""
         method, answer = {
             "/": ("GET", self.get_page), "/health": ("GET", self.get_health), "/draw": ("GET", self.get_scene),
             "/v1/models": ("GET", self.get_models), "/v1/chat/completions": ("POST", self.complete),
+            "/v1/completions": ("POST", lambda: self.complete(chat=False)), "/latents": ("POST", self.get_latents),
             "/look": ("POST", self.look)}.get(path, ("", None))
+        if path.startswith("/v1/models/"):
+            method, answer = "GET", lambda: self.get_model(urllib.parse.unquote(path.removeprefix("/v1/models/")))
         try:
             self.guard(path)
+            if command != "POST" and (self.headers.get("Content-Length", "0") != "0" or
+                                      "Transfer-Encoding" in self.headers):
+                raise Refused(400, f"a {command} has no body")
+            if command == "OPTIONS" and self.named_origin() is not None:
+                return self.send_permission()
             if command != method:
-                raise Refused(405 if method else 404, f"there is no {command} {path[:100]} here")
-            if command == "GET" and self.headers.get("Content-Length", "0") != "0":
-                raise Refused(400, "a GET has no body")
+                allow = {"Allow": method.replace("GET", "GET, HEAD")} if method else {}
+                raise Refused(405 if method else 404, f"there is no {command} {path[:100]} here", **allow)
             answer()
         except ValueError as error:  # any other: a conversation that cannot be rendered, a body that is no JSON, ...
             self.refuse(error if isinstance(error, Refused) else Refused(400, str(error)[:500]))
@@ -355,44 +320,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
             traceback.print_exc()
             self.refuse(Refused(500, "an error inside the server; its log says more"))
 
-    do_GET = do_HEAD = do_POST = route
-
-    def guard(self, path: str) -> None:
-        "A page elsewhere must not reach a local server through its visitor's browser."
-        host = self.headers.get("Host", "")
-        name = re.sub(r":\d+$", "", host).strip("[]").lower()
-        try:  # An attacker's name may point here (DNS rebinding); a bare address cannot be of that kind.
-            ipaddress.ip_address(name)
-        except ValueError:
-            if name not in ("localhost", self.server.flags.host.lower(), socket.gethostname().lower()):
-                raise Refused(403, "the Host header names another machine") from None
-        if self.headers.get("Origin") not in (None, f"http://{host}", f"https://{host}"):
-            raise Refused(403, "requests of pages from elsewhere are not answered")
-        if "Transfer-Encoding" in self.headers:
-            raise Refused(411, "send the body as one piece, with its Content-Length")
-        key = self.server.flags.api_key
-        sent = self.headers.get("Authorization", "").removeprefix("Bearer ").encode("latin-1")  # as it came
-        # compare_digest takes equally long for all wrong keys: the time does not tell how much of one is right.
-        if key and path not in ("/", "/health") and not secrets.compare_digest(sent, key.encode()):
-            raise Refused(401, "the API key is missing or wrong", code="invalid_api_key")
-
-    def read_json(self) -> dict:
-        "The body, checked before and while it is read: its length is what the client says, and may be a lie."
-        length = ", ".join(self.headers.get_all("Content-Length", []))
-        if not re.fullmatch(r"[0-9]{1,12}", length):
-            raise Refused(411, "one Content-Length is needed")
-        if int(length) > BODY:
-            raise Refused(413, f"a body of {length} bytes is over the limit of {BODY:,}")
-        # The other types are those that a form of a page elsewhere could send without being asked.
-        if self.headers.get_content_type() != "application/json":
-            raise Refused(415, "Content-Type must be application/json")
-        raw = self.rfile.read(int(length))
-        if len(raw) < int(length):
-            raise ConnectionError("hung up")
-        body = parse_json(raw, "the body")
-        if not isinstance(body, dict):
-            raise Refused(400, "the body must be a JSON object")
-        return body
+    do_GET = do_HEAD = do_POST = do_PUT = do_PATCH = do_DELETE = do_OPTIONS = route
 
     def get_page(self) -> None:
         # Only what is in the page itself runs: its script and its style know the word that is made up for this answer.
@@ -407,55 +335,76 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.send({"status": "ending" if self.server.ending else "ok", "running": running,
                    "waiting": max(0, len(self.server.open) - running)})
 
+    def card(self) -> dict:
+        "What the API tells of the model, and what the page needs to introduce it."
+        server = self.server
+        return {"id": server.name, "object": "model", "created": int(server.vlm.config.run.get("saved", 0)),
+                "owned_by": "ghostvis", "context": server.engine.width, "sees": server.vlm.vit is not None,
+                "most_pictures": PICTURES, "most_pixels": PIXELS, "defaults": options(server.vlm, server.flags),
+                "parameters": sum(p.numel() for p in server.vlm.parameters()), **about(server.vlm)}
+
     def get_models(self) -> None:
-        vlm, flags = self.server.vlm, self.server.flags
-        self.send({"object": "list", "data": [{
-            "id": self.server.name, "object": "model", "created": 0, "owned_by": "ghostvis",
-            "context": self.server.engine.width, "sees": vlm.vit is not None, "most_pictures": PICTURES,
-            "world": vlm.config.preset in FROM_SCRATCH,
-            "parameters": sum(p.numel() for p in vlm.parameters()), "defaults": options(vlm, flags)}]})
+        self.send({"object": "list", "data": [self.card()]})
+
+    def get_model(self, name: str) -> None:
+        if name != self.server.name:
+            raise Refused(404, f"the model {name[:50]!r} is not here; this is {self.server.name}", "model",
+                          "model_not_found")
+        self.send(self.card())
 
     def get_scene(self) -> None:
-        file = io.BytesIO()
-        draw_scene().save(file, "PNG")
-        self.send(file.getvalue(), "image/png")
+        file, scene = io.BytesIO(), new_scene()
+        scene.draw(320).save(file, "PNG")
+        self.send(file.getvalue(), "image/png", **{"X-Questions": json.dumps(scene_questions(scene))})
 
-    def complete(self) -> None:
-        "The chat completions of OpenAI's API, as one JSON object or as a stream of events."
-        fields = read_fields(self.server, self.read_json())
-        requests, streamed = read_request(self.server, fields), fields.get("stream", False)
-        head = {"id": "chatcmpl-" + secrets.token_hex(12), "created": int(time.time()), "model": self.server.name,
-                "object": "chat.completion" + ".chunk" * streamed}
-        said, why = [""] * len(requests), [""] * len(requests)  # of each choice: its text, and why it has ended
-
-        def send_chunk(i: int, delta: dict, finish: str | None = None) -> None:
-            self.send_event({**head, "choices": [{"index": i, "delta": delta, "finish_reason": finish}]})
-
-        with self.server.answering(requests) as news:
+    def complete(self, chat: bool = True) -> None:
+        "OpenAI's chat completions, or completions of text, as one JSON object or as a stream of events."
+        server = self.server
+        fields = read_fields(server.name, self.read_json(), chat, server.told)
+        rivals, streamed = count_rivals(fields, chat), fields.get("stream", False)
+        requests = (read_request if chat else read_prompts)(server, fields, rivals)
+        answers = [Answer(server.tokenizer, request, i, chat) for i, request in enumerate(requests)]
+        if fields.get("echo"):
+            self.echo(answers)
+        head = {"id": ("chatcmpl-" if chat else "cmpl-") + secrets.token_hex(12), "created": int(time.time()),
+                "model": server.name, "object": "chat.completion" + ".chunk" * streamed if chat else "text_completion"}
+        with server.answering(requests) as news:
             if streamed:
-                self.events = self.close_connection = True  # the end of the connection is the end of the body
                 self.send(None, "text/event-stream")
-                for i in range(len(requests)):
-                    send_chunk(i, {"role": "assistant", "content": ""})
-            for i, new, why[i] in self.words(requests, fields["stop"], news):
-                said[i] += new
-                if streamed and (new or why[i]):
-                    send_chunk(i, {"content": new} if new else {}, why[i] or None)
-        prompt, answer = len(requests[0].prompt.ids), sum(len(request.answer) for request in requests)
+                self.events = True
+                for answer in answers:
+                    self.send_event({**head, "choices": [answer.first()]})
+            for i, new, tokens, why in self.words(requests, fields["stop"], news):
+                answers[i].add(new, tokens, why)
+                if streamed and (new or why):
+                    self.send_event({**head, "choices": [answers[i].tell()]})
+        prompts = {id(request.prompt): len(request.prompt.ids) for request in requests}
+        prompt, answer = sum(prompts.values()), sum(len(request.answer) for request in requests)
         usage = {"prompt_tokens": prompt, "completion_tokens": answer, "total_tokens": prompt + answer,
                  "prompt_tokens_details": {"cached_tokens": requests[0].reused}}
-        if streamed:
-            if fields.get("stream_options", {}).get("include_usage"):
-                self.send_event({**head, "choices": [], "usage": usage})
-            self.wfile.write(b"data: [DONE]\n\n")
-            return
-        self.send({**head, "usage": usage, "choices": [
-            {"index": i, "finish_reason": why[i], "logprobs": None,
-             "message": {"role": "assistant", "content": text, "refusal": None}} for i, text in enumerate(said)]})
+        if not streamed:
+            return self.send({**head, "usage": usage, "choices": [answer.tell(whole=True) for answer in answers]})
+        if fields.get("stream_options", {}).get("include_usage"):
+            self.send_event({**head, "choices": [], "usage": usage})
+        self.send_piece(b"data: [DONE]\n\n")
+        self.send_piece(b"")
+
+    def echo(self, answers: list[Answer]) -> None:
+        "Each prompt before its answer; its probabilities, where they are asked for, take one more pass."
+        server, known = self.server, {}
+        for answer in answers:
+            request, scores = answer.request, []
+            if request.rivals >= 0:
+                if id(request.prompt) not in known:
+                    with server.paused():
+                        known[id(request.prompt)] = score_prompt(
+                            server.vlm, request.prompt.ids, request.rivals, server.tokenizer.vocab_size)
+                scores = known[id(request.prompt)]
+            answer.echo(scores)
 
     def words(self, requests: list[Request], stops: list[str], news: threading.Event):
-        "-> (which choice, its new text, why it has ended or an empty string), as tokens arrive."
-        until, texts = time.monotonic() + SECONDS, {i: Text(self.server.tokenizer, stops) for i in range(len(requests))}
+        "-> (which choice, its new text, its tokens so far, why it has ended or an empty string), as tokens arrive."
+        server, texts = self.server, {i: Text(self.server.tokenizer, stops) for i in range(len(requests))}
         while texts:
             news.wait(0.2)
             news.clear()  # before the tokens are read: what comes later sets it again
@@ -463,15 +412,18 @@ class Handler(http.server.BaseHTTPRequestHandler):
                 raise ConnectionError("hung up")
             for i, text in list(texts.items()):
                 # The end is read before the tokens: the engine writes it behind the last of them.
-                request, finish = requests[i], requests[i].finish or "length" * (time.monotonic() > until)
+                request, finish = requests[i], requests[i].finish
                 if finish == "error":
                     raise Refused(500, "an error inside the server; its log says more")
+                # As long as somebody waits, an answer has all the time it takes. Half of one is never sent as whole.
+                if not finish and (server.cut or server.ending and not request.answer):
+                    raise Refused(503, "the server is about to end, before this answer did; ask again later")
                 new = text.add(request.answer[text.tokens:], last=bool(finish))
                 finish = "stop" if text.ended else finish
                 if finish:
                     request.finish = request.finish or "cancelled"  # its row is free while the other choices go on
                     del texts[i]
-                yield i, new, finish
+                yield i, new, text.tokens, finish
 
     def gone(self) -> bool:
         "Whether the client has hung up."
@@ -489,16 +441,37 @@ class Handler(http.server.BaseHTTPRequestHandler):
         answer = server.tokenizer.encode(messages[-1]["content"][0]["text"])
         if not 0 < len(answer) <= server.engine.width - len(prompt.ids):
             raise Refused(400, "an empty answer, or one that is too long", "messages")
-        # The engine's thread comes to the barrier between two tokens, and stands still until this one is there again.
-        still = threading.Barrier(2)
-        server.inbox.put(lambda: [still.wait(), still.wait()])
-        still.wait()
-        try:
+        with server.paused():
             maps = where_it_looked(server.vlm, prompt, pixels, answer)
-        finally:
-            still.wait()
         self.send({"words": [{"text": word, "maps": [(m * 255).int().tolist() for m in shares]}
                              for word, shares in words_of(server.tokenizer, answer, maps)]})
+
+    def get_latents(self) -> None:
+        "The page's question what each image token takes from a picture."
+        server, url = self.server, self.read_json().get("image")
+        if not isinstance(url, str) or not server.vlm.vit or server.vlm.config.bridge.num_tokens > LATENTS:
+            raise Refused(400, f"image must be a data URI, and the model have at most {LATENTS} image tokens", "image")
+        pixels = to_pixels(server.vlm, read_picture(url), server.flags, alone=False)
+        with server.paused():
+            maps = latent_maps(server.vlm, pixels)
+        self.send({"latents": (maps * 255).int().tolist()})
+
+
+def check_port(flags) -> None:
+    "Before the model is loaded, which may take minutes: is the address free, and allowed?"
+    if wrong := [origin for origin in flags.allow_origins.split(",") if not re.fullmatch(
+            r"(https?://[^/\s*,]+/?)?", origin.strip())]:
+        raise ValueError(f"--allow_origins={wrong[0]}: name pages as http://localhost:3000, separated by commas")
+    try:
+        with socket.socket(family(flags.host)) as trial:
+            trial.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            trial.bind((flags.host, flags.port))
+    except (OSError, OverflowError) as error:
+        raise ValueError(f"--host={flags.host} --port={flags.port}: {error}; choose another") from None
+
+
+def family(host: str) -> socket.AddressFamily:
+    return socket.AF_INET6 if ":" in host else socket.AF_INET
 
 
 def serve(vlm: VLM, tokenizer: Tokenizer, flags) -> None:
@@ -507,8 +480,9 @@ def serve(vlm: VLM, tokenizer: Tokenizer, flags) -> None:
     if not local and not flags.api_key:
         say(f"warning: --host={flags.host} can be reached from other machines, and there is no --api_key")
     server, end = Server(vlm, tokenizer, flags), threading.Event()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda *_: end.set())
+    for number in (signal.SIGTERM, signal.SIGINT, getattr(signal, "SIGHUP", signal.SIGTERM)):
+        if signal.getsignal(number) != signal.SIG_IGN:  # nohup: the end of the terminal is to be ignored
+            signal.signal(number, lambda *_: end.set())
     threading.Thread(target=server.serve_forever, daemon=True).start()
     host = f"[{flags.host}]" if ":" in flags.host else flags.host
     say(f"http://{host}:{server.server_port}/ is a page; the API is under /v1 (model {server.name}); Ctrl-C ends")
@@ -519,5 +493,6 @@ def serve(vlm: VLM, tokenizer: Tokenizer, flags) -> None:
     until = time.monotonic() + GRACE
     while server.open and time.monotonic() < until:
         time.sleep(0.05)
-    time.sleep(0.2)  # the last words are on their way
+    server.cut = True
+    time.sleep(0.5)  # the last words are on their way
     say("ended")

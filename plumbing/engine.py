@@ -35,8 +35,10 @@ class Request:
     top_p: float = 1.0
     repetition_penalty: float = 1.0
     seed: int = 0
+    rivals: int = -1                 # likeliest tokens to tell beside each one of the answer; -1: no probabilities
     answer: list[int] = field(default_factory=list)  # ids, the stop token too
     finish: str = ""                 # "stop" or "length"; whoever writes "cancelled" here frees the row
+    scores: list[tuple] = field(default_factory=list)  # of each token: its log-probability, [(id, that of a rival)]
     reused: int = 0                  # tokens of the prompt whose keys and values were still there
 
     def __post_init__(self):
@@ -113,11 +115,14 @@ class Engine:
         def decode():
             compute = partial(self.vlm.decode, self.kv, S)
             self.logits[:B] = run_graph(self.graphs, ("decode", S), compute, token, columns)
+        scores = self.score(token)
         ids, copied = token.to("cpu", non_blocking=True), self.gpu and torch.cuda.current_stream().record_event()
         if self.gpu and any(len(r.answer) + 1 < r.max_new_tokens for r in self.running.values()):
             decode()  # launched before the CPU waits for this step's tokens
         if self.gpu:
             copied.synchronize()
+        for request, own, values, others in scores:  # before the tokens: who reads a token finds its score
+            request.scores.append((own.item(), list(zip(others.tolist(), values.tolist()))[:request.rivals]))
         ended = [request for (row, request), id_ in zip(list(self.running.items()), ids[list(self.running)].tolist())
                  if self.extend(row, request, id_)]
         if self.running and not self.gpu:
@@ -153,6 +158,18 @@ class Engine:
         if any(penalty != 1.0 for *_, penalty in groups):
             self.present[:B].scatter_(1, token[:, None], True)
         return token
+
+    def score(self, token: torch.Tensor) -> list[tuple]:
+        "For each request that asks: (it, the log-probability of its token [], those of the likeliest [5], their ids [5])."
+        asked = {row: request for row, request in self.running.items() if request.rivals >= 0}
+        if not asked:
+            return []
+        rows = self.upload(list(asked))
+        # The model's own: before temperature, penalty and filters.
+        logs = self.logits[rows, :self.vocab_used].float().log_softmax(-1)                             # [asked, V]
+        values, others = logs.topk(max(1, *(request.rivals for request in asked.values())))
+        told = [t.to("cpu", non_blocking=True) for t in (logs.gather(1, token[rows, None])[:, 0], values, others)]
+        return list(zip(asked.values(), *told))
 
     def pick_row(self, request: Request) -> tuple[int, int]:
         "-> (a free row, how many of its columns already hold this request's first tokens)."

@@ -17,6 +17,7 @@ import random
 import re
 import runpy
 import signal
+import socket
 import struct
 import subprocess
 import sys
@@ -30,10 +31,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import requests
 import torch
 from PIL import Image
 
 import data
+import extras.server
 import plumbing.checkpoints
 import plumbing.engine
 import plumbing.flags
@@ -42,6 +45,7 @@ import plumbing.ranks
 import plumbing.records
 import plumbing.weights
 import plumbing.world
+import sample
 import train_base
 from model import GPT, VLM, GPTConfig, VLMConfig
 from tokenizer import Rendered, Tokenizer
@@ -823,3 +827,46 @@ def uri(image, kind: str = "png") -> str:
 def user(text: str, *images) -> dict:
     return {"role": "user", "content": [{"type": "text", "text": text}, *(
         {"type": "image_url", "image_url": {"url": uri(image)}} for image in images)]}
+
+
+class Served:
+    "A server in this process, over real sockets."
+
+    def __init__(self, trained: Path, *flags):
+        flags = ["--serve", f"--out_dir={trained}", "--port=0", "--device=cpu", *flags]
+        flags = plumbing.flags.parse_flags("", sample.FLAGS, argv=flags)
+        with contextlib.redirect_stderr(io.StringIO()):
+            self.server = extras.server.Server(*sample.load(flags), flags)
+        self.address, self.url = ("127.0.0.1", self.server.server_port), f"http://127.0.0.1:{self.server.server_port}"
+        threading.Thread(target=self.server.serve_forever, args=(0.01, ), daemon=True).start()
+
+    def post(self, body: dict, path: str = "/v1/chat/completions", **headers) -> requests.Response:
+        return requests.post(self.url + path, json=body, headers=headers, timeout=30)
+
+    def says(self, messages: list, **more) -> str:
+        answer = self.post({"messages": messages, "max_tokens": 5, **more})
+        assert answer.status_code == 200, answer.text
+        return answer.json()["choices"][0]["message"]["content"]
+
+    def raw(self, *pieces: bytes, half: bool = False) -> bytes:
+        "Bytes on a socket -> all bytes that come back until the server closes it."
+        with socket.create_connection(self.address, timeout=10) as s:
+            s.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            with contextlib.suppress(OSError):
+                for piece in pieces:
+                    s.sendall(piece)
+                if half:
+                    s.shutdown(socket.SHUT_WR)
+            out = b""
+            with contextlib.suppress(ConnectionError):
+                while piece := s.recv(65536):
+                    out += piece
+            return out
+
+
+@pytest.fixture(scope="session")
+def served(trained):
+    there = Served(trained[0], "--max_requests=4")
+    yield there
+    there.server.shutdown()
+    there.server.server_close()
