@@ -293,14 +293,14 @@ class Rendered(NamedTuple):
     slots: list[int]  # per image, in order: where its run of image tokens starts in ids
 
 
-def _read_message(i: int, message: dict) -> tuple[str, list[str]]:
-    """Message number i -> its role and the texts around its images: "<image>What?" -> ("user", ["", "What?"])"""
+def _read_message(i: int, message: dict) -> tuple[str, list[str], bool]:
+    """Message number i -> role, texts around its images, learned?: "<image>What?" -> ("user", ["", "What?"], False)"""
     role = message.get("role") if isinstance(message, dict) else None
     if role not in ROLES:
         raise ValueError(f"message {i}: role {role!r} is unknown; use one of {', '.join(ROLES)}")
-    content = message.get("content")
+    content, learned = message.get("content"), role == "assistant" and message.get("weight") != 0
     if isinstance(content, str):
-        return role, content.split(IMAGE)  # n images are between n + 1 texts, which may be empty
+        return role, content.split(IMAGE), learned  # n images are between n + 1 texts, which may be empty
     if not isinstance(content, list):
         raise ValueError(f"message {i}: content is {type(content).__name__}; it must be a string or a list of parts")
     texts = [""]
@@ -312,7 +312,7 @@ def _read_message(i: int, message: dict) -> tuple[str, list[str]]:
             texts.append("")  # an image ends one text and starts the next
         else:
             raise ValueError(f'message {i}: bad part {str(part)[:50]}; use {{"type": "text", "text": ...}} or "image"')
-    return role, texts
+    return role, texts, learned
 
 
 class Tokenizer:
@@ -444,8 +444,8 @@ class Tokenizer:
         if add_generation_prompt and turns[-1][0] == "assistant":
             raise ValueError(f"message {len(turns) - 1} is already the assistant's answer; drop it to ask for one")
         if self.default_system is not None and turns[0][0] != "system":
-            turns.insert(0, ("system", [self.default_system]))
-        images = sum(len(texts) - 1 for _, texts in turns)
+            turns.insert(0, ("system", [self.default_system], False))
+        images = sum(len(texts) - 1 for _, texts, _ in turns)
         # Some models use more image tokens for a large image, so each image may have its own number.
         counts = [image_tokens] * images if isinstance(image_tokens, int) else list(image_tokens)
         if len(counts) != images or any(n < 1 for n in counts):
@@ -464,16 +464,16 @@ class Tokenizer:
         # two become one token. But the model starts its answer after the header's token "\n". So an answer is
         # encoded separately from its header. In one string the two could share a token, which generation never does.
         header = self.encode("assistant\n")
-        for role, (first, *rest) in turns:
+        for role, (first, *rest), learned in turns:
             answer = role == "assistant"
             put([self.im_start] + header * answer)  # a list times False is []
-            put(self.encode(first if answer else role + "\n" + first), answer)
+            put(self.encode(first if answer else role + "\n" + first), learned)
             for text in rest:  # each of these follows an image
                 put(self.image_marks[0])  # image tokens are never supervised, not even inside an answer
                 slots.append(len(ids))
                 put([self.image_pad] * counts[len(slots) - 1] + self.image_marks[1])
-                put(self.encode(text), answer)
-            put([self.im_end], answer)  # supervised, or the model would not learn when to stop
+                put(self.encode(text), learned)
+            put([self.im_end], learned)  # supervised, or the model would not learn when to stop
             put(self.encode("\n"))  # not supervised: generation stops before it
         if add_generation_prompt:
             put([self.im_start] + header)
