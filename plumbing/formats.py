@@ -21,7 +21,7 @@ from string import ascii_uppercase
 import numpy as np
 from tqdm import tqdm
 
-from plumbing.files import BROKEN, attempt, cache, fingerprint, named_errors, new_file, parse_json, require, say
+from plumbing.files import BROKEN, attempt, cache, fingerprint, named_errors, new_file, parse_json, read_json, require, say
 from plumbing.pictures import LEADS_OUT, MEDIA, PICTURES, UNREAD, image_finder
 from plumbing.records import CLASS_PROMPT, QUESTIONS, TURNS, Records, hash_keys, instances_of, read_row
 from plumbing.scoring import benchmark_row
@@ -192,7 +192,7 @@ def read_tsv(path: str):
         choices = {letter: row[letter] for letter in ascii_uppercase if row.get(letter)}
         require(answer and (not choices or answer in choices), f"answer {answer!r} is empty or no option")
         asked = "\n".join(filter(None, (row.get("hint"), row["question"])))
-        several = {f"image_{i}": f"data:,{one}" for i, one in enumerate(listed(image[6:]), 1)} if image[6] == "[" else {}
+        several = {f"image_{i}": f"data:;base64,{one}" for i, one in enumerate(listed(image[6:]), 1)} if image[6] == "[" else {}
         return benchmark_row(row["index"], None if several else image, asked, answer, choices, metric) | several | {
             "kind": row.get("category", "")}
     for row in rows:

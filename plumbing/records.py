@@ -10,7 +10,7 @@ from functools import lru_cache
 import numpy as np
 
 from plumbing.files import attempt, require
-from plumbing.pictures import MEDIA, looks_like, picture_key, source_of
+from plumbing.pictures import MEDIA, PICTURES, UNREAD, looks_like, picture_key, source_of
 from plumbing.scoring import METRICS, letter_of, options_of, with_options
 
 # Whatever the file, one record per conversation:
@@ -30,8 +30,7 @@ CHOSEN = "correct_choice_idx", "answerkey", "correct_answer", "answer_idx", "ans
 ANSWERS = "answer", "answers", "output", "response", "completion", "solution", *CHOSEN
 CAPTIONS = "text", "caption", "captions", "sentences", "sentence", "comment", "description"
 KINDS = "label", "class", "class_name", "category"
-LINKS = "url", "source", "link", "meta", "metadata"  # where a text was found
-TEXTS = {*TURNS, *QUESTIONS, *ANSWERS, *CAPTIONS, *KINDS, *LINKS, "id", "input", "system", "history", "hint", "texts"}
+TEXTS = {*TURNS, *QUESTIONS, *ANSWERS, *CAPTIONS, *KINDS, "id", "input", "system", "history", "hint", "texts", "url"}
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -46,10 +45,10 @@ SAYS_PICTURE = lru_cache(4096)(re.compile(r"image|img|picture|photo|jpe?g|png|pi
 SAYS_MEDIA = lru_cache(4096)(re.compile(r"video|audio|speech|(^|_)sounds?(_|$)|mp[34]|(^|_)wav(_|$)").search)
 
 
-def media_in(row: dict) -> str:
+def media_in(row: dict, texts: set = TEXTS) -> str:
     "The column that holds a picture, video or sound of a row in which none was found yet; else empty."
     return next((key for key in row if row[key] and (SAYS_PICTURE(key) or SAYS_MEDIA(key))), "") or next(
-        (key for key in row if key not in TEXTS and looks_like(row[key])), "")
+        (key for key in row if key not in texts and looks_like(row[key], PICTURES + UNREAD + MEDIA)), "")
 
 
 def pictures_of(row: dict) -> tuple[list, list]:
@@ -61,8 +60,8 @@ def pictures_of(row: dict) -> tuple[list, list]:
                 (int(match[3] or -1), one) for one in (value if isinstance(value, list) else [value]))
     other = media_in(row) if not groups else next(
         (key for key in row if SAYS_MEDIA(key) and looks_like(row[key], MEDIA)), "")
-    require(not other, f"{[other]} " + ("is video or sound, which is not read; remove the record" if SAYS_MEDIA(other)
-            else "seems to name a picture; the key must be image, or images for a list"))
+    media = other and (SAYS_MEDIA(other) or looks_like(row[other], MEDIA))
+    require(not other, f"{[other]} " + ("is video or sound, which is not read; remove the record" if media else "seems to name a picture; the key must be image, or images for a list"))
     if not groups:
         return [], []
     best = min(groups, key=lambda group: (SURE.index(group[0]) if group in [(one, None) for one in SURE] else 3,
@@ -216,6 +215,8 @@ def read_row(row, where: str, number: int, find) -> dict:
 
 def make_record(row: dict, find) -> dict:
     """One row of a file -> a record that nothing later has to check again."""
+    require(not {"data", "annotations"} <= row.keys(), "a task of Label Studio; export it as JSON-MIN or CSV, and call the "
+            "columns image, question and answer")
     names, numbers = pictures_of(row)
     # Keys that scoring needs are kept; other keys of the file (licence, url) are dropped.
     extra = {key: row[key] for key in ("kind", "answer", "metric", "choices") if row.get(key) is not None}

@@ -19,7 +19,7 @@ from tqdm import tqdm
 from plumbing.files import cache, fingerprint, named_errors, new_file, require
 from plumbing.formats import BLOCK, JSON_SUFFIXES, read_json_rows
 from plumbing.recipes import locate
-from plumbing.records import Records, hash_keys, media_in
+from plumbing.records import TEXTS, Records, hash_keys, media_in
 
 END = "<|endoftext|>"  # between two documents of a text file
 
@@ -63,7 +63,7 @@ def read_text(path):
         with named_errors(path):
             for index, row in enumerate(rows):
                 if isinstance(row, dict):
-                    row = None if media_in(row) else row.get("text")
+                    row = None if media_in(row, TEXTS | {"source", "link", "meta", "metadata"}) else row.get("text")
                 require(isinstance(row, str), f"{path}, record {index}: " + (
                     str(row) if isinstance(row, ValueError) else "neither a string nor an object with a text"))
                 if row.strip():
