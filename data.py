@@ -40,11 +40,11 @@ import torch
 
 from plumbing.drawing import draw_records
 from plumbing.files import attempt, require, say
-from plumbing.formats import read_folder
+from plumbing.formats import holds_pictures
 from plumbing.hub import REPOSITORIES, fetch, find_repository
 from plumbing.pictures import PICTURES, open_source
 from plumbing.recipes import RECIPES, locate, read_records
-from plumbing.records import Records
+from plumbing.records import Records, images_in, text_of
 from plumbing.text import read_text
 from plumbing.workers import Documents, start_worker, threads
 from plumbing.world import QUESTIONS, Scene, World
@@ -74,7 +74,11 @@ class Shuffled:
 
     def __getitem__(self, i: int) -> dict:
         epoch, at = divmod(i, len(self.records))  # of 3 records, i = 7 is position 1 of epoch 2, both counted from 0
-        return self.records[self.order(epoch)[at]]
+        record = self.records[self.order(epoch)[at]]
+        if "captions" in record:  # of several captions of a picture one for each epoch
+            one = random.Random(f"{self.seed}/{epoch}/{at}").choice(record["captions"])
+            record = record | {"messages": [*record["messages"][:-1], {"role": "assistant", "content": one}]}
+        return record
 
 
 class Mixture:
@@ -102,10 +106,12 @@ class Mixture:
 def parse_mixture(text: str) -> list[tuple[str, float]]:
     """"a.json:2,b.json" -> [("a.json", 2.0), ("b.json", 1.0)]."""
     pairs = []
-    for part in text.split(","):
+    # A comma of a name: "a,b.json" in quotes, or a\,b.json
+    for part in re.split(r'(?<!\\),(?=(?:[^"]*"[^"]*")*[^"]*$)', text):
         name, colon, weight = part.strip().rpartition(":")
-        if not colon or re.search(r"[/\\&=]", weight):  # the colon of https://host/a.json?end=9:30Z&x, or of C:\a.json
+        if not colon or re.search(r'[/\\&="]', weight):  # the colon of https://host/a.json?end=9:30Z&x, or of C:\a.json
             name, weight = part.strip(), "1"
+        name = re.sub(r'^"(.*)"$', r"\1", name.strip()).replace("\\,", ",")
         # float() alone would accept "nan" and "inf", and every share would be nan.
         require(name.strip() and re.fullmatch(r"\d*\.?\d+", weight) and float(weight) > 0,
                 f"{text!r}: expected NAME or NAME:WEIGHT, joined by commas, weights above 0; found {name!r}:{weight!r}")
@@ -136,10 +142,11 @@ def split_by_image(records: Records, fraction: float | None = None, at_most: int
 def questions_of(record: dict) -> list[dict]:
     "A held-out conversation -> a question to score for each answer in it: what was said and shown before it."
     messages = record.get("messages", [])
-    turns = [i for i, turn in enumerate(messages) if turn["role"] == "assistant"]
-    if len(turns) < 2 or "metric" in record or "answer" in record:  # a benchmark says itself what is asked
+    turns = [i for i, turn in enumerate(messages) if turn["role"] == "assistant" and "weight" not in turn]
+    # a benchmark says itself what is asked
+    if not messages or turns == [len(messages) - 1] or "metric" in record or "answer" in record:
         return [record]
-    shown = list(itertools.accumulate(turn["content"].count("<image>") for turn in messages))
+    shown = list(itertools.accumulate(images_in(turn["content"]) for turn in messages))
     return [record | {"id": f"{record['id']} turn {i}", "messages": messages[:i + 1],
                       "images": record["images"][:shown[i]]} for i in turns]
 
@@ -150,9 +157,11 @@ def read_any(name: str, world: World, count: int):
         return [world[i] for i in range(count)]
     # Chapter 1's kind of data: the first row is a text, not a conversation, and no picture's caption. Where even that
     # row is an error, reading will say what is wrong with it.
-    pictures = os.path.isdir(name) and attempt(next, read_folder(name), None)  # beside them may lie a notes.txt
-    texts = name.endswith(".txt") or isinstance(pictures, ValueError) and any(Path(name).rglob("*.txt"))
-    if texts or not isinstance(pictures, tuple) and isinstance(attempt(next, read_text(name)), str):
+    name = os.path.expanduser(name)
+    folder = os.path.isdir(name)
+    texts = name.lower().endswith(".txt") or folder and any(Path(name).rglob("*.txt"))
+    # beside pictures may lie a notes.txt
+    if not (folder and holds_pictures(name)) and (texts or isinstance(attempt(next, read_text(name)), str)):
         return ({"id": f"{name} document {i}", "text": text, "images": []} for i, text in enumerate(read_text(name)))
     return read_records(name, 1.0)
 
@@ -166,7 +175,7 @@ def tokenizer_texts(spec: str, seed: int, characters: int = 30_000_000) -> list[
         for record in records.each() if isinstance(records, Records) else records:
             if isinstance(record, ValueError):  # the loader will name it
                 continue
-            texts += [record["text"]] if "text" in record else [m["content"] for m in record["messages"]]
+            texts += [record["text"]] if "text" in record else [text_of(m["content"]) for m in record["messages"]]
             left -= len(texts[-1])
             if left < 0:
                 break

@@ -266,14 +266,14 @@ class Rendered(NamedTuple):
     slots: list[int]  # per image, in order: where its run of image tokens starts in ids
 
 
-def _read_message(i: int, message: dict) -> tuple[str, list[str]]:
-    """Message number i -> its role and the texts around its images: "<image>What?" -> ("user", ["", "What?"])"""
+def _read_message(i: int, message: dict) -> tuple[str, list[str], bool]:
+    """Message number i -> role, texts around its images, learned?: "<image>What?" -> ("user", ["", "What?"], False)"""
     role = message.get("role") if isinstance(message, dict) else None
     if role not in ROLES:
         raise ValueError(f"message {i}: role {role!r} is unknown; use one of {', '.join(ROLES)}")
-    content = message.get("content")
+    content, learned = message.get("content"), role == "assistant" and message.get("weight") != 0
     if isinstance(content, str):
-        return role, content.split(IMAGE)  # n images are between n + 1 texts, which may be empty
+        return role, content.split(IMAGE), learned  # n images are between n + 1 texts, which may be empty
     if not isinstance(content, list):
         raise ValueError(f"message {i}: content is {type(content).__name__}; it must be a string or a list of parts")
     texts = [""]
@@ -285,7 +285,7 @@ def _read_message(i: int, message: dict) -> tuple[str, list[str]]:
             texts.append("")  # an image ends one text and starts the next
         else:
             raise ValueError(f'message {i}: bad part {str(part)[:50]}; use {{"type": "text", "text": ...}} or "image"')
-    return role, texts
+    return role, texts, learned
 
 
 def _split_thoughts(text: str) -> tuple[str, str]:
@@ -440,8 +440,8 @@ class Tokenizer:
         if add_generation_prompt and turns[-1][0] == "assistant":
             raise ValueError(f"message {len(turns) - 1} is already the assistant's answer; drop it to ask for one")
         if self.default_system is not None and turns[0][0] != "system":
-            turns.insert(0, ("system", [self.default_system]))
-        images = sum(len(texts) - 1 for _, texts in turns)
+            turns.insert(0, ("system", [self.default_system], False))
+        images = sum(len(texts) - 1 for _, texts, _ in turns)
         counts = [image_tokens] * images if isinstance(image_tokens, int) else list(image_tokens)
         if len(counts) != images or any(n < 1 for n in counts):
             raise ValueError(f"{images} images need one positive number each, but image_tokens is {image_tokens}")
@@ -457,8 +457,8 @@ class Tokenizer:
         # as Qwen does: if the content starts with a newline, the two become one token. But the model starts its answer
         # after the header's token "\n", so an answer is encoded separately from it.
         header = self.encode("assistant\n")
-        last_user = max((i for i, (role, _) in enumerate(turns) if role == "user"), default=len(turns))
-        for i, (role, (first, *rest)) in enumerate(turns):
+        last_user = max((i for i, turn in enumerate(turns) if turn[0] == "user"), default=len(turns))
+        for i, (role, (first, *rest), learned) in enumerate(turns):
             answer = role == "assistant"
             put([self.im_start] + header * answer)  # a list times False is []
             if answer and self.thinking:
@@ -466,14 +466,14 @@ class Tokenizer:
                 if i > last_user and (thoughts or i == len(turns) - 1):
                     first = first.lstrip("\n")
                     # The empty block is a part of the prompt. Thoughts are what the model is to say itself.
-                    put(self.think_block(thoughts), bool(thoughts))
-            put(self.encode(first if answer else role + "\n" + first), answer)
+                    put(self.think_block(thoughts), bool(thoughts) and learned)
+            put(self.encode(first if answer else role + "\n" + first), learned)
             for text in rest:  # each of these follows an image
                 put(self.image_marks[0])  # image tokens are never supervised, not even inside an answer
                 slots.append(len(ids))
                 put([self.image_pad] * counts[len(slots) - 1] + self.image_marks[1])
-                put(self.encode(text), answer)
-            put([self.im_end], answer)  # supervised, or the model would not learn when to stop
+                put(self.encode(text), learned)
+            put([self.im_end], learned)  # supervised, or the model would not learn when to stop
             put(self.encode("\n"))  # not supervised: generation stops before it
         if add_generation_prompt:
             put([self.im_start] + header + (self.think_block() if self.thinking and not think else []))

@@ -34,6 +34,7 @@ from plumbing.engine import respond
 from plumbing.log import Interrupt, Log, finish
 from plumbing.optimizer import Optimizer, lr_scale
 from plumbing.ranks import Setup
+from plumbing.records import text_of
 from plumbing.world import World
 from train_base import (SHARED_FLAGS, chapter_flags, count_images, count_supervised, freeze_all_but, held_out_loss,
                         load_start, make_documents, make_loaders, train_step)
@@ -49,7 +50,7 @@ BY_MODEL = {"tiny": {"batch_size": 16, "seq_len": 256, "steps": 80, "lr": 0.003}
 def write_captions(vlm, tokenizer, records: list) -> list[str]:
     "The model's caption for each record's picture, as long as the longest right one and a little more."
     load_pixels = data.pixel_loader(vlm.config.vision)  # opens a picture, in the size that the ViT needs
-    length = max(len(tokenizer.encode(record["messages"][-1]["content"])) for record in records)
+    length = max(len(tokenizer.encode(text_of(record["messages"][-1]["content"]))) for record in records)
     # No layer of ours behaves otherwise in evaluation. A dropout that you add would.
     vlm.eval()
     # [:-1]: all messages but the last one, which is the right caption. The model writes its own in that place.
@@ -64,12 +65,12 @@ def show_captions(vlm, tokenizer, records: list, setup: Setup, title: str) -> No
     # Read them: if the loss falls and the captions do not fit their pictures, only the style of captions was learned.
     setup.print(f"\ncaptions {title}:")
     for record, text in zip(records, write_captions(vlm, tokenizer, records)):
-        setup.print(f"  model: {text}\n  right: {record['messages'][-1]['content']}")
+        setup.print(f"  model: {text}\n  right: {text_of(record['messages'][-1]['content'])}")
 
 
 def save_samples(path, vlm, tokenizer, records: list) -> None:
     "samples.png: pictures with the model's caption and the right one."
-    lines = [[(f"model: {text}", "black"), (f"right: {record['messages'][-1]['content']}", "grey")]
+    lines = [[(f"model: {text}", "black"), (f"right: {text_of(record['messages'][-1]['content'])}", "grey")]
              for record, text in zip(records, write_captions(vlm, tokenizer, records))]
     draw_sheet(path, [next(iter(record["images"]), None) for record in records], lines)
 

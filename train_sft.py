@@ -33,6 +33,7 @@ from plumbing.log import Interrupt, Log, finish
 from plumbing.optimizer import Optimizer, lr_scale
 from plumbing.pictures import picture_key
 from plumbing.ranks import Setup
+from plumbing.records import text_of
 from plumbing.scoring import score, wilson
 from plumbing.world import World
 from train_base import (SHARED_FLAGS, chapter_flags, count_images, count_supervised, freeze_all_but, held_out_loss,
@@ -74,7 +75,7 @@ def answers(vlm, tokenizer, records: list, blind: bool = False, batch: int = 100
     # Greedy, the most likely token each time: two evaluations differ only by what was learned, not by chance.
     load_pixels, out = data.pixel_loader(vlm.config.vision), []
     # A few tokens more than the longest right answer: longer ones are wrong anyway, and cost time.
-    length = max(len(tokenizer.encode(record["messages"][-1]["content"])) for record in records)
+    length = max(len(tokenizer.encode(text_of(record["messages"][-1]["content"]))) for record in records)
     vlm.eval()
     for at in range(0, len(records), batch):
         rows = records[at:at + batch]
@@ -88,7 +89,7 @@ def answers(vlm, tokenizer, records: list, blind: bool = False, batch: int = 100
 
 def score_answer(record: dict, text: str) -> float:
     "0 to 1. A record of a benchmark has its own rule and right answers; else the last turn is the right answer."
-    return score(record.get("metric", "exact"), text, record.get("answer", record["messages"][-1]["content"]),
+    return score(record.get("metric", "exact"), text, record.get("answer", text_of(record["messages"][-1]["content"])),
                  record.get("choices"))
 
 
@@ -137,7 +138,7 @@ def save_samples(path, vlm, tokenizer, held_out: dict) -> None:
     chosen, lines = [(name, record) for name, records in held_out.items() for record in records[:8]][:16], []
     records = [record for _, record in chosen]
     for (name, record), text in zip(chosen, answers(vlm, tokenizer, records)):
-        question, right = (message["content"].replace("<image>", "").strip() for message in record["messages"][-2:])
+        question, right = (text_of(message["content"]).replace("<image>", "").strip() for message in record["messages"][-2:])
         # A vote among several right answers gives parts of a point: above one half counts as right. Sentences are
         # hardly ever equal word by word, and are left to the reader.
         colour = "black" if "metric" not in record and len(right.split()) > 4 else \

@@ -6,6 +6,7 @@ import itertools
 import json
 import re
 from collections import Counter
+from pathlib import Path
 
 import numpy as np
 from PIL import Image
@@ -14,10 +15,12 @@ from tqdm import tqdm
 from plumbing.drawing import draw_records
 from plumbing.files import attempt, require, say
 from plumbing.pictures import open_source
-from plumbing.records import Records, turns_of
+from plumbing.records import Records, text_of, turns_of
 from plumbing.world import World
 from data import make_document, parse_mixture, read_any, tokenizer_texts
 from tokenizer import Tokenizer
+
+SHOWN = 5  # lines of each sort on the screen: 170 would hide the first, which mostly says what is wrong with all
 
 
 def check_data(flags) -> dict:
@@ -26,6 +29,7 @@ def check_data(flags) -> dict:
     record. With --check tokens are counted, too, and check.png is drawn.
     """
     counts, bad, lengths, shown, drawn = Counter(records=0, images=0, turns=0, supervised_tokens=0), [], [], [], []
+    blank = []  # pictures that show nothing, perhaps: no error, as a picture may be black
     seen, trained = {}, set()  # {hash of a record: the first that has it}; of the pictures and texts of --data
     tokenizer = flags.check and (Tokenizer.from_pretrained(flags.tokenizer) if flags.tokenizer else
                                  Tokenizer.train(tokenizer_texts(flags.data, 0, 3_000_000), 2048))
@@ -49,6 +53,8 @@ def check_data(flags) -> dict:
                 keys = [hash((one.size, one.tobytes()) if isinstance(one, Image.Image) else repr(one))
                         for one in pictures or [turns_of(record)]]
                 bad += [f"{where}: {problem}" for problem in problems_of(record, pictures, keys, where, seen)]
+                blank += [f"{where}: a picture is nearly all black, or of one colour" for one in pictures
+                          if isinstance(one, Image.Image) and is_blank(one)]
                 if not held_out:
                     trained.update(keys)
                 elif not trained.isdisjoint(keys):
@@ -60,35 +66,44 @@ def check_data(flags) -> dict:
                 shown += [line] * (line != "" and len(shown) < 3)
             except ValueError as error:
                 bad.append(str(error) if name in str(error) else f"{where}: {error}")
+    path = Path(flags.out.replace("world.png", "check.png"))
     if drawn and flags.check:
-        path = flags.out.replace("world.png", "check.png")
         draw_records(path, drawn)
         say(f"wrote {path}")
-    print("\n".join(shown + [f"bad: {line}" for line in bad]))
+    print("\n".join(shown + [f"bad: {line}" for line in bad[:SHOWN]] + [f"look at: {line}" for line in blank[:SHOWN]]))
+    if max(len(bad), len(blank)) > SHOWN:
+        print(f"{len(bad)} bad records in all, {len(blank)} pictures that are nearly black or of one colour; " + (
+            f"all are named in {path.with_suffix('.txt')}" if flags.check else "--check writes all to a file"))
+    if flags.check and (bad or blank):
+        path.with_suffix(".txt").write_text("\n".join(bad + blank) + "\n", encoding="utf-8")
     if lengths:
-        print(f"tokens of a record: median {int(np.median(lengths))}, longest {max(lengths)}; {counts['cut']} of "
-              f"{len(lengths)} are longer than --seq_len={flags.seq_len} and lose their last turns, "
-              f"{counts['left_out']} do not fit at all")
+        print(f"tokens of a record: median {int(np.median(lengths))}, longest {max(lengths)}; of {len(lengths)} records "
+              f"{counts['cut']} are longer than --seq_len={flags.seq_len} and lose their last turns, {counts['left_out']} "
+              "more do not fit at all and are left out")
     return {**counts, "bad": len(bad)}
+
+
+def is_blank(image: Image.Image) -> bool:
+    "All but a hundredth of the pixels are nearly black, or alike. 16 bits of which few are used look so, read as 8."
+    values = np.asarray(image.resize((64, 64)))
+    low, high = np.percentile(values, (1, 99), axis=(0, 1))  # [3] each
+    return high.max() < 24 or (high - low).max() < 4
 
 
 def problems_of(record: dict, pictures: list, keys: list[int], where: str, seen: dict) -> list[str]:
     "What is wrong with a record that could be read. In place of a picture there may be the error that opening it was."
-    bad, turns, answers = [], turns_of(record), record.get("answer", [])
+    bad, turns = [], turns_of(record)
     for image in pictures:
         if isinstance(image, ValueError):
             bad.append(str(image))
         elif min(image.size) < 4 or max(image.size) > 100 * min(image.size):
             bad.append(f"a picture of {image.width} x {image.height} pixels shows nothing")
     for turn in turns:
-        if turn["role"] in ("user", "system") and not turn["content"].strip() and not record["images"]:
+        text = text_of(turn["content"])
+        if turn["role"] in ("user", "system") and not text.strip() and not record["images"]:
             bad.append("a question is empty")
-        if found := re.search(r"<\|[a-z_]+\|>|\ufffd|[\x00-\x08\x0b\x0c\x0e-\x1f]|\[INST\]|</?s>", turn["content"]):
+        if found := re.search(r"<\|[a-z_]+\|>|\ufffd|[\x00-\x08\x0b\x0c\x0e-\x1f]|\[INST\]|</?s>", text):
             bad.append(f"{found[0]!r} in a text: a mark of another format, or a damaged letter")
-        if turn["role"] == "assistant" and "<image>" in turn["content"]:
-            bad.append("<image> in an answer: the model cannot draw")
-    if record.get("choices") and not set([answers] if isinstance(answers, str) else answers) <= set(record["choices"]):
-        bad.append(f"the answer {answers!r} is none of the choices")
     first = seen.setdefault(hash(repr((turns, keys))), where)
     return bad + [f"the same as {first}"] * (first != where)
 
@@ -102,9 +117,8 @@ def count_tokens(record: dict, tokenizer, flags, counts: Counter, lengths: list)
     require(document, "nothing in it is learned")
     lengths.append(len(document.ids) - 1)
     if "messages" in record:  # text is cut into pieces, of which none is lost
-        counts["cut"] += lengths[-1] > flags.seq_len
-        document = make_document(record, 0, tokenizer, flags.image_tokens, flags.seq_len)
-        counts["left_out"] += document is None
+        long, document = lengths[-1] > flags.seq_len, make_document(record, 0, tokenizer, flags.image_tokens, flags.seq_len)
+        counts["left_out" if document is None else "cut"] += long
     if document is None:
         return ""
     counts["supervised_tokens"] += sum(document.mask[1:])

@@ -13,7 +13,7 @@ from PIL import Image, ImageColor, ImageDraw, ImageFont
 
 from plumbing.files import attempt
 from plumbing.pictures import open_source
-from plumbing.records import turns_of
+from plumbing.records import text_of, turns_of
 
 
 def draw_sheet(path, sources: list, captions: list[list[tuple[str, str]]], columns: int = 4, px: int = 240) -> None:
@@ -37,7 +37,7 @@ def draw_sheet(path, sources: list, captions: list[list[tuple[str, str]]], colum
 def draw_records(path: str, records: list) -> None:
     "A contact sheet of records: the first picture and the first turns of each."
     draw_sheet(path, [next(iter(record["images"]), None) for record in records],
-               [[(turn["content"].replace("<image>", "").strip(), "green" if turn["role"] == "assistant" else "black")
+               [[(text_of(turn["content"]).replace("<image>", "").strip(), "green" if turn["role"] == "assistant" else "black")
                  for turn in turns_of(record)[:3]] for record in records], columns=5)
 
 

@@ -17,6 +17,7 @@ import zipfile
 import zlib
 from functools import lru_cache, partial
 from pathlib import Path
+from urllib.parse import unquote
 
 import numpy as np
 import requests
@@ -33,9 +34,36 @@ PICTURES = (".jpg", ".jpeg", ".jfif", ".png", ".webp", ".gif", ".bmp")
 
 UNREAD = (".heic", ".heif", ".avif", ".tif", ".tiff")  # pictures, too, but not for every Pillow
 
+MEDIA = (".mp4", ".avi", ".mov", ".mkv", ".webm", ".mp3", ".wav", ".flac", ".m4a", ".ogg")  # not read at all
+
+BASE64 = ("iVBORw0KGgo", "/9j/", "R0lGOD", "UklGR")  # how a PNG, JPEG, GIF or WebP begins when bytes are letters
+
 LEADS_OUT = re.compile(r"^[/\\]|^[A-Za-z]:|(^|[/\\])\.\.($|[/\\])|\0")  # /etc/passwd, C:x, ../x
 
 MAX_PICTURE = 200 * 2 ** 20  # bytes of one picture's file; a larger one is a mistake or an attack (a zip bomb)
+
+
+def looks_like(value, ends: tuple = PICTURES + UNREAD) -> bool:
+    "Is it a picture: bytes, a name or address, a data URI, base64, or a list or an object with one in it?"
+    if isinstance(value, (list, dict)):
+        return any(looks_like(one, ends) for one in (value.values() if isinstance(value, dict) else value))
+    if not isinstance(value, str):
+        return isinstance(value, bytes)
+    if value.startswith(BASE64) and len(value) > 64 or re.match(r"data:[^,\s]*;base64,", value):
+        return True
+    name = re.split("[?#]", value)[0] if "://" in value else value
+    return len(name) < 2000 and name.strip().lower().endswith(ends)
+
+
+def source_of(picture) -> str | bytes:
+    "A picture as a row has it -> bytes, a name, a URL or a data URI."
+    if isinstance(picture, dict):  # {"bytes", "path"} of Hugging Face, {"url"} of OpenAI, {"data"} of Anthropic
+        picture = next((picture[key] for key in ("bytes", "data", "path", "url") if picture.get(key)), None)
+    if isinstance(picture, str) and len(picture) > 64 and picture.startswith(BASE64):
+        return "data:," + picture
+    # A name may be a bare number in JSON, but is no list and no object.
+    require(type(picture) in (str, int, bytes), "an image is no name, but a list or an object")
+    return picture if isinstance(picture, bytes) else str(picture)
 
 
 @lru_cache(maxsize=32)  # stays open: reading the directory of a big zip takes seconds
@@ -132,10 +160,11 @@ def to_rgb(image: Image.Image) -> Image.Image:
     "Any PIL mode -> RGB."
     # 16 or 32 bits a pixel: PIL's own conversion would clip all above 255 to white
     if image.mode.startswith(("I", "F")):
-        values = np.asarray(image, dtype=np.float64)
-        top = values.max(initial=0)  # the file does not say what its white is, so the brightest pixel decides
-        scale = 255 if image.mode == "F" and top <= 1 else 1 if top <= 255 else 1 / 257  # 65535 / 257 = 255
-        image = Image.fromarray((values * scale).clip(0, 255).astype(np.uint8))
+        values = np.nan_to_num(np.asarray(image, dtype=np.float64), posinf=0, neginf=0)
+        # The file does not say what its white is. So the brightest pixel decides: 4,080 is of 12 bits, white is 4,095.
+        top = values.max(initial=0)
+        white = 1 if image.mode == "F" and top <= 1 else max(255, 2 ** int(top).bit_length() - 1)
+        image = Image.fromarray((values * 255 / white).clip(0, 255).astype(np.uint8))
     # Transparent pixels become white: what lies under them in the file is arbitrary, often black.
     if image.mode in ("LA", "La", "PA", "RGBA", "RGBa") or "transparency" in image.info:
         rgba = image.convert("RGBA")
@@ -151,8 +180,10 @@ def image_finder(folder: str, places: dict = {}):
     """
     folder = os.path.abspath(folder)
     true_path = lru_cache(2 ** 14)(os.path.realpath)
+    # Hugging Face's cache has links: snapshots/x/images/0.png -> ../../../blobs/0
+    cached = [folder.rpartition("/snapshots/")[0] + "/blobs"] * ("/snapshots/" in folder)
     roots = tuple(os.path.join(true_path(os.path.join(root, end)), "")
-                  for root in [folder, *places.values()] for end in ("", "images"))
+                  for root in [folder, *cached, *places.values()] for end in ("", "images"))
 
     def is_file(path: str) -> bool:
         if not os.path.isfile(path):
@@ -200,10 +231,16 @@ def image_finder(folder: str, places: dict = {}):
                 raise ValueError(f"image {name[:40]!r} is not base64") from None
         if name.startswith(("http://", "https://")):
             return name
-        require(not LEADS_OUT.search(name), f"image {name[:100]!r} leads out of the data's folder {folder}; name it "
+        given, name = name, re.sub("^file://(localhost)?", "", unquote(name)) if name.startswith("file://") else name
+        if os.path.isabs(name):
+            name = next((os.path.relpath(name, root) for root in (folder, true_path(folder))
+                         if os.path.normpath(name).startswith(os.path.join(root, ""))), name)
+        require(not LEADS_OUT.search(name), f"image {given[:100]!r} leads out of the data's folder {folder}; name it "
                                             "relative to the folder")
-        # macOS spells ü as two letters, u and two dots, others as one: a name from there may lack its file here.
-        spellings = [name] + [unicodedata.normalize(form, name) for form in ("NFC", "NFD") if not name.isascii()]
+        # Windows writes images\0.jpg. macOS spells ü as two letters, u and two dots, others as one: a name from there may
+        # lack its file here.
+        spellings = [name] + [name.replace("\\", "/")] * ("\\" in name)
+        spellings += [unicodedata.normalize(form, one) for form in ("NFC", "NFD") for one in spellings if not one.isascii()]
         source = next(filter(None, map(partial(find_in, folder), spellings)), None)
         for start, place in places.items():
             if not source and name.startswith(start):

@@ -2,8 +2,10 @@
 What --data names -> its files and records: a path, a URL, shards, or a public set by its short name
 (assets/recipes.json). Called by `load_data` in data.py. A reader of the lessons need know only `read_records`.
 """
+import glob
 import hashlib
 import json
+import os
 import random
 import re
 import tarfile
@@ -15,10 +17,11 @@ import numpy as np
 import torch
 
 from plumbing.files import new_file, read_json, require, say
-from plumbing.formats import benchmark_row, read_file, read_json_rows
+from plumbing.formats import read_file, read_json_rows
 from plumbing.hub import ANY, Repository, fetch, folders, missing_files
 from plumbing.pictures import read_member
 from plumbing.records import Records
+from plumbing.scoring import benchmark_row
 
 RECIPES = read_json(Path(__file__).parents[1] / "assets" / "recipes.json")
 
@@ -58,7 +61,7 @@ def locate(name: str) -> tuple[list[str], dict]:
     A path, URL or recipe, each with an optional share (gsm8k@0.1) -> (its files on this disk, where pictures are that
     do not lie beside them: {the beginning of their names: a folder or a URL}). What is missing is fetched.
     """
-    name = re.sub(r"@0?\.\d+$", "", name)
+    name = os.path.expanduser(re.sub(r"@0?\.\d+$", "", name))
     require(name != "world", "world: it is no file and has no end; as a part of a mixture give it a weight, world:0.1; "
                              "bench.py --what=eval takes it alone")
     if name in RECIPES:
@@ -68,7 +71,24 @@ def locate(name: str) -> tuple[list[str], dict]:
         start, first, last, end = shards.groups()
         names = [f"{start}{number:0{len(first)}}{end}" for number in range(int(first), int(last) + 1)]
         require(names, f"{name}: the second number is below the first")
+    elif "*" in name and "://" not in name:
+        names = sorted(glob.glob(name, recursive=True))
+        require(names, f"{name}: no file has such a name")
+    elif os.path.isdir(name):
+        names = parquets_of(name) or [name]
     return [fetch_file(one) if one.startswith(("http://", "https://")) else one for one in names], {}
+
+
+def parquets_of(folder: str) -> list[str]:
+    "The .parquet files of a folder as the hub has it: train-00000-of-00002.parquet, ... in it or in data/."
+    paths = sorted(str(one) for place in (folder, os.path.join(folder, "data")) for one in Path(place).glob("*.parquet")
+                   if one.name != "metadata.parquet")
+    splits = sorted({re.split(r"[-_.]\d|\.", os.path.basename(path))[0] for path in paths})
+    splits.sort(key=lambda split: not split.startswith("train"))
+    commands = [f"{flag}='{os.path.dirname(paths[0])}/{split}-*'" for flag, split in zip(("--data", "--val"), splits)]
+    require(len(splits) < 2 or not splits[0].startswith("train"), f"{folder}: several splits, {', '.join(splits)}; give "
+                                                                  + " ".join(commands))
+    return paths
 
 
 def recipe_rows(layout: str, path: str):
@@ -111,8 +131,9 @@ def read_records(name, max_bad: float = 0.0) -> Records:
                           np.concatenate([p.counts for p in parts]), bad)
     require(len(bad) <= max_bad * (len(bad) + len(records)), bad and bad[0] + (
         f" (and {len(bad) - 1} more; python data.py --data={name} names all)" if len(bad) > 1 else ""))
-    for line in bad:
+    for line in bad[:5]:
         say(f"skipped: {line}")
+    say(f"skipped: {len(bad) - 5} more; python data.py --check --data={name} writes all to a file") if bad[5:] else None
     require(len(records), f"{name}: " + (f"all of its {len(bad)} records are bad; they are named above" if bad else
                                          "the file is empty; was its download cut off?"))
     if share := re.search(r"@(0?\.\d+)$", str(name)):  # the same records every time

@@ -4,65 +4,182 @@ sequence of which only the places in the file are in memory. Called by formats.p
 need know only what a record looks like, below.
 """
 import hashlib
+import re
+from functools import lru_cache
 
 import numpy as np
 
 from plumbing.files import attempt, require
-from plumbing.pictures import PICTURES, picture_key
-from plumbing.scoring import METRICS
+from plumbing.pictures import MEDIA, PICTURES, UNREAD, looks_like, picture_key, source_of
+from plumbing.scoring import METRICS, letter_of, options_of, with_options
 
 # Whatever the file, one record per conversation:
 #   {"id": "7", "messages": [{"role": "user", "content": "<image>\nWhat is it?"}, {"role": "assistant", ...}],
-#    "images": [source], and where the file has them "kind", "answer", "metric", "choices"}
+#    "images": [source], and where the file has them "kind", "answer", "metric", "choices", "captions"}
+# Where a text has the word <image>, the content is a list of parts, as `render` takes it: see flatten.
 
 ROLES = {"human": "user", "gpt": "assistant", "user": "user", "assistant": "assistant", "system": "system"}
 
-
 CAPTION_PROMPT = "Describe the image."  # the question for a picture that comes with a caption only
-
 CLASS_PROMPT = "What is this?"          # and for one in a folder that is named after what it shows
 
-CHOICE_PROMPT = "Answer with the option's letter from the given choices directly."  # LLaVA's wording, as is the next:
+# The keys of a row, the likeliest first; of each kind the first that is not null is used.
+TURNS = "messages", "conversations", "conversation"
+QUESTIONS = "instruction", "question", "query", "prompt", "problem"
+CHOSEN = "correct_choice_idx", "answerkey", "correct_answer", "answer_idx", "answer_index", "label"  # of options
+ANSWERS = "answer", "answers", "output", "response", "completion", "solution", *CHOSEN
+CAPTIONS = "text", "caption", "captions", "sentences", "sentence", "comment", "description"
+KINDS = "label", "class", "class_name", "category"
+TEXTS = {*TURNS, *QUESTIONS, *ANSWERS, *CAPTIONS, *KINDS, "id", "input", "system", "history", "hint", "texts", "url"}
 
-SHORT_PROMPT = "Answer the question using a single word or phrase."
 
+# ----------------------------------------------------------------------------------------------------------------------
+# A row's pictures. One that is overlooked trains as a text, and no number looks wrong. So what looks like a picture by
+# its column's name or its value is one, or the record is bad.
+
+SURE = "images", "image", "file_name"  # whatever their value
+COLUMN = lru_cache(4096)(re.compile(  # -> image, path, 2. lru_cache: the rows of a file have the same keys
+    r"(images?|file_?names?|imgs?|pictures?|photos?|pics?|jpe?g|png|webp|gif)"
+    r"([ _-]?(?:path|file|name|url|uri|bytes|base64|b64|data|list)s?)?[ _-]?(\d*)").fullmatch)
+SAYS_PICTURE = lru_cache(4096)(re.compile(r"image|img|picture|photo|jpe?g|png|pixel|thumbnail|screenshot").search)
+SAYS_MEDIA = lru_cache(4096)(re.compile(r"video|audio|speech|(^|_)sounds?(_|$)|mp[34]|(^|_)wav(_|$)").search)
+
+
+def media_in(row: dict, texts: set = TEXTS) -> str:
+    "The column that holds a picture, video or sound of a row in which none was found yet; else empty."
+    return next((key for key in row if row[key] and (SAYS_PICTURE(key) or SAYS_MEDIA(key))), "") or next(
+        (key for key in row if key not in texts and looks_like(row[key], PICTURES + UNREAD + MEDIA)), "")
+
+
+def pictures_of(row: dict) -> tuple[list, list]:
+    "-> (a row's pictures, whatever their columns are called; numbers, as of image_1 and image_2, or none)."
+    groups = {}  # {("image", None): [(1, picture), (2, picture)]}
+    for key, value in row.items():
+        if value and (match := COLUMN(key)) and (key in SURE or looks_like(value) or str(value)[:4] == "http"):
+            groups.setdefault(match.groups()[:2], []).extend(
+                (int(match[3] or -1), one) for one in (value if isinstance(value, list) else [value]))
+    other = media_in(row) if not groups else next(
+        (key for key in row if SAYS_MEDIA(key) and looks_like(row[key], MEDIA)), "")
+    media = other and (SAYS_MEDIA(other) or looks_like(row[other], MEDIA))
+    require(not other, f"{[other]} " + ("is video or sound, which is not read; remove the record" if media else "seems to name a picture; the key must be image, or images for a list"))
+    if not groups:
+        return [], []
+    best = min(groups, key=lambda group: (SURE.index(group[0]) if group in [(one, None) for one in SURE] else 3,
+                                          group[1] or ""))
+    others = {stem.rstrip("s") for stem, _ in groups} - {best[0].rstrip("s")}
+    require(not others or best[0] in SURE, f"{[best[0], *others]} all name pictures; list them under images")
+    numbers, pictures = zip(*sorted(groups[best], key=lambda pair: pair[0]))
+    return list(pictures), list(numbers) if numbers[-1] >= 0 else []
+
+
+def place_pictures(messages: list, names: list, numbers: list) -> list:
+    "MMMU's <image 2> becomes <image> -> the pictures in the order of the texts. Those that no text names come first."
+    named, order = re.compile(r"<image[ _](\d+)>"), []
+    asked = [turn for turn in messages if turn["role"] == "user" and isinstance(turn["content"], str)]
+    texts = "".join(turn["content"] for turn in asked)
+    if "<image>" in texts or not asked or not (numbers or "<image " in texts and named.search(texts)):
+        return names
+    numbers = numbers or list(range(1, len(names) + 1))
+
+    def place(found: re.Match) -> str:
+        require(int(found[1]) in numbers, f"{found[0]} is in a text, but there is no such picture")
+        order.append(numbers.index(int(found[1])))
+        return "<image>"
+    for turn in asked:
+        turn["content"] = named.sub(place, turn["content"])
+    rest = [i for i in range(len(names)) if i not in order]
+    asked[0]["content"] = "<image>\n" * len(rest) + asked[0]["content"]
+    return [names[i] for i in rest + order]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# A row's turns
 
 def flatten(content, images: list):
     "A turn's content -> its text. OpenAI's later files have a list of parts; their pictures are added to `images`."
     # [{"type": "text", "text": "What?"}, {"type": "image_url", "image_url": {"url": "7.jpg"}}] -> "What?<image>"
     if not isinstance(content, list):
         return content  # make_record checks that it is text
-    texts = []
+    parts = []
     for part in content:
-        if part["type"] == "text":
-            texts.append(part["text"].replace("<image>", ""))  # here the list alone says where pictures are
-        else:
-            require(part["type"] in ("image_url", "image"), f"a part of type {part['type']!r}; use text or image_url")
-            url = part.get("image_url", part.get("image"))
-            images += [] if url is None else [url["url"] if isinstance(url, dict) else url]
-            texts.append("<image>")
-    return "".join(texts)
+        text, kind = part["type"] in ("text", "input_text", "output_text"), part["type"]
+        require(text or kind in ("image_url", "image", "input_image"), f"a part of type {kind!r}; use text or image_url")
+        url = None if text else part.get("image_url") or part.get("image") or part.get("source")  # as Anthropic's
+        images += [] if url is None else [url]
+        parts.append({"type": "text", "text": part["text"]} if text else {"type": "image"})
+    # Here the list alone says where pictures are; in a string every <image> is one.
+    return parts if any("<image>" in part.get("text", "") for part in parts) else text_of(parts)
 
 
-def to_messages(row: dict, images: list) -> list[dict]:
-    """One row, in any of five layouts -> [{"role", "content"}, ...]. Pictures within it are added to `images`."""
-    # OpenAI  {"messages": [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": "Hi!"}]}
-    # LLaVA   {"conversations": [{"from": "human", "value": "<image>\nWhat is it?"}, {"from": "gpt", "value": "Cat."}]}
-    # Alpaca  {"instruction": "Translate into English.", "input": "Haus", "output": "house"}
-    # GSM8K   {"question": "Ann has 2 + 3 eggs. How many?", "answer": "2 + 3 = 5\n#### 5"}
-    # caption {"file_name": "7.jpg", "text": "A cat."}, as in a folder's metadata.jsonl
-    for turns, role, content in ("messages", "role", "content"), ("conversations", "from", "value"):
-        if turns in row:
-            return [{"role": ROLES[turn[role]], "content": flatten(turn[content], images)} for turn in row[turns]]
-    if "instruction" in row:
-        question, answer = "\n\n".join(filter(None, (row["instruction"], row.get("input")))), row["output"]
-    elif images and "question" not in row and ("text" in row or "caption" in row):
-        question, answer = CAPTION_PROMPT, row.get("text", row.get("caption"))
-    else:
-        question, answer = row["question"], row["answer"]
-    answer = answer[0] if isinstance(answer, list) else answer  # of several right answers, train on the first
+def text_of(content: str | list) -> str:
+    "A turn's content as a string, to show it or to compare with it."
+    return content if isinstance(content, str) else "".join(part.get("text", "<image>") for part in content)
+
+
+def images_in(content: str | list) -> int:
+    return content.count("<image>") if isinstance(content, str) else sum(part["type"] == "image" for part in content)
+
+
+def read_turn(turn: dict, images: list) -> dict:
+    role, content = "role" if "role" in turn else "from", "content" if "content" in turn else "value"
+    # OpenAI's weight 0, ms-swift's loss false: an answer that is read but not learned.
+    weight = next((turn[key] for key in ("weight", "loss", "train") if turn.get(key) is not None), 1)
+    require(weight in (0, 1), f"the weight of a turn is {str(weight)[:40]!r}; it must be 0 (not learned) or 1")
+    return {"role": ROLES[turn[role]], "content": flatten(turn[content], images)} | ({} if weight else {"weight": 0})
+
+
+def ask(question, answer) -> list[dict]:
     return [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
 
+
+def to_messages(row: dict, images: list, extra: dict) -> list[dict]:
+    """One row -> [{"role", "content"}, ...]. Pictures within it are added to `images`, what scoring needs to `extra`."""
+    # OpenAI  {"messages": [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": "Hi!"}]}
+    # LLaVA   {"conversations": [{"from": "human", "value": "<image>\nWhat is it?"}, {"from": "gpt", "value": "Cat."}]}
+    # Alpaca  {"instruction": "Translate into English.", "input": "Haus", "output": "house", "history": [["Hi", "Hello"]]}
+    # GSM8K   {"question": "Ann has 2 + 3 eggs. How many?", "answer": "2 + 3 = 5\n#### 5"}
+    # caption {"file_name": "7.jpg", "text": "A cat."};   kind  {"image": "7.jpg", "label": "cat"}
+    def first(keys: tuple) -> str:
+        return next((key for key in keys if row.get(key) is not None), "")
+    if turns := first(TURNS):
+        return [read_turn(turn, images) for turn in row[turns]]
+    if row.get("texts"):  # FineVision, the_cauldron
+        return [turn for pair in row["texts"] for turn in ask(pair["user"], pair["assistant"])]
+    question = first(QUESTIONS)
+    if images and not question and (key := first(CAPTIONS)):
+        some = row[key] if isinstance(row[key], list) else [row[key]]
+        extra |= {"captions": some} if len(some) > 1 else {}  # data.py draws one of them for each epoch
+        return ask(CAPTION_PROMPT, some[0])
+    if images and not question and (key := first(KINDS)):
+        require(isinstance(row[key], str), f"{key} is {str(row[key])[:40]!r}: write the name of the kind instead")
+        extra |= {"answer": row[key], "metric": "exact"}
+        return ask(CLASS_PROMPT, row[key])
+    words, key = row[question or "question"], first(("output",) * (question == "instruction") + ANSWERS) or "answer"
+    answer = row[key]
+    if key == "answers":  # what most people said is learned, each of them is right
+        answer = [one["answer"] if isinstance(one, dict) else one for one in answer]
+        answer = sorted(answer, key=lambda one: -answer.count(one))
+    extra |= {"answer": answer} if key in ("answers", *CHOSEN) else {}
+    words = f"{words}\n\n{row['input']}" if question == "instruction" and row.get("input") else words
+    words = f"{row['hint']}\n{words}" if row.get("hint") else words
+    return ask(words, answer[0] if isinstance(answer, list) else answer)  # of several right answers, the first
+
+
+def write_options(messages: list, extra: dict, choices: dict) -> None:
+    "The options go into the last question, and its answer becomes a letter; an answer in other words stays."
+    asked, said = messages[-2:]
+    answers = extra.get("answer", said["content"])
+    answers = answers if isinstance(answers, list) else [answers]
+    letters = [letter_of(one, choices) for one in answers]
+    extra["answer"] = letters if isinstance(extra.get("answer"), list) else letters[0]
+    if said["content"] in answers + letters:
+        question, said["content"] = asked["content"], letters[0]
+        asked["content"] = with_options(question, choices)
+        extra |= {"metric": "choice"} if asked["content"] != question and "metric" not in extra else {}
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# A row -> its record
 
 def instances_of(row) -> list:
     "Self-Instruct: several inputs under one instruction -> a row for each. Every other row is one."
@@ -70,7 +187,8 @@ def instances_of(row) -> list:
     if not several:
         return [row]
     if isinstance(several, list) and all(isinstance(one, dict) for one in several):
-        return [row | one for one in several]
+        # LLaVA's detection data has instances, too: boxes
+        return [row | one for one in several] if "output" in several[0] else [row]
     return [ValueError(f"instances is {str(several)[:40]!r}; expected a list of objects")]
 
 
@@ -82,51 +200,69 @@ def read_row(row, where: str, number: int, find) -> dict:
             raise row
         if not isinstance(row, dict):  # TRAP: in require() the message would be made for every good row, too
             raise ValueError(f"expected an object with keys, found {str(row)[:40]!r}")
-        row = {"id": number} | row
+        row = {key if len(key) == 1 else key.lower(): value for key, value in row.items()}  # Image, FILE_NAME; but A, B
+        if row.get("id") in (None, ""):
+            row["id"] = number
         where += f" (id {str(row['id'])[:60]!r})"
         return make_record(row, find)
     except (KeyError, TypeError, IndexError, AttributeError) as error:  # a row of any other shape
-        raise ValueError(f"{where}: missing key or unknown role {error}; expected conversations (from, value), "
-                         "messages (role, content), instruction and output, or question and answer") from None
+        raise ValueError(f"{where}: missing key or unknown role {error}; expected conversations (from, value), messages "
+                         "(role, content), instruction and output, or question and answer; the keys are "
+                         f"{', '.join(map(str, row))[:100]}") from None
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{where}: {error}") from None
 
 
 def make_record(row: dict, find) -> dict:
     """One row of a file -> a record that nothing later has to check again."""
-    names = row.get("images", row.get("image", row.get("file_name"))) or []  # null, "" and no key: a text-only record
-    names = list(names) if isinstance(names, list) else [names]
-    if not names:  # {"img": "7.jpg"} must not train as a text
-        texts = "id", "instruction", "input", "output", "question", "answer"
-        other = [key for key, value in row.items() if key not in texts and str(value).lower().endswith(PICTURES)]
-        require(not other, f"{other[:1]} seems to name a picture; the key must be image, or images for a list")
-    messages = to_messages(row, names)
-    other = [turn["content"] for turn in messages if not isinstance(turn["content"], str)]
+    require(not {"data", "annotations"} <= row.keys(), "a task of Label Studio; export it as JSON-MIN or CSV, and call the "
+            "columns image, question and answer")
+    names, numbers = pictures_of(row)
+    # Keys that scoring needs are kept; other keys of the file (licence, url) are dropped.
+    extra = {key: row[key] for key in ("kind", "answer", "metric", "choices") if row.get(key) is not None}
+    messages = to_messages(row, names, extra)
+    if choices := options_of(row):
+        extra["choices"] = choices
+        if "answer" in extra or str(messages[-1]["content"]) in choices or not any(map(row.get, TURNS)):
+            write_options(messages, extra, choices)
+    for pair in reversed(row.get("history") or []):  # of ms-swift and LLaMA-Factory: what was said before
+        messages = ([read_turn(pair, names)] if isinstance(pair, dict) else ask(*pair)) + messages
+    system = {"role": "system", "content": row.get("system") or row.get("system_prompt")}
+    messages = [system] * bool(system["content"] and messages[:1] != [system]) + messages
+    other = [turn["content"] for turn in messages if not isinstance(turn["content"], (str, list))]
     require(not other, f"the content of a turn is not text but {str(other)[1:-1][:40]}; write a number in quotes, list "
                        "pictures under images, and mark their places by <image>")
-    roles = [turn["role"] for turn in messages]
-    roles = roles[1:] if roles[:1] == ["system"] else roles  # the chat format allows a system message only here
-    # Filters that drop single turns leave a question without its answer, or two questions in a row.
-    require(roles and roles == ["user", "assistant"] * (len(roles) // 2), f"the turns are "
-            f"{', '.join(roles[:9]) or 'none'}; user and assistant must alternate, the assistant last")
-    empty = [i for i, turn in enumerate(messages) if turn["role"] == "assistant"
-             and (not turn["content"] or turn["content"].isspace())]
-    require(not empty, f"the answer in turn {empty[:1]} is empty; nothing could be learned from it")
-    # A .tsv or .tar brings the bytes along. A name may be a bare number in JSON, but is no list and no object.
-    require(all(type(name) in (str, int, bytes) for name in names), "an image is no name, but a list or an object")
-    images = [name if isinstance(name, bytes) else find(str(name)) for name in names]
+    names = place_pictures(messages, names, list(range(len(names))) if "texts" in row else numbers)
+    check_turns(messages)
+    images = [name if isinstance(name, bytes) else find(name) for name in map(source_of, names)]
     missing = [str(name)[:100] for name, image in zip(names, images) if image is None]
-    require(not missing, f"no image {missing[:1]} in images/ beside the file, in its own folder, or in images.zip")
-    markers = sum(turn["content"].count("<image>") for turn in messages)
+    require(not missing, f"no image {missing[:1]}: it is only named, and not in images/ beside the file, in its own folder, "
+                         "or in images.zip")
+    markers = sum(images_in(turn["content"]) for turn in messages)
     if len(images) == 1 and markers == 0:  # as in LLaVA: a picture without a marker comes first
         first = next(turn for turn in messages if turn["role"] == "user")
         first["content"], markers = "<image>\n" + first["content"], 1
     # With one marker too few, every later picture would belong to the wrong question, and no number would look wrong.
     require(markers == len(images), f"{markers} <image> markers, {len(images)} images; write a marker for each")
-    # Keys that scoring needs are kept; other keys of the file (licence, url) are dropped.
-    extra = {key: row[key] for key in ("kind", "answer", "metric", "choices") if key in row}
     check_scoring(extra)
     return {"id": str(row["id"]), "messages": messages, "images": images, **extra}
+
+
+def check_turns(messages: list) -> None:
+    roles = [turn["role"] for turn in messages]
+    roles = roles[1:] if roles[:1] == ["system"] else roles  # the chat format allows a system message only here
+    # Filters that drop single turns leave a question without its answer, or two questions in a row.
+    require(roles and roles == ["user", "assistant"] * (len(roles) // 2), f"the turns are "
+            f"{', '.join(roles[:9]) or 'none'}; user and assistant must alternate, the assistant last")
+    answers = {i: turn for i, turn in enumerate(messages) if turn["role"] == "assistant"}
+    empty = [i for i, turn in answers.items() if not text_of(turn["content"]).strip()]
+    require(not empty, f"the answer in turn {empty[:1]} is empty; nothing could be learned from it")
+    require(any("weight" not in turn for turn in answers.values()), "all answers have weight 0; nothing can be learned")
+    drawn = [i for i, turn in answers.items() if images_in(turn["content"])]
+    require(not drawn, f"<image> in the answer of turn {drawn[:1]}: the model cannot draw; where the word is meant, write "
+                       "a list of parts, [{\"type\": \"text\", \"text\": ...}]")
+    require(not any(text_of(turn["content"]).lstrip().startswith(("<video>", "<audio>")) for turn in messages),
+            "a question about video or sound, which is not read; remove the record")
 
 
 def check_scoring(extra: dict) -> None:
@@ -136,6 +272,7 @@ def check_scoring(extra: dict) -> None:
         require(isinstance(answer, str) and answer.strip(), f"the answer {str(answers)[:40]!r} must be a text, or a "
                                                             "list of texts, and not empty")
     require(metric in METRICS, f"unknown metric {str(metric)[:40]!r}; choose from {', '.join(METRICS)}")
+    require(all(isinstance(text, str) and text.strip() for text in extra.get("captions", [])), "a caption is no text")
     require(isinstance(choices, dict) and all(isinstance(text, str) for text in choices.values()),
             "choices must be an object of letters and texts, such as {\"A\": \"cat\"}")
     require(isinstance(extra.get("kind", ""), str), "the kind must be a text")

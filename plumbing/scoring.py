@@ -6,11 +6,14 @@ of the lessons need know only `score`: 0 (wrong) to 1 (right).
 A better rule would give numbers that nobody can compare. Odd cases are marked, because the model of chapter 4 will find
 them when a rule is its reward.
 """
+import ast
 import math
 import re
+import unicodedata
 from collections import Counter
+from string import ascii_uppercase
 
-from plumbing.files import require
+from plumbing.files import attempt, require
 
 ANSWER_IS = re.compile(r"(?i)(?:correct\s+)?answer\s+is\s+\**([ABCD])\**")
 
@@ -112,9 +115,14 @@ def simple(text: str) -> str:
     return text.strip().lower().removesuffix(".").strip()
 
 
+def composed(text: str) -> str:
+    "macOS writes an accent as a letter of its own, two for \u00e9. A model writes one, and would never be right."
+    return unicodedata.normalize("NFC", text)
+
+
 def caption_ngrams(text: str) -> Counter:
     """"It doesn't run." -> how often each run of 1 to 4 of the words it, does, n't, run occurs."""
-    text = re.sub(r"n't\b|'(s|re|ve|ll|d|m)\b", r" \g<0>", text.lower())
+    text = re.sub(r"n't\b|'(s|re|ve|ll|d|m)\b", r" \g<0>", composed(text).lower())
     words = re.findall(r"n't|'\w+|[\w.:/-]*\w", text)
     return Counter(tuple(words[i:i + n]) for n in range(1, 5) for i in range(len(words) - n + 1))
 
@@ -162,14 +170,16 @@ METRICS = (*RULES, "vqa", "choice")
 def score(metric: str, prediction: str, answers: str | list[str], choices: dict[str, str] | None = None) -> float:
     """0 (wrong) to 1 (right); the best of the right answers counts. An empty prediction is wrong under every rule."""
     require(metric in METRICS, f"unknown metric {metric!r}; there are {', '.join(METRICS)}")
-    prediction, answers = prediction.strip(), [answers] if isinstance(answers, str) else answers
+    answers = [composed(answer) for answer in ([answers] if isinstance(answers, str) else answers)]
+    prediction = composed(prediction).strip()
     require(answers, "no right answer to score against")
     if not prediction:  # else it would equal "the", which loses its article, or contain an empty answer
         return 0.0
     if metric == "vqa":
         return vqa(prediction, answers)
     if metric == "choice":
-        return float(infer_choice(prediction, choices or dict.fromkeys("ABCD", "")) in answers)
+        choices = {letter: composed(text) for letter, text in (choices or dict.fromkeys("ABCD", "")).items()}
+        return float(infer_choice(prediction, choices) in answers)
     return max(float(RULES[metric](prediction, answer)) for answer in answers)
 
 
@@ -182,3 +192,59 @@ def wilson(k: float, n: int) -> tuple[float, float]:
     z, p = 1.959964, k / n  # z: 95 % of a normal distribution lie within this many standard deviations
     middle, half = p + z * z / (2 * n), z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
     return max(0.0, (middle - half) / (1 + z * z / n)), min(1.0, (middle + half) / (1 + z * z / n))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# How the questions are put, in the words of LLaVA's evaluations
+
+CHOICE_PROMPT = "Answer with the option's letter from the given choices directly."
+
+SHORT_PROMPT = "Answer the question using a single word or phrase."
+
+OPTION = re.compile(r"[A-Z]|(?:option|choice|op)s?[ _-]?[a-z\d]")  # columns of options: A, option_a, option1
+
+
+def benchmark_row(name, image, question: str, answer, choices: dict = {}, metric: str = "exact") -> dict:
+    "A question whose answer can be checked."
+    # Without such a line a model answers in a whole sentence, which "exact" counts as wrong. OCRBench adds none.
+    suffix = CHOICE_PROMPT if choices else SHORT_PROMPT if metric != "contains" else ""
+    return {"id": name, "images": image, "answer": answer, "metric": "choice" if choices else metric,
+            "question": "\n".join(filter(None, [question, *map(". ".join, choices.items()), suffix])),
+            "choices": choices}
+
+
+def with_options(question: str, choices: dict) -> str:
+    "The options are written below a question that has them not."
+    listed = (re.search(rf"\b{re.escape(letter)}\W{{1,3}}{re.escape(text)}", question) for letter, text in choices.items())
+    return question if all(listed) else benchmark_row("", None, question, "", choices)["question"]
+
+
+def options_of(row: dict) -> dict:
+    "The options of a row, in whatever form -> {\"A\": \"red\", \"B\": \"green\"}; {} where there are none."
+    options = row.get("choices") or row.get("options")
+    if isinstance(options, str):  # MMMU: "['red', 'green']", and "[]" of an open question
+        options = attempt(ast.literal_eval, options)
+    columns = sorted(key for key in row if OPTION.fullmatch(key) and row[key] not in (None, ""))
+    if not options and "question" in row and len(columns) > 1:
+        options = [row[key] for key in columns]
+    if isinstance(options, dict) and options.keys() == {"label", "text"}:  # ARC: two lists
+        options = dict(zip(options["label"], options["text"]))
+    if isinstance(options, (list, tuple)) and len(options) <= 26:
+        options = dict(zip(ascii_uppercase, options))
+    require(not options or isinstance(options, dict) and len(options) > 1 and all(
+        type(text) in (str, int, float) for text in options.values()), "choices must be an object of letters and texts, "
+            f"such as {{\"A\": \"cat\", \"B\": \"dog\"}}, or a list of texts, and at least two; not {str(options)[:40]!r}")
+    return {letter: str(text) for letter, text in (options or {}).items()}
+
+
+def letter_of(answer, choices: dict) -> str:
+    "A right answer as people write it -> its letter: B, (B), the option's text, or its index from 0 (ScienceQA, AI2D)."
+    text, letters = str(answer).strip(), list(choices)
+    if isinstance(answer, str) and (letter := next(filter(choices.get, (text, text.strip("().: "))), "")):
+        return letter
+    meant = {letters[int(text)]} if text.isdecimal() and int(text) < len(letters) else set()
+    if not meant or isinstance(answer, str):  # "2" may be the third option, or the one that says 2
+        meant |= {letter for letter, option in choices.items() if option.strip().lower() == text.lower()}
+    require(len(meant) == 1, f"the answer {str(answer)[:40]!r} is {'more than one' if meant else 'none'} of the "
+                             f"choices {', '.join(choices)}; write the letter")
+    return meant.pop()

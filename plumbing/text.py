@@ -19,7 +19,7 @@ from tqdm import tqdm
 from plumbing.files import cache, fingerprint, named_errors, new_file, require
 from plumbing.formats import BLOCK, JSON_SUFFIXES, read_json_rows
 from plumbing.recipes import locate
-from plumbing.records import Records, hash_keys
+from plumbing.records import TEXTS, Records, hash_keys, media_in
 
 END = "<|endoftext|>"  # between two documents of a text file
 
@@ -51,7 +51,7 @@ def text_files(path: str) -> list[str]:
     # Hidden ones are not the user's: ._a.txt, macOS's companion of a.txt, or what editors keep in .ipynb_checkpoints/.
     inside = (one for one in Path(path).rglob("*") if not re.search(r"(^|/)\.", one.relative_to(path).as_posix()))
     paths = sorted(map(str, inside)) if os.path.isdir(path) else locate(path)[0]
-    paths = [one for one in paths if one.endswith((".txt", *JSON_SUFFIXES))]
+    paths = [one for one in paths if one.lower().endswith((".txt", *JSON_SUFFIXES))]
     require(paths, f"{path}: no text here; give a .txt, .json, .jsonl or .json.gz file, or a folder of them")
     return paths
 
@@ -59,11 +59,11 @@ def text_files(path: str) -> list[str]:
 def read_text(path):
     """.txt, .jsonl and .json.gz with {"text"}, .json with a list of strings, or a folder of them -> documents."""
     for path in text_files(str(path)):
-        rows, found = cut_documents(path) if path.endswith(".txt") else map(itemgetter(2), read_json_rows(path)), False
+        rows, found = cut_documents(path) if path.lower().endswith(".txt") else map(itemgetter(2), read_json_rows(path)), False
         with named_errors(path):
             for index, row in enumerate(rows):
                 if isinstance(row, dict):
-                    row = None if row.keys() & {"image", "images", "file_name"} else row.get("text")
+                    row = None if media_in(row, TEXTS | {"source", "link", "meta", "metadata"}) else row.get("text")
                 require(isinstance(row, str), f"{path}, record {index}: " + (
                     str(row) if isinstance(row, ValueError) else "neither a string nor an object with a text"))
                 if row.strip():
