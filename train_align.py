@@ -101,9 +101,9 @@ def main() -> None:
     # will be nonsense. A released --model needs no chapter 1.
     vlm, tokenizer, state, moments = load_start(flags, setup, STAGE)
     # New: the decoder is frozen. Gradients flow through it to the image tokens, but it gets none of its own.
-    params = freeze_all_but(vlm, ["bridge", "vit"])
+    params = freeze_all_but(vlm, ["bridge", "vit"], flags)
     # It knows the trained parameters alone. The frozen ones, by far the most, need no memory for gradients and moments.
-    optimizer = Optimizer(params, flags.optimizer, flags.lr, moments)
+    optimizer = Optimizer(params, flags.optimizer, flags.lr, moments, bridge=flags.lr_bridge, vit=flags.lr_vit)
     vlm.to(setup.dtype)
     step = state.get("step", 0)  # above 0 with --resume
     loaders = make_loaders(flags, setup, vlm, tokenizer, dataset, state)

@@ -134,10 +134,13 @@ def load_start(flags, setup: Setup, stage: str) -> tuple[VLM, Tokenizer, dict, d
     return vlm, tokenizer, state, moments
 
 
-def freeze_all_but(vlm: VLM, trained: list[str]) -> dict[str, torch.nn.Parameter]:
-    "Train only these parts (of vit, bridge, decoder) -> their parameters by name."
-    # A ViT with pretrained weights stays frozen in every chapter: it was trained on far more pictures than we have.
-    trained = [name for name in trained if name != "vit" or not vlm.config.pretrained_vision]
+def freeze_all_but(vlm: VLM, trained: list[str], flags=None) -> dict[str, torch.nn.Parameter]:
+    "Train only these parts (of vit, bridge, decoder), but for those with a rate of 0 -> their parameters by name."
+    # A ViT with pretrained weights stays frozen, unless --lr_vit is given: it has seen far more pictures than we have.
+    rates = {"vit": 0 if vlm.config.pretrained_vision else -1} | {
+        name: rate for name in vlm.parts() if (rate := getattr(flags, f"lr_{name}", -1)) >= 0}
+    trained = [name for name in trained if rates.get(name, -1) != 0]
+    require(trained, "nothing is left to train: --lr_bridge and --lr_vit are 0")
     # A frozen parameter costs its own bytes. A trained one costs 3 to 4 times that: gradient and optimizer state.
     for name, part in vlm.parts().items():
         part.requires_grad_(name in trained)

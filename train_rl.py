@@ -196,8 +196,8 @@ def main() -> None:
                                        max_bad=flags.max_bad)
 
     vlm, tokenizer, state, moments = load_start(flags, setup, STAGE)
-    params = freeze_all_but(vlm, ["bridge", "decoder", "vit"])  # the same parts as in chapter 3
-    optimizer = Optimizer(params, flags.optimizer, flags.lr, moments)
+    params = freeze_all_but(vlm, ["bridge", "decoder", "vit"], flags)  # the same parts as in chapter 3
+    optimizer = Optimizer(params, flags.optimizer, flags.lr, moments, bridge=flags.lr_bridge, vit=flags.lr_vit)
     vlm.to(setup.dtype)
     step = state.get("step", 0)  # above 0 with --resume
 

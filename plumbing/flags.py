@@ -32,6 +32,8 @@ RUN_FLAGS = {
     "float8": (False, "the decoder's products in 8 bits while training: a sixth faster, on Hopper GPUs and later"),
     # How far each step goes, and how many there are. A poor result needs more --steps first, then another --lr.
     "lr": (None, "peak learning rate"),
+    "lr_bridge": (-1.0, "that of the bridge; 0: frozen; -1: --lr"),
+    "lr_vit": (-1.0, "that of the ViT; 0: frozen; -1: --lr, and 0 for released weights"),
     "steps": (None, "optimizer steps"),
     # Released weights were trained by AdamW, whose steps are small in every entry; Muon's are large in some directions.
     "optimizer": ("auto", "muon (matrices; AdamW for the rest), adamw, or auto: muon from scratch, else adamw"),

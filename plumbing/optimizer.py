@@ -56,9 +56,11 @@ class Optimizer:
     one rank, which alone stores its master weight and optimizer state (ZeRO, arXiv 1910.02054).
     """
 
-    def __init__(self, params: dict, kind: str, lr: float, state: dict | None = None):
+    def __init__(self, params: dict, kind: str, lr: float, state: dict | None = None, **parts: float):
+        "parts: learning rates of others than lr, as bridge=0.001; below 0: lr."
         require(kind in ("muon", "adamw"), f"--optimizer={kind}: choose muon or adamw")
-        self.params, self.lr = params, lr
+        self.params, parts = params, {part: rate for part, rate in parts.items() if rate >= 0}
+        self.lr = {n: parts.get(n.split(".")[0], lr) for n in params}
         self.rank, self.world_size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
         self.owner, load = {}, [0] * self.world_size  # load: numbers each rank owns; large parameters go first
         for n in sorted(params, key=lambda n: -params[n].numel()):
@@ -78,8 +80,9 @@ class Optimizer:
         # 0.95 instead of the usual 0.999: a mean over some 20 steps, not 1000; tiny's whole runs are not that long.
         # fused: one kernel for all tensors. Else launching many small ones would cost more than the arithmetic.
         rest = [n for n in self.master_weights if n not in matrices]
-        self.adamw = torch.optim.AdamW([self.master_weights[n] for n in rest], lr=lr, betas=(0.9, 0.95),
-                                       weight_decay=0.0, fused=True) if rest else None
+        groups = [{"params": [self.master_weights[n] for n in rest if self.lr[n] == rate], "rate": rate}
+                  for rate in dict.fromkeys(self.lr[n] for n in rest)]
+        self.adamw = torch.optim.AdamW(groups, betas=(0.9, 0.95), weight_decay=0.0, fused=True) if rest else None
         for n in rest:
             self.adamw.state[self.master_weights[n]] = self.moments[n]
         for n, key in ((n, key) for n in self.moments if state for key in self.keys[n]):
@@ -92,16 +95,16 @@ class Optimizer:
     @torch.no_grad()
     def step(self, lr_scale: float) -> None:
         "One update from the gradients in params; lr_scale: the schedule's factor on the learning rate."
-        lr = self.lr * lr_scale
         self.reduce_gradients()
         for n, p in self.params.items():
             if n in self.master_weights:
                 self.master_weights[n].grad = None if p.grad is None else p.grad.to(self.master_weights[n].dtype)
             p.grad = None  # freed at once: its memory serves for the next one's float32
         if self.adamw:
-            self.adamw.param_groups[0]["lr"] = lr
+            for group in self.adamw.param_groups:
+                group["lr"] = group["rate"] * lr_scale
             self.adamw.step()
-        self.step_muon(lr)
+        self.step_muon(lr_scale)
         for n, p in self.master_weights.items():
             p.grad = None
             if self.params[n].data_ptr() != p.data_ptr():
@@ -110,7 +113,7 @@ class Optimizer:
             for n, p in self.params.items():
                 dist.broadcast(p.data, self.owner[n])
 
-    def step_muon(self, lr: float) -> None:
+    def step_muon(self, lr_scale: float) -> None:
         "Matrices of one shape are orthogonalized together: few large products instead of many small ones."
         shapes = {}
         for n, p in self.master_weights.items():
@@ -122,12 +125,12 @@ class Optimizer:
             # update to the other two, which decide where to attend.
             rows = row_blocks(n, self.params)
             for block, gradient in zip(p.split(rows), g.split(rows)):
-                shapes.setdefault(block.shape, []).append((block, gradient))
+                shapes.setdefault(block.shape, []).append((block, gradient, self.lr[n] * lr_scale))
         for shape, pairs in shapes.items():
             # An orthogonal [rows, cols] has entries of 1 / sqrt(longer side) in root mean square. Times 0.2 sqrt(longer
             # side) they are 0.2, as AdamW's usually are (arXiv 2502.16982): one learning rate serves both.
-            updates = orthogonalize(torch.stack([gradient for _, gradient in pairs]))
-            for (block, _), update in zip(pairs, updates):
+            updates = orthogonalize(torch.stack([gradient for _, gradient, _ in pairs]))
+            for (block, _, lr), update in zip(pairs, updates):
                 block.add_(update, alpha=-lr * 0.2 * max(shape) ** 0.5)  # a view: this writes into the weight
 
     def reduce_gradients(self) -> None:

@@ -1,6 +1,7 @@
 "On a GPU: FlashAttention over documents, compiled parts, CUDA graphs. Skipped by name without one."
 import copy
 import itertools
+from dataclasses import replace
 
 import pytest
 import torch
@@ -15,12 +16,22 @@ from tests.helpers import RAGGED, far, prompts, request, say, tiny_vlm
 pytest_plugins = ["tests.helpers"]  # its fixtures
 
 on_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+both = pytest.mark.parametrize("qwen3", [False, True], ids=["qwen2", "qwen3"])
+
+
+def fresh(qwen3: bool) -> VLM:
+    "tiny, or tiny with a Qwen3's decoder: 4 heads of 48 channels at a width of 128."
+    config = model.preset("tiny")
+    config.decoder = replace(config.decoder, **({"head_dim": 48, "attention_bias": False, "use_qk_norm": True}
+                                                if qwen3 else {}))
+    return VLM(config)
 
 
 @on_gpu
+@both
 @pytest.mark.parametrize("compiled", [False, True])
-def test_on_a_gpu_the_loss_and_its_gradients_are_those_of_the_cpu(compiled):
-    vlm = VLM(model.preset("tiny"))
+def test_on_a_gpu_the_loss_and_its_gradients_are_those_of_the_cpu(compiled, qwen3):
+    vlm = fresh(qwen3)
     docs = [data.Document(i, torch.randint(0, 1000, (n,), generator=torch.Generator().manual_seed(i)).tolist(),
                           [0] * (n // 2) + [1] * (n - n // 2), [1] * (n > 12), {"id": "", "images": [i] * (n > 12)})
             for i, n in enumerate((40, 30, 9, 25, 50, 12, 33))]
@@ -43,9 +54,10 @@ def test_on_a_gpu_the_loss_and_its_gradients_are_those_of_the_cpu(compiled):
 
 @on_gpu
 @pytest.mark.skipif(torch.cuda.is_available() and torch.cuda.get_device_capability() < (8, 9), reason="needs float8")
+@both
 @pytest.mark.parametrize("frozen", [False, True])
-def test_on_a_gpu_training_in_float8_is_near_training_in_bfloat16(frozen):
-    vlm = VLM(model.preset("tiny")).cuda().to(torch.bfloat16)
+def test_on_a_gpu_training_in_float8_is_near_training_in_bfloat16(frozen, qwen3):
+    vlm = fresh(qwen3).cuda().to(torch.bfloat16)
     vlm.compile_parts()
     for part in vlm.parts().values():
         part.requires_grad_(part is not vlm.gpt or not frozen)
@@ -66,10 +78,11 @@ def test_on_a_gpu_training_in_float8_is_near_training_in_bfloat16(frozen):
 
 
 @on_gpu
+@both
 @pytest.mark.parametrize("compiled", [False, True])
-def test_on_a_gpu_recorded_decoding_says_what_the_cpu_says(compiled):
+def test_on_a_gpu_recorded_decoding_says_what_the_cpu_says(compiled, qwen3):
     torch.backends.cuda.matmul.allow_tf32 = False
-    vlm = tiny_vlm()
+    vlm = tiny_vlm(qwen3=qwen3)
     there = copy.deepcopy(vlm).cuda()
     if compiled:
         there.compile_parts()

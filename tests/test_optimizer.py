@@ -88,6 +88,26 @@ def test_a_pretrained_vit_stays_frozen_whatever_a_chapter_asks_for():
     assert not vlm.vit.patch.weight.requires_grad
 
 
+@pytest.mark.parametrize("kind", ["muon", "adamw"])
+def test_bridge_and_vit_may_have_rates_of_their_own_or_stay_frozen(kind):
+    moved = {}
+    for name, rates in (("one", {}), ("own", {"lr_bridge": 4e-3, "lr_vit": 1e-4}), ("frozen", {"lr_bridge": 0.0})):
+        vlm, flags = tiny_vlm(), argparse.Namespace(**{"lr_bridge": -1.0, "lr_vit": -1.0} | rates)
+        vlm.config.pretrained_vision = "released" * (name == "own")  # its rate is given, so it is trained
+        params = train_base.freeze_all_but(vlm, ["bridge", "decoder", "vit"], flags)
+        before = {n: p.detach().clone() for n, p in vlm.named_parameters()}
+        optimizer = plumbing.optimizer.Optimizer(params, kind, 1e-3, bridge=flags.lr_bridge, vit=flags.lr_vit)
+        step(vlm, [batch_of(vlm, documents(vlm))], optimizer)
+        moved[name] = {n: (p.detach() - before[n]) for n, p in vlm.named_parameters()}
+    for n, update in moved["one"].items():
+        times = 4.0 if n.startswith("bridge.") else 0.1 if n.startswith("vit.") else 1.0
+        assert torch.allclose(moved["own"][n], times * update, atol=2e-7), n
+        assert moved["frozen"][n].any() == (update.any() and not n.startswith("bridge.")), n
+    vlm.config.pretrained_vision = "released"
+    flags = argparse.Namespace(lr_bridge=0.0, lr_vit=-1.0)
+    assert fails(lambda: train_base.freeze_all_but(vlm, ["bridge", "vit"], flags), "--lr_bridge")
+
+
 def test_query_key_and_value_get_updates_of_one_size_whatever_their_gradients():
     torch.manual_seed(0)
     # 8 query rows, 4 key rows and 4 value rows of width 8, in one matrix; the value's gradient is 10,000 times larger
