@@ -40,7 +40,7 @@ import torch
 
 from plumbing.drawing import draw_records
 from plumbing.files import attempt, require, say
-from plumbing.formats import holds_pictures
+from plumbing.folders import holds_pictures
 from plumbing.hub import REPOSITORIES, fetch, find_repository
 from plumbing.pictures import PICTURES, open_source
 from plumbing.recipes import RECIPES, locate, read_records
@@ -400,12 +400,12 @@ class Loader:
         self.documents = Documents(dataset, make_document, load_pixels, micro_batches, workers)
         self.pending = None  # the next batch, in preparation
         # how many records there are, and a number that tells others apart: for --resume
-        sets = [part.records for part in getattr(dataset, "sets", []) if isinstance(getattr(part, "records", 0), Records)]
-        self.size = [sum(map(len, sets)), zlib.crc32(b"".join(one.keys.tobytes() for one in sets))]
+        sets = [part.records for part in getattr(dataset, "sets", []) if isinstance(part, Shuffled)]
+        self.size = [sum(map(len, sets)), zlib.crc32(b"".join(one.keys for one in sets if isinstance(one, Records)))]
         was = (state or {}).get("records", self.size)
         if was != self.size and micro_batch == 0:
-            say(f"--resume: the data are not those of before, {was[0]:,} records then, {self.size[0]:,} now; the run goes "
-                "on with these")
+            say(f"--resume: the data have changed, {was[0]:,} records before, {self.size[0]:,} now; the run goes on "
+                "with these")
         self.bad, self.waiting = BadRecords(getattr(dataset, "max_bad", 0)), []
         # What was a document when the run was stopped need not be one now: people mend and extend their data meanwhile.
         for item in [attempt(self.documents.open_pictures, attempt(self.documents.make, index))

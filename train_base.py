@@ -116,7 +116,7 @@ def load_start(flags, setup: Setup, stage: str) -> tuple[VLM, Tokenizer, dict, d
         start = vlm.config.run
         vlm.config.run = {"chapters": list(dict.fromkeys([*start.get("chapters", []), stage])), "stage": stage,
                           "start": start.get("saved"), "steps": flags.steps, "data": flags.data}
-    thin = 0 if str(source).startswith("random weights") else flags.lora_rank  # thin matrices beside frozen noise: no use
+    thin = 0 if str(source).startswith("random weights") else flags.lora_rank  # beside frozen noise: of no use
     for name, asked, found in (("model", run_name(flags.model), vlm.config.preset),
                                ("vision", flags.vision, vlm.config.pretrained_vision),
                                ("bridge", flags.bridge, vlm.config.bridge.kind),
