@@ -28,6 +28,7 @@ import random
 import re
 import signal
 import weakref
+import zlib
 from array import array
 from dataclasses import dataclass
 from functools import lru_cache, partial
@@ -40,7 +41,7 @@ import torch
 
 from plumbing.drawing import draw_records
 from plumbing.files import attempt, require, say
-from plumbing.formats import holds_pictures
+from plumbing.folders import holds_pictures
 from plumbing.hub import REPOSITORIES, fetch, find_repository
 from plumbing.pictures import PICTURES, open_source
 from plumbing.recipes import RECIPES, locate, read_records
@@ -399,6 +400,13 @@ class Loader:
         self.next, self.stride = (state["next"] if state else micro_batch), micro_batches
         self.documents = Documents(dataset, make_document, load_pixels, micro_batches, workers)
         self.pending = None  # the next batch, in preparation
+        # how many records there are, and a number that tells others apart: for --resume
+        sets = [part.records for part in getattr(dataset, "sets", []) if isinstance(part, Shuffled)]
+        self.size = [sum(map(len, sets)), zlib.crc32(b"".join(one.keys for one in sets if isinstance(one, Records)))]
+        was = (state or {}).get("records", self.size)
+        if was != self.size and micro_batch == 0:
+            say(f"--resume: the data have changed, {was[0]:,} records before, {self.size[0]:,} now; the run goes on "
+                "with these")
         self.bad, self.waiting = BadRecords(getattr(dataset, "max_bad", 0)), []
         # What was a document when the run was stopped need not be one now: people mend and extend their data meanwhile.
         for item in [attempt(self.documents.open_pictures, attempt(self.documents.make, index))
@@ -427,7 +435,7 @@ class Loader:
 
     def state(self) -> dict:  # {"next": 1201, "waiting": [1181, 1197]}: indices are enough, record i can be made again
         # As of the batches handed out. A prefetched one is not among them: a resumed run makes it again.
-        return {"next": self.next, "waiting": [d.index for d in self.waiting]}
+        return {"next": self.next, "waiting": [d.index for d in self.waiting], "records": self.size}
 
     def failure(self) -> Exception | None:
         "The error in which the preparation of the next batch ended, if it did. Waits for it."

@@ -116,10 +116,11 @@ def load_start(flags, setup: Setup, stage: str) -> tuple[VLM, Tokenizer, dict, d
         start = vlm.config.run
         vlm.config.run = {"chapters": list(dict.fromkeys([*start.get("chapters", []), stage])), "stage": stage,
                           "start": start.get("saved"), "steps": flags.steps, "data": flags.data}
+    thin = 0 if str(source).startswith("random weights") else flags.lora_rank  # beside frozen noise: of no use
     for name, asked, found in (("model", run_name(flags.model), vlm.config.preset),
                                ("vision", flags.vision, vlm.config.pretrained_vision),
                                ("bridge", flags.bridge, vlm.config.bridge.kind),
-                               ("lora_rank", flags.lora_rank, vlm.config.lora_rank or flags.lora_rank)):
+                               ("lora_rank", flags.lora_rank, vlm.config.lora_rank or thin)):
         require(asked in ("", 0, found), f"--{name}={asked}, but {source} has --{name}={found}: "
                 "give that, or start from another model by --init= or --out_dir=")
     if flags.lora_rank and not vlm.config.lora_rank:
@@ -214,10 +215,10 @@ def make_loaders(flags, setup: Setup, vlm: VLM, tokenizer: Tokenizer, dataset, s
         n, tokens = len(sets[0].records), sum(len(document.ids) for document in whole if document) / len(whole)
         setup.print(f"{n:,} records train; {flags.steps} steps are about "
                     f"{flags.steps * flags.batch_size * flags.seq_len / (n * max(tokens, 1)):.1f} epochs")
-    cut = sum(len(document.ids) - 1 > flags.seq_len for document in whole if document)
-    if cut:
-        setup.print(f"{cut} of {len(whole)} conversations are longer than --seq_len={flags.seq_len} and are cut: "
-                    "their last turns are left out")
+    long = [make_document(one.record, 0) for one in whole if one and len(one.ids) - 1 > flags.seq_len]
+    if long:
+        setup.print(f"{len(long) - long.count(None)} of {len(whole)} conversations are longer than --seq_len="
+                    f"{flags.seq_len} and are cut: their last turns are left out; {long.count(None)} do not fit at all")
     workers = share_workers(getattr(flags, "workers", 0), setup.device.type, setup.world_size, count)
     setup.loaders = [make(rows=micro, micro_batch=i, micro_batches=count, state=saved[i] if saved else None,
                           workers=workers[i // setup.world_size])
@@ -296,6 +297,9 @@ def make_documents(records: list[dict], vlm: VLM, tokenizer: Tokenizer, seq_len:
 def held_out_loss(vlm: VLM, documents: list, setup: Setup, seq_len: int, image: str = "own") -> tuple[float, int]:
     "Documents -> (summed loss in nats, supervised tokens). image: own, blind (grey pictures) or shuffled (exchanged)."
     total, tokens, waiting = 0.0, 0, documents[setup.rank::setup.world_size]
+    sources = list(dict.fromkeys(source for document in documents for source in document.record["images"]))
+    if image == "shuffled" and len(sources) == 1:  # there is no other picture
+        return 0.0, 0
     # TRAP: ranks may need different numbers of rounds. An all_reduce inside this loop would wait for one that is done.
     while waiting:
         # 16 rows at a time. No document waits for ever: make_document leaves out those that are longer than a row.
@@ -304,8 +308,10 @@ def held_out_loss(vlm: VLM, documents: list, setup: Setup, seq_len: int, image: 
         if image == "blind" and batch["pixels"] is not None:
             batch["pixels"] = torch.full_like(batch["pixels"], 128)
         if image == "shuffled" and batch["pixels"] is not None:
-            if len(batch["pixels"]) == 1:  # there is no other picture: left out
-                continue
+            own = {source for document in packed for source in document.record["images"]}
+            if len(own) == 1:  # it changes places with one of another batch: all three losses are of the same texts
+                other = next(source for source in sources if source not in own)
+                batch["pixels"] = data.pixel_loader(vlm.config.vision)(other, packed[0].record)[None]
             batch["image_index"] = (batch["image_index"] + 1) % len(batch["pixels"])
         total += vlm(setup.to_device(batch)).item()
         tokens += len(batch["supervised"])

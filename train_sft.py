@@ -139,7 +139,8 @@ def save_samples(path, vlm, tokenizer, held_out: dict) -> None:
     chosen, lines = [(name, record) for name, records in held_out.items() for record in records[:8]][:16], []
     records = [record for _, record in chosen]
     for (name, record), text in zip(chosen, answers(vlm, tokenizer, records)):
-        question, right = (text_of(message["content"]).replace("<image>", "").strip() for message in record["messages"][-2:])
+        question, right = (text_of(message["content"]).replace("<image>", "").strip()
+                           for message in record["messages"][-2:])
         # A vote among several right answers gives parts of a point: above one half counts as right. Sentences are
         # hardly ever equal word by word, and are left to the reader.
         colour = "black" if "metric" not in record and len(right.split()) > 4 else \

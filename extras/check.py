@@ -77,9 +77,9 @@ def check_data(flags) -> dict:
     if flags.check and (bad or blank):
         path.with_suffix(".txt").write_text("\n".join(bad + blank) + "\n", encoding="utf-8")
     if lengths:
-        print(f"tokens of a record: median {int(np.median(lengths))}, longest {max(lengths)}; of {len(lengths)} records "
-              f"{counts['cut']} are longer than --seq_len={flags.seq_len} and lose their last turns, {counts['left_out']} "
-              "more do not fit at all and are left out")
+        print(f"tokens of a record: median {int(np.median(lengths))}, longest {max(lengths)}; {counts['cut']} of "
+              f"{len(lengths)} are longer than --seq_len={flags.seq_len} and lose their last turns, another "
+              f"{counts['left_out']} do not fit at all")
     return {**counts, "bad": len(bad)}
 
 
@@ -117,8 +117,8 @@ def count_tokens(record: dict, tokenizer, flags, counts: Counter, lengths: list)
     require(document, "nothing in it is learned")
     lengths.append(len(document.ids) - 1)
     if "messages" in record:  # text is cut into pieces, of which none is lost
-        long, document = lengths[-1] > flags.seq_len, make_document(record, 0, tokenizer, flags.image_tokens, flags.seq_len)
-        counts["left_out" if document is None else "cut"] += long
+        document = make_document(record, 0, tokenizer, flags.image_tokens, flags.seq_len)
+        counts["left_out" if document is None else "cut"] += lengths[-1] > flags.seq_len
     if document is None:
         return ""
     counts["supervised_tokens"] += sum(document.mask[1:])

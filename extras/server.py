@@ -217,21 +217,25 @@ def read_message(message, images: list) -> dict:
     check_message(message)
     match message:
         case {"role": "system" | "developer" | "user" | "assistant" as role, "content": str() | list() as content}:
-            texts, before = [], len(images)
+            parts, before = [], len(images)
         case _:
             raise ValueError("role must be system, user or assistant, and content a text or a list of parts")
     for i, part in enumerate([{"type": "text", "text": content}] if isinstance(content, str) else content):
         match part:
             case {"type": "text", "text": str(text)}:
-                texts.append(text)
+                parts.append({"type": "text", "text": text})
             case {"type": "image_url", "image_url": {"url": str(url)} | str(url)} if role == "user":
                 images.append(read_picture(url))
+                parts.append({"type": "image"})
             case _:
                 raise ValueError(f"part {i} is neither a text nor, of a user, an image_url with a data: URI")
         if len(images) > PICTURES:
             raise ValueError(f"more than {PICTURES} pictures")
-    # Pictures first, then the words: the order in which the model has learned them.
-    return make_message("\n".join(texts), len(images) - before, role.replace("developer", "system"))
+    role = role.replace("developer", "system")
+    if re.search("ti+t", "".join(part["type"][0] for part in parts)):  # pictures between texts have their place there
+        return {"role": role, "content": parts}
+    # Else pictures first, then the words: the order in which the model has learned them.
+    return make_message("\n".join(part["text"] for part in parts if "text" in part), len(images) - before, role)
 
 
 def read_messages(server: Server, messages) -> tuple[list, list]:
@@ -244,7 +248,7 @@ def read_messages(server: Server, messages) -> tuple[list, list]:
             out.append(read_message(message, images))
         except ValueError as error:
             raise Refused(400, f"messages[{i}]: {error}", f"messages[{i}]") from None
-    if sum(len(message["content"][-1]["text"]) for message in out) > LETTERS:
+    if sum(len(part.get("text", "")) for message in out for part in message["content"]) > LETTERS:
         raise Refused(400, f"more than {LETTERS:,} letters of text", "messages", "context_length_exceeded")
     return out, [to_pixels(server.vlm, image, server.flags, alone=len(images) == 1) for image in images]
 

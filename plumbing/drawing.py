@@ -36,8 +36,9 @@ def draw_sheet(path, sources: list, captions: list[list[tuple[str, str]]], colum
 
 def draw_records(path: str, records: list) -> None:
     "A contact sheet of records: the first picture and the first turns of each."
+    colours = {"assistant": "green"}
     draw_sheet(path, [next(iter(record["images"]), None) for record in records],
-               [[(text_of(turn["content"]).replace("<image>", "").strip(), "green" if turn["role"] == "assistant" else "black")
+               [[(text_of(turn["content"]).replace("<image>", "").strip(), colours.get(turn["role"], "black"))
                  for turn in turns_of(record)[:3]] for record in records], columns=5)
 
 

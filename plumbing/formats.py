@@ -5,7 +5,6 @@ by recipes.py. A reader of the lessons need not know it.
 import ast
 import contextlib
 import csv
-import glob
 import gzip
 import io
 import itertools
@@ -21,9 +20,12 @@ from string import ascii_uppercase
 import numpy as np
 from tqdm import tqdm
 
-from plumbing.files import BROKEN, attempt, cache, fingerprint, named_errors, new_file, parse_json, read_json, require, say
+from plumbing.columns import QUESTIONS, TURNS
+from plumbing.files import (BROKEN, attempt, cache, fingerprint, named_errors, new_file, parse_json, read_json, require,
+                            say)
+from plumbing.folders import LISTINGS, read_folder, what_is_there
 from plumbing.pictures import LEADS_OUT, MEDIA, PICTURES, UNREAD, image_finder
-from plumbing.records import CLASS_PROMPT, QUESTIONS, TURNS, Records, hash_keys, instances_of, read_row
+from plumbing.records import Records, hash_keys, instances_of, read_row
 from plumbing.scoring import benchmark_row
 
 # A reader is a generator of (start, end, row): the bytes of the file from which the row can be read again (0, 0 where
@@ -70,47 +72,37 @@ def read_json_rows(path: str):
 
 
 def rows_of_object(whole: dict, path: str):
-    "A file that is one object: COCO's captions, VQAv2's pair of files, a single record -> rows; else what it seems to be."
-    place, split = Path(path).parent, re.search(r"(train|val|test)\d{4}", os.path.basename(path))
-    held = {key: value for key, value in whole.items() if isinstance(value, list) and value and isinstance(value[0], dict)}
-    if whole.keys() & {*TURNS, *QUESTIONS, "texts"}:
-        yield whole
-    elif "questions" in held or "question_id" in held.get("annotations", [{}])[0]:
-        name, asked = Path(path).name, "questions" in held
-        other = place / (name.replace("OpenEnded_", "").replace("questions", "annotations") if asked else
-                         name.replace("mscoco", "OpenEnded_mscoco").replace("annotations", "questions"))
-        require(other.exists(), f"{path}: half of a set; put the other one beside it, {other.name}")
-        questions, answers = [read_json(other), whole][::-1 if asked else 1]
-        right = {row["question_id"]: row for row in answers["annotations"]}
-        for row in questions["questions"]:
-            name = f"COCO_{split and split[0]}_{row['image_id']:012}.jpg"
-            # ten people's answers; the most frequent first: that one is learned
-            some = sorted((one["answer"] for one in right[row["question_id"]]["answers"]),
-                          key=lambda one: one != right[row["question_id"]]["multiple_choice_answer"])
-            yield benchmark_row(row["question_id"], in_split(place, split, name), row["question"], some, metric="vqa")
-    elif "images" in held and "caption" in held.get("annotations", [{}])[0]:
+    "A file that is one object: a record, COCO's captions, VQAv2's questions -> rows; else what it seems to be is said."
+    lists = {key: one for key, one in whole.items() if isinstance(one, list) and one and isinstance(one[0], dict)}
+    split = "".join(re.findall(r"(?:train|val|test)\d{4}", os.path.basename(path))[:1])  # of captions_train2017.json
+    if "question_id" in lists.get("questions", [{}])[0]:
+        other = path.replace("OpenEnded_", "").replace("questions", "annotations")
+        require(other != path and os.path.exists(other), f"{path}: the answers are in a file of their own; put it "
+                                                         f"beside this one, {os.path.basename(other)}")
+        right = {row["question_id"]: row for row in read_json(other)["annotations"]}
+        for row in whole["questions"]:
+            answer = right.get(row["question_id"], {"answers": []})
+            # ten people's answers, the most frequent one first: that is learned
+            some = [one["answer"] for one in answer["answers"]]
+            some.sort(key=lambda one: one != answer["multiple_choice_answer"])
+            picture = f"{split}/COCO_{split}_{row['image_id']:012}.jpg"
+            yield benchmark_row(row["question_id"], picture, row["question"], some, metric="vqa")
+    elif "caption" in lists.get("annotations", [{}])[0] and "images" in lists:
         captions = {}
         for row in whole["annotations"]:
             captions.setdefault(row["image_id"], []).append(row["caption"])
         for row in whole["images"]:
-            yield {"id": row["id"], "image": in_split(place, split, row["file_name"]), "captions": captions.get(row["id"])}
-    else:
-        require("bbox" not in held.get("annotations", [{}])[0], f"{path}: boxes of COCO, in which there is nothing to read; "
-                "give its captions_*.json")
-        require("features" not in whole and "_data_files" not in whole, f"{path}: describes a data set, whose rows are in "
-                "other files; give its .parquet, or save one by datasets.load_from_disk(...).to_parquet(...)")
-        lists = [f"json.load(open({path!r}))[{key!r}]" for key in held] or [f"list(json.load(open({path!r})).values())"] * (
-            len(whole) > 0 and all(isinstance(value, dict) for value in whole.values()))
-        require(not lists, f"{path}: one object, and the records are inside; a line must hold a record, or the file a list "
-                           f"of them: python -c \"import json; json.dump({lists[:1] and lists[0]}, open('rows.json', 'w'))\"")
+            picture = f"{split}/{row['file_name']}".lstrip("/")
+            yield {"id": row["id"], "image": picture, "captions": captions.get(row["id"])}
+    elif not lists.keys() - {*TURNS, "texts"} and not (whole and all(isinstance(one, dict) for one in whole.values())):
         yield whole
-
-
-def in_split(place: Path, split, name: str) -> str:
-    "A picture's name with the folder of its split, train2017/7.jpg, where there is one beside the file or its folder."
-    roots = [place, place.parent] if place.name.lower() == "annotations" else [place]
-    found = split and any((root / form.format(split[0])).exists() for root in roots for form in ("{}", "images/{}", "{}.zip"))
-    return f"{split[0]}/{name}" if found else name
+    else:
+        place = f"[{next(iter(lists))!r}]" if lists else ".values()"
+        raise ValueError(f"{path}: one object" + (
+            " that describes a data set; give the .parquet beside it" if "features" in whole else
+            ": boxes or answers of COCO; give its captions_*.json or *_questions.json" if "annotations" in lists else
+            ", in which the records are, and no list of them: python -c \"import json; json.dump(list(json.load(open("
+            f"{path!r})){place}), open('rows.json', 'w'))\""))
 
 
 def read_json_list(file, path: str, at: int):
@@ -149,22 +141,23 @@ def read_json_list(file, path: str, at: int):
 
 
 def listed(text: str) -> str | list:
-    "\"['5', 'five']\" is two right answers, \"[sic\" just text. VLMEvalKit calls eval here, which would run any code."
+    "\"['5', 'five']\" is two right answers, \"[sic\" just text. VLMEvalKit calls eval, which would run any code."
     with contextlib.suppress(ValueError, SyntaxError, RecursionError, MemoryError):
         return [str(one) for one in ast.literal_eval(text)] if text.startswith("[") else text
     return text
 
 
 def read_csv(path: str):
-    """Captions or questions in a table, with names above: image,caption or Flickr's image_name| comment_number| comment."""
+    """A table with names above it: image,caption; question and answer; Flickr's image_name| comment_number| comment."""
     with open(path, newline="", encoding="utf-8-sig") as file:
         head = file.readline()
         mark = max(",;|\t", key=head.count)
         file.seek(0)
         names, *rows = csv.reader(file, delimiter=mark, quoting=csv.QUOTE_NONE if mark == "|" else csv.QUOTE_MINIMAL)
     for row in filter(None, rows):
-        yield 0, 0, {name.strip(): cell.strip() for name, cell in zip(names, row) if cell.strip()} if len(row) == len(
-            names) else ValueError(f"{len(row)} cells under {len(names)} names; put a text with {mark!r} in it in quotes")
+        cells = {name.strip(): cell.strip() for name, cell in zip(names, row) if cell.strip()}
+        yield 0, 0, cells if len(row) == len(names) else ValueError(
+            f"{len(row)} cells under {len(names)} names; put a text with {mark!r} in it in quotes")
 
 
 def read_tsv(path: str):
@@ -192,9 +185,9 @@ def read_tsv(path: str):
         choices = {letter: row[letter] for letter in ascii_uppercase if row.get(letter)}
         require(answer and (not choices or answer in choices), f"answer {answer!r} is empty or no option")
         asked = "\n".join(filter(None, (row.get("hint"), row["question"])))
-        several = {f"image_{i}": f"data:;base64,{one}" for i, one in enumerate(listed(image[6:]), 1)} if image[6] == "[" else {}
-        return benchmark_row(row["index"], None if several else image, asked, answer, choices, metric) | several | {
-            "kind": row.get("category", "")}
+        several = listed(image[6:]) if image[6] == "[" else []
+        return benchmark_row(row["index"], None if several else image, asked, answer, choices, metric) | {
+            f"image_{i}": f"data:;base64,{one}" for i, one in enumerate(several, 1)} | {"kind": row.get("category", "")}
     for row in rows:
         found = attempt(question, row)
         yield 0, 0, ValueError(f"question {row['index']!r}: {found}") if isinstance(found, ValueError) else found
@@ -246,100 +239,6 @@ def parse_sample(raw: bytes) -> dict:
         with named_errors(f"{stem}.txt"):
             row = {"caption": files["txt"].decode("utf-8-sig").strip()}  # without Windows' byte order mark
     return {"id": stem, **row, "images": pictures}
-
-
-LISTINGS = "metadata.jsonl", "metadata.csv", "metadata.parquet"
-
-
-def stem_of(name: str) -> str:
-    return os.path.splitext(name)[0]
-
-
-def look_into(path: str) -> tuple[list, list, set]:
-    "-> (the files of a folder, at any depth; the pictures among them; texts beside a picture, without .txt)."
-    # glob passes over hidden ones, no pictures of the user's: .ipynb_checkpoints/7.jpg, or cat/._7.jpg, macOS's
-    # companion of 7.jpg
-    names = sorted((name.replace(os.sep, "/") for name in glob.glob("**", root_dir=path, recursive=True)),
-                   key=lambda name: name.split("/"))
-    pictures = [name for name in names if name.lower().endswith(PICTURES + UNREAD + MEDIA)]
-    return names, pictures, {*map(stem_of, pictures)} & {stem_of(name) for name in names if name.lower().endswith(".txt")}
-
-
-def holds_pictures(path: str) -> bool:
-    "Is it a folder of records, not of texts? A cover.jpg among texts does not make it one."
-    names, pictures, captions = look_into(path)
-    return bool(captions) or any("/" in name for name in pictures) or any(
-        name in LISTINGS or name.endswith(".parquet") for name in names)
-
-
-def read_folder(path: str):
-    """A folder of pictures with one sub-folder for each kind, or with a caption beside each."""
-    #   cat/7.jpg        "What is this?" -> cat
-    #   7.jpg, 7.txt     "Describe the image." -> what the text says
-    names, pictures, captions = look_into(path)
-    flat = any("/" not in name for name in captions)
-    if not flat:
-        problem = not_kinds(path, names, pictures, captions)
-        require(not problem, f"{path}: {problem}")
-    for name in pictures:
-        if name.lower().endswith(UNREAD + MEDIA):
-            yield 0, 0, ValueError(f"{name}: files of this kind are not read; convert it to .jpg, or remove it")
-        elif name.count("/") > (not flat):
-            yield 0, 0, ValueError(f"{name}: lies too deep; move it up to {'' if flat else name.split('/')[0] + '/'}")
-        elif flat:
-            yield 0, 0, attempt(read_caption, path, name)
-        elif "/" not in name:
-            yield 0, 0, ValueError(f"{name}: lies beside the folders of kinds; move it into one of them, or away")
-        else:
-            yield 0, 0, {"id": name, "image": name, "question": CLASS_PROMPT, "answer": name.split("/")[0],
-                         "metric": "exact"}
-    for name in names if flat else ():
-        if name.lower().endswith(".txt") and stem_of(name) not in captions:
-            yield 0, 0, ValueError(f"{name}: a caption without its picture beside it; move it away")
-
-
-def read_caption(path: str, name: str) -> dict:
-    text = next((one for one in (stem_of(name) + end for end in (".txt", ".TXT")) if os.path.exists(os.path.join(path, one))), "")
-    require(text, f"{name}: no {stem_of(name)}.txt with its caption beside it")
-    with named_errors(text):
-        return {"id": name, "image": name, "caption": Path(path, text).read_text(encoding="utf-8-sig").strip()}
-
-
-def not_kinds(path: str, names: list, pictures: list, captions: set) -> str:
-    "Why the sub-folders are not one for each kind, and the command that would be right; else empty."
-    kinds = list(dict.fromkeys(name.split("/")[0] for name in pictures if "/" in name))
-    if not kinds:
-        return what_is_there(names) or ("no metadata.jsonl here, and no sub-folders (one for each kind) with pictures in "
-                                        "them, nor captions (7.txt for 7.jpg)")
-    if kinds == ["images"]:
-        return "all its pictures are in images/, as those of a .json or .jsonl are; give that file"
-    splits = [one for one in kinds if re.fullmatch(r"(train|val|test|dev|eval|valid|trainval)(ing|idation)?[ _-]?\d*",
-                                                   one.lower())]
-    inside = [one for one in kinds if any(f"{one}/{name}" in names for name in LISTINGS)
-              or any(name.startswith(one + "/") for name in captions)]
-    deep = [one for one in kinds if any(name.startswith(one + "/") and name.count("/") > 1 for name in pictures)]
-    if len(kinds) > 1 and len(splits) < 2 and not inside:
-        return ""
-    own = inside or [one for one in deep if one in splits or len(kinds) == 1]
-    if own:
-        return f"{', '.join(kinds)} are no kinds; give --data={os.path.join(path, own[0])}" + "".join(
-            f" --val={os.path.join(path, one)}" for one in own[1:2])
-    listing = sorted((name for name in names if name.lower().endswith((*JSON_SUFFIXES, ".csv", ".tsv"))),
-                     key=lambda name: "caption" not in name)
-    return f"{', '.join(kinds)}: " + ("the names of splits, no kinds" if splits else "a single kind, so there is nothing to "
-            "tell apart") + "; give " + (f"--data={os.path.join(path, listing[0])}" if listing else "a folder with one "
-            "sub-folder for each kind, or write what they show in a metadata.jsonl")
-
-
-# What people also give in place of records: the ends of names -> what to do.
-THERE = {(".arrow",): "written by save_to_disk; write a .parquet: datasets.load_from_disk(FOLDER).to_parquet('x.parquet')",
-         (".tar.gz", ".tgz", ".tar.xz", ".tar.bz2", ".tar.zst"): "a compressed .tar; unpack it (tar -xf), and give what is "
-         "in it, or pack it again without compression", (".zip", ".7z", ".rar"): "an archive; unpack it, and give the file "
-         "of records in it (pictures may stay in a .zip beside that)", (".xlsx", ".ods"): "a table; save it as .csv"}
-
-
-def what_is_there(names: list) -> str:
-    return next((f"{name} is {what}" for ends, what in THERE.items() for name in names if name.lower().endswith(ends)), "")
 
 
 def fill(value, files: dict):
@@ -413,15 +312,14 @@ def read_file(name: str, places: dict = {}) -> Records:
         # The reader, and what reads a row again from its bytes. None: rows stay in memory, as no row of a compressed
         # file can be read alone.
         kinds = {".tar": (read_tar, parse_sample), ".tsv": (read_tsv, None), ".gz": (read_json_rows, None),
-                 ".json": (read_json_rows, json.loads), ".jsonl": (read_json_rows, json.loads), ".csv": (read_csv, None)}
-        if os.path.isdir(path):
-            kind = read_folder, None
-        else:
-            require(path.lower().endswith((".tsv", ".tar", ".csv", *JSON_SUFFIXES)), f"{path}: " + (
-                what_is_there([os.path.basename(path)]) or "unknown kind of file; give a .json, .jsonl, .csv, .tsv, .tar or "
-                ".parquet, or a folder of pictures" if os.path.exists(path) else
-                "no such file or folder, nor a public set (python data.py --download=list)"))
-            kind = kinds[os.path.splitext(path.lower())[1]]
+                 ".json": (read_json_rows, json.loads), ".jsonl": (read_json_rows, json.loads),
+                 ".csv": (read_csv, None)}
+        file = not os.path.isdir(path)
+        require(not file or path.lower().endswith((".tsv", ".tar", ".csv", *JSON_SUFFIXES)), f"{path}: " + (
+            "unknown kind of file; give a .json, .jsonl, .csv, .tsv, .tar or .parquet, or a folder of pictures"
+            + what_is_there([path]) if os.path.exists(path) else
+            "no such file or folder, nor a public set (python data.py --download=list)"))
+        kind = kinds[os.path.splitext(path.lower())[1]] if file else (read_folder, None)
         return index_records(name, path, folder, *kind, image_finder(folder, places))
 
 

@@ -36,34 +36,9 @@ UNREAD = (".heic", ".heif", ".avif", ".tif", ".tiff")  # pictures, too, but not 
 
 MEDIA = (".mp4", ".avi", ".mov", ".mkv", ".webm", ".mp3", ".wav", ".flac", ".m4a", ".ogg")  # not read at all
 
-BASE64 = ("iVBORw0KGgo", "/9j/", "R0lGOD", "UklGR")  # how a PNG, JPEG, GIF or WebP begins when bytes are letters
-
 LEADS_OUT = re.compile(r"^[/\\]|^[A-Za-z]:|(^|[/\\])\.\.($|[/\\])|\0")  # /etc/passwd, C:x, ../x
 
 MAX_PICTURE = 200 * 2 ** 20  # bytes of one picture's file; a larger one is a mistake or an attack (a zip bomb)
-
-
-def looks_like(value, ends: tuple = PICTURES + UNREAD) -> bool:
-    "Is it a picture: bytes, a name or address, a data URI, base64, or a list or an object with one in it?"
-    if isinstance(value, (list, dict)):
-        return any(looks_like(one, ends) for one in (value.values() if isinstance(value, dict) else value))
-    if not isinstance(value, str):
-        return isinstance(value, bytes)
-    if value.startswith(BASE64) and len(value) > 64 or re.match(r"data:[^,\s]*;base64,", value):
-        return True
-    name = re.split("[?#]", value)[0] if "://" in value else value
-    return len(name) < 2000 and name.strip().lower().endswith(ends)
-
-
-def source_of(picture) -> str | bytes:
-    "A picture as a row has it -> bytes, a name, a URL or a data URI."
-    if isinstance(picture, dict):  # {"bytes", "path"} of Hugging Face, {"url"} of OpenAI, {"data"} of Anthropic
-        picture = next((picture[key] for key in ("bytes", "data", "path", "url") if picture.get(key)), None)
-    if isinstance(picture, str) and len(picture) > 64 and picture.startswith(BASE64):
-        return "data:," + picture
-    # A name may be a bare number in JSON, but is no list and no object.
-    require(type(picture) in (str, int, bytes), "an image is no name, but a list or an object")
-    return picture if isinstance(picture, bytes) else str(picture)
 
 
 @lru_cache(maxsize=32)  # stays open: reading the directory of a big zip takes seconds
@@ -237,10 +212,11 @@ def image_finder(folder: str, places: dict = {}):
                          if os.path.normpath(name).startswith(os.path.join(root, ""))), name)
         require(not LEADS_OUT.search(name), f"image {given[:100]!r} leads out of the data's folder {folder}; name it "
                                             "relative to the folder")
-        # Windows writes images\0.jpg. macOS spells ü as two letters, u and two dots, others as one: a name from there may
-        # lack its file here.
+        # Windows writes images\0.jpg. macOS spells ü as two letters, u and two dots, others as one: a name from there
+        # may lack its file here.
         spellings = [name] + [name.replace("\\", "/")] * ("\\" in name)
-        spellings += [unicodedata.normalize(form, one) for form in ("NFC", "NFD") for one in spellings if not one.isascii()]
+        spellings += [unicodedata.normalize(form, one) for form in ("NFC", "NFD") for one in spellings
+                      if not one.isascii()] + [re.sub(r"^(train|val|test)\d{4}/", "", name)]  # COCO's folders of splits
         source = next(filter(None, map(partial(find_in, folder), spellings)), None)
         for start, place in places.items():
             if not source and name.startswith(start):

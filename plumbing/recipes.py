@@ -17,6 +17,7 @@ import numpy as np
 import torch
 
 from plumbing.files import new_file, read_json, require, say
+from plumbing.folders import parquets_of
 from plumbing.formats import read_file, read_json_rows
 from plumbing.hub import ANY, Repository, fetch, folders, missing_files
 from plumbing.pictures import read_member
@@ -77,18 +78,6 @@ def locate(name: str) -> tuple[list[str], dict]:
     elif os.path.isdir(name):
         names = parquets_of(name) or [name]
     return [fetch_file(one) if one.startswith(("http://", "https://")) else one for one in names], {}
-
-
-def parquets_of(folder: str) -> list[str]:
-    "The .parquet files of a folder as the hub has it: train-00000-of-00002.parquet, ... in it or in data/."
-    paths = sorted(str(one) for place in (folder, os.path.join(folder, "data")) for one in Path(place).glob("*.parquet")
-                   if one.name != "metadata.parquet")
-    splits = sorted({re.split(r"[-_.]\d|\.", os.path.basename(path))[0] for path in paths})
-    splits.sort(key=lambda split: not split.startswith("train"))
-    commands = [f"{flag}='{os.path.dirname(paths[0])}/{split}-*'" for flag, split in zip(("--data", "--val"), splits)]
-    require(len(splits) < 2 or not splits[0].startswith("train"), f"{folder}: several splits, {', '.join(splits)}; give "
-                                                                  + " ".join(commands))
-    return paths
 
 
 def recipe_rows(layout: str, path: str):

@@ -4,13 +4,14 @@ sequence of which only the places in the file are in memory. Called by formats.p
 need know only what a record looks like, below.
 """
 import hashlib
-import re
-from functools import lru_cache
 
 import numpy as np
 
+from plumbing.columns import (ANSWERS, CAPTIONS, CHOSEN, KINDS, QUESTIONS, TURNS, pictures_of, place_pictures,
+                              source_of)
 from plumbing.files import attempt, require
-from plumbing.pictures import MEDIA, PICTURES, UNREAD, looks_like, picture_key, source_of
+from plumbing.folders import CLASS_PROMPT
+from plumbing.pictures import picture_key
 from plumbing.scoring import METRICS, letter_of, options_of, with_options
 
 # Whatever the file, one record per conversation:
@@ -21,75 +22,6 @@ from plumbing.scoring import METRICS, letter_of, options_of, with_options
 ROLES = {"human": "user", "gpt": "assistant", "user": "user", "assistant": "assistant", "system": "system"}
 
 CAPTION_PROMPT = "Describe the image."  # the question for a picture that comes with a caption only
-CLASS_PROMPT = "What is this?"          # and for one in a folder that is named after what it shows
-
-# The keys of a row, the likeliest first; of each kind the first that is not null is used.
-TURNS = "messages", "conversations", "conversation"
-QUESTIONS = "instruction", "question", "query", "prompt", "problem"
-CHOSEN = "correct_choice_idx", "answerkey", "correct_answer", "answer_idx", "answer_index", "label"  # of options
-ANSWERS = "answer", "answers", "output", "response", "completion", "solution", *CHOSEN
-CAPTIONS = "text", "caption", "captions", "sentences", "sentence", "comment", "description"
-KINDS = "label", "class", "class_name", "category"
-TEXTS = {*TURNS, *QUESTIONS, *ANSWERS, *CAPTIONS, *KINDS, "id", "input", "system", "history", "hint", "texts", "url"}
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# A row's pictures. One that is overlooked trains as a text, and no number looks wrong. So what looks like a picture by
-# its column's name or its value is one, or the record is bad.
-
-SURE = "images", "image", "file_name"  # whatever their value
-COLUMN = lru_cache(4096)(re.compile(  # -> image, path, 2. lru_cache: the rows of a file have the same keys
-    r"(images?|file_?names?|imgs?|pictures?|photos?|pics?|jpe?g|png|webp|gif)"
-    r"([ _-]?(?:path|file|name|url|uri|bytes|base64|b64|data|list)s?)?[ _-]?(\d*)").fullmatch)
-SAYS_PICTURE = lru_cache(4096)(re.compile(r"image|img|picture|photo|jpe?g|png|pixel|thumbnail|screenshot").search)
-SAYS_MEDIA = lru_cache(4096)(re.compile(r"video|audio|speech|(^|_)sounds?(_|$)|mp[34]|(^|_)wav(_|$)").search)
-
-
-def media_in(row: dict, texts: set = TEXTS) -> str:
-    "The column that holds a picture, video or sound of a row in which none was found yet; else empty."
-    return next((key for key in row if row[key] and (SAYS_PICTURE(key) or SAYS_MEDIA(key))), "") or next(
-        (key for key in row if key not in texts and looks_like(row[key], PICTURES + UNREAD + MEDIA)), "")
-
-
-def pictures_of(row: dict) -> tuple[list, list]:
-    "-> (a row's pictures, whatever their columns are called; numbers, as of image_1 and image_2, or none)."
-    groups = {}  # {("image", None): [(1, picture), (2, picture)]}
-    for key, value in row.items():
-        if value and (match := COLUMN(key)) and (key in SURE or looks_like(value) or str(value)[:4] == "http"):
-            groups.setdefault(match.groups()[:2], []).extend(
-                (int(match[3] or -1), one) for one in (value if isinstance(value, list) else [value]))
-    other = media_in(row) if not groups else next(
-        (key for key in row if SAYS_MEDIA(key) and looks_like(row[key], MEDIA)), "")
-    media = other and (SAYS_MEDIA(other) or looks_like(row[other], MEDIA))
-    require(not other, f"{[other]} " + ("is video or sound, which is not read; remove the record" if media else "seems to name a picture; the key must be image, or images for a list"))
-    if not groups:
-        return [], []
-    best = min(groups, key=lambda group: (SURE.index(group[0]) if group in [(one, None) for one in SURE] else 3,
-                                          group[1] or ""))
-    others = {stem.rstrip("s") for stem, _ in groups} - {best[0].rstrip("s")}
-    require(not others or best[0] in SURE, f"{[best[0], *others]} all name pictures; list them under images")
-    numbers, pictures = zip(*sorted(groups[best], key=lambda pair: pair[0]))
-    return list(pictures), list(numbers) if numbers[-1] >= 0 else []
-
-
-def place_pictures(messages: list, names: list, numbers: list) -> list:
-    "MMMU's <image 2> becomes <image> -> the pictures in the order of the texts. Those that no text names come first."
-    named, order = re.compile(r"<image[ _](\d+)>"), []
-    asked = [turn for turn in messages if turn["role"] == "user" and isinstance(turn["content"], str)]
-    texts = "".join(turn["content"] for turn in asked)
-    if "<image>" in texts or not asked or not (numbers or "<image " in texts and named.search(texts)):
-        return names
-    numbers = numbers or list(range(1, len(names) + 1))
-
-    def place(found: re.Match) -> str:
-        require(int(found[1]) in numbers, f"{found[0]} is in a text, but there is no such picture")
-        order.append(numbers.index(int(found[1])))
-        return "<image>"
-    for turn in asked:
-        turn["content"] = named.sub(place, turn["content"])
-    rest = [i for i in range(len(names)) if i not in order]
-    asked[0]["content"] = "<image>\n" * len(rest) + asked[0]["content"]
-    return [names[i] for i in rest + order]
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -103,7 +35,8 @@ def flatten(content, images: list):
     parts = []
     for part in content:
         text, kind = part["type"] in ("text", "input_text", "output_text"), part["type"]
-        require(text or kind in ("image_url", "image", "input_image"), f"a part of type {kind!r}; use text or image_url")
+        require(text or kind in ("image_url", "image", "input_image"),
+                f"a part of type {kind!r}; use text or image_url")
         url = None if text else part.get("image_url") or part.get("image") or part.get("source")  # as Anthropic's
         images += [] if url is None else [url]
         parts.append({"type": "text", "text": part["text"]} if text else {"type": "image"})
@@ -133,10 +66,10 @@ def ask(question, answer) -> list[dict]:
 
 
 def to_messages(row: dict, images: list, extra: dict) -> list[dict]:
-    """One row -> [{"role", "content"}, ...]. Pictures within it are added to `images`, what scoring needs to `extra`."""
+    """One row -> [{"role", "content"}, ...]. Its pictures are added to `images`, what scoring needs to `extra`."""
     # OpenAI  {"messages": [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": "Hi!"}]}
     # LLaVA   {"conversations": [{"from": "human", "value": "<image>\nWhat is it?"}, {"from": "gpt", "value": "Cat."}]}
-    # Alpaca  {"instruction": "Translate into English.", "input": "Haus", "output": "house", "history": [["Hi", "Hello"]]}
+    # Alpaca  {"instruction": "Translate into English.", "input": "Haus", "output": "house"}
     # GSM8K   {"question": "Ann has 2 + 3 eggs. How many?", "answer": "2 + 3 = 5\n#### 5"}
     # caption {"file_name": "7.jpg", "text": "A cat."};   kind  {"image": "7.jpg", "label": "cat"}
     def first(keys: tuple) -> str:
@@ -206,8 +139,8 @@ def read_row(row, where: str, number: int, find) -> dict:
         where += f" (id {str(row['id'])[:60]!r})"
         return make_record(row, find)
     except (KeyError, TypeError, IndexError, AttributeError) as error:  # a row of any other shape
-        raise ValueError(f"{where}: missing key or unknown role {error}; expected conversations (from, value), messages "
-                         "(role, content), instruction and output, or question and answer; the keys are "
+        raise ValueError(f"{where}: missing key or unknown role {error}; expected conversations (from, value), "
+                         "messages (role, content), instruction and output, or question and answer; the keys are "
                          f"{', '.join(map(str, row))[:100]}") from None
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{where}: {error}") from None
@@ -215,8 +148,8 @@ def read_row(row, where: str, number: int, find) -> dict:
 
 def make_record(row: dict, find) -> dict:
     """One row of a file -> a record that nothing later has to check again."""
-    require(not {"data", "annotations"} <= row.keys(), "a task of Label Studio; export it as JSON-MIN or CSV, and call the "
-            "columns image, question and answer")
+    require(not {"data", "annotations"} <= row.keys(), "a task of Label Studio; export it as JSON-MIN or CSV, and call "
+            "the columns image, question and answer")
     names, numbers = pictures_of(row)
     # Keys that scoring needs are kept; other keys of the file (licence, url) are dropped.
     extra = {key: row[key] for key in ("kind", "answer", "metric", "choices") if row.get(key) is not None}
@@ -236,8 +169,8 @@ def make_record(row: dict, find) -> dict:
     check_turns(messages)
     images = [name if isinstance(name, bytes) else find(name) for name in map(source_of, names)]
     missing = [str(name)[:100] for name, image in zip(names, images) if image is None]
-    require(not missing, f"no image {missing[:1]}: it is only named, and not in images/ beside the file, in its own folder, "
-                         "or in images.zip")
+    require(not missing, f"no image {missing[:1]} in images/ beside the file, in its own folder, or in images.zip; it "
+                         "is only named")
     markers = sum(images_in(turn["content"]) for turn in messages)
     if len(images) == 1 and markers == 0:  # as in LLaVA: a picture without a marker comes first
         first = next(turn for turn in messages if turn["role"] == "user")
@@ -259,8 +192,8 @@ def check_turns(messages: list) -> None:
     require(not empty, f"the answer in turn {empty[:1]} is empty; nothing could be learned from it")
     require(any("weight" not in turn for turn in answers.values()), "all answers have weight 0; nothing can be learned")
     drawn = [i for i, turn in answers.items() if images_in(turn["content"])]
-    require(not drawn, f"<image> in the answer of turn {drawn[:1]}: the model cannot draw; where the word is meant, write "
-                       "a list of parts, [{\"type\": \"text\", \"text\": ...}]")
+    require(not drawn, f"<image> in the answer of turn {drawn[:1]}: the model cannot draw; where the word is meant, "
+                       "write a list of parts, [{\"type\": \"text\", \"text\": ...}]")
     require(not any(text_of(turn["content"]).lstrip().startswith(("<video>", "<audio>")) for turn in messages),
             "a question about video or sound, which is not read; remove the record")
 

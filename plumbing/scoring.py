@@ -215,7 +215,8 @@ def benchmark_row(name, image, question: str, answer, choices: dict = {}, metric
 
 def with_options(question: str, choices: dict) -> str:
     "The options are written below a question that has them not."
-    listed = (re.search(rf"\b{re.escape(letter)}\W{{1,3}}{re.escape(text)}", question) for letter, text in choices.items())
+    listed = (re.search(rf"\b{re.escape(letter)}\W{{1,3}}{re.escape(text)}", question)
+              for letter, text in choices.items())
     return question if all(listed) else benchmark_row("", None, question, "", choices)["question"]
 
 
@@ -232,8 +233,8 @@ def options_of(row: dict) -> dict:
     if isinstance(options, (list, tuple)) and len(options) <= 26:
         options = dict(zip(ascii_uppercase, options))
     require(not options or isinstance(options, dict) and len(options) > 1 and all(
-        type(text) in (str, int, float) for text in options.values()), "choices must be an object of letters and texts, "
-            f"such as {{\"A\": \"cat\", \"B\": \"dog\"}}, or a list of texts, and at least two; not {str(options)[:40]!r}")
+        type(text) in (str, int, float) for text in options.values()), "choices must be an object of letters and "
+            "texts, such as {\"A\": \"cat\", \"B\": \"dog\"}, or a list of texts, and at least two")
     return {letter: str(text) for letter, text in (options or {}).items()}
 
 

@@ -16,10 +16,11 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
+from plumbing.columns import TEXTS, media_in
 from plumbing.files import cache, fingerprint, named_errors, new_file, require
 from plumbing.formats import BLOCK, JSON_SUFFIXES, read_json_rows
 from plumbing.recipes import locate
-from plumbing.records import TEXTS, Records, hash_keys, media_in
+from plumbing.records import Records, hash_keys
 
 END = "<|endoftext|>"  # between two documents of a text file
 
@@ -59,7 +60,9 @@ def text_files(path: str) -> list[str]:
 def read_text(path):
     """.txt, .jsonl and .json.gz with {"text"}, .json with a list of strings, or a folder of them -> documents."""
     for path in text_files(str(path)):
-        rows, found = cut_documents(path) if path.lower().endswith(".txt") else map(itemgetter(2), read_json_rows(path)), False
+        rows, found = cut_documents(path), False
+        if not path.lower().endswith(".txt"):
+            rows = map(itemgetter(2), read_json_rows(path))
         with named_errors(path):
             for index, row in enumerate(rows):
                 if isinstance(row, dict):

@@ -310,7 +310,8 @@ def test_the_check_finds_held_out_pictures_that_also_train(tmp_path):
 
 
 def test_the_check_knows_pictures_by_their_content_not_by_their_names(tmp_path):
-    for number, name in enumerate(("a/cat/1.png", "a/cat/2.png", "b/cat/1.png", "b/cat/3.png")):
+    names = "a/cat/1.png", "a/cat/2.png", "b/cat/1.png", "b/cat/3.png", "a/dog/1.png", "b/dog/1.png"
+    for number, name in enumerate(names):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_bytes(image_bytes((number, 9, 9)))
     flags = ["--check", f"--data={tmp_path / 'a'}", f"--val={tmp_path / 'b'}", f"--out={tmp_path / 'check.png'}"]

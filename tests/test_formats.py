@@ -88,7 +88,7 @@ def test_a_bad_record_is_named_with_file_index_id_and_problem(tmp_path):
             (llava(["a.png", "b.png"]), ["1 <image> markers", "2 images"]),
             (llava(["a.png", "b.png"], question="q"), ["0 <image> markers", "2 images"]),
             (llava(None), ["1 <image> markers", "0 images"]),
-            ({"id": "r1", "img": "a.png", "question": "q", "answer": "a"}, ["['img']", "the key must be image"]),
+            ({"id": "r1", "src": "a.png", "question": "q", "answer": "a"}, ["['src']", "the key must be image"]),
             (llava(conversations=[turn]), ["user", "alternate"]),
             (llava(None, conversations=[]), ["none", "alternate"]),
             (llava(None, conversations=[turn, turn]), ["user, user"]),
@@ -111,7 +111,9 @@ def test_an_unreadable_file_is_named_with_the_line(tmp_path):
     (tmp_path / "d.jsonl").write_text('{"question": "q", "answer": "a"}\n{"question": \n')
     assert fails(lambda: plumbing.recipes.read_records(tmp_path / "d.jsonl"), "d.jsonl", "line 2")
     (tmp_path / "d.jsonl").write_text(json.dumps({"data": [llava()]}, indent=1))  # over many lines, and no list
-    assert fails(lambda: plumbing.recipes.read_records(tmp_path / "d.jsonl"), "d.jsonl", "line 1 (a line holds a whole record")
+    assert fails(lambda: plumbing.recipes.read_records(tmp_path / "d.jsonl"), "d.jsonl", "one object", "['data']")
+    (tmp_path / "d.jsonl").write_text("{\n" * 3)
+    assert fails(lambda: plumbing.recipes.read_records(tmp_path / "d.jsonl"), "line 1 (a line holds a whole record")
     assert fails(lambda: plumbing.recipes.read_records(tmp_path / "none.json"), "none.json")
     assert fails(lambda: plumbing.recipes.read_records(tmp_path / "d.doc"), "d.doc", "no such file")
     (tmp_path / "d.doc").write_text("a text")
@@ -337,7 +339,7 @@ HOSTILE = {  # a row (or its text) that the reader refuses, and what it says
     "link that leads out": (llava("link.png"), "link that leads out"),
     "in a folder that is a link": (llava("away/secret.png"), "link that leads out"),
     "name too long": (llava("x" * 100_000), "no image"),
-    "file: URL": (llava("file:///etc/passwd"), "no image"),
+    "file: URL": (llava("file:///etc/passwd"), "leads out"),
     "nested JSON": (nested(), "not valid JSON"),
     "number of 5,000 digits": ('{"question": "q", "answer": ' + "7" * 5000 + "}", "not valid JSON"),
     "instances is a number": (CHAT | {"instances": 7}, "instances"),
@@ -353,10 +355,14 @@ HOSTILE = {  # a row (or its text) that the reader refuses, and what it says
     "answer to score is empty": (llava(None, "q") | {"answer": " "}, "must be a text"),
     "unknown metric": (CHAT | {"metric": "bleu"}, "unknown metric 'bleu'"),
     "metric is a list": (CHAT | {"metric": ["exact"]}, "unknown metric"),
-    "choices are a list": (CHAT | {"choices": ["a", "b"]}, "choices must be"),
+    "choices are a text": (CHAT | {"choices": "a or b"}, "choices must be"),
+    "choices are one": (CHAT | {"choices": ["a"]}, "choices must be"),
+    "choices are objects": (CHAT | {"choices": [{"text": "a"}, {"text": "b"}]}, "choices must be"),
     "choice is a number": (CHAT | {"choices": {"A": 1}}, "choices must be"),
     "kind is a number": (CHAT | {"kind": 3}, "kind must be"),
-    "image is a dict": (llava({"path": "a.png"}), "no name"),
+    "image is a dict": (llava({"width": 7}), "no name"),
+    "image is a dict that leads out": (llava({"path": "/etc/passwd"}), "leads out"),
+    "absolute name that leads out again": (llava(os.path.abspath("a") + "/../../x.png"), "leads out"),
     "image is a list of lists": (llava([["a.png"]]), "no name"),
     "messages is a number": ({"id": "r1", "messages": 7}, "missing key"),
     "turn is a number": ({"id": "r1", "messages": [7]}, "missing key"),
@@ -421,7 +427,10 @@ def test_all_bad_records_are_listed_not_only_the_first(tmp_path):
     rows = [CHAT | {"answer": i if i % 3 else f"a{i}", "question": f"q{i}"} for i in range(30)]
     ran = run("data", f"--data={write(tmp_path / 'd.json', rows)}")
     lines = [line for line in ran.out.splitlines() if line.startswith("bad: ")]
-    assert ran.code == 1 and len(lines) == 20 and all(f"record {i} " in " ".join(lines) for i in range(30) if i % 3)
+    assert ran.code == 1 and len(lines) == 5 and "20 bad records in all" in ran.out  # all are in a file:
+    run("data", "--check", f"--data={tmp_path / 'd.json'}", f"--out={tmp_path / 'check.png'}")
+    named = (tmp_path / "check.txt").read_text()
+    assert all(f"record {i} " in named for i in range(30) if i % 3) and len(named.splitlines()) == 20
     assert ran.result["bad"] == 20 and ran.result["records"] == 10
     assert fails(lambda: plumbing.recipes.read_records(tmp_path / "d.json"), "record 1 ", "19 more")
     write(tmp_path / "d.json", [row for row in rows if isinstance(row["answer"], int)])
