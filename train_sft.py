@@ -19,6 +19,7 @@ New in this chapter: the decoder is trained again, and answers are scored.
 Left out: a separate learning rate for each part. It was tried, and one rate for all was as good, within noise.
 """
 import time
+from collections import Counter
 
 from plumbing.flags import run  # before torch: see plumbing/files.py
 
@@ -147,6 +148,13 @@ def save_samples(path, vlm, tokenizer, held_out: dict) -> None:
     draw_sheet(path, [next(iter(record["images"]), None) for record in records], lines)
 
 
+def frequent_questions(held_out: dict, most: int = 4) -> list[str]:
+    "Of one's own data; the server's page suggests them. Long ones are no suggestions."
+    first = [record["messages"][0]["content"] for records in held_out.values() for record in records]
+    asked = Counter(text.replace("<image>", "").strip() for text in first)
+    return [text for text, _ in asked.most_common() if 0 < len(text) <= 80][:most]
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # The chapter
 
@@ -163,6 +171,8 @@ def main() -> None:
                                        max_bad=flags.max_bad)
 
     vlm, tokenizer, state, moments = load_start(flags, setup, STAGE)
+    if flags.data != "world":
+        vlm.config.run["questions"] = frequent_questions(held_out)
     # New: all parts are trained. The decoder must be: to answer, it has to find a thing among the image tokens by the
     # name that the question gives it, and text has taught it nothing of that kind.
     params = freeze_all_but(vlm, ["bridge", "decoder", "vit"])
