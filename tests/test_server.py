@@ -140,7 +140,7 @@ def test_a_picture_that_is_cut_or_a_bomb_is_refused(served, kind):
 def test_a_phone_s_photo_is_read_and_unpacked_sparingly(form, size, right, monkeypatch):
     "A large picture alone, and never more of it than a small one may have."
     file, shown = io.BytesIO(), []
-    Image.new("L" if form == "PNG" else "RGB", size, 77).save(file, form)
+    Image.new("RGB", size, (77, 77, 77)).convert("L" if form == "PNG" else "RGB").save(file, form)
     load_image = extras.server.load_image
 
     def watched(image, name):
