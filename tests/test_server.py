@@ -298,7 +298,8 @@ def test_idle_and_slow_connections_are_dropped_and_those_too_many_told_so(traine
 
 def hostile(rng: random.Random, good: bytes) -> list[bytes]:
     "The pieces of one malformed request."
-    head = b"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+    path = rng.choice([b"/v1/chat/completions"] * 3 + [b"/v1/completions", b"/look", b"/latents"])
+    head = b"POST %s HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n" % path
     junk = bytes(rng.randrange(256) for _ in range(rng.randrange(1, 200)))
     body = bytearray(good)
     for _ in range(rng.randrange(1, 6)):  # bytes changed, dropped, doubled
@@ -306,8 +307,10 @@ def hostile(rng: random.Random, good: bytes) -> list[bytes]:
         body[at:at + rng.randrange(3)] = bytes([rng.randrange(256)] * rng.randrange(3))
     value = rng.choice([b"NaN", b"Infinity", b"-1e999", b"1" * 5000, b"[" * 100_000, b'{"a":' * 50_000, b'"\\ud800"',
                         b"null", b"true", b"{}", b"[[]]", b'"' + junk.hex().encode() + b'"'])
-    field = rng.choice([b"messages", b"max_tokens", b"temperature", b"seed", b"n", b"stop", b"stream", b"top_p"])
-    odd = b'{"messages": [{"role": "user", "content": "x"}], "%s": %s}' % (field, value)
+    field = rng.choice([b"messages", b"max_tokens", b"temperature", b"seed", b"n", b"stop", b"stream", b"top_p", b"prompt",
+                        b"logprobs", b"top_logprobs", b"echo", b"image", b"model", b"logit_bias", b"tools", b"\\ud800"])
+    odd = b'{"messages": [{"role": "user", "content": "x"}], "max_tokens": 2, "%s": %s}' % (field, value)
+    odd = odd.replace(b'"messages": [{"role": "user", "content": "x"}]', b'"prompt": "x"') if b"/v1/comp" in path else odd
 
     def post(body, length=None):
         return [head + b"Content-Length: %d\r\n\r\n" % (len(body) if length is None else length), bytes(body)]
