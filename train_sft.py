@@ -20,6 +20,7 @@ One learning rate serves all parts: for the tiny model others were as good, with
 weights give the bridge and the encoder rates of their own: --lr_bridge, --lr_vit.
 """
 import time
+from collections import Counter
 
 from plumbing.flags import run  # before torch: see plumbing/files.py
 
@@ -150,6 +151,13 @@ def save_samples(path, vlm, tokenizer, held_out: dict) -> None:
     draw_sheet(path, [next(iter(record["images"]), None) for record in records], lines)
 
 
+def frequent_questions(held_out: dict, most: int = 4) -> list[str]:
+    "Of one's own data; the server's page suggests them. Long ones are no suggestions."
+    first = [record["messages"][0]["content"] for records in held_out.values() for record in records]
+    asked = Counter(text.replace("<image>", "").strip() for text in first)
+    return [text for text, _ in asked.most_common() if 0 < len(text) <= 80][:most]
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # The chapter
 
@@ -166,6 +174,8 @@ def main() -> None:
                                        max_bad=flags.max_bad)
 
     vlm, tokenizer, state, moments = load_start(flags, setup, STAGE)
+    if flags.data != "world":
+        vlm.config.run["questions"] = frequent_questions(held_out)
     # New: all parts are trained. The decoder must be: to answer, it has to find a thing among the image tokens by the
     # name that the question gives it, and text has taught it nothing of that kind.
     params = freeze_all_but(vlm, ["bridge", "decoder", "vit"], flags)

@@ -198,8 +198,10 @@ def read_picture(url: str) -> Image.Image:
         raise ValueError("send the picture itself, as data:image/png;base64,...; other addresses are not opened")
     try:
         image = Image.open(io.BytesIO(base64.b64decode(content, validate=True)), formats=FORMATS)
-        if image.width * image.height > PIXELS:
-            raise ValueError(f"{image.width} x {image.height} pixels is over the limit of {PIXELS:,}")
+        # The decoders of other formats keep several copies: WEBP's would need a gigabyte.
+        most = PIXELS if image.format in ("JPEG", "MPO", "PNG") else LARGE
+        if image.width * image.height > most:
+            raise ValueError(f"{image.width} x {image.height} pixels is over the limit of {most:,}")
         if image.width * image.height > LARGE:
             with ALONE, DECODING, DECODING:
                 half = image.width // 2, image.height // 2

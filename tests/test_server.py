@@ -134,6 +134,35 @@ def test_a_picture_that_is_cut_or_a_bomb_is_refused(served, kind):
     assert answer.status_code == 400 and "messages[0]" in answer.text
 
 
+@pytest.mark.parametrize("form, size, right", [
+    ("JPEG", (5712, 4284), True), ("PNG", (8160, 6120), True), ("PNG", (8200, 6120), False),
+    ("WEBP", (5712, 4284), False), ("GIF", (5712, 4284), False), ("JPEG", (4000, 4000), True)])
+def test_a_phone_s_photo_is_read_and_unpacked_sparingly(form, size, right, monkeypatch):
+    "A large picture alone, and never more of it than a small one may have."
+    file, shown = io.BytesIO(), []
+    Image.new("RGB", size, (77, 77, 77)).convert("L" if form == "PNG" else "RGB").save(file, form)
+    load_image = extras.server.load_image
+
+    def watched(image, name):
+        shown.append((image.size, extras.server.DECODING._value, extras.server.ALONE.locked()))
+        return load_image(image, name)
+    monkeypatch.setattr(extras.server, "load_image", watched)
+    url = "data:image/x;base64," + base64.b64encode(file.getvalue()).decode()
+    if not right:
+        with pytest.raises(ValueError, match="over the limit of"):
+            extras.server.read_picture(url)
+        return
+    threads = [threading.Thread(target=extras.server.read_picture, args=(url, )) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert all(w * h < extras.server.LARGE for (w, h), _, _ in shown) and len(shown) == 3
+    large = size[0] * size[1] > extras.server.LARGE
+    assert all(alone == large and (free == 0 or not large) for _, free, alone in shown)
+    assert extras.server.read_picture(url).getpixel((9, 9)) == (77, 77, 77) and not extras.server.ALONE.locked()
+
+
 def test_a_page_elsewhere_cannot_use_a_local_server(served, photo):
     good = {"messages": [user("x")], "max_tokens": 1}
     port = served.address[1]
@@ -269,7 +298,8 @@ def test_idle_and_slow_connections_are_dropped_and_those_too_many_told_so(traine
 
 def hostile(rng: random.Random, good: bytes) -> list[bytes]:
     "The pieces of one malformed request."
-    head = b"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+    path = rng.choice([b"/v1/chat/completions"] * 3 + [b"/v1/completions", b"/look", b"/latents"])
+    head = b"POST %s HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n" % path
     junk = bytes(rng.randrange(256) for _ in range(rng.randrange(1, 200)))
     body = bytearray(good)
     for _ in range(rng.randrange(1, 6)):  # bytes changed, dropped, doubled
@@ -277,8 +307,10 @@ def hostile(rng: random.Random, good: bytes) -> list[bytes]:
         body[at:at + rng.randrange(3)] = bytes([rng.randrange(256)] * rng.randrange(3))
     value = rng.choice([b"NaN", b"Infinity", b"-1e999", b"1" * 5000, b"[" * 100_000, b'{"a":' * 50_000, b'"\\ud800"',
                         b"null", b"true", b"{}", b"[[]]", b'"' + junk.hex().encode() + b'"'])
-    field = rng.choice([b"messages", b"max_tokens", b"temperature", b"seed", b"n", b"stop", b"stream", b"top_p"])
-    odd = b'{"messages": [{"role": "user", "content": "x"}], "%s": %s}' % (field, value)
+    field = rng.choice([b"messages", b"max_tokens", b"temperature", b"seed", b"n", b"stop", b"stream", b"top_p", b"prompt",
+                        b"logprobs", b"top_logprobs", b"echo", b"image", b"model", b"logit_bias", b"tools", b"\\ud800"])
+    odd = b'{"messages": [{"role": "user", "content": "x"}], "max_tokens": 2, "%s": %s}' % (field, value)
+    odd = odd.replace(b'"messages": [{"role": "user", "content": "x"}]', b'"prompt": "x"') if b"/v1/comp" in path else odd
 
     def post(body, length=None):
         return [head + b"Content-Length: %d\r\n\r\n" % (len(body) if length is None else length), bytes(body)]
@@ -444,8 +476,9 @@ def test_a_browser_shows_the_page_and_talks(served, photo):
         expect(page.locator(".error")).to_have_count(0)
         expect(page.locator(".user .text")).to_have_text(["Describe the picture."])
         expect(page.locator(".user img")).to_have_count(1)
-        page.reload()
-        expect(page.locator("#hello")).to_be_visible()
+        page.reload()  # the conversation is still there
+        expect(page.locator(".user .text")).to_have_text(["Describe the picture."])
+        expect(page.locator("figure img")).to_have_count(1)
         browser.close()
     assert not told and all(url.startswith((served.url, "data:", "blob:")) for url in asked)
 
@@ -469,6 +502,8 @@ def test_the_page_asks_for_the_key(trained):
         expect(page.locator(".error")).to_have_count(0)
         assert page.input_value("#length") == "5"  # --max_new_tokens
         # Another key counts from now on: the question that was refused is asked again with it.
+        page.click("#draw")
+        expect(page.locator("#waiting figure")).to_have_count(1)
         there.server.flags.api_key = "new"
         page.fill("#text", "What?")
         page.press("#text", "Enter")
@@ -497,27 +532,151 @@ def test_the_page_keeps_a_draft_while_an_earlier_question_is_edited_or_tried_aga
         page = browser.new_page()
         page.goto(served.url)
         expect(page.locator("#model")).to_contain_text("tiny")
-        page.route("**/v1/**", lambda route: route.abort())
+        # Without a picture a model of pictures would answer "no": one line instead, and nothing is lost.
         page.fill("#text", "What?")
         page.press("#text", "Enter")
-        expect(page.locator(".error")).to_be_visible()
+        expect(page.locator(".error")).to_contain_text("only answer about pictures")
+        expect(page.locator("#text")).to_have_value("What?")
         page.click("#draw")
+        expect(page.locator("#waiting figure")).to_have_count(1)
+        page.route("**/v1/**", lambda route: route.abort())
+        page.press("#text", "Enter")
+        expect(page.locator(".error")).to_be_visible()
+        for _ in range(2):
+            page.click("#draw")
         page.fill("#text", "my draft")
+        expect(page.locator("#waiting figure")).to_have_count(2)
         page.unroute("**/v1/**")
         page.click(".error button")
         expect(page.locator(".bot .foot")).to_contain_text("token")
         for key in ("Escape", "Enter"):  # the edit is given up, then sent
             expect(page.locator("#text")).to_have_value("my draft")
-            expect(page.locator("#waiting figure")).to_have_count(1)
+            expect(page.locator("#waiting figure")).to_have_count(2)
             page.click(".user .foot button")
             page.click(".user .foot button")  # twice: what is edited is no draft
             expect(page.locator("#text")).to_have_value("What?")
-            expect(page.locator("#waiting figure")).to_have_count(0)
+            expect(page.locator("#waiting figure")).to_have_count(1)
             page.press("#text", key)
         expect(page.locator("#text")).to_have_value("my draft")
-        expect(page.locator("#waiting figure")).to_have_count(1)
+        expect(page.locator("#waiting figure")).to_have_count(2)
         expect(page.locator(".user")).to_have_count(1)
         browser.close()
+
+
+@needs("playwright")
+@pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium: apt-get install chromium")
+def test_the_page_introduces_the_model_suggests_questions_and_forgets_nothing(tmp_path):
+    from playwright.sync_api import expect, sync_playwright
+    expect.set_options(timeout=20_000)  # milliseconds: a busy machine
+    there = Served(tmp_path, "--max_requests=4")  # the model that comes with the code
+    with sync_playwright() as play:
+        browser, told = play.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"]), []
+        page = browser.new_page()
+        page.on("console", lambda message: told.append(message.text))
+        page.on("pageerror", lambda error: told.append(str(error)))
+        page.goto(there.url)
+        expect(page.locator("#made")).to_contain_text("assets/tiny: rl, step 300 of 300, trained on the drawn world, ")
+        expect(page.locator("#suggest")).to_be_hidden()
+        page.set_input_files("#file", HERE / "cat.jpg")
+        expect(page.locator("#suggest button")).to_have_text(extras.asking.WORLD_QUESTIONS)
+        page.click("#suggest button >> nth=1")
+        expect(page.locator(".bot .text")).to_have_text(["4"])
+        expect(page.locator("#suggest button")).to_have_count(3)  # what was asked is not suggested again
+        # Another answer, not the likeliest once more.
+        page.click(".again")
+        expect(page.locator(".bot .foot")).to_contain_text("temperature 0.7")
+        expect(page.locator(".user")).to_have_count(1)
+        # Start over is undone, also after a reload; so is the theme kept, and the switch.
+        dark = page.evaluate("getComputedStyle(document.body).backgroundColor")
+        page.click("#theme")
+        assert page.evaluate("getComputedStyle(document.body).backgroundColor") != dark
+        page.click("#new")
+        expect(page.locator(".user")).to_have_count(0)
+        page.reload()
+        expect(page.locator("#hello")).to_be_visible()
+        page.click("#undo")
+        expect(page.locator(".user .text")).to_have_text(["How many things are there?"])
+        page.reload()
+        expect(page.locator(".user .text")).to_have_text(["How many things are there?"])
+        expect(page.locator(".bot .again")).to_have_count(1)
+        assert page.evaluate("getComputedStyle(document.body).backgroundColor") != dark
+        # Inside: the probability of a word and its four rivals, and the picture's nine latents.
+        page.click("#inside")
+        expect(page.locator(".latents canvas")).to_have_count(9)
+        page.hover(".bot .text span")
+        expect(page.locator("#rivals .own")).to_contain_text("4")
+        expect(page.locator("#rivals div:not(.own)")).to_have_count(4)
+        page.mouse.move(1, 1)
+        expect(page.locator("#rivals")).to_be_hidden()
+        page.reload()
+        expect(page.locator(".latents canvas")).to_have_count(9)
+        page.click("#inside")
+        expect(page.locator(".latents")).to_be_hidden()
+        # A picture opens large.
+        page.click("#talk figure")
+        expect(page.locator("#large img")).to_be_visible()
+        assert page.locator("#large img").bounding_box()["width"] > 500
+        page.keyboard.press("Escape")
+        expect(page.locator("#large img")).to_be_hidden()
+        # Markdown is shown, and HTML stays text.
+        said = "# A head\n- **one** and\n2. `two` <img src=x onerror=alert(1)>\n```\na  = 1\n```\n2 * 3 * 4"
+        event = "data: " + json.dumps({"choices": [{"delta": {"content": said}, "finish_reason": "stop"}]}) + "\n\n"
+        page.route("**/chat/completions", lambda route: route.fulfill(body=event))
+        page.fill("#text", "What?")
+        page.click("#send")
+        text = page.locator(".bot .text").last
+        for inside, words in (("b", "one"), ("code", "two"), ("pre", "a  = 1\n"), (".head", "A head")):
+            assert text.locator(inside).text_content() == words
+        expect(text).to_contain_text("<img src=x onerror=alert(1)>")
+        expect(text).to_contain_text("2 * 3 * 4")
+        assert text.locator("img").count() == 0
+        # A drawn scene comes with questions of its own.
+        page.click("#draw")
+        expect(page.locator("#suggest button")).to_have_count(5)
+        browser.close()
+        # Where there is no pointer, words are tapped.
+        browser = play.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        page = browser.new_context(has_touch=True, is_mobile=True).new_page()
+        page.goto(there.url)
+        expect(page.locator("#looks")).to_contain_text("Tap a word")
+        browser.close()
+    assert not told
+    there.server.shutdown()
+
+
+@pytest.mark.parametrize("preset, run, world, data, questions", [
+    ("tiny", {"data": "world"}, True, ["world"], 4), ("tiny", {}, True, ["world"], 4),
+    ("tiny", {"data": "world:2,/home/me/pets/train.json:0.5"}, True, ["world", "train.json"], 1),
+    ("tiny", {"data": "pets/train.json", "questions": ["Which pet?"]}, False, ["train.json"], 1),
+    ("small", {"data": "photos/"}, False, ["photos"], 1), ("llava-ov-0.5b", {}, False, [], 4),
+    ("qwen2.5-0.5b", {"data": "llava-mix665k"}, False, ["llava-mix665k"], 4)])
+def test_the_page_is_told_what_the_model_was_trained_on(served, preset, run, world, data, questions, monkeypatch):
+    config = served.server.vlm.config
+    monkeypatch.setattr(config, "preset", preset)
+    monkeypatch.setattr(config, "run", run)
+    (card, ) = requests.get(served.url + "/v1/models/").json()["data"]
+    assert (card["world"], card["data"], len(card["questions"])) == (world, data, questions)
+    assert requests.get(served.url + "/v1/models/tiny").json() == card
+    assert requests.get(served.url + "/v1/models/gpt-4o").status_code == 404
+
+
+def test_a_model_of_ones_own_pictures_is_introduced_as_such_and_its_data_s_questions_are_suggested(trained, tmp_path):
+    asked = ["Which pet is it?", "Is it asleep?", "What is it called?" + " Say." * 40]
+    rows = []
+    for i in range(60):  # the question of each third is asked most
+        plumbing.world.World("captions")[i]["images"][0].draw(72).save(tmp_path / f"{i}.png")
+        rows.append({"id": i, "image": f"{i}.png", "conversations": [
+            {"from": "human", "value": f"<image>\n{asked[0] if i % 3 == 0 else asked[i % 3]}"},
+            {"from": "gpt", "value": "a cat"}]})
+    (tmp_path / "pets.json").write_text(json.dumps(rows))
+    ran = run("train_sft", "--steps=2", "--eval_size=9", "--batch_size=4", "--device=cpu", f"--out_dir={tmp_path / 'out'}",
+              f"--init={trained[0] / 'tiny/sft'}", f"--data={tmp_path / 'pets.json'}")
+    assert ran.code == 0, ran.err
+    there = Served(tmp_path / "out", "--max_requests=4")
+    (card, ) = requests.get(there.url + "/v1/models").json()["data"]
+    assert card["checkpoint"] == "tiny/sft" and card["data"] == ["pets.json"] and not card["world"]
+    assert card["questions"] and set(card["questions"]) <= set(asked[:2])
+    there.server.shutdown()
 
 
 @needs("playwright")
