@@ -620,7 +620,9 @@ def load_checkpoint(folder, device="cpu", dtype=torch.float32) -> VLM:
                                    generation=generation_config(folder), run={"chapters": STAGES[:3]}))
     elif hf.pop("model_type", "") == "ghostvis":
         try:
-            config = VLMConfig(**hf | {"vision": ViTConfig(**hf["vision"]), "bridge": BridgeConfig(**hf["bridge"]),
+            # Older checkpoints do not say whether latents are seeded: they were where M = N / 4.
+            bridge = {"seeded": 4 * hf["bridge"]["num_latents"] == hf["bridge"]["num_patches"]} | hf["bridge"]
+            config = VLMConfig(**hf | {"vision": ViTConfig(**hf["vision"]), "bridge": BridgeConfig(**bridge),
                                        "decoder": GPTConfig(**hf["decoder"])})
             for part in (config.vision, config.bridge, config.decoder, GPTConfig(vocab_size=config.lora_rank + 1)):
                 check_sizes(part, folder)

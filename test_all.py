@@ -664,10 +664,10 @@ def bridge_config(kind: str, latents: int = 4, patches: int = 16) -> BridgeConfi
                         num_patches=patches)
 
 
-@pytest.mark.parametrize("latents", [4, 5], ids=["from_patches", "learned"])
-def test_latents_differ_and_receive_different_gradients(latents):
-    bridge = Bridge(bridge_config("perceiver", latents))
-    assert (bridge.perceiver.seed is None) == (latents == 5)
+@pytest.mark.parametrize("latents, seeded", [(4, True), (5, True), (5, False)], ids=["patches", "shares", "learned"])
+def test_latents_differ_and_receive_different_gradients(latents, seeded):
+    bridge = Bridge(replace(bridge_config("perceiver", latents), seeded=seeded))
+    assert (bridge.perceiver.seed is not None) == seeded
     for step in range(2):  # fresh, when the layers add nothing yet, and after a step
         features = torch.randn(3, 16, 16)
         tokens = bridge(features)
@@ -683,6 +683,26 @@ def test_latents_differ_and_receive_different_gradients(latents):
 def test_perceiver_latents_depend_on_the_picture():
     perceiver = shake(Bridge(bridge_config("perceiver", 5))).perceiver
     assert not torch.allclose(*perceiver(torch.randn(2, 16, 16)), atol=1e-3)
+
+
+def test_another_number_of_latents_changes_nothing_but_the_latents():
+    bridges = {M: Bridge(bridge_config("perceiver", M, patches=36)) for M in (1, 5, 9, 16, 50)}
+    others = {M: {name: p.shape for name, p in bridge.named_parameters() if name != "perceiver.latents"}
+              for M, bridge in bridges.items()}
+    assert all(shapes == others[9] for shapes in others.values())
+    for M, bridge in bridges.items():
+        assert bridge(torch.randn(2, 36, 16)).shape == (2, M, 24)
+        # Where a latent starts: the mean over the patches around its place, and all patches are somebody's.
+        shares = bridge.perceiver.places(torch.eye(36)[None])[0].view(M, 4, 36)
+        assert torch.allclose(shares.sum(-1), torch.ones(M, 4)) and (shares.sum((0, 1)) > 0).all()
+        rows, columns = torch.arange(36) // 6 + 0.5, torch.arange(36) % 6 + 0.5
+        middle = torch.stack([shares.mean(1) @ rows, shares.mean(1) @ columns])  # of what each latent starts from
+        if M in (9, 16):
+            n = math.isqrt(M)
+            wanted = (torch.arange(n) + 0.5) * 6 / n
+            assert torch.allclose(middle, torch.stack([wanted.repeat_interleave(n), wanted.repeat(n)]), atol=0.2)
+    general = vision.quarter_shares(9, 36, torch.device("cpu"), torch.float32)  # of M = N / 4, pixel_shuffle's, to the bit
+    assert torch.equal(general @ torch.eye(36), vision.pixel_shuffle(torch.eye(36)[None])[0].view(36, 36))
 
 
 def test_pixel_shuffle_joins_2x2_neighbours():

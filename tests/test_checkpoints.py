@@ -30,10 +30,10 @@ import sample
 import train_base
 import train_sft
 from model import GPT, VLM
-from tests.helpers import (CHAPTERS, HERE, QUICK, SCRIPTS, START, Ran, fails, long_form, one_line, run, run_process,
-                           setup, snapshot, starts, tiny_vlm, tokenizer, wait_until)
+from tests.helpers import (CHAPTERS, HERE, QUICK, SCRIPTS, START, Ran, change_config, fails, long_form, one_line, run,
+                           run_process, setup, shake, snapshot, starts, tiny_vlm, tokenizer, wait_until)
 from tokenizer import Tokenizer
-from vision import ViT
+from vision import Bridge, ViT
 
 pytest_plugins = ["tests.helpers"]  # its fixtures
 
@@ -56,6 +56,17 @@ def test_checkpoint_round_trip_keeps_weights_and_other_files(tmp_path):
     # Moments of the model before would not fit this one's weights.
     assert not (folder / "optimizer.safetensors").exists() and not (folder / "state.json").exists()
     assert [p.name for p in folder.parent.iterdir()] == ["sft"]  # nothing is left beside it
+
+
+def test_a_checkpoint_from_before_latents_of_any_number_were_seeded_still_loads(tmp_path):
+    for latents, seeded in ((4, True), (5, False)):  # 16 patches: then only 4 latents were
+        vlm = tiny_vlm()
+        vlm.config.bridge.num_latents, vlm.config.bridge.seeded = latents, seeded
+        vlm.bridge = shake(Bridge(vlm.config.bridge))
+        plumbing.checkpoints.save_checkpoint(tmp_path / "sft", vlm, tokenizer())
+        change_config(tmp_path / "sft", lambda config: config["bridge"].pop("seeded"))
+        again = model.load_checkpoint(tmp_path / "sft")
+        assert torch.equal(again.bridge(torch.ones(1, 16, 32)), vlm.bridge(torch.ones(1, 16, 32)))
 
 
 def test_a_folder_inside_a_checkpoint_does_not_stop_the_save(tmp_path):
