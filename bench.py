@@ -40,6 +40,7 @@ from plumbing.checkpoints import newest_checkpoint
 from plumbing.drawing import draw_lines, read_curves
 from plumbing.engine import Engine, Request
 from plumbing.files import parse_json, say
+from plumbing.fitting import largest_micro_batch
 from plumbing.optimizer import Optimizer
 from plumbing.ranks import Setup
 from plumbing.recipes import read_records
@@ -47,8 +48,7 @@ from plumbing.workers import share_workers
 from plumbing.world import World
 from model import FROM_SCRATCH, PRESETS, VLM, preset
 from tokenizer import Tokenizer
-from train_base import (chapter_flags, count_supervised, freeze_all_but, largest_micro_batch, load_start, make_loaders,
-                        train_step)
+from train_base import chapter_flags, count_supervised, freeze_all_but, load_start, make_loaders, train_step
 from train_sft import evaluate_with_baselines
 from extras.benchmarks import Answers, evaluate_file
 from extras.figures import draw_book, draw_ladder
@@ -64,6 +64,7 @@ FLAGS = {
     "model": ("tiny", f"{', '.join(PRESETS)}, or a hub id (Org/Name) or folder"),
     "vision": ("", "speed: encoder in place of the preset's"),
     "bridge": ("", "speed: perceiver, pixelshuffle or mlp, in place of the preset's"),
+    "set": ("", "speed, memory: as in training"),
     "init": ("", "checkpoint folder; empty: the latest stage under --out_dir, for speed else random weights; "
                  "compare: several, comma-separated"),
     "out_dir": ("out", "where the stages keep their checkpoints"),
@@ -235,7 +236,7 @@ def noise(vlm: VLM):
 
 def random_model(flags, setup) -> VLM:
     "A preset of random weights, made on the device."
-    config = preset(flags.model, flags.bridge)
+    config = preset(flags.model, flags.bridge, flags.set)
     config.lora_rank = flags.lora_rank
     with setup.device:
         vlm = VLM(config)

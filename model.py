@@ -26,6 +26,7 @@ from torch.utils.checkpoint import checkpoint
 
 from plumbing.checkpoints import STAGES, run_name
 from plumbing.engine import ROWS, Engine, Request, compile_decoding, whole
+from plumbing.fields import set_fields
 from plumbing.files import read_json, recover
 from plumbing.hub import fetch
 from plumbing.linear import Linear, LoRALinear
@@ -108,11 +109,30 @@ def connect(config: VLMConfig) -> VLMConfig:
     return config
 
 
-def preset(name: str, bridge: str = "") -> VLMConfig:
-    "A fresh configuration, with another kind of bridge if one is named."
+def preset(name: str, bridge: str = "", changes: str = "", vision: str = "") -> VLMConfig:
+    "A fresh configuration, with another kind of bridge if one is named, and --set's changes. vision: --vision's encoder."
     config = copy.deepcopy(PRESETS[name])
     config.preset, config.bridge.kind = name, bridge or config.bridge.kind
-    return connect(config)
+    parts = ("bridge", "decoder") if vision else ("vision", "bridge", "decoder")
+    set_fields(config, changes, parts, f"the encoder is --vision={vision}, as it was released")
+    connect(config)
+    check_shapes(config, f"--set={changes}" if changes else f"PRESETS[{name!r}] in model.py")
+    return config
+
+
+def check_shapes(config: VLMConfig, where: str) -> None:
+    "Said here, before PyTorch says it in words of its own."
+    v, b, d = config.vision, config.bridge, config.decoder
+    for part in (v, b, d):
+        check_sizes(part, where, "take another value, and a picture of at least one patch")
+    for whole_, n, what in (
+        (v.hidden_size, v.num_attention_heads, "vision.num_attention_heads"), (v.hidden_size, 4, "as the ViT's positions need"),
+        (v.hidden_size, b.num_heads, "bridge.num_heads"),
+        (d.num_attention_heads, d.num_key_value_heads, "decoder.num_key_value_heads"),
+        (d.hidden_size, 2 * d.num_attention_heads, "twice decoder.num_attention_heads (RoPE turns pairs of channels)"),
+    ):
+        if whole_ % n:
+            raise ValueError(f"{where}: {whole_} is not a multiple of {n}, {what}")
 
 
 def check_name(model: str) -> None:
@@ -332,7 +352,7 @@ def gpt_config(hf: dict, folder: Path) -> GPTConfig:
     if hf.get("use_sliding_window") or rope.get("rope_type", rope.get("type", "default")) != "default":
         raise ValueError(f"{folder}/config.json: sliding windows and scaled RoPE are not supported")
     config = GPTConfig(**{f.name: hf[f.name] for f in fields(GPTConfig) if f.name in hf})
-    check_sizes(config, folder)
+    check_sizes(config, folder / "config.json")
     heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
     if config.hidden_size % heads or heads % kv_heads:
         raise ValueError(f"{folder}/config.json: hidden_size {config.hidden_size}, {heads} heads and {kv_heads} key "
@@ -625,7 +645,7 @@ def load_checkpoint(folder, device="cpu", dtype=torch.float32) -> VLM:
             config = VLMConfig(**hf | {"vision": ViTConfig(**hf["vision"]), "bridge": BridgeConfig(**bridge),
                                        "decoder": GPTConfig(**hf["decoder"])})
             for part in (config.vision, config.bridge, config.decoder, GPTConfig(vocab_size=config.lora_rank + 1)):
-                check_sizes(part, folder)
+                check_sizes(part, path)
         except (KeyError, TypeError) as error:
             raise ValueError(f"{path}: does not fit this version of the code ({error})") from None
         source, names = folder / "model.safetensors", None

@@ -25,8 +25,11 @@ from torch.nn.utils import get_total_norm
 from tqdm import tqdm
 
 import data
-from plumbing.checkpoints import STAGES, find_start, read_resume, run_name, save, stage_folder, take_flags_of_run
+from plumbing.checkpoints import (STAGES, check_asked, find_start, read_resume, run_name, save, stage_folder,
+                                  take_flags_of_run)
+from plumbing.fields import set_fields
 from plumbing.files import attempt, recover, require
+from plumbing.fitting import SMALLER, largest_micro_batch
 from plumbing.hub import fetch
 from plumbing.log import Interrupt, Log, finish
 from plumbing.optimizer import Optimizer, lr_scale
@@ -36,7 +39,7 @@ from plumbing.workers import share_workers
 from plumbing.world import World
 from model import FROM_SCRATCH, PRESETS, VLM, check_name, connect, load_checkpoint, load_pretrained, preset
 from tokenizer import Tokenizer
-from vision import SIGLIP, ViT
+from vision import SIGLIP, Bridge, ViT
 
 STAGE = "base"
 # The defaults of the flags that depend on --model. A step of tiny has 16 x 256 = 4,096 tokens. At a learning rate of
@@ -76,9 +79,14 @@ def without_checkpoint(flags, setup: Setup) -> tuple[VLM, Tokenizer, str]:
         # Its bridge is new and useless before chapter 2, unless the model is a finished LLaVA.
         vlm, folder = load_pretrained(flags.model, flags.vision, flags.bridge, setup.device)
         vlm.config.generation = {}  # the publisher's temperatures are for the publisher's model, not for ours
+        if flags.set:
+            new = "align" not in vlm.config.run["chapters"]
+            set_fields(vlm.config, flags.set, ("bridge", ) * new, f"released weights have their shape ({folder})"
+                       + "; of these only bridge.* is new, and can be set" * new)
+            vlm.bridge = Bridge(vlm.config.bridge).to(setup.device)
         return vlm, Tokenizer.from_pretrained(folder), f"the weights of {folder}"
     # A short text may have fewer tokens than the embedding has rows: the rest is never sampled (vocab_used).
-    config = preset(flags.model, flags.bridge)
+    config = preset(flags.model, flags.bridge, flags.set, flags.vision)
     tokenizer = Tokenizer.train(data.tokenizer_texts(flags.data, flags.seed), config.decoder.vocab_size)
     if not flags.vision:
         return VLM(config), tokenizer, "random weights (the first loss is near 15, not ln V = 7: see GPT's embed)"
@@ -102,13 +110,16 @@ def load_start(flags, setup: Setup, stage: str) -> tuple[VLM, Tokenizer, dict, d
         source = recover(stage_folder(flags, stage))
         state, moments = read_resume(source)
     else:
-        # 2. --init: that folder.  3. The newest earlier stage under --out_dir; for fine-tuning the newest model.
-        source, why = (flags.init, "") if flags.init else find_start(flags, stage)
+        # 2. --init: that folder, or none.  3. The newest earlier stage under --out_dir; for fine-tuning the newest model.
+        source, why = find_start(flags, stage)
+    today = None
     if source:
         # The tokenizer comes with the weights: ids mean nothing without it.
         vlm, tokenizer = load_checkpoint(source, setup.device), Tokenizer.from_pretrained(source)
         vlm.config.preset = vlm.config.preset or run_name(flags.model)  # a LLaVA folder of Hugging Face's has none
         vlm.config.run.setdefault("chapters", STAGES[:3])  # older checkpoints do not say
+        if flags.model == vlm.config.preset in FROM_SCRATCH:  # an edit of PRESETS does not reach the weights
+            today = preset(flags.model, flags.bridge, flags.set)
     else:
         # 4. The released weights of --model, or, for the presets that have none, random ones.
         vlm, tokenizer, source = without_checkpoint(flags, setup)
@@ -116,12 +127,8 @@ def load_start(flags, setup: Setup, stage: str) -> tuple[VLM, Tokenizer, dict, d
         start = vlm.config.run
         vlm.config.run = {"chapters": list(dict.fromkeys([*start.get("chapters", []), stage])), "stage": stage,
                           "start": start.get("saved"), "steps": flags.steps, "data": flags.data}
-    for name, asked, found in (("model", run_name(flags.model), vlm.config.preset),
-                               ("vision", flags.vision, vlm.config.pretrained_vision),
-                               ("bridge", flags.bridge, vlm.config.bridge.kind),
-                               ("lora_rank", flags.lora_rank, vlm.config.lora_rank or flags.lora_rank)):
-        require(asked in ("", 0, found), f"--{name}={asked}, but {source} has --{name}={found}: "
-                "give that, or start from another model by --init= or --out_dir=")
+    if told := check_asked(flags, source, vlm.config, today):
+        setup.print(told)
     if flags.lora_rank and not vlm.config.lora_rank:
         vlm.add_lora(flags.lora_rank)
     vlm.gpt.activation_checkpointing = flags.activation_checkpointing
@@ -149,39 +156,6 @@ def freeze_all_but(vlm: VLM, trained: list[str]) -> dict[str, torch.nn.Parameter
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Data: records -> packed micro-batches (data.py), for this model and these ranks
-
-SMALLER = ("--activation_checkpointing, --lora_rank=16, or a shorter --seq_len (bench.py --what=memory tells what each "
-           "saves)")
-
-
-def largest_micro_batch(vlm: VLM, setup: Setup, share: int, make_batch) -> int:
-    """
-    The most rows per forward pass for which the GPU has the memory, of the divisors of `share`, a rank's rows in a
-    step. make_batch(rows): such a batch. Without a GPU: all.
-    """
-    if setup.device.type != "cuda":
-        return share
-    torch.cuda.reset_peak_memory_stats()
-    for rows in (n for n in range(share, 0, -1) if share % n == 0):
-        try:  # Not computed but tried: what a pass needs depends on the compiler, the kernels and the model.
-            batch = setup.to_device(make_batch(rows))
-            for _ in range(min(2, share // rows)):  # of several micro-batches the second adds to gradients of the first
-                loss = vlm(batch)
-                if loss.requires_grad:  # not in alignment without a picture
-                    loss.backward()
-            # 7 % to spare: other batches have more pictures, and memory is fragmented
-            fits = torch.cuda.max_memory_allocated() < 0.93 * torch.cuda.mem_get_info()[1]
-        except torch.OutOfMemoryError:
-            fits = False
-        for p in vlm.parameters():
-            p.grad = None
-        torch.cuda.empty_cache()  # the fragments of a large attempt
-        torch.cuda.reset_peak_memory_stats()
-        if setup.all_reduce(fits) == setup.world_size:  # all ranks take the same
-            setup.print(f"--micro_batch_size={rows}: the most rows of {share} that fit into this GPU's memory at once")
-            return rows
-    raise ValueError(f"not even one row fits into this GPU's memory; give {SMALLER}")
-
 
 def make_loaders(flags, setup: Setup, vlm: VLM, tokenizer: Tokenizer, dataset, state: dict, **options) -> list:
     "-> one data.Loader for each micro-batch of this rank. options: of data.make_document."

@@ -38,12 +38,13 @@ from tqdm import tqdm
 import data
 from plumbing.checkpoints import save
 from plumbing.files import attempt
+from plumbing.fitting import largest_micro_batch
 from plumbing.log import Interrupt, Log, finish
 from plumbing.optimizer import Optimizer, lr_scale
 from plumbing.ranks import Setup
 from plumbing.scoring import wilson
 from plumbing.world import QUESTIONS, World
-from train_base import SHARED_FLAGS, chapter_flags, freeze_all_but, largest_micro_batch, load_start, train_step
+from train_base import SHARED_FLAGS, chapter_flags, freeze_all_but, load_start, train_step
 from train_sft import evaluate, save_samples, score_answer
 
 STAGE = "rl"

@@ -187,18 +187,18 @@ def vit_config(config: dict, folder: Path) -> ViTConfig:
     if (folder / "preprocessor_config.json").exists():  # resample: 2 is bilinear, 3 bicubic
         fill["bicubic"] = read_json(folder / "preprocessor_config.json").get("resample", 3) == 3
     config = ViTConfig(**fill)
-    check_sizes(config, folder)
+    check_sizes(config, folder / "config.json")
     return config
 
 
-def check_sizes(config, folder) -> None:
+def check_sizes(config, where, remedy: str = "is this the right file?") -> None:
     "config.json may come from a stranger: 10^9 layers are refused before time or memory is spent on them."
     for f in fields(config):
         value, most = getattr(config, f.name), 1000 if f.name.endswith("layers") else 2 ** 24
         fine = type(value) in ((int, float) if f.type is float else (f.type, ))
         if f.type is int:  # bridge.layer alone may be negative: -1 is the last one
             fine = fine and (0 < value <= most or f.name == "layer" and -most < value < 0)
-        require(fine, f"{folder}/config.json: {f.name} {str(value)[:50]!r} cannot be; is this the right file?")
+        require(fine, f"{where}: {f.name} {str(value)[:50]!r} cannot be; {remedy}")
 
 
 def llava_vision(hf: dict, folder: Path) -> tuple[ViTConfig, "BridgeConfig"]:

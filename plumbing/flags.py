@@ -18,7 +18,9 @@ from tqdm import tqdm
 RUN_FLAGS = {
     "bridge": ("", "perceiver, pixelshuffle or mlp, in place of the preset's; only with mlp can the trained model be "
                    "exported for other engines (sample.py --export)"),
-    "init": ("", "checkpoint folder to start from; empty: the newest earlier stage under --out_dir, else from scratch"),
+    "set": ("", "fields of the preset's configuration, --set=bridge.num_latents=16,decoder.num_hidden_layers=6"),
+    "init": ("", "checkpoint folder to start from; scratch: none, so random or released weights; empty: the newest "
+                 "earlier stage under --out_dir, else as scratch"),
     "out_dir": ("out", "checkpoints go to OUT_DIR/MODEL/STAGE"),
     "data": ("world", "world, or files (see data.py), comma-separated, each with an optional :weight"),
     "val": ("", "file of held-out records; empty: a part of --data is held out, by picture"),
