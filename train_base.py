@@ -14,11 +14,11 @@ Left out: epochs (the loader never ends: it shuffles a file anew for every pass 
 checkpoints are in plumbing/, which can be trusted unread.
 """
 import math
-import sys
+import shlex
 import time
 from functools import partial
 
-from plumbing.flags import RUN_FLAGS, parse_flags, run  # before torch: see plumbing/files.py
+from plumbing.flags import RUN_FLAGS, given, parse_flags, run  # before torch: see plumbing/files.py
 
 import torch
 from torch.nn.utils import get_total_norm
@@ -66,7 +66,7 @@ def chapter_flags(doc: str, stage: str, flags: dict, by_model: dict, argv=None):
     require(not getattr(out, "val", "") or any(name != "world" for name, _ in data.parse_mixture(out.data)),
             f"--val={getattr(out, 'val', '')}: goes with files in --data=; the world holds out scenes of its own")
     if getattr(out, "resume", False):
-        take_flags_of_run(out, stage, {text[2:].split("=")[0] for text in (sys.argv[1:] if argv is None else argv)})
+        take_flags_of_run(out, stage, given(argv))
     return out
 
 
@@ -125,8 +125,11 @@ def load_start(flags, setup: Setup, stage: str) -> tuple[VLM, Tokenizer, dict, d
         vlm, tokenizer, source = without_checkpoint(flags, setup)
     if not flags.resume:
         start = vlm.config.run
-        vlm.config.run = {"chapters": list(dict.fromkeys([*start.get("chapters", []), stage])), "stage": stage,
-                          "start": start.get("saved"), "steps": flags.steps, "data": flags.data}
+        before = start.get("chapters", [])
+        vlm.config.run = {"chapters": list(dict.fromkeys([*before, stage])), "stage": stage, "again": stage in before,
+                          "start": start.get("saved"), "steps": flags.steps, "data": flags.data,
+                          # whether it has learned to answer without a picture, too (make_loaders)
+                          "texts": start.get("texts", "sft" in before and start.get("data") != "world")}
     if told := check_asked(flags, source, vlm.config, today):
         setup.print(told)
     if flags.lora_rank and not vlm.config.lora_rank:
@@ -180,6 +183,8 @@ def make_loaders(flags, setup: Setup, vlm: VLM, tokenizer: Tokenizer, dataset, s
     # Cut conversations train without any error, and the model never learns how they end: say how many there are.
     first = (attempt(dataset.__getitem__, i) for i in range(100))
     whole = [make_document(one, 0, seq_len=10 ** 9) for one in first if isinstance(one, dict) and "messages" in one]
+    if vlm.config.run.get("stage") == "sft":
+        vlm.config.run["texts"] |= any(not document.slots for document in whole if document)
     sets = getattr(dataset, "sets", [])
     if whole and len(sets) == 1 and isinstance(sets[0], data.Shuffled):
         n, tokens = len(sets[0].records), sum(len(document.ids) for document in whole if document) / len(whole)
@@ -353,14 +358,17 @@ def main() -> None:
         return finish(setup, log, stage=STAGE, step=step, checkpoint=str(folder), interrupted=True)
     after = bits_per_byte(vlm, tokenizer, documents, setup, flags.seq_len)
     setup.print(f"bits per byte on held-out text: {before:.3f} before, {after:.3f} after")
-    # 0.7 is a little bolder than the most likely token, which soon repeats itself.
-    for prompt in ("3 things", "There", "The"):
+    # 0.7 is a little bolder than the most likely token, which soon repeats itself. On one's own text it continues what
+    # held-out documents begin with; a long document is in several pieces, of which the first one counts.
+    begun = {document.record["id"]: tokenizer.decode(document.ids[:8]) for document in reversed(documents)}
+    prompts = ["3 things", "There", "The"] if flags.data == "world" else list(begun.values())[-3:]
+    for prompt in prompts:
         prompt_ids = tokenizer.encode(prompt)
         # A document with ids alone: no loss mask, no pictures.
         generated = vlm.generate([data.Document(0, prompt_ids, [], [], {})], max_new_tokens=40, temperature=0.7,
                                  stop=set(tokenizer.stop_ids), vocab_used=tokenizer.vocab_size)
         setup.print("  " + tokenizer.decode(prompt_ids + [row[0] for row in generated]))
-    finish(setup, log, stage=STAGE, step=step, bits_per_byte=after, bits_per_byte_before=before,
+    finish(setup, log, f"--prompt={shlex.quote(prompts[0])}", stage=STAGE, step=step, bits_per_byte=after, bits_per_byte_before=before,
            seconds=time.time() - started, checkpoint=str(folder), interrupted=interrupt.interrupted)
 
 

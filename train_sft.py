@@ -18,9 +18,10 @@ It also teaches how answers are judged. Each kind of question is scored beside t
 New in this chapter: the decoder is trained again, and answers are scored.
 Left out: a separate learning rate for each part. It was tried, and one rate for all was as good, within noise.
 """
+import math
 import time
 
-from plumbing.flags import run  # before torch: see plumbing/files.py
+from plumbing.flags import given, run  # before torch: see plumbing/files.py
 
 import torch
 from tqdm import tqdm
@@ -29,12 +30,13 @@ import data
 from plumbing.checkpoints import save
 from plumbing.drawing import draw_sheet
 from plumbing.engine import respond
-from plumbing.log import Interrupt, Log, finish
+from plumbing.log import Interrupt, Log, finish, how_to_ask
 from plumbing.optimizer import Optimizer, lr_scale
 from plumbing.pictures import picture_key
 from plumbing.ranks import Setup
 from plumbing.scoring import score, wilson
 from plumbing.world import World
+from model import FROM_SCRATCH
 from train_base import (SHARED_FLAGS, chapter_flags, count_images, count_supervised, freeze_all_but, held_out_loss,
                         load_start, make_documents, make_loaders, train_step)
 
@@ -45,13 +47,10 @@ STAGE = "sft"
 BY_MODEL = {"tiny": {"batch_size": 96, "seq_len": 72, "steps": 1200, "lr": 0.005, "eval_size": 400},
             "small": {"batch_size": 64, "seq_len": 1024, "steps": 800, "lr": 0.002, "eval_size": 1000},
             "released": {"batch_size": 32, "seq_len": 2048, "steps": 1000, "lr": 2e-5, "eval_size": 1000}}
+# Of a model that has been through this chapter before. At the full rate it forgets what it knew: in 30 steps it fell from
+# X to Y % of new scenes (docs/tried.md).
+AGAIN = 0.1  # times the usual rate
 FLAGS = SHARED_FLAGS | {"eval_size": (None, "held-out questions per evaluation, of each set")}
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Scoring: the rules of the benchmarks' own code, odd cases included, so that numbers can be compared (VLMEvalKit)
-# A better rule would give numbers that nobody can compare. Odd cases are marked, because the model of chapter 4 will
-# find them when a rule is its reward.
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -150,6 +149,20 @@ def save_samples(path, vlm, tokenizer, held_out: dict) -> None:
 # ----------------------------------------------------------------------------------------------------------------------
 # The chapter
 
+def go_on(flags, vlm, world: World, setup: Setup) -> None:
+    "From a model that has been through this chapter: the curriculum at its end, and a lower rate unless one is given."
+    start = world.caption_share
+    world.caption_share = lambda i: start(math.inf)
+    if flags.resume:  # with the rate of the run
+        return
+    told = f"it has been through this chapter, so captions are {start(math.inf):.0%} of the world's records"
+    # A released model's usual rate is one for going on already.
+    if flags.model in FROM_SCRATCH and "lr" not in given():
+        told += f", and --lr={flags.lr * AGAIN:g} instead of {flags.lr:g} (--lr= chooses another)"
+        flags.lr *= AGAIN
+    setup.print(told)
+
+
 def main() -> None:
     flags = chapter_flags(__doc__, STAGE, FLAGS, BY_MODEL)
     setup = Setup(flags)
@@ -163,6 +176,8 @@ def main() -> None:
                                        max_bad=flags.max_bad)
 
     vlm, tokenizer, state, moments = load_start(flags, setup, STAGE)
+    if vlm.config.run.get("again"):
+        go_on(flags, vlm, world, setup)
     # New: all parts are trained. The decoder must be: to answer, it has to find a thing among the image tokens by the
     # name that the question gives it, and text has taught it nothing of that kind.
     params = freeze_all_but(vlm, ["bridge", "decoder", "vit"])
@@ -221,7 +236,7 @@ def main() -> None:
         save_samples(folder / "samples.png", vlm, tokenizer, held_out)
     # In one line for scripts: the first held-out set, and all of them under "held_out".
     main_result = next(iter(results.values()))
-    finish(setup, log, stage=STAGE, step=step, accuracy=main_result["accuracy"],
+    finish(setup, log, how_to_ask(first), stage=STAGE, step=step, accuracy=main_result["accuracy"],
            blind_accuracy=main_result["blind_accuracy"], ci95=main_result["ci95"], held_out=results, seconds=seconds,
            checkpoint=str(folder), interrupted=interrupt.interrupted)
 

@@ -5,6 +5,7 @@ run's last line. Called by the training loop of each chapter. A reader of the le
 import json
 import math
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -17,6 +18,7 @@ from tqdm import tqdm
 from plumbing.checkpoints import claim, set_aside, stage_folder
 from plumbing.drawing import draw_curves
 from plumbing.ranks import Setup
+from plumbing.world import Scene
 
 
 class Log:
@@ -105,8 +107,21 @@ class Interrupt:
             signal.signal(number, handler)
 
 
-def finish(setup: Setup, log: Log, **results) -> None:
-    "The run's last line: one JSON object on standard output; or the error for which it stopped, now that it is saved."
+def how_to_ask(records: list[dict]) -> str:
+    "Held-out records -> flags of sample.py that ask one of their questions."
+    source = next(iter(records[0]["images"]), None)
+    if isinstance(source, Scene):
+        return f"--image {shlex.quote(str(Path(sys.argv[0]).with_name('cat.jpg')))} --question 'What colour is the cat?'"
+    text = records[0]["messages"][-2]["content"].replace("<image>", "").strip()
+    picture = source if isinstance(source, (str, Path)) and os.path.isfile(source) else "PICTURE.jpg"
+    return f"--image {shlex.quote(str(picture))} " * (source is not None) + f"--question {shlex.quote(text)}"
+
+
+def finish(setup: Setup, log: Log, ask: str = "", **results) -> None:
+    """
+    The run's last line: one JSON object on standard output; or the error for which it stopped, now that it is saved.
+    ask: the flags with which sample.py tries the model; empty: the run goes on by --resume.
+    """
     if setup.device.type == "cuda":
         results["peak_gib"] = round(torch.cuda.max_memory_allocated() / 2 ** 30, 2)
     log.write(**results)
@@ -115,4 +130,9 @@ def finish(setup: Setup, log: Log, **results) -> None:
     if setup.failure:
         raise setup.failure
     if setup.is_main:  # the only print to standard output: `python train_sft.py | tail -1` is ready for a script
-        print(json.dumps(results))
+        print(json.dumps(results), flush=True)
+        folder, script = results["checkpoint"], Path(sys.argv[0])
+        where = [word for word in sys.argv[1:] if word.startswith(("--model=", "--out_dir="))]
+        command = [script.with_name("sample.py"), f"--init={folder}"] if ask else [script, *where, "--resume"]
+        setup.print(f"saved in {folder}; {'ask it' if ask else 'go on'}: python "
+                    + " ".join(shlex.quote(str(word)) for word in command) + f" {ask}")
