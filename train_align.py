@@ -151,7 +151,7 @@ def main() -> None:
     losses = caption_losses(vlm, documents, setup, flags.seq_len)
     if setup.is_main:
         save_samples(folder / "samples.png", vlm, tokenizer, records[:8])
-    finish(setup, log, how_to_ask(records), stage=STAGE, step=step, caption_loss=losses["own"], blind_loss=losses["blind"],
+    finish(setup, log, how_to_ask(records, False), stage=STAGE, step=step, caption_loss=losses["own"], blind_loss=losses["blind"],
            shuffled_loss=losses["shuffled"], seconds=time.time() - started, checkpoint=str(folder),
            interrupted=interrupt.interrupted)
 

@@ -153,14 +153,15 @@ class Interrupt:
             signal.signal(number, handler)
 
 
-def how_to_ask(records: list[dict]) -> str:
-    "Held-out records -> flags of sample.py that ask one of their questions."
-    source = next(iter(records[0]["images"]), None)
+def how_to_ask(records: list[dict], question: bool = True) -> str:
+    "Held-out records -> flags of sample.py that ask one of their questions, or for a description."
+    source, text = next(iter(records[0]["images"]), None), records[0]["messages"][-2]["content"]
     if isinstance(source, Scene):
-        return f"--image {shlex.quote(str(Path(sys.argv[0]).with_name('cat.jpg')))} --question 'What colour is the cat?'"
-    text = records[0]["messages"][-2]["content"].replace("<image>", "").strip()
-    picture = source if isinstance(source, (str, Path)) and os.path.isfile(source) else "PICTURE.jpg"
-    return f"--image {shlex.quote(str(picture))} " * (source is not None) + f"--question {shlex.quote(text)}"
+        source, text = Path(sys.argv[0]).with_name("cat.jpg"), "What colour is the cat?"
+    elif source is not None and not (isinstance(source, (str, Path)) and os.path.isfile(source)):
+        source = "PICTURE.jpg"  # it lies in a zip, say
+    words = ["--image", source] * (source is not None) + ["--question", text.replace("<image>", "").strip()] * question
+    return " ".join(shlex.quote(str(word)) for word in words)
 
 
 def finish(setup: Setup, log: Log, ask: str = "", **results) -> None:

@@ -1,12 +1,15 @@
 "Fields of a configuration by name: --set, and an edit of PRESETS that a checkpoint does not have."
+import argparse
 import json
 
 import pytest
+import torch
 
 import extras.memory
 import model
 import plumbing.fields
-from tests.helpers import QUICK, fails, one_line, run
+import train_base
+from tests.helpers import QUICK, fails, one_line, run, setup, tiny_vlm, tokenizer
 
 pytest_plugins = ["tests.helpers"]  # its fixtures
 
@@ -79,3 +82,21 @@ def test_differences_name_the_fields_that_are_not_the_same_in_all():
     assert plumbing.fields.differences([one, two, one]) == {"bridge.num_latents": [9, 16, 9]}
     assert plumbing.fields.differences([one, {}]) == {"bridge.num_latents": [9, None], "bridge.kind": ["mlp", None],
                                                       "preset": ["tiny", None]}
+
+
+def test_beside_released_weights_only_the_new_bridge_can_be_set(tmp_path, monkeypatch):
+    def load_pretrained(name, vision="", bridge="", device="cpu"):
+        vlm = tiny_vlm()
+        vlm.config.run = {"chapters": finished}
+        return vlm, tmp_path
+    monkeypatch.setattr(train_base, "load_pretrained", load_pretrained)
+    tokenizer().save(tmp_path)
+    flags = argparse.Namespace(model="Org/Qwen", vision="", bridge="", set="bridge.num_latents=6,bridge.num_layers=2")
+    finished = ["base"]  # a Qwen: its bridge is made here
+    vlm, *_ = train_base.without_checkpoint(flags, setup())
+    assert vlm.bridge(torch.ones(1, 16, 32)).shape == (1, 6, 32) and len(vlm.bridge.perceiver.layers) == 2
+    flags.set = "decoder.num_hidden_layers=1"
+    fails(lambda: train_base.without_checkpoint(flags, setup()), "--set=decoder.num_hidden_layers=1",
+          "released weights have their shape", "bridge.*")
+    finished, flags.set = ["base", "align", "sft"], "bridge.num_latents=6"  # a LLaVA
+    fails(lambda: train_base.without_checkpoint(flags, setup()), "--set=bridge.num_latents=6", "released weights")
