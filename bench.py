@@ -11,7 +11,7 @@ How good, and how fast: measured on the real code, never on a copy of it.
     python bench.py --what=profile --model=small                      # which kernels a step spends its time in
     python bench.py --what=memory --model=qwen2.5-3b --gpus=8         # what each stage will need; no GPU is asked
     python bench.py --what=serve                                      # 1 to 64 clients of a real server
-    python bench.py --what=compare --init=out/tiny/sft,out/tiny/sft.1 # two runs: which is better, and what differs
+    python bench.py --what=compare --init=out/tiny/sft.1,out/tiny/sft # two runs: which is better, and what differs
     python bench.py --what=figures --init=assets/tiny                 # the pictures of README.md and docs/
 
 The last line of standard output is one JSON object; tables go to standard error.

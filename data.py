@@ -233,8 +233,9 @@ def load_data(spec: str, world: World, held_out_worlds: dict[str, World], seed: 
         held_out["held_out"] = held if val else held_out.get("held_out", []) + held  # --val is one set for all files
         told = f"{name}: {len(train):,} of {len(records):,} "
         if "ids" in held[0]:  # chapter 1: no document has pieces on both sides
-            say(f"{told}pieces of text train, {len(held):,} are held out, of {len({one['id'] for one in held}):,} other "
-                "documents" + f" in {val}" * bool(val))
+            documents = len({record["id"] for record in held})
+            say(f"{told}pieces of text train, {len(held):,} are held out, of {documents:,} other documents"
+                + f" in {val}" * bool(val))
             continue
         say(f"{told}records train, {len(held):,} questions are held out" + f" in {val}" * bool(val) + (
             ": fewer than 50, so look at the interval of the score, not at the score" if len(held) < 50 else ""))

@@ -110,7 +110,7 @@ def connect(config: VLMConfig) -> VLMConfig:
 
 
 def preset(name: str, bridge: str = "", changes: str = "", vision: str = "") -> VLMConfig:
-    "A fresh configuration, with another kind of bridge if one is named, and --set's changes. vision: --vision's encoder."
+    "A fresh configuration, with the flags --bridge and --set; vision: --vision, an encoder that --set cannot change."
     config = copy.deepcopy(PRESETS[name])
     config.preset, config.bridge.kind = name, bridge or config.bridge.kind
     parts = ("bridge", "decoder") if vision else ("vision", "bridge", "decoder")
@@ -126,8 +126,8 @@ def check_shapes(config: VLMConfig, where: str) -> None:
     for part in (v, b, d):
         check_sizes(part, where, "take another value, and a picture of at least one patch")
     for whole_, n, what in (
-        (v.hidden_size, v.num_attention_heads, "vision.num_attention_heads"), (v.hidden_size, 4, "as the ViT's positions need"),
-        (v.hidden_size, b.num_heads, "bridge.num_heads"),
+        (v.hidden_size, v.num_attention_heads, "vision.num_attention_heads"),
+        (v.hidden_size, 4, "as sincos_positions needs"), (v.hidden_size, b.num_heads, "bridge.num_heads"),
         (d.num_attention_heads, d.num_key_value_heads, "decoder.num_key_value_heads"),
         (d.hidden_size, 2 * d.num_attention_heads, "twice decoder.num_attention_heads (RoPE turns pairs of channels)"),
     ):

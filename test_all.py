@@ -1824,7 +1824,8 @@ def test_a_question_without_a_picture_gets_one_line_where_the_model_answers_abou
     answered = []
     with monkeypatch.context() as patch:
         patch.chdir(tmp_path)  # where /draw saves
-        patch.setattr(sample, "stream", lambda engine, tokenizer, request: answered.append(len(request.images)) or "A cat.")
+        patch.setattr(sample, "stream", lambda engine, tokenizer, request: answered.append(
+            len(request.images)) or "A cat.")
         ran = talk(trained, "What colour is the cat?", "/draw", "And now?", "/undo", "And now?")
     assert ran.code == 0 and ran.err.count("answers about pictures only: /image PATH") == 2 and answered == [1]
     # Trained on one's own pictures it is the same; with texts among them it has learned to answer without.

@@ -151,9 +151,9 @@ def main() -> None:
     losses = caption_losses(vlm, documents, setup, flags.seq_len)
     if setup.is_main:
         save_samples(folder / "samples.png", vlm, tokenizer, records[:8])
-    finish(setup, log, how_to_ask(records, False), stage=STAGE, step=step, caption_loss=losses["own"], blind_loss=losses["blind"],
-           shuffled_loss=losses["shuffled"], seconds=time.time() - started, checkpoint=str(folder),
-           interrupted=interrupt.interrupted)
+    finish(setup, log, how_to_ask(records, question=False), stage=STAGE, step=step, caption_loss=losses["own"],
+           blind_loss=losses["blind"], shuffled_loss=losses["shuffled"], seconds=time.time() - started,
+           checkpoint=str(folder), interrupted=interrupt.interrupted)
 
 
 if __name__ == "__main__":

@@ -110,7 +110,7 @@ def load_start(flags, setup: Setup, stage: str) -> tuple[VLM, Tokenizer, dict, d
         source = recover(stage_folder(flags, stage))
         state, moments = read_resume(source)
     else:
-        # 2. --init: that folder, or none.  3. The newest earlier stage under --out_dir; for fine-tuning the newest model.
+        # 2. --init: that folder, or none.  3. The newest earlier stage under --out_dir; on other data the newest model.
         source, why = find_start(flags, stage)
     today = None
     if source:
@@ -183,8 +183,8 @@ def make_loaders(flags, setup: Setup, vlm: VLM, tokenizer: Tokenizer, dataset, s
     # Cut conversations train without any error, and the model never learns how they end: say how many there are.
     first = (attempt(dataset.__getitem__, i) for i in range(100))
     whole = [make_document(one, 0, seq_len=10 ** 9) for one in first if isinstance(one, dict) and "messages" in one]
-    if vlm.config.run.get("stage") == "sft":
-        vlm.config.run["texts"] |= any(not document.slots for document in whole if document)
+    if vlm.config.run.get("stage") == "sft" and any(document and not document.slots for document in whole):
+        vlm.config.run["texts"] = True
     sets = getattr(dataset, "sets", [])
     if whole and len(sets) == 1 and isinstance(sets[0], data.Shuffled):
         n, tokens = len(sets[0].records), sum(len(document.ids) for document in whole if document) / len(whole)
@@ -368,8 +368,9 @@ def main() -> None:
         generated = vlm.generate([data.Document(0, prompt_ids, [], [], {})], max_new_tokens=40, temperature=0.7,
                                  stop=set(tokenizer.stop_ids), vocab_used=tokenizer.vocab_size)
         setup.print("  " + tokenizer.decode(prompt_ids + [row[0] for row in generated]))
-    finish(setup, log, f"--prompt={shlex.quote(prompts[0])}", stage=STAGE, step=step, bits_per_byte=after, bits_per_byte_before=before,
-           seconds=time.time() - started, checkpoint=str(folder), interrupted=interrupt.interrupted)
+    finish(setup, log, f"--prompt={shlex.quote(prompts[0])}", stage=STAGE, step=step, bits_per_byte=after,
+           bits_per_byte_before=before, seconds=time.time() - started, checkpoint=str(folder),
+           interrupted=interrupt.interrupted)
 
 
 if __name__ == "__main__":

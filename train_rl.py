@@ -268,7 +268,8 @@ def main() -> None:
     if setup.is_main:
         save_samples(folder / "samples.png", vlm, tokenizer, held_out)
     main_result = next(iter(results.values()))
-    finish(setup, log, how_to_ask(next(iter(held_out.values()))), stage=STAGE, step=step, accuracy=main_result["accuracy"], before=main_result["before"],
+    finish(setup, log, how_to_ask(next(iter(held_out.values()))), stage=STAGE, step=step,
+           accuracy=main_result["accuracy"], before=main_result["before"],
            gain_ci95=main_result["gain_ci95"], trained_on=trained_on, held_out=results, seconds=seconds,
            checkpoint=str(folder), interrupted=interrupt.interrupted)
 

@@ -47,8 +47,8 @@ STAGE = "sft"
 BY_MODEL = {"tiny": {"batch_size": 96, "seq_len": 72, "steps": 1200, "lr": 0.005, "eval_size": 400},
             "small": {"batch_size": 64, "seq_len": 1024, "steps": 800, "lr": 0.002, "eval_size": 1000},
             "released": {"batch_size": 32, "seq_len": 2048, "steps": 1000, "lr": 2e-5, "eval_size": 1000}}
-# Times the usual rate, from a model that has been through this chapter before. At the full rate it forgets what it knew: in
-# 30 steps it fell from 90.8 to 84.6 % of new scenes, at a tenth it stayed (docs/tried.md).
+# Times the usual rate, from a model that has been through this chapter before. At the full rate it forgets what it
+# knew: in 30 steps it fell from 90.8 to 84.6 % of new scenes, at a tenth it stayed (docs/tried.md).
 AGAIN = 0.1
 # Kinds of questions are learned one after the other: where a curve rises is worth the 1 % of the time that it costs.
 EVERY, FEW = 200, 200

@@ -20,7 +20,8 @@ from tokenizer import Tokenizer
 from train_rl import gain
 from train_sft import evaluate
 
-DRAWN = ("loss", "caption_loss", "bits_per_byte", "accuracy", "reward")  # ten kinds of questions would be too many lines
+# Of accuracy only the total: ten kinds of questions in each run would be too many lines.
+DRAWN = ("loss", "caption_loss", "bits_per_byte", "accuracy", "reward")
 
 
 def read_log(folder: str) -> list[dict]:
@@ -32,8 +33,9 @@ def questions(flags, specs: set[tuple[str, str]]) -> dict[str, list]:
     "-> {held-out set: records}, the same for all runs. specs: --data and --val of each of them."
     spec, val = flags.data, ""
     if "data" not in given():
-        require(len(specs) == 1, f"--what=compare: trained on different data ({', '.join(sorted(one for one, _ in specs))}"
-                "); name the questions for all by --data=, world or a file")
+        names = ", ".join(sorted(one for one, _ in specs))
+        require(len(specs) == 1, f"--what=compare: trained on different data ({names}); name the questions for all by "
+                "--data=, world or a file")
         (spec, val), = specs
     elif spec != "world":  # a file of questions: all of it, as in --what=eval
         records = [one for name, _ in data.parse_mixture(spec) for row in read_records(name)
@@ -98,9 +100,9 @@ def table(short: dict, sizes: dict, results: dict, scores: dict, gains: dict) ->
         lines.append(row)
     for name, of in gains.items():
         for split, told in of.items():
-            low, high = told["gain_ci95"]
-            lines.append(f"{short[name]} against {next(iter(short.values()))}, {split}: {100 * told['gain']:+.1f} points "
-                         f"({100 * low:+.1f} to {100 * high:+.1f})" + ", within noise" * told["within_noise"])
+            gained, low, high = (100 * share for share in (told["gain"], *told["gain_ci95"]))
+            lines.append(f"{short[name]} against {next(iter(short.values()))}, {split}: {gained:+.1f} points "
+                         f"({low:+.1f} to {high:+.1f})" + ", within noise" * told["within_noise"])
     if gains:
         lines.append("(95 % intervals; of the differences on the same questions. They know nothing of chance in "
                      "training: another --seed alone moves a tiny model by some points, so compare three of each)")

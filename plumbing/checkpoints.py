@@ -57,7 +57,8 @@ def find_start(flags, stage: str) -> tuple[Path | None, str]:
     if last.get("data", flags.data) == flags.data:  # no other data. A fine-tuning that is repeated starts where it did.
         again = [folder for folder, run in found if run["stage"] not in before and run["saved"] == last.get("start")]
         if again:
-            return again[0], f", where the last run on these data started (--init= chooses another; --init={SCRATCH}: none)"
+            return again[0], (", where the last run on these data started (--init= chooses another; "
+                              f"--init={SCRATCH}: none)")
         return next(iter(earlier), None), ", the newest earlier stage" * bool(earlier)
     # On other data, their own, people expect to go on with what the model has learned so far.
     finished = [folder for folder, run in found if run.get("step") == run.get("steps")]

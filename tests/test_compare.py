@@ -69,7 +69,8 @@ def test_the_questions_for_a_comparison_are_those_held_out_of_the_runs(trained, 
         rows.append(llava(f"{i}.png", id=f"r{i}"))
     own = write(tmp_path / "d.json", rows)
     for out in "ab":
-        assert run("train_sft", *QUICK, f"--out_dir={out}", f"--data={own}", f"--init={trained[0] / 'tiny/align'}").code == 0
+        ran = run("train_sft", *QUICK, f"--out_dir={out}", f"--data={own}", f"--init={trained[0] / 'tiny/align'}")
+        assert ran.code == 0
     ran = compare("a/tiny/sft", "b/tiny/sft")
     assert ran.code == 0 and ran.result["accuracy"]["a/tiny/sft"]["held_out"]["n"] == 4  # a fifth: the rest has trained
     one_line(compare("a/tiny/sft", trained[0] / "tiny/sft"), "different data", "--data=")

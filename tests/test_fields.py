@@ -31,7 +31,8 @@ def test_set_checks_names_and_values_in_one_line(text, parts):
 
 
 def test_set_changes_what_it_names_and_what_follows_from_it():
-    config = model.preset("tiny", "", "bridge.num_latents=16, decoder.rope_theta=1e4,vision.image_size=96,bridge.seeded=False")
+    config = model.preset("tiny", "", "bridge.num_latents=16, decoder.rope_theta=1e4,vision.image_size=96,"
+                          "bridge.seeded=False")
     assert (config.bridge.num_latents, config.bridge.num_patches, config.bridge.seeded) == (16, 64, False)
     assert config.decoder.rope_theta == 1e4 and model.PRESETS["tiny"].bridge.num_latents == 9
     with pytest.raises(ValueError, match="--set=vision.image_size=96: the encoder is --vision=siglip"):
@@ -52,7 +53,8 @@ def test_a_run_is_changed_by_set_and_says_so_in_log_and_checkpoint(trained, tmp_
     ran = run("train_rl", *QUICK, f"--out_dir={tmp_path}", changed)
     assert ran.code == 0 and "PRESETS" not in ran.err
     assert run("train_sft", f"--out_dir={tmp_path}", "--resume").code == 0
-    one_line(run("train_sft", f"--out_dir={tmp_path}", "--resume", "--set=bridge.num_latents=13"), "--resume with --set")
+    one_line(run("train_sft", f"--out_dir={tmp_path}", "--resume", "--set=bridge.num_latents=13"),
+             "--resume with --set")
 
 
 def test_an_edit_of_presets_is_never_ignored_in_silence(trained, tmp_path, monkeypatch):
