@@ -11,7 +11,7 @@ How good, and how fast: measured on the real code, never on a copy of it.
     python bench.py --what=profile --model=small                      # which kernels a step spends its time in
     python bench.py --what=memory --model=qwen2.5-3b --gpus=8         # what each stage will need; no GPU is asked
     python bench.py --what=serve                                      # 1 to 64 clients of a real server
-    python bench.py --what=compare --init=out/tiny/sft,out/tiny/sft.1 # two runs' curves in one picture, compare.png
+    python bench.py --what=compare --init=out/tiny/sft.1,out/tiny/sft # two runs: which is better, and what differs
     python bench.py --what=figures --init=assets/tiny                 # the pictures of README.md and docs/
 
 The last line of standard output is one JSON object; tables go to standard error.
@@ -20,7 +20,6 @@ import argparse
 import functools
 import json
 import math
-import os
 import random
 import re
 import threading
@@ -37,9 +36,9 @@ import model
 import sample
 import train_rl
 from plumbing.checkpoints import newest_checkpoint
-from plumbing.drawing import draw_lines, read_curves
 from plumbing.engine import Engine, Request
-from plumbing.files import parse_json, say
+from plumbing.files import say
+from plumbing.fitting import largest_micro_batch
 from plumbing.optimizer import Optimizer
 from plumbing.ranks import Setup
 from plumbing.recipes import read_records
@@ -47,10 +46,10 @@ from plumbing.workers import share_workers
 from plumbing.world import World
 from model import FROM_SCRATCH, PRESETS, VLM, preset
 from tokenizer import Tokenizer
-from train_base import (chapter_flags, count_supervised, freeze_all_but, largest_micro_batch, load_start, make_loaders,
-                        train_step)
+from train_base import chapter_flags, count_supervised, freeze_all_but, load_start, make_loaders, train_step
 from train_sft import evaluate_with_baselines
 from extras.benchmarks import Answers, evaluate_file
+from extras.compare import compare, read_log
 from extras.figures import draw_book, draw_ladder
 from extras.load_test import make_bodies, measure
 from extras.memory import STAGES, bench_memory
@@ -64,6 +63,7 @@ FLAGS = {
     "model": ("tiny", f"{', '.join(PRESETS)}, or a hub id (Org/Name) or folder"),
     "vision": ("", "speed: encoder in place of the preset's"),
     "bridge": ("", "speed: perceiver, pixelshuffle or mlp, in place of the preset's"),
+    "set": ("", "speed, memory: as in training"),
     "init": ("", "checkpoint folder; empty: the latest stage under --out_dir, for speed else random weights; "
                  "compare: several, comma-separated"),
     "out_dir": ("out", "where the stages keep their checkpoints"),
@@ -235,7 +235,7 @@ def noise(vlm: VLM):
 
 def random_model(flags, setup) -> VLM:
     "A preset of random weights, made on the device."
-    config = preset(flags.model, flags.bridge)
+    config = preset(flags.model, flags.bridge, flags.set)
     config.lora_rank = flags.lora_rank
     with setup.device:
         vlm = VLM(config)
@@ -492,32 +492,9 @@ def bench_serve(flags) -> dict:
 # ----------------------------------------------------------------------------------------------------------------------
 # Pictures: the curves of several runs in one chart, and the figures of the book
 
-def read_log(folder: str) -> list[dict]:
-    with open(path := Path(folder, "log.jsonl"), encoding="utf-8") as file:
-        return [parse_json(line, path) for line in file]
-
-
 def bench_compare(flags) -> dict:
-    "Several runs -> compare.png with a chart for each thing that their logs have, and the flags in which they differ."
-    if not flags.init:
-        raise ValueError("--what=compare: name the folders of two runs or more, --init=out/tiny/sft,out/tiny/sft.1")
-    logs, charts, results = {name: read_log(name) for name in flags.init.split(",")}, {}, {}
-    common = os.path.commonpath([os.path.dirname(os.path.abspath(name)) for name in logs])
-    for name, rows in logs.items():
-        for title, lines in read_curves(rows).items():
-            # Of accuracy only the total: ten kinds of questions in each run would be too many lines.
-            for line, points in lines.items():
-                if line.split()[0] in ("loss", "caption_loss", "bits_per_byte", "accuracy", "reward"):
-                    # Beside a line there is room for some 18 letters: what all names begin with is left out.
-                    charts.setdefault(f"{title}: {line}", {})[os.path.relpath(name, common)] = points
-        results[name] = {key: value for key, value in rows[-1].items() if isinstance(value, (int, float, str))}
-    if not charts:
-        raise ValueError(f"--init={flags.init}: these logs have no steps yet")
-    draw_lines(Path("compare.png"), charts)
-    told = [rows[0].get("flags", {}) for rows in logs.values()]  # a log's first line says how the run was started
-    differ = {key: values for key in told[0] if len(set(map(str, values := [one.get(key) for one in told]))) > 1}
-    say("\n".join(f"{key}: {', '.join(map(str, values))}" for key, values in differ.items()) or "the same flags in all")
-    return {"what": "compare", "chart": "compare.png", "flags_that_differ": differ, "results": results}
+    "Several runs: accuracy on the same questions, the difference with its interval, what differs, and their curves."
+    return compare(flags, Setup(flags))
 
 
 def bench_figures(flags) -> dict:

@@ -241,9 +241,14 @@ def load_data(spec: str, world: World, held_out_worlds: dict[str, World], seed: 
         keep_good([one for one in itertools.islice(train.each(), 500) if isinstance(one, ValueError)
                    or not str(one["images"][:1]).startswith("['http")], BadRecords(max_bad * len(records)))
         held_out["held_out"] = held if val else held_out.get("held_out", []) + held  # --val is one set for all files
-        say(f"{name}: {len(train):,} of {len(records):,} records train, {len(held):,} questions are held out"
-            + f" in {val}" * bool(val) + (": fewer than 50, so look at the interval of the score, not at the score"
-                                          if len(held) < 50 else ""))
+        told = f"{name}: {len(train):,} of {len(records):,} "
+        if "ids" in held[0]:  # chapter 1: no document has pieces on both sides
+            documents = len({record["id"] for record in held})
+            say(f"{told}pieces of text train, {len(held):,} are held out, of {documents:,} other documents"
+                + f" in {val}" * bool(val))
+            continue
+        say(f"{told}records train, {len(held):,} questions are held out" + f" in {val}" * bool(val) + (
+            ": fewer than 50, so look at the interval of the score, not at the score" if len(held) < 50 else ""))
     return Mixture(parts, int(max_bad * total)), held_out
 
 

@@ -27,6 +27,7 @@ from torch.utils.checkpoint import checkpoint
 
 from plumbing.checkpoints import STAGES, run_name
 from plumbing.engine import ROWS, Engine, Request, compile_decoding, whole
+from plumbing.settings import set_fields
 from plumbing.files import read_json, recover
 from plumbing.hub import fetch
 from plumbing.linear import Linear, LoRALinear
@@ -120,11 +121,30 @@ def connect(config: VLMConfig) -> VLMConfig:
     return config
 
 
-def preset(name: str, bridge: str = "") -> VLMConfig:
-    "A fresh configuration, with another kind of bridge if one is named."
+def preset(name: str, bridge: str = "", changes: str = "", vision: str = "") -> VLMConfig:
+    "A fresh configuration, with the flags --bridge and --set; vision: --vision, an encoder that --set cannot change."
     config = copy.deepcopy(PRESETS[name])
     config.preset, config.bridge.kind = name, bridge or config.bridge.kind
-    return connect(config)
+    parts = ("bridge", "decoder") if vision else ("vision", "bridge", "decoder")
+    set_fields(config, changes, parts, f"the encoder is --vision={vision}, as it was released")
+    connect(config)
+    check_shapes(config, f"--set={changes}" if changes else f"PRESETS[{name!r}] in model.py")
+    return config
+
+
+def check_shapes(config: VLMConfig, where: str) -> None:
+    "Said here, before PyTorch says it in words of its own."
+    v, b, d = config.vision, config.bridge, config.decoder
+    for part in (v, b, d):
+        check_sizes(part, where, "take another value, and a picture of at least one patch")
+    for whole_, n, what in (
+        (v.hidden_size, v.num_attention_heads, "vision.num_attention_heads"),
+        (v.hidden_size, 4, "as sincos_positions needs"), (v.hidden_size, b.num_heads, "bridge.num_heads"),
+        (d.num_attention_heads, d.num_key_value_heads, "decoder.num_key_value_heads"),
+        (d.hidden_size, 2 * d.num_attention_heads, "twice decoder.num_attention_heads (RoPE turns pairs of channels)"),
+    ):
+        if whole_ % n:
+            raise ValueError(f"{where}: {whole_} is not a multiple of {n}, {what}")
 
 
 def check_name(model: str) -> None:
@@ -360,7 +380,7 @@ def gpt_config(hf: dict, folder: Path) -> GPTConfig:
         raise ValueError(f"{folder}/config.json: a Qwen3 with attention_bias is not supported; no released one has it")
     config = GPTConfig(**{f.name: hf[f.name] for f in fields(GPTConfig) if hf.get(f.name) is not None}
                        | FAMILIES[kind])
-    check_sizes(config, folder)
+    check_sizes(config, folder / "config.json")
     H, heads, kv_heads, d = (
         config.hidden_size, config.num_attention_heads, config.num_key_value_heads, config.head_dim)
     if heads % kv_heads or d % 2 or not hf["head_dim"] and H != heads * d:
@@ -650,10 +670,12 @@ def load_checkpoint(folder, device="cpu", dtype=torch.float32) -> VLM:
                                    generation=generation_config(folder), run={"chapters": STAGES[:3]}))
     elif hf.pop("model_type", "") == "ghostvis":
         try:
-            config = VLMConfig(**hf | {"vision": ViTConfig(**hf["vision"]), "bridge": BridgeConfig(**hf["bridge"]),
+            # Older checkpoints do not say whether latents are seeded: they were where M = N / 4.
+            bridge = {"seeded": 4 * hf["bridge"]["num_latents"] == hf["bridge"]["num_patches"]} | hf["bridge"]
+            config = VLMConfig(**hf | {"vision": ViTConfig(**hf["vision"]), "bridge": BridgeConfig(**bridge),
                                        "decoder": GPTConfig(**hf["decoder"])})
             for part in (config.vision, config.bridge, config.decoder, GPTConfig(vocab_size=config.lora_rank + 1)):
-                check_sizes(part, folder)
+                check_sizes(part, path)
         except (KeyError, TypeError) as error:
             raise ValueError(f"{path}: does not fit this version of the code ({error})") from None
         source, names = folder / "model.safetensors", None

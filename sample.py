@@ -5,6 +5,7 @@ Use a trained model: ask about one picture, chat, answer about a whole folder, o
     python sample.py --image cat.jpg --question "What colour is the cat?"
     python sample.py --chat                                           # a conversation; /image PATH shows a picture
     python sample.py --images holiday/ --out answers.jsonl            # a whole folder, one JSON line per picture
+    python sample.py --prompt="ROMEO:"                                # continue a text, as after train_base.py
     python sample.py --serve                                          # a page in the browser, and OpenAI's API
     python sample.py --model=llava-ov-0.5b --image photo.jpg          # a finished public model, downloaded once
     python sample.py --model=qwen2.5-0.5b-instruct --chat             # a language model without vision
@@ -39,7 +40,8 @@ from plumbing.pictures import load_image
 from model import FROM_SCRATCH, PRESETS, VLM, check_name, load_checkpoint, load_pretrained
 from tokenizer import Tokenizer
 from vision import MOST_TOKENS
-from extras.asking import draw_scene, make_message, make_request, open_engine, stream, to_pixels
+from extras.asking import (draw_scene, make_completion, make_message, make_request, only_pictures, open_engine, stream,
+                           to_pixels)
 from extras.attention_maps import draw_attention
 from extras.export import export, slim
 from extras.server import check_port, serve
@@ -47,12 +49,15 @@ from extras.server import check_port, serve
 # A folder often contains other files too. They are recognised by their names: opening each one would take long.
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff"}
 
+EMPTY = "(the answer is empty: the model ended it at once)"
+
 TINY = Path(__file__).with_name("assets") / "tiny"  # a small trained checkpoint that comes with the code
 
 FLAGS = {  # name: (default, meaning); a type instead of a default: not given
     "image": ([], "picture to ask about; may be given several times"),
     "images": ("", "folder of pictures: ask about each, answers go to --out"),
     "question": ("Describe the picture.", "what to ask"),
+    "prompt": ("", "a text to continue, without a picture and without the form of a chat"),
     "attention": ("", "with --image: draw into this .png where each word of the answer looked"),
     "chat": (False, "talk on the terminal"),
     "serve": (False, "answer on --host and --port: a page for people, OpenAI's API for programs"),
@@ -70,7 +75,7 @@ FLAGS = {  # name: (default, meaning); a type instead of a default: not given
                        "(only models like llava-ov-0.5b can); False; or auto: on a GPU"),
     "max_new_tokens": (256, "longest answer, in tokens"),
     # No numbers here: each released model has its publisher's (generation_config.json), ours are greedy.
-    "temperature": (float, "0: always the most likely token; not given: the model's own, else 0"),
+    "temperature": (float, "0: always the most likely token; not given: the model's own, else 0 (with --prompt 0.7)"),
     "top_k": (int, "sample among the k most likely tokens; 0: all; not given: the model's own, else 0"),
     "top_p": (float, "sample among the fewest tokens that hold this share; not given: the model's own, else 1"),
     "repetition_penalty": (float, "above 1: words already used become less likely; not given: the model's own, else 1"),
@@ -91,11 +96,14 @@ def check_flags(flags) -> None:
     top_p, penalty = (1 if x is None else x for x in (flags.top_p, flags.repetition_penalty))
     written = [Path(path) for path in (flags.attention, flags.images and flags.out) if path]
     new = [Path(folder) for folder in (flags.export, flags.slim) if folder]
-    works = ["--" + work for work in ("export", "slim", "images", "serve", "chat", "attention") if getattr(flags, work)]
+    works = ["--" + work for work in ("export", "slim", "images", "serve", "chat", "attention", "prompt")
+             if getattr(flags, work)]
     for wrong, message in [
         (not (0 < top_p <= 1 and (flags.temperature or 0) >= 0 <= (flags.top_k or 0) and penalty > 0),  # so NaN is, too
          "--top_p must be in 0 to 1, --temperature and --top_k from 0, --repetition_penalty above 0"),
         (len(works) > 1, f"{' and '.join(works)}: give one of them at a time"),
+        (flags.prompt and (flags.image or flags.question != FLAGS["question"][0]),
+         "--prompt: continues a text alone; about a picture, ask a --question"),
         (flags.anyres not in ("auto", "True", "False"), f"--anyres={flags.anyres}: choose auto, True or False"),
         *((not Path(path).is_file(), f"{path}: no such image file") for path in flags.image),
         (flags.images and not Path(flags.images).is_dir(), f"--images={flags.images}: no such folder"),
@@ -147,16 +155,19 @@ def load(flags) -> tuple[VLM, Tokenizer]:
 
 def check_ability(vlm: VLM, folder, flags) -> None:
     "One line instead of noise, where a model is asked for what it has not learned."
+    if flags.prompt:
+        return
     asks, shows = flags.question != FLAGS["question"][0], bool(flags.image or flags.images)
     run = vlm.config.run
     learned, scratch = set(run.get("chapters", STAGES)), vlm.config.preset in FROM_SCRATCH
     if not learned & {"align", "sft", "rl"} and (shows or scratch):
-        raise ValueError(f"{folder} has read text only and cannot see: run train_align.py and train_sft.py")
+        raise ValueError(f"{folder} has read text only and cannot see: run train_align.py and train_sft.py, or let it "
+                         "continue a text by --prompt=")
     if scratch and not learned & {"sft", "rl"} and (asks or flags.chat or flags.serve):
         raise ValueError(f"{folder} has learned to describe pictures, not to answer: run train_sft.py, or leave "
                          "--question out")
     other_work = flags.chat or flags.serve or flags.export or flags.slim
-    if not (shows or other_work) and (not asks or scratch and run.get("data") == "world"):
+    if not (shows or other_work) and (not asks or only_pictures(vlm)):
         raise ValueError("no picture to ask about: give one by --image=PATH (cat.jpg is there to try)")
 
 
@@ -243,6 +254,8 @@ class Chat:
         say(inspect.cleandoc(self.__doc__))
 
     def ask(self, text: str) -> None:
+        if not self.pictures and only_pictures(self.vlm):
+            return say("(this model answers about pictures only: /image PATH shows one, /draw draws one)")
         question = make_message(text, len(self.pictures) - self.asked())
         request = make_request(self.vlm, self.tokenizer, [*self.messages, question],
                                [pixels for _, pixels in self.pictures], self.flags, self.engine.width)
@@ -253,6 +266,8 @@ class Chat:
             answer = stream(self.engine, self.tokenizer, request, self.flags.think)
         finally:
             signal.signal(signal.SIGINT, usual)
+        if not answer.strip() and request.finish != "cancelled":
+            say(EMPTY)
         if answer or request.finish != "cancelled":
             self.messages += [question, make_message(answer, role="assistant")]
 
@@ -300,7 +315,7 @@ def answer_folder(vlm: VLM, tokenizer: Tokenizer, flags) -> None:
         raise ValueError(f"--images={root}: no pictures there ({', '.join(sorted(IMAGE_SUFFIXES))})")
     names, failed = [name for name in names if (name, flags.question) not in done], 0
     if not names:
-        return
+        return say(f"{out} answers all of them already")
     bridge = vlm.config.bridge
     # A picture in tiles has up to 1.21 * MOST_TOKENS times N tokens and some newlines.
     most = bridge.num_tokens if not bridge.newline else (2 + MOST_TOKENS * 5 // 4) * bridge.num_patches
@@ -335,6 +350,7 @@ def answer_folder(vlm: VLM, tokenizer: Tokenizer, flags) -> None:
             write(request.name, answer=tokenizer.answer(request.answer))
             if n % flags.batch_size == 0 or n + failed == len(names):
                 say(f"{n + failed} of {len(names)} pictures")
+    say(f"wrote {out}")
     # At the end, when all others are answered: exit code 1 tells a script that some are missing.
     if failed:
         raise ValueError(f"{failed} of {len(names)} pictures could not be read; {out} says which")
@@ -344,10 +360,15 @@ def answer_folder(vlm: VLM, tokenizer: Tokenizer, flags) -> None:
 # One question
 
 def ask(vlm: VLM, tokenizer: Tokenizer, flags) -> None:
-    "--question about all --image, in the order given; the answer is printed as it comes."
-    pixels = [to_pixels(vlm, path, flags, alone=len(flags.image) == 1) for path in flags.image]
-    request = make_request(vlm, tokenizer, [make_message(flags.question, len(pixels))], pixels, flags)
-    stream(Engine(vlm, [request], vocab_used=tokenizer.vocab_size), tokenizer, request, flags.think)
+    "--question about all --image, in the order given, or --prompt; the answer is printed as it comes."
+    if flags.prompt:
+        request = make_completion(vlm, tokenizer, flags.prompt, flags)
+    else:
+        pixels = [to_pixels(vlm, path, flags, alone=len(flags.image) == 1) for path in flags.image]
+        request = make_request(vlm, tokenizer, [make_message(flags.question, len(pixels))], pixels, flags)
+    if not stream(Engine(vlm, [request], vocab_used=tokenizer.vocab_size), tokenizer, request,
+                  flags.think).strip():
+        say(EMPTY)
     if flags.attention:
         draw_attention(flags.attention, vlm, tokenizer, request, list(map(load_image, flags.image)))
 

@@ -16,6 +16,7 @@ import json
 import math
 import os
 import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -758,10 +759,10 @@ def bridge_config(kind: str, latents: int = 4, patches: int = 16) -> BridgeConfi
                         num_patches=patches)
 
 
-@pytest.mark.parametrize("latents", [4, 5], ids=["from_patches", "learned"])
-def test_latents_differ_and_receive_different_gradients(latents):
-    bridge = Bridge(bridge_config("perceiver", latents))
-    assert (bridge.perceiver.seed is None) == (latents == 5)
+@pytest.mark.parametrize("latents, seeded", [(4, True), (5, True), (5, False)], ids=["patches", "shares", "learned"])
+def test_latents_differ_and_receive_different_gradients(latents, seeded):
+    bridge = Bridge(replace(bridge_config("perceiver", latents), seeded=seeded))
+    assert (bridge.perceiver.seed is not None) == seeded
     for step in range(2):  # fresh, when the layers add nothing yet, and after a step
         features = torch.randn(3, 16, 16)
         tokens = bridge(features)
@@ -777,6 +778,27 @@ def test_latents_differ_and_receive_different_gradients(latents):
 def test_perceiver_latents_depend_on_the_picture():
     perceiver = shake(Bridge(bridge_config("perceiver", 5))).perceiver
     assert not torch.allclose(*perceiver(torch.randn(2, 16, 16)), atol=1e-3)
+
+
+def test_another_number_of_latents_changes_nothing_but_the_latents():
+    bridges = {M: Bridge(bridge_config("perceiver", M, patches=36)) for M in (1, 5, 9, 16, 50)}
+    others = {M: {name: p.shape for name, p in bridge.named_parameters() if name != "perceiver.latents"}
+              for M, bridge in bridges.items()}
+    assert all(shapes == others[9] for shapes in others.values())
+    for M, bridge in bridges.items():
+        assert bridge(torch.randn(2, 36, 16)).shape == (2, M, 24)
+        # Where a latent starts: the mean over the patches around its place, and all patches are somebody's.
+        shares = bridge.perceiver.places(torch.eye(36)[None])[0].view(M, 4, 36)
+        assert torch.allclose(shares.sum(-1), torch.ones(M, 4)) and (shares.sum((0, 1)) > 0).all()
+        rows, columns = torch.arange(36) // 6 + 0.5, torch.arange(36) % 6 + 0.5
+        middle = torch.stack([shares.mean(1) @ rows, shares.mean(1) @ columns])  # of what each latent starts from
+        if M in (9, 16):
+            n = math.isqrt(M)
+            wanted = (torch.arange(n) + 0.5) * 6 / n
+            assert torch.allclose(middle, torch.stack([wanted.repeat_interleave(n), wanted.repeat(n)]), atol=0.2)
+    # Of M = N / 4 they are pixel_shuffle's, to the bit.
+    general = vision.quarter_shares(9, 36, torch.device("cpu"), torch.float32)
+    assert torch.equal(general @ torch.eye(36), vision.pixel_shuffle(torch.eye(36)[None])[0].view(36, 36))
 
 
 def test_pixel_shuffle_joins_2x2_neighbours():
@@ -1641,9 +1663,37 @@ def test_a_chapter_leaves_a_whole_checkpoint_with_log_and_samples(trained, stage
     assert {path.name for path in folder.iterdir()} == FILES | ({"samples.png"} if stage != "base" else set())
     rows = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
     assert {"command", "flags", "device", "torch", "time"} <= rows[0].keys() and rows[0]["flags"]["steps"] == 2
-    assert [row["step"] for row in rows[1:-1]] == [1, 2] and rows[-1] == trained[1][stage].result
+    assert [row["step"] for row in rows[1:-1] if "lr" in row] == [1, 2] and rows[-1] == trained[1][stage].result
     if stage != "base":
         assert min(Image.open(folder / "samples.png").size) > 200
+
+
+def test_a_chapter_evaluates_on_the_way_and_learns_the_same(trained, tmp_path, monkeypatch):
+    monkeypatch.setattr(train_sft, "EVERY", 1)
+    monkeypatch.setattr(train_sft, "FEW", 3)
+    asked, real = [], train_sft.evaluate
+    monkeypatch.setattr(train_sft, "evaluate", lambda vlm, tokenizer, records, *rest, **more: asked.append(
+        len(records)) or real(vlm, tokenizer, records, *rest, **more))
+    for out, flags in (("with", []), ("without", ["--eval_every=0"])):
+        ran = run("train_sft", "--steps=3", *QUICK[1:], f"--out_dir={tmp_path / out}", *flags, "--init=scratch",
+                  main=train_sft.main)
+        assert ran.code == 0
+    assert asked == [3, 3, *[10] * 6, *[10] * 6]  # twice on the way; at the end two sets, own, blind and shuffled
+    rows = [json.loads(line) for line in (tmp_path / "with/tiny/sft/log.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows if "accuracy_by_kind" in row] == [1, 2, 3]
+    one, two = ((tmp_path / out / "tiny/sft/model.safetensors").read_bytes() for out in ("with", "without"))
+    assert one == two
+
+
+def test_a_chapter_ends_by_saying_where_it_saved_and_how_to_ask_it(trained, photo):
+    for stage, flag in (("base", "--prompt="), ("align", "--image"), ("sft", "--question"), ("rl", "--question")):
+        last = trained[1][stage].err.splitlines()[-1]
+        folder = trained[0] / "tiny" / stage
+        assert last.startswith(f"saved in {folder}; ask it: python ") and f"sample.py --init={folder}" in last
+        words = shlex.split(last.split("python ")[1])[1:]
+        assert any(word.startswith(flag) for word in words)
+        words = [str(photo) if word == "cat.jpg" else word for word in words]  # beside the script, in the code's folder
+        assert run("sample", *words, "--device=cpu", "--max_new_tokens=2").code == 0
 
 
 def test_each_chapter_says_what_it_starts_from(trained):
@@ -1807,6 +1857,39 @@ def test_the_first_chapter_learns_from_text(trained, tmp_path):
     assert ran.code == 0 and "random weights" in ran.err and ran.result["bits_per_byte"] > 0
     tokenizer = Tokenizer.from_pretrained(tmp_path / "out/tiny/base")
     assert len(tokenizer.encode(" number")) == 1  # the tokenizer has learned from the same file
+    assert "48 of 60 pieces of text train, 10 are held out, of 10 other documents" in ran.err
+    # What it writes at the end begins as held-out documents do, and so does the command that asks it for more.
+    samples = re.findall(r"^  (The number after .*)$", ran.err, re.M)
+    assert len(samples) == 3 and ran.err.splitlines()[-1].endswith("'") and "--prompt='The number after" in ran.err
+
+
+def test_continuing_from_a_trained_model_takes_a_lower_rate_and_the_curriculums_end(trained, tmp_path, monkeypatch):
+    shares, real = [], train_sft.World.__getitem__
+
+    def getitem(self, i):
+        shares.append(self.caption_share(i)) if self.task == "chat" else None
+        return real(self, i)
+    monkeypatch.setattr(train_sft.World, "__getitem__", getitem)
+
+    def go(start: str, *flags) -> tuple[Ran, dict, float]:
+        shares.clear()
+        ran = run("train_sft", *QUICK, f"--out_dir={tmp_path}", f"--init={trained[0] / 'tiny' / start}", *flags,
+                  main=train_sft.main)
+        assert ran.code == 0
+        first = json.loads((tmp_path / "tiny/sft/log.jsonl").read_text().splitlines()[0])["flags"]
+        return ran, first, max(shares)
+    usual = train_sft.BY_MODEL["tiny"]["lr"]
+    ran, first, share = go("align")
+    assert first["lr"] == usual and share > 0.8 and "been through" not in ran.err
+    for start in ("sft", "rl"):
+        ran, first, share = go(start)
+        assert first["lr"] == pytest.approx(usual * train_sft.AGAIN) and share == pytest.approx(0.1)
+        assert ran.err.count("it has been through this chapter") == 1 and f"instead of {usual:g}" in ran.err
+    ran, first, share = go("sft", f"--lr={usual}")  # a rate that is given counts, also where it is the usual one
+    assert first["lr"] == usual and share == pytest.approx(0.1) and "instead of" not in ran.err
+    state = plumbing.files.read_json(tmp_path / "tiny/sft/state.json")
+    assert state["flags"]["lr"] == usual  # so that --resume goes on with it
+    assert run("train_sft", f"--out_dir={tmp_path}", "--resume", main=train_sft.main).code == 0
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -1857,6 +1940,7 @@ def talk(trained, *lines, flags=(), **more) -> Ran:
 
 
 def test_chat_shows_pictures_and_survives_a_slip(trained, photo, monkeypatch):
+    monkeypatch.setattr(sample, "only_pictures", lambda vlm: False)  # as a model that has learned from texts, too
     seen = []
 
     def answer(engine, tokenizer, request, thoughts):
@@ -1877,7 +1961,57 @@ def test_chat_shows_pictures_and_survives_a_slip(trained, photo, monkeypatch):
     assert real.code == 0 and real.out.strip() == ask(trained[0], "What is it?", photo, new=4)
 
 
+def test_a_question_without_a_picture_gets_one_line_where_the_model_answers_about_pictures_only(
+        trained, tmp_path, own_data, monkeypatch):
+    answered = []
+    with monkeypatch.context() as patch:
+        patch.chdir(tmp_path)  # where /draw saves
+        patch.setattr(sample, "stream", lambda engine, tokenizer, request: answered.append(
+            len(request.images)) or "A cat.")
+        ran = talk(trained, "What colour is the cat?", "/draw", "And now?", "/undo", "And now?")
+    assert ran.code == 0 and ran.err.count("answers about pictures only: /image PATH") == 2 and answered == [1]
+    # Trained on one's own pictures it is the same; with texts among them it has learned to answer without.
+    texts = write(tmp_path / "texts.json", [llava(None, id=f"t{i}", question=f"{i}?") for i in range(12)])
+    for spec, answers in ((own_data / "files.json", False), (f"{own_data / 'files.json'},{texts}", True)):
+        out = f"--out_dir={tmp_path / str(answers)}"
+        assert run("train_sft", *QUICK, out, f"--init={trained[0] / 'tiny/align'}", f"--data={spec}").code == 0
+        for _ in range(2):  # and after reinforcement learning, whose questions all have pictures, it still has
+            ran = run("sample", out, "--question=Why?", "--device=cpu", "--max_new_tokens=2")
+            if answers:
+                assert ran.code == 0, ran.err
+                assert run("train_rl", *QUICK, out).code == 0
+            else:
+                one_line(ran, "no picture to ask about", "--image=")
+
+
+@pytest.mark.parametrize("stage", ["base", "rl"])
+def test_a_text_is_continued_by_any_model_without_the_form_of_a_chat(trained, stage, monkeypatch):
+    flags = [f"--init={trained[0] / 'tiny' / stage}", "--prompt=3 things in", "--device=cpu", "--max_new_tokens=6"]
+    seen, real = [], plumbing.engine.Engine.prefill
+    monkeypatch.setattr(plumbing.engine.Engine, "prefill", lambda self, rows, starts, requests: seen.extend(
+        requests) or real(self, rows, starts, requests))
+    ran = run("sample", *flags)
+    assert ran.code == 0 and ran.out.strip() and ran.out == run("sample", *flags).out
+    one, two = (run("sample", *flags, "--temperature=9", f"--seed={seed}").out for seed in (0, 1))
+    assert one != two
+    t = Tokenizer.from_pretrained(trained[0] / "tiny" / stage)
+    assert list(seen[0].prompt.ids) == t.encode("3 things in") and len(seen[0].answer) <= 6
+    assert seen[0].temperature == 0.7 and not seen[0].images
+    run("sample", *flags, "--temperature=0")
+    assert seen[-1].temperature == 0
+    one_line(run("sample", *flags, "--question=What?"), "--prompt", "--question")
+    one_line(run("sample", *flags, "--chat"), "--chat and --prompt")
+
+
+def test_an_empty_answer_is_said_to_be_empty(trained, photo, monkeypatch):
+    monkeypatch.setattr(extras.asking.Text, "add", lambda self, ids, last=False: "")
+    ran = run("sample", f"--out_dir={trained[0]}", f"--image={photo}", "--device=cpu", main=sample.main)
+    assert ran.code == 0 and ran.out == "\n" and "the answer is empty" in ran.err
+    assert talk(trained, f"/image {photo}", "What?").err.count("the answer is empty") == 1
+
+
 def test_ctrl_c_ends_an_answer_and_not_the_chat(trained, photo, monkeypatch):
+    monkeypatch.setattr(sample, "only_pictures", lambda vlm: False)  # as a model that has learned from texts, too
     whole, step = talk(trained, f"/image {photo}", "What is it?"), plumbing.engine.Engine.step
     stop_at = [3, 1]  # tokens of the first answer, and of the second
 
@@ -1934,6 +2068,7 @@ def test_chat_knows_a_path_as_people_paste_and_drag_it(trained, photo, tmp_path,
 
 
 def test_chat_saves_over_no_other_file(trained, photo, tmp_path, monkeypatch):
+    monkeypatch.setattr(sample, "only_pictures", lambda vlm: False)  # as a model that has learned from texts, too
     monkeypatch.chdir(tmp_path)
     (tmp_path / "photo-1.png").write_bytes(b"another")
     pixels = photo.read_bytes()
@@ -1969,7 +2104,9 @@ def test_a_folder_of_pictures_is_answered_and_gone_on_with(trained, photo, tmp_p
     shutil.copy(photo, folder / "b.jpg")
     third = run("sample", *flags)
     assert third.code == 0 and "answer" in rows()[-1] and rows()[-1]["image"] == "b.jpg" and len(rows()) == 5
-    assert run("sample", *flags).code == 0 and len(rows()) == 5
+    assert f"wrote {out}" in third.err
+    fourth = run("sample", *flags)
+    assert fourth.code == 0 and len(rows()) == 5 and f"{out} answers all of them already" in fourth.err
     # As an editor may leave the file: a line separator in an answer, no newline at the end.
     out.write_text(out.read_text().replace('"answer": "', '"answer": "\u2028').rstrip("\n"), encoding="utf-8")
     other = run("sample", *flags, "--question=Why?")

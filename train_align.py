@@ -31,7 +31,7 @@ import data
 from plumbing.checkpoints import save
 from plumbing.drawing import draw_sheet
 from plumbing.engine import respond
-from plumbing.log import Interrupt, Log, finish
+from plumbing.log import Interrupt, Log, finish, how_to_ask
 from plumbing.optimizer import Optimizer, lr_scale
 from plumbing.ranks import Setup
 from plumbing.records import text_of
@@ -152,9 +152,9 @@ def main() -> None:
     losses = caption_losses(vlm, documents, setup, flags.seq_len)
     if setup.is_main:
         save_samples(folder / "samples.png", vlm, tokenizer, records[:8])
-    finish(setup, log, stage=STAGE, step=step, caption_loss=losses["own"], blind_loss=losses["blind"],
-           shuffled_loss=losses["shuffled"], seconds=time.time() - started, checkpoint=str(folder),
-           interrupted=interrupt.interrupted)
+    finish(setup, log, how_to_ask(records, question=False), stage=STAGE, step=step, caption_loss=losses["own"],
+           blind_loss=losses["blind"], shuffled_loss=losses["shuffled"], seconds=time.time() - started,
+           checkpoint=str(folder), interrupted=interrupt.interrupted)
 
 
 if __name__ == "__main__":

@@ -14,19 +14,22 @@ Left out: epochs (the loader never ends: it shuffles a file anew for every pass 
 checkpoints are in plumbing/, which can be trusted unread.
 """
 import math
-import sys
+import shlex
 import time
 from functools import partial
 
-from plumbing.flags import RUN_FLAGS, parse_flags, run  # before torch: see plumbing/files.py
+from plumbing.flags import RUN_FLAGS, given, parse_flags, run  # before torch: see plumbing/files.py
 
 import torch
 from torch.nn.utils import get_total_norm
 from tqdm import tqdm
 
 import data
-from plumbing.checkpoints import STAGES, find_start, read_resume, run_name, save, stage_folder, take_flags_of_run
+from plumbing.checkpoints import (STAGES, check_asked, find_start, read_resume, run_name, save, stage_folder,
+                                  take_flags_of_run)
+from plumbing.settings import set_fields
 from plumbing.files import attempt, recover, require
+from plumbing.fitting import SMALLER, largest_micro_batch
 from plumbing.hub import fetch
 from plumbing.log import Interrupt, Log, finish
 from plumbing.optimizer import Optimizer, lr_scale
@@ -36,7 +39,7 @@ from plumbing.workers import share_workers
 from plumbing.world import World
 from model import FROM_SCRATCH, PRESETS, VLM, check_name, connect, load_checkpoint, load_pretrained, preset
 from tokenizer import Tokenizer
-from vision import SIGLIP, ViT
+from vision import SIGLIP, Bridge, ViT
 
 STAGE = "base"
 # The defaults of the flags that depend on --model. A step of tiny has 16 x 256 = 4,096 tokens. At a learning rate of
@@ -63,7 +66,7 @@ def chapter_flags(doc: str, stage: str, flags: dict, by_model: dict, argv=None):
     require(not getattr(out, "val", "") or any(name != "world" for name, _ in data.parse_mixture(out.data)),
             f"--val={getattr(out, 'val', '')}: goes with files in --data=; the world holds out scenes of its own")
     if getattr(out, "resume", False):
-        take_flags_of_run(out, stage, {text[2:].split("=")[0] for text in (sys.argv[1:] if argv is None else argv)})
+        take_flags_of_run(out, stage, given(argv))
     return out
 
 
@@ -76,9 +79,14 @@ def without_checkpoint(flags, setup: Setup) -> tuple[VLM, Tokenizer, str]:
         # Its bridge is new and useless before chapter 2, unless the model is a finished LLaVA.
         vlm, folder = load_pretrained(flags.model, flags.vision, flags.bridge, setup.device)
         vlm.config.generation = {}  # the publisher's temperatures are for the publisher's model, not for ours
+        if flags.set:
+            new = "align" not in vlm.config.run["chapters"]
+            set_fields(vlm.config, flags.set, ("bridge", ) * new, f"released weights have their shape ({folder})"
+                       + "; of these only bridge.* is new, and can be set" * new)
+            vlm.bridge = Bridge(vlm.config.bridge).to(setup.device)
         return vlm, Tokenizer.from_pretrained(folder), f"the weights of {folder}"
     # A short text may have fewer tokens than the embedding has rows: the rest is never sampled (vocab_used).
-    config = preset(flags.model, flags.bridge)
+    config = preset(flags.model, flags.bridge, flags.set, flags.vision)
     tokenizer = Tokenizer.train(data.tokenizer_texts(flags.data, flags.seed), config.decoder.vocab_size)
     if not flags.vision:
         return VLM(config), tokenizer, "random weights (the first loss is near 15, not ln V = 7: see GPT's embed)"
@@ -102,27 +110,28 @@ def load_start(flags, setup: Setup, stage: str) -> tuple[VLM, Tokenizer, dict, d
         source = recover(stage_folder(flags, stage))
         state, moments = read_resume(source)
     else:
-        # 2. --init: that folder.  3. The newest earlier stage under --out_dir; for fine-tuning the newest model.
-        source, why = (flags.init, "") if flags.init else find_start(flags, stage)
+        # 2. --init: that folder, or none.  3. The newest earlier stage under --out_dir; on other data the newest model.
+        source, why = find_start(flags, stage)
+    today = None
     if source:
         # The tokenizer comes with the weights: ids mean nothing without it.
         vlm, tokenizer = load_checkpoint(source, setup.device), Tokenizer.from_pretrained(source)
         vlm.config.preset = vlm.config.preset or run_name(flags.model)  # a LLaVA folder of Hugging Face's has none
         vlm.config.run.setdefault("chapters", STAGES[:3])  # older checkpoints do not say
+        if flags.model == vlm.config.preset in FROM_SCRATCH:  # an edit of PRESETS does not reach the weights
+            today = preset(flags.model, flags.bridge, flags.set)
     else:
         # 4. The released weights of --model, or, for the presets that have none, random ones.
         vlm, tokenizer, source = without_checkpoint(flags, setup)
     if not flags.resume:
         start = vlm.config.run
-        vlm.config.run = {"chapters": list(dict.fromkeys([*start.get("chapters", []), stage])), "stage": stage,
-                          "start": start.get("saved"), "steps": flags.steps, "data": flags.data}
-    thin = 0 if str(source).startswith("random weights") else flags.lora_rank  # beside frozen noise: of no use
-    for name, asked, found in (("model", run_name(flags.model), vlm.config.preset),
-                               ("vision", flags.vision, vlm.config.pretrained_vision),
-                               ("bridge", flags.bridge, vlm.config.bridge.kind),
-                               ("lora_rank", flags.lora_rank, vlm.config.lora_rank or thin)):
-        require(asked in ("", 0, found), f"--{name}={asked}, but {source} has --{name}={found}: "
-                "give that, or start from another model by --init= or --out_dir=")
+        before = start.get("chapters", [])
+        vlm.config.run = {"chapters": list(dict.fromkeys([*before, stage])), "stage": stage, "again": stage in before,
+                          "start": start.get("saved"), "steps": flags.steps, "data": flags.data,
+                          # whether it has learned to answer without a picture, too (make_loaders)
+                          "texts": start.get("texts", "sft" in before and start.get("data") != "world")}
+    if told := check_asked(flags, source, vlm.config, today):
+        setup.print(told)
     if flags.lora_rank and not vlm.config.lora_rank:
         vlm.add_lora(flags.lora_rank)
     vlm.gpt.activation_checkpointing = flags.activation_checkpointing
@@ -154,39 +163,6 @@ def freeze_all_but(vlm: VLM, trained: list[str], flags=None) -> dict[str, torch.
 # ----------------------------------------------------------------------------------------------------------------------
 # Data: records -> packed micro-batches (data.py), for this model and these ranks
 
-SMALLER = ("--activation_checkpointing, --lora_rank=16, or a shorter --seq_len (bench.py --what=memory tells what each "
-           "saves)")
-
-
-def largest_micro_batch(vlm: VLM, setup: Setup, share: int, make_batch) -> int:
-    """
-    The most rows per forward pass for which the GPU has the memory, of the divisors of `share`, a rank's rows in a
-    step. make_batch(rows): such a batch. Without a GPU: all.
-    """
-    if setup.device.type != "cuda":
-        return share
-    torch.cuda.reset_peak_memory_stats()
-    for rows in (n for n in range(share, 0, -1) if share % n == 0):
-        try:  # Not computed but tried: what a pass needs depends on the compiler, the kernels and the model.
-            batch = setup.to_device(make_batch(rows))
-            for _ in range(min(2, share // rows)):  # of several micro-batches the second adds to gradients of the first
-                loss = vlm(batch)
-                if loss.requires_grad:  # not in alignment without a picture
-                    loss.backward()
-            # 7 % to spare: other batches have more pictures, and memory is fragmented
-            fits = torch.cuda.max_memory_allocated() < 0.93 * torch.cuda.mem_get_info()[1]
-        except torch.OutOfMemoryError:
-            fits = False
-        for p in vlm.parameters():
-            p.grad = None
-        torch.cuda.empty_cache()  # the fragments of a large attempt
-        torch.cuda.reset_peak_memory_stats()
-        if setup.all_reduce(fits) == setup.world_size:  # all ranks take the same
-            setup.print(f"--micro_batch_size={rows}: the most rows of {share} that fit into this GPU's memory at once")
-            return rows
-    raise ValueError(f"not even one row fits into this GPU's memory; give {SMALLER}")
-
-
 def make_loaders(flags, setup: Setup, vlm: VLM, tokenizer: Tokenizer, dataset, state: dict, **options) -> list:
     "-> one data.Loader for each micro-batch of this rank. options: of data.make_document."
     M = vlm.config.bridge.num_tokens
@@ -210,6 +186,8 @@ def make_loaders(flags, setup: Setup, vlm: VLM, tokenizer: Tokenizer, dataset, s
     # Cut conversations train without any error, and the model never learns how they end: say how many there are.
     first = (attempt(dataset.__getitem__, i) for i in range(100))
     whole = [make_document(one, 0, seq_len=10 ** 9) for one in first if isinstance(one, dict) and "messages" in one]
+    if vlm.config.run.get("stage") == "sft" and any(document and not document.slots for document in whole):
+        vlm.config.run["texts"] = True
     sets = getattr(dataset, "sets", [])
     if whole and len(sets) == 1 and isinstance(sets[0], data.Shuffled):
         n, tokens = len(sets[0].records), sum(len(document.ids) for document in whole if document) / len(whole)
@@ -388,15 +366,19 @@ def main() -> None:
         return finish(setup, log, stage=STAGE, step=step, checkpoint=str(folder), interrupted=True)
     after = bits_per_byte(vlm, tokenizer, documents, setup, flags.seq_len)
     setup.print(f"bits per byte on held-out text: {before:.3f} before, {after:.3f} after")
-    # 0.7 is a little bolder than the most likely token, which soon repeats itself.
-    for prompt in ("3 things", "There", "The"):
+    # 0.7 is a little bolder than the most likely token, which soon repeats itself. On one's own text it continues what
+    # held-out documents begin with; a long document is in several pieces, of which the first one counts.
+    begun = {document.record["id"]: tokenizer.decode(document.ids[:8]) for document in reversed(documents)}
+    prompts = ["3 things", "There", "The"] if flags.data == "world" else list(begun.values())[-3:]
+    for prompt in prompts:
         prompt_ids = tokenizer.encode(prompt)
         # A document with ids alone: no loss mask, no pictures.
         generated = vlm.generate([data.Document(0, prompt_ids, [], [], {})], max_new_tokens=40, temperature=0.7,
                                  stop=set(tokenizer.stop_ids), vocab_used=tokenizer.vocab_size)
         setup.print("  " + tokenizer.decode(prompt_ids + [row[0] for row in generated]))
-    finish(setup, log, stage=STAGE, step=step, bits_per_byte=after, bits_per_byte_before=before,
-           seconds=time.time() - started, checkpoint=str(folder), interrupted=interrupt.interrupted)
+    finish(setup, log, f"--prompt={shlex.quote(prompts[0])}", stage=STAGE, step=step, bits_per_byte=after,
+           bits_per_byte_before=before, seconds=time.time() - started, checkpoint=str(folder),
+           interrupted=interrupt.interrupted)
 
 
 if __name__ == "__main__":

@@ -38,12 +38,13 @@ from tqdm import tqdm
 import data
 from plumbing.checkpoints import save
 from plumbing.files import attempt
-from plumbing.log import Interrupt, Log, finish
+from plumbing.fitting import largest_micro_batch
+from plumbing.log import Interrupt, Log, finish, how_to_ask
 from plumbing.optimizer import Optimizer, lr_scale
 from plumbing.ranks import Setup
 from plumbing.scoring import wilson
 from plumbing.world import QUESTIONS, World
-from train_base import SHARED_FLAGS, chapter_flags, freeze_all_but, largest_micro_batch, load_start, train_step
+from train_base import SHARED_FLAGS, chapter_flags, freeze_all_but, load_start, train_step
 from train_sft import evaluate, save_samples, score_answer
 
 STAGE = "rl"
@@ -267,7 +268,8 @@ def main() -> None:
     if setup.is_main:
         save_samples(folder / "samples.png", vlm, tokenizer, held_out)
     main_result = next(iter(results.values()))
-    finish(setup, log, stage=STAGE, step=step, accuracy=main_result["accuracy"], before=main_result["before"],
+    finish(setup, log, how_to_ask(next(iter(held_out.values()))), stage=STAGE, step=step,
+           accuracy=main_result["accuracy"], before=main_result["before"],
            gain_ci95=main_result["gain_ci95"], trained_on=trained_on, held_out=results, seconds=seconds,
            checkpoint=str(folder), interrupted=interrupt.interrupted)
 

@@ -17,6 +17,7 @@ or small), and NaFlex's variable shapes.
 """
 import math
 from dataclasses import dataclass, fields
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -186,18 +187,18 @@ def vit_config(config: dict, folder: Path) -> ViTConfig:
     if (folder / "preprocessor_config.json").exists():  # resample: 2 is bilinear, 3 bicubic
         fill["bicubic"] = read_json(folder / "preprocessor_config.json").get("resample", 3) == 3
     config = ViTConfig(**fill)
-    check_sizes(config, folder)
+    check_sizes(config, folder / "config.json")
     return config
 
 
-def check_sizes(config, folder) -> None:
+def check_sizes(config, where, remedy: str = "is this the right file?") -> None:
     "config.json may come from a stranger: 10^9 layers are refused before time or memory is spent on them."
     for f in fields(config):
         value, most = getattr(config, f.name), 1000 if f.name.endswith("layers") else 2 ** 24
         fine = type(value) in ((int, float) if f.type is float else (f.type, ))
         if f.type is int:  # bridge.layer alone may be negative: -1 is the last one
             fine = fine and (0 < value <= most or f.name == "layer" and -most < value < 0)
-        require(fine, f"{folder}/config.json: {f.name} {str(value)[:50]!r} cannot be; is this the right file?")
+        require(fine, f"{where}: {f.name} {str(value)[:50]!r} cannot be; {remedy}")
 
 
 def llava_vision(hf: dict, folder: Path) -> tuple[ViTConfig, "BridgeConfig"]:
@@ -245,6 +246,7 @@ class BridgeConfig:
     num_patches: int = 256    # N, what the ViT gives for one picture
     layer: int = -1           # which block's output is read: -1 the last one's, -2 the one's before
     newline: bool = False     # one learned token ends each picture, or each row of its tiles: LLaVA-OneVision
+    seeded: bool = True       # Perceiver: latents start from the patches at their own place; False: all alike, Flamingo
 
     @property
     def num_tokens(self) -> int:
@@ -282,16 +284,20 @@ class PerceiverLayer(nn.Module):
         nn.init.zeros_(self.out.weight)
         nn.init.zeros_(self.fc2.weight)
 
-    def forward(self, latents: torch.Tensor, features: torch.Tensor) -> torch.Tensor:
-        B, M, D = latents.shape
+    def project(self, latents: torch.Tensor, features: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        "latents [B, M, D], features [B, N, D] -> q [B, heads, M, D/heads], k and v [B, heads, N+M, D/heads]."
+        # A function of its own: extras/attention_maps.py draws what these queries and keys give.
+        B, M, _ = latents.shape
         x = self.norm_latents(latents)                                                               # [B, M, D]
         # Keys from features and latents: a latent also attends to the others, so that they can divide the work.
         kv = self.kv(torch.cat([self.norm_features(features), x], dim=1))                            # [B, N+M, 2D]
-        q = self.q(x).view(B, M, self.num_heads, -1).transpose(1, 2)                            # [B, heads, M, D/heads]
-        k, v = (part.view(B, kv.shape[1], self.num_heads, -1).transpose(1, 2)
-                for part in kv.chunk(2, dim=-1))                                        # 2 x [B, heads, N+M, D/heads]
-        y = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(B, M, D)
-        latents = latents + self.out(y)
+        q = self.q(x).view(B, M, self.num_heads, -1).transpose(1, 2)
+        k, v = (part.view(B, kv.shape[1], self.num_heads, -1).transpose(1, 2) for part in kv.chunk(2, dim=-1))
+        return q, k, v
+
+    def forward(self, latents: torch.Tensor, features: torch.Tensor) -> torch.Tensor:
+        y = F.scaled_dot_product_attention(*self.project(latents, features))               # [B, heads, M, D/heads]
+        latents = latents + self.out(y.transpose(1, 2).reshape(latents.shape))                       # [B, M, D]
         return latents + self.fc2(F.gelu(self.fc1(self.norm_mlp(latents))))
 
 
@@ -304,16 +310,38 @@ def pixel_shuffle(features: torch.Tensor) -> torch.Tensor:
     return x.reshape(B, N // 4, 4 * D)
 
 
+def part_shares(count: int, n: int) -> torch.Tensor:
+    "A side of n patches cut into `count` equal parts -> [count, n]: which share of a part each patch is."
+    edges, i = torch.arange(count + 1) * n / count, torch.arange(n)
+    shared = (torch.minimum(edges[1:, None], i + 1) - torch.maximum(edges[:-1, None], i)).clamp(min=0)
+    return shared / shared.sum(1, keepdim=True)
+
+
+@lru_cache
+def quarter_shares(M: int, N: int, device: torch.device, dtype: torch.dtype) -> torch.Tensor:
+    """
+    M latents in rows over n x n patches, the place of each cut into four quarters -> [4 M, N]: the patches of which
+    each quarter is the mean. For M = N / 4 a quarter is one patch, in the order of pixel_shuffle.
+    """
+    n, rows, out = math.isqrt(N), round(math.sqrt(M)), []
+    for row in range(rows):
+        columns = M * (row + 1) // rows - M * row // rows  # 5 latents: rows of 2 and 3
+        tall, wide = part_shares(2 * rows, n)[2 * row:2 * row + 2], part_shares(2 * columns, n).view(columns, 2, n)
+        out.append(torch.einsum("ya,cxb->cyxab", tall, wide).reshape(-1, n * n))
+    return torch.cat(out).to(device, dtype)
+
+
 class Perceiver(nn.Module):
     "Flamingo's resampler (arXiv 2204.14198): features [B, N, D] -> latents [B, M, D]."
 
     def __init__(self, config: BridgeConfig):
         super().__init__()
         M, D = config.num_latents, config.vision_size
-        # Flamingo's latents are the same for every picture and must first learn where to look. With M = N / 4, ours
-        # start from their own 2 x 2 patches instead: on the tiny model the caption loss after 150 steps is 0.21 that
-        # way and 0.55 the other, and most of the time was spent on finding places.
-        self.seed = nn.Linear(4 * D, D) if 4 * M == config.num_patches and math.isqrt(M) ** 2 == M else None
+        # Flamingo's latents are the same for every picture and must first learn where to look. Ours start from what is
+        # at their own place instead: on the tiny model the caption loss after 150 steps is 0.21 that way and 0.55 the
+        # other, and most of the time was spent on finding places. With M = N / 4 a place is 2 x 2 patches, and
+        # pixel_shuffle lays them side by side; with another M it has four quarters all the same.
+        self.seed = nn.Linear(4 * D, D) if config.seeded else None
         if self.seed is not None:
             init_linears(self.seed, outputs=(), depth=1)
         # Drawn at random: equal latents would receive equal gradients and stay equal for ever. As loud as the patches:
@@ -322,10 +350,21 @@ class Perceiver(nn.Module):
         self.layers = nn.ModuleList(PerceiverLayer(config) for _ in range(config.num_layers))
         self.norm = nn.LayerNorm(D)
 
+    def places(self, features: torch.Tensor) -> torch.Tensor:
+        "[B, N, D] -> [B, M, 4D]: what is at each latent's place, quarter by quarter."
+        B, N, D = features.shape
+        M = len(self.latents)
+        if 4 * M == N:
+            return pixel_shuffle(features)
+        return (quarter_shares(M, N, features.device, features.dtype) @ features).view(B, M, 4 * D)
+
+    def start(self, features: torch.Tensor) -> torch.Tensor:
+        "[B, N, D] -> the latents before the first layer [B, M, D]."
+        latents = self.latents.expand(len(features), -1, -1)
+        return latents if self.seed is None else latents + self.seed(self.places(features))
+
     def forward(self, features: torch.Tensor) -> torch.Tensor:
-        latents = self.latents.expand(len(features), -1, -1)                                         # [B, M, D]
-        if self.seed is not None:
-            latents = latents + self.seed(pixel_shuffle(features))                                   # M = N/4 here
+        latents = self.start(features)                                                               # [B, M, D]
         for layer in self.layers:  # every layer attends to the same features again
             latents = layer(latents, features)
         return self.norm(latents)

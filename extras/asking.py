@@ -15,7 +15,7 @@ from plumbing.engine import Engine, Request
 from plumbing.pictures import load_image
 from plumbing.world import QUESTIONS, Scene, World, ask
 from model import FROM_SCRATCH, VLM
-from tokenizer import Tokenizer
+from tokenizer import Rendered, Tokenizer
 from vision import cut_tiles, preprocess
 
 CONTEXT = 8192  # tokens of a conversation with its answer, at most
@@ -67,6 +67,21 @@ def make_request(vlm: VLM, tokenizer: Tokenizer, messages: list, pixels: list, f
     if width:
         given["max_new_tokens"] = max(1, min(given["max_new_tokens"], width - len(prompt.ids)))
     return Request(prompt, pixels, stop=set(tokenizer.stop_ids), seed=flags.seed, **given)
+
+
+def make_completion(vlm: VLM, tokenizer: Tokenizer, text: str, flags, width: int = 0) -> Request:
+    "A Request whose answer continues the text as it stands, without the marks of a chat. width: as in make_request."
+    # A little bolder than the most likely token, which soon repeats itself.
+    ids, given = tokenizer.encode(text), {"temperature": 0.7} | options(vlm, flags)
+    if width:
+        given["max_new_tokens"] = max(1, min(given["max_new_tokens"], width - len(ids)))
+    return Request(Rendered(ids, [], []), [], stop=set(tokenizer.stop_ids), seed=flags.seed, **given)
+
+
+def only_pictures(vlm: VLM) -> bool:
+    "Whether all that it has learned to answer are questions about pictures. Any other would get a meaningless answer."
+    run = vlm.config.run  # older checkpoints do not say; the world's questions are all about pictures
+    return vlm.config.preset in FROM_SCRATCH and not run.get("texts", run.get("data") != "world")
 
 
 def open_engine(vlm: VLM, tokenizer: Tokenizer, rows: int) -> Engine:

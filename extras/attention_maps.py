@@ -27,20 +27,16 @@ def patch_shares(bridge: Bridge, features: torch.Tensor) -> torch.Tensor:
     own = torch.eye(N, device=features.device)
     if bridge.config.kind == "mlp":
         return own
-    # A shuffled vector is four patches side by side; a seeded latent starts from them too.
-    four = pixel_shuffle(own[None])[0].view(N // 4, 4, N).mean(1)                                    # [N/4, N]
+    # A shuffled vector is four patches side by side; a seeded latent starts from four quarters too.
     if bridge.perceiver is None:
-        return four
+        return pixel_shuffle(own[None])[0].view(-1, 4, N).mean(1)                                    # [N/4, N]
     # The Perceiver: as its forward, layer by layer, but for the attention weights, which the fused kernel never shows.
-    latents = bridge.perceiver.latents[None]
-    seeded = bridge.perceiver.seed is not None
-    latents = latents + bridge.perceiver.seed(pixel_shuffle(features[None])) if seeded else latents  # [1, M, D]
-    shares = four if seeded else torch.full((latents.shape[1], N), 1 / N, device=features.device)    # [M, N]
+    latents = bridge.perceiver.start(features[None])                                                 # [1, M, D]
+    shares = bridge.perceiver.places(own[None])[0].view(-1, 4, N).mean(1) if bridge.perceiver.seed is not None else \
+        torch.full((latents.shape[1], N), 1 / N, device=features.device)                             # [M, N]
     for layer in bridge.perceiver.layers:
-        x = layer.norm_latents(latents)
-        k = layer.kv(torch.cat([layer.norm_features(features[None]), x], dim=1)).chunk(2, dim=-1)[0]
-        q, k = (t.view(t.shape[1], layer.num_heads, -1).transpose(0, 1) for t in (layer.q(x), k))    # [heads, .., d]
-        weights = (q @ k.mT * q.shape[-1] ** -0.5).float().softmax(-1).mean(0)                       # [M, N + M]
+        q, k, _ = layer.project(latents, features[None])
+        weights = (q @ k.mT * q.shape[-1] ** -0.5)[0].float().softmax(-1).mean(0)                    # [M, N + M]
         # Attention rollout (arXiv 2005.00928): half is what the latent was before, half is what it attended to.
         shares = (shares + weights[:, :N] + weights[:, N:] @ shares) / 2
         latents = layer(latents, features[None])

@@ -54,7 +54,7 @@ def predict(flags, stage: str, lora: int):
     in bfloat16, with float32 master weights, compiled. Measured are one layer of each kind with small inputs, on the
     CPU; the rest is arithmetic.
     """
-    config = preset(flags.model, flags.bridge)
+    config = preset(flags.model, flags.bridge, flags.set)
     config.lora_rank, decoder, vision = lora, config.decoder, config.vision
     with torch.device("meta"):
         vlm = VLM(config)

@@ -3,6 +3,7 @@ Folders of checkpoints: which there are, from which a stage starts, how one is s
 earlier run is set aside. Called at both ends of a chapter. A checkpoint holds plain tensors and JSON; nothing is ever
 unpickled. A reader of the lessons may trust it unread.
 """
+import copy
 import json
 import os
 import re
@@ -12,11 +13,13 @@ from dataclasses import asdict
 from pathlib import Path
 
 from plumbing.drawing import draw_curves
+from plumbing.settings import FOLLOWS, KIND, differences, set_fields
 from plumbing.files import read_json, recover, replace_folder, require
 from plumbing.flags import MAY_CHANGE
 from plumbing.weights import read_header, read_safetensors, write_safetensors
 
 STAGES = ["base", "align", "sft", "rl"]  # each starts from the one before
+SCRATCH = "scratch"  # --init=scratch: from no checkpoint
 
 
 def run_name(model: str) -> str:
@@ -46,16 +49,45 @@ def newest_checkpoint(out_dir, model: str) -> Path | None:
 
 def find_start(flags, stage: str) -> tuple[Path | None, str]:
     "-> (the checkpoint from which a new run of the stage starts, why this one); None: there is no earlier stage."
+    if flags.init:
+        return (None, f" (--init={SCRATCH})") if flags.init == SCRATCH else (Path(flags.init), "")
     found, before = checkpoints(flags.out_dir, flags.model), STAGES[:STAGES.index(stage)]
     earlier = [folder for name in reversed(before) for folder, run in found if run["stage"] == name]
     last = next((run for _, run in found if run["stage"] == stage), {})
     if last.get("data", flags.data) == flags.data:  # no other data. A fine-tuning that is repeated starts where it did.
         again = [folder for folder, run in found if run["stage"] not in before and run["saved"] == last.get("start")]
-        return next(iter(again + earlier), None), ""
+        if again:
+            return again[0], (", where the last run on these data started (--init= chooses another; "
+                              f"--init={SCRATCH}: none)")
+        return next(iter(earlier), None), ", the newest earlier stage" * bool(earlier)
     # On other data, their own, people expect to go on with what the model has learned so far.
     finished = [folder for folder, run in found if run.get("step") == run.get("steps")]
     return next(iter(finished + earlier), None), (f", the newest finished model, since the last run had other data: "
-                                                  f"{last['data']} (--init= chooses another)")
+                                                  f"{last['data']} (--init= chooses another; --init={SCRATCH}: none)")
+
+
+def check_asked(flags, source, config, today=None) -> str:
+    """
+    Flags that ask for another model than the one that was loaded are errors -> in what its configuration is not that
+    of today's code, in words. today: the latter; None: there is none to compare with.
+    """
+    thin = 0 if str(source).startswith("random weights") else flags.lora_rank  # beside frozen noise: of no use
+    for name, asked, found in (("model", run_name(flags.model), config.preset),
+                               ("vision", flags.vision, config.pretrained_vision),
+                               ("bridge", flags.bridge, config.bridge.kind),
+                               ("lora_rank", flags.lora_rank, config.lora_rank or thin)):
+        require(asked in ("", 0, found), f"--{name}={asked}, but {source} has --{name}={found}: "
+                f"give that, or start from another model by --init= (--init={SCRATCH}: none) or --out_dir=")
+    set_fields(asked := copy.deepcopy(config), flags.set)
+    for name, (found, value) in differences([asdict(config), asdict(asked)]).items():
+        raise ValueError(f"--set={name}={value}, but {source} has {name}={found}, and weights of that shape: start "
+                         f"without them by --init={SCRATCH}, or from another checkpoint by --init= or --out_dir=")
+    told = [f"{name} is {found} there and {value} in today's PRESETS" for name, (found, value) in differences(
+        [asdict(config), asdict(today)]).items() if name.split(".")[0] in ("vision", "bridge", "decoder")
+        and not (config.pretrained_vision and name.startswith("vision.")) and (name not in FOLLOWS or name == KIND)
+    ] if today else []
+    return f"{source}: {'; '.join(told)}. The checkpoint counts; --init={SCRATCH} takes today's, with random weights" \
+        if told else ""
 
 
 def read_resume(folder: Path) -> tuple[dict, dict]:

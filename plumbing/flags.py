@@ -5,6 +5,7 @@ the top and the bottom of every script. A reader of the lessons need not know ho
 import argparse
 import difflib
 import io
+import mimetypes
 import os
 import sys
 
@@ -18,7 +19,9 @@ from tqdm import tqdm
 RUN_FLAGS = {
     "bridge": ("", "perceiver, pixelshuffle or mlp, in place of the preset's; only with mlp can the trained model be "
                    "exported for other engines (sample.py --export)"),
-    "init": ("", "checkpoint folder to start from; empty: the newest earlier stage under --out_dir, else from scratch"),
+    "set": ("", "fields of the preset's configuration, --set=bridge.num_latents=16,decoder.num_hidden_layers=6"),
+    "init": ("", "checkpoint folder to start from; scratch: none, so random or released weights; empty: the newest "
+                 "earlier stage under --out_dir, else as scratch"),
     "out_dir": ("out", "checkpoints go to OUT_DIR/MODEL/STAGE"),
     "data": ("world", "world, or files (see data.py), comma-separated, each with an optional :weight"),
     "val": ("", "file of held-out records; empty: a part of --data is held out, by picture"),
@@ -79,7 +82,22 @@ class Parser(argparse.ArgumentParser):
             near = difflib.get_close_matches(word.split("=")[0].lstrip("-"), self.flags, n=1)
             if word.startswith("--") and near and near[0] not in message:
                 message += f"; did you mean --{near[0]}?"
+        left = message.removeprefix("unrecognized arguments: ").split()
+        if message.startswith("unrecognized") and not any(word.startswith("-") for word in left):
+            message += self.remedy(left[0])
         self.exit(2, f"error: {message} (--help lists all flags)\n")
+
+
+    def remedy(self, word: str) -> str:
+        "For a word without a flag in front of it: cat.jpg, lr=0.1, my.json."
+        near = difflib.get_close_matches(word.split("=")[0], self.flags, n=1)
+        if "=" in word and near:
+            return f"; did you mean --{near[0]}={word.partition('=')[2]}?"
+        picture = (mimetypes.guess_type(word)[0] or "").startswith("image/")
+        for fits, flag in ((picture, "image"), (os.path.isdir(word), "images"), (os.path.exists(word), "data")):
+            if fits and flag in self.flags:
+                return f"; did you mean --{flag}{'=' if flag == 'data' else ' '}{word}?"
+        return "; a text of several words goes into quotes"
 
 
 def boolean(text: str) -> bool:
@@ -87,6 +105,11 @@ def boolean(text: str) -> bool:
     if text not in ("True", "False", "true", "false", "1", "0"):
         raise argparse.ArgumentTypeError(f"{text!r} is neither True nor False")
     return text in ("True", "true", "1")
+
+
+def given(argv=None) -> set[str]:
+    "The names of the flags on the command line; all others have their defaults."
+    return {text[2:].split("=")[0] for text in (sys.argv[1:] if argv is None else argv) if text.startswith("--")}
 
 
 def parse_flags(doc: str, flags: dict, by_model: dict[str, dict] = {}, argv=None) -> argparse.Namespace:

@@ -2,9 +2,11 @@
 A run's log.jsonl, what Ctrl-C and SIGTERM do (a flag is set; the loop finishes its step, saves and stops), and the
 run's last line. Called by the training loop of each chapter. A reader of the lessons may trust it unread.
 """
+import hashlib
 import json
 import math
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -17,6 +19,20 @@ from tqdm import tqdm
 from plumbing.checkpoints import claim, set_aside, stage_folder
 from plumbing.drawing import draw_curves
 from plumbing.ranks import Setup
+from plumbing.world import Scene
+
+
+def code_version() -> str:
+    "The commit of this code; with edits that are not committed, a name for these too, since they are what is compared."
+    here = Path(__file__).parents[1]
+    if not (here / ".git").exists():  # a downloaded archive has none to name
+        return ""
+
+    def git(*words) -> str:
+        return subprocess.run(["git", *words], capture_output=True, text=True, cwd=here).stdout.strip()
+    edits = git("diff", "HEAD", "--", "*.py")
+    return git("rev-parse", "--short", "HEAD") + (
+        f" with edits {hashlib.sha1(edits.encode()).hexdigest()[:7]}" if edits else "")
 
 
 class Log:
@@ -24,7 +40,7 @@ class Log:
 
     def __init__(self, flags, setup: Setup, stage: str):
         self.path, self.is_main, self.usual = stage_folder(flags, stage) / "log.jsonl", setup.is_main, None
-        self.lock = claim(self.path.parent) if setup.is_main else None
+        self.lock, self.pace = claim(self.path.parent) if setup.is_main else None, Pace(setup.device)
         if setup.is_main and flags.resume and self.path.exists():  # a full disk or a crash may have cut its last line
             os.truncate(self.path, self.path.read_bytes().rfind(b"\n") + 1)
         self.keep, self.wandb = 0 if flags.resume else flags.keep, None
@@ -36,12 +52,9 @@ class Log:
             self.wandb = wandb.init(project=flags.wandb, name=f"{flags.model}-{stage}", config=vars(flags))
         # The first line says what was run, and on what: months later nothing else tells two curves apart. A resumed run
         # adds its own. A downloaded archive has no .git, and so no commit to name.
-        here = Path(__file__).parents[1]
-        git = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True,
-                             cwd=here).stdout.strip() if (here / ".git").exists() else ""
         self.waiting = [dict(
             command=" ".join(sys.argv), flags=vars(flags), device=str(setup.device), world_size=setup.world_size,
-            dtype=str(setup.dtype), torch=torch.__version__, python=sys.version.split()[0], commit=git,
+            dtype=str(setup.dtype), torch=torch.__version__, python=sys.version.split()[0], commit=code_version(),
             time=time.strftime("%Y-%m-%d %H:%M:%S"))]
 
     def write(self, **values) -> None:
@@ -53,6 +66,8 @@ class Log:
             values["loss"] = None
         if not self.is_main:
             return
+        if "lr" in values and "seconds" in values:
+            self.pace.step(values["seconds"])
         # Only now, after a whole step: a run that fails at once leaves the run before it as it was.
         if self.keep and set_aside(self.path.parent, self.keep):
             tqdm.write(f"{self.path.parent} of the run before is now {self.path.parent}.1 (--keep={self.keep})",
@@ -67,6 +82,39 @@ class Log:
             draw_curves(self.path)
         if self.wandb:
             self.wandb.log(values)
+
+
+class Pace:
+    "Says once where several threads are slower than one: another program has a core, and each product waits for it."
+
+    def __init__(self, device):
+        self.threads = torch.get_num_threads() if device.type == "cpu" else 1
+        self.steps, self.slow, self.before, self.best = 0, 0, 0.0, math.inf
+
+    def step(self, seconds: float) -> None:
+        "After each step; seconds: since the run began."
+        took, self.before, self.steps = seconds - self.before, seconds, self.steps + 1
+        self.best = min(self.best, took)
+        self.slow = self.slow + 1 if took > 2 * self.best else 0
+        # Slow steps alone prove nothing, and steps may be slow from the start: so products are timed, for 0.2 seconds.
+        if self.threads > 1 and (self.steps == 3 or self.slow == 5):
+            many, one = self.product(self.threads), self.product(1)
+            torch.set_num_threads(self.threads)
+            if many > 1.5 * one:
+                tqdm.write(f"slow: other programs use these cores, and products take {many / one:.0f} times as long on "
+                           f"{self.threads} threads as on one; Ctrl-C, then OMP_NUM_THREADS=1 python {sys.argv[0]} "
+                           "--resume", file=sys.stderr)
+                self.threads = 1
+
+    @staticmethod
+    def product(threads: int) -> float:
+        "Seconds of one, as large as those of the tiny model."
+        torch.set_num_threads(threads)
+        a, b, started, n = torch.ones(1024, 128), torch.ones(128, 256), time.perf_counter(), 0
+        while time.perf_counter() - started < 0.1:
+            a @ b
+            n += 1
+        return (time.perf_counter() - started) / n
 
 
 class Interrupt:
@@ -105,8 +153,22 @@ class Interrupt:
             signal.signal(number, handler)
 
 
-def finish(setup: Setup, log: Log, **results) -> None:
-    "The run's last line: one JSON object on standard output; or the error for which it stopped, now that it is saved."
+def how_to_ask(records: list[dict], question: bool = True) -> str:
+    "Held-out records -> flags of sample.py that ask one of their questions, or for a description."
+    source, text = next(iter(records[0]["images"]), None), records[0]["messages"][-2]["content"]
+    if isinstance(source, Scene):
+        source, text = Path(sys.argv[0]).with_name("cat.jpg"), "What colour is the cat?"
+    elif source is not None and not (isinstance(source, (str, Path)) and os.path.isfile(source)):
+        source = "PICTURE.jpg"  # it lies in a zip, say
+    words = ["--image", source] * (source is not None) + ["--question", text.replace("<image>", "").strip()] * question
+    return " ".join(shlex.quote(str(word)) for word in words)
+
+
+def finish(setup: Setup, log: Log, ask: str = "", **results) -> None:
+    """
+    The run's last line: one JSON object on standard output; or the error for which it stopped, now that it is saved.
+    ask: the flags with which sample.py tries the model; empty: the run goes on by --resume.
+    """
     if setup.device.type == "cuda":
         results["peak_gib"] = round(torch.cuda.max_memory_allocated() / 2 ** 30, 2)
     log.write(**results)
@@ -115,4 +177,9 @@ def finish(setup: Setup, log: Log, **results) -> None:
     if setup.failure:
         raise setup.failure
     if setup.is_main:  # the only print to standard output: `python train_sft.py | tail -1` is ready for a script
-        print(json.dumps(results))
+        print(json.dumps(results), flush=True)
+        folder, script = results["checkpoint"], Path(sys.argv[0])
+        where = [word for word in sys.argv[1:] if word.startswith(("--model=", "--out_dir="))]
+        command = [script.with_name("sample.py"), f"--init={folder}"] if ask else [script, *where, "--resume"]
+        setup.print(f"saved in {folder}; {'ask it' if ask else 'go on'}: python "
+                    + " ".join(shlex.quote(str(word)) for word in command) + f" {ask}")

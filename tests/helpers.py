@@ -771,8 +771,9 @@ START = {"base": "base", "align": "base", "sft": "align", "rl": "sft"}
 # ----------------------------------------------------------------------------------------------------------------------
 # The stage scripts: which model answers and which one is trained further; nothing good is lost
 
-def starts(out: Path, stage: str, source: str = "world"):
-    folder, why = plumbing.checkpoints.find_start(argparse.Namespace(out_dir=out, model="tiny", data=source), stage)
+def starts(out: Path, stage: str, source: str = "world", init: str = ""):
+    folder, why = plumbing.checkpoints.find_start(argparse.Namespace(
+        out_dir=out, model="tiny", data=source, init=init), stage)
     return folder and folder.name, why
 
 

@@ -6,17 +6,18 @@ from PIL import Image
 import extras.attention_maps
 import model
 import vision
-from tests.helpers import RAGGED, far, image_tokens, picture, run, say, tiny_vlm, tokenizer
+from tests.helpers import RAGGED, far, image_tokens, picture, run, say, shake, tiny_vlm, tokenizer
 
 pytest_plugins = ["tests.helpers"]  # its fixtures
 
 
-@pytest.mark.parametrize("kind, seeded", [("perceiver", True), ("perceiver", False), ("pixelshuffle", True),
-                                          ("mlp", True)])
-def test_every_image_token_is_shared_out_over_the_patches(kind, seeded):
+@pytest.mark.parametrize("kind, seeded, latents", [("perceiver", True, 4), ("perceiver", True, 5),
+                                                   ("perceiver", False, 4), ("pixelshuffle", True, 4),
+                                                   ("mlp", True, 4)])
+def test_every_image_token_is_shared_out_over_the_patches(kind, seeded, latents):
     vlm = tiny_vlm(kind)
-    if not seeded:
-        vlm.bridge.perceiver.seed = None
+    vlm.config.bridge.num_latents, vlm.config.bridge.seeded = latents, seeded
+    vlm.bridge = shake(vision.Bridge(vlm.config.bridge))
     features = vlm.vit_features(picture(1)[None])[0]
     shares = extras.attention_maps.patch_shares(vlm.bridge, features)
     assert shares.shape == (vlm.config.bridge.num_tokens, 16) and shares.min() >= 0
@@ -26,6 +27,19 @@ def test_every_image_token_is_shared_out_over_the_patches(kind, seeded):
         other[5] += 1
         moved = (vlm.bridge.project(other[None]) - vlm.bridge.project(features[None]))[0].abs().sum(1) > 1e-6
         assert torch.equal(moved, shares[:, 5] > 0)
+
+
+def test_the_overlay_shows_the_perceivers_own_attention_also_after_it_is_changed(monkeypatch):
+    vlm, real = tiny_vlm(), vision.PerceiverLayer.project
+    features = vlm.vit_features(picture(1)[None])[0]
+    tokens, shares = vlm.bridge(features[None]), extras.attention_maps.patch_shares(vlm.bridge, features)
+
+    def sharper(self, latents, features):  # an edit of the one place where queries are made
+        q, k, v = real(self, latents, features)
+        return 30 * q, k, v
+    monkeypatch.setattr(vision.PerceiverLayer, "project", sharper)
+    assert not torch.allclose(vlm.bridge(features[None]), tokens)
+    assert extras.attention_maps.patch_shares(vlm.bridge, features).amax(1).mean() > shares.amax(1).mean() + 0.05
 
 
 def test_the_overlay_is_the_decoders_own_attention():

@@ -30,10 +30,10 @@ import sample
 import train_base
 import train_sft
 from model import GPT, VLM
-from tests.helpers import (CHAPTERS, HERE, QUICK, SCRIPTS, START, Ran, fails, long_form, one_line, run, run_process,
-                           setup, snapshot, starts, tiny_vlm, tokenizer, wait_until)
+from tests.helpers import (CHAPTERS, HERE, QUICK, SCRIPTS, START, Ran, change_config, fails, long_form, one_line, run,
+                           run_process, setup, shake, snapshot, starts, tiny_vlm, tokenizer, wait_until)
 from tokenizer import Tokenizer
-from vision import ViT
+from vision import Bridge, ViT
 
 pytest_plugins = ["tests.helpers"]  # its fixtures
 
@@ -56,6 +56,17 @@ def test_checkpoint_round_trip_keeps_weights_and_other_files(tmp_path):
     # Moments of the model before would not fit this one's weights.
     assert not (folder / "optimizer.safetensors").exists() and not (folder / "state.json").exists()
     assert [p.name for p in folder.parent.iterdir()] == ["sft"]  # nothing is left beside it
+
+
+def test_a_checkpoint_from_before_latents_of_any_number_were_seeded_still_loads(tmp_path):
+    for latents, seeded in ((4, True), (5, False)):  # 16 patches: then only 4 latents were
+        vlm = tiny_vlm()
+        vlm.config.bridge.num_latents, vlm.config.bridge.seeded = latents, seeded
+        vlm.bridge = shake(Bridge(vlm.config.bridge))
+        plumbing.checkpoints.save_checkpoint(tmp_path / "sft", vlm, tokenizer())
+        change_config(tmp_path / "sft", lambda config: config["bridge"].pop("seeded"))
+        again = model.load_checkpoint(tmp_path / "sft")
+        assert torch.equal(again.bridge(torch.ones(1, 16, 32)), vlm.bridge(torch.ones(1, 16, 32)))
 
 
 def test_a_folder_inside_a_checkpoint_does_not_stop_the_save(tmp_path):
@@ -107,7 +118,7 @@ def test_the_next_save_after_a_crash_does_not_begin_by_deleting_the_only_copy(tm
 
 def resume_flags(out_dir: Path) -> argparse.Namespace:
     return argparse.Namespace(out_dir=str(out_dir), model="tiny", init="", resume=True, vision="", bridge="",
-                              lora_rank=0, activation_checkpointing=False, float8=False)
+                              set="", lora_rank=0, activation_checkpointing=False, float8=False)
 
 
 def test_resume_works_after_a_crash_between_the_renames(tmp_path, monkeypatch):
@@ -281,6 +292,9 @@ def test_two_processes_give_the_weights_of_one_with_two_micro_batches(trained, t
 TINY_ACCURACY = {"scenes": 0.884, "pairs": 0.806}
 
 
+EARLIER = ", the newest earlier stage"
+
+
 def fake_checkpoint(out: Path, name: str, **run) -> Path:
     "A checkpoint as far as its config.json tells."
     (out / "tiny" / name).mkdir(parents=True)
@@ -327,17 +341,28 @@ def test_a_run_that_never_saved_does_not_replace_one_that_did(tmp_path):
 def test_a_run_on_other_data_starts_from_the_newest_finished_model_and_when_repeated_from_the_same(tmp_path):
     fake_checkpoint(tmp_path, "base", step=2, steps=2, saved=1.0, data="world")
     fake_checkpoint(tmp_path, "align", step=2, steps=2, saved=2.0, data="world")
-    assert starts(tmp_path, "base") == (None, "") and starts(tmp_path, "sft") == ("align", "")
-    assert starts(tmp_path, "sft", "my.json") == ("align", "")  # its first run: nothing to go on with
+    assert starts(tmp_path, "base") == (None, "") and starts(tmp_path, "sft") == ("align", EARLIER)
+    assert starts(tmp_path, "sft", "my.json") == ("align", EARLIER)  # its first run: nothing to go on with
     fake_checkpoint(tmp_path, "sft", step=2, steps=2, saved=3.0, data="world", start=2.0)
-    assert starts(tmp_path, "sft") == ("align", "")  # the same command starts at the same place
+    assert starts(tmp_path, "sft") == ("align", EARLIER)  # the same command starts at the same place
     name, why = starts(tmp_path, "sft", "my.json")
     assert name == "sft" and "newest finished" in why and "world" in why and "--init" in why
     (tmp_path / "tiny/sft").rename(tmp_path / "tiny/sft.1")
     fake_checkpoint(tmp_path, "sft", step=1, steps=2, saved=4.0, data="my.json", start=3.0)  # stopped half-way
-    assert starts(tmp_path, "sft", "my.json") == ("sft.1", "")  # where the first run on these data started
+    name, why = starts(tmp_path, "sft", "my.json")  # where the first run on these data started, and it says why
+    assert name == "sft.1" and "where the last run on these data started" in why and "--init=scratch" in why
     assert starts(tmp_path, "sft", "other.json")[0] == "sft.1"  # not from the unfinished one
-    assert starts(tmp_path, "rl") == ("sft", "")
+    assert starts(tmp_path, "rl") == ("sft", EARLIER)
+    # From no checkpoint, whatever there is; and a folder that is named needs no reason.
+    assert starts(tmp_path, "sft", "my.json", "scratch") == (None, " (--init=scratch)")
+    assert starts(tmp_path, "sft", "my.json", "elsewhere/base") == ("base", "")
+
+
+def test_chapter_3_alone_can_be_had_again_after_all_chapters(trained, tmp_path):
+    shutil.copytree(trained[0], tmp_path / "out")
+    ran = run("train_sft", *QUICK, f"--out_dir={tmp_path / 'out'}", "--init=scratch")
+    assert ran.code == 0 and "starting sft from random weights" in ran.err and "(--init=scratch)" in ran.err
+    assert model.load_checkpoint(tmp_path / "out/tiny/sft").config.run["chapters"] == ["sft"]
 
 
 def test_a_small_trained_model_comes_with_the_code_and_answers_before_anything_is_trained(tmp_path):

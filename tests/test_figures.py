@@ -1,4 +1,4 @@
-"Curves, comparisons, the book's pictures."
+"Curves, the book's pictures."
 import json
 import shutil
 from pathlib import Path
@@ -9,7 +9,7 @@ from PIL import Image
 import extras.memory
 import plumbing.drawing
 import sample
-from tests.helpers import CHAPTERS, HERE, QUICK, one_line, run, write
+from tests.helpers import CHAPTERS, HERE, QUICK, run
 
 pytest_plugins = ["tests.helpers"]  # its fixtures
 
@@ -46,28 +46,6 @@ def test_every_stage_draws_its_curves(trained, tmp_path):
         assert expected and Image.open(folder / "curves.png").size == (800, 420 * len(expected))
     ran = run("train_sft", *QUICK, f"--out_dir={tmp_path}", "--eval_every=1", f"--init={trained[0] / 'tiny/align'}")
     assert ran.code == 0 and Image.open(tmp_path / "tiny/sft/curves.png").size == (800, 840)  # accuracy by kind, too
-
-
-def test_runs_are_compared_in_one_picture_with_the_flags_that_differ(trained, tmp_path, monkeypatch):
-    import bench
-    monkeypatch.chdir(tmp_path)
-    run("train_sft", *QUICK, f"--out_dir={tmp_path / 'b'}", "--lr=0.001", f"--init={trained[0] / 'tiny/align'}")
-    folders = [str(trained[0] / "tiny/sft"), str(tmp_path / "b/tiny/sft")]
-    ran = run("bench", "--what=compare", f"--init={','.join(folders)}", main=bench.main)
-    assert ran.code == 0 and Image.open("compare.png").size == (800, 420) and "lr: 0.005, 0.001" in ran.err
-    assert ran.result["flags_that_differ"]["lr"] == [0.005, 0.001] and set(ran.result["results"]) == set(folders)
-    assert "seed" not in ran.result["flags_that_differ"]
-    one_line(run("bench", "--what=compare", f"--init={tmp_path / 'none'}"), tmp_path / "none")
-    drawn, names = {}, [f"{tmp_path}/{'long' * 9}/{seed}/rl" for seed in "ab"]
-    monkeypatch.setattr(bench, "draw_lines", lambda path, charts: drawn.update(charts))
-    for name in names:
-        Path(name).mkdir(parents=True)
-        rows = [{"step": 1, "reward": 0.5}, {"step": 1, "split": "pairs", "accuracy": 0.25}]
-        write(Path(name, "log.jsonl"), rows, lines=True)
-    ran = run("bench", "--what=compare", f"--init={','.join(names)}", main=bench.main)
-    # Names short enough to be read in the picture, and chapter 4's accuracy, which its log has for each held-out set.
-    assert ran.code == 0 and drawn == {"reward: reward": {"a/rl": [(1, 0.5)], "b/rl": [(1, 0.5)]},
-                                       "held-out accuracy: accuracy pairs": {"a/rl": [(1, 0.25)], "b/rl": [(1, 0.25)]}}
 
 
 def test_the_figures_are_those_that_the_checkpoint_gives(tmp_path, monkeypatch):

@@ -185,6 +185,17 @@ def test_bad_input_is_one_line_in_a_process_of_its_own(trained, tmp_path, script
     assert ran.code in (1, 2)
 
 
+@pytest.mark.parametrize("script, words, remedy", [
+    ("sample", ["cat.jpg"], "did you mean --image cat.jpg?"), ("sample", ["here"], "did you mean --images here?"),
+    ("sample", ["--question", "What", "colour?"], "goes into quotes"), ("train_sft", ["my.json"], "--data=my.json?"),
+    ("train_sft", ["lr=0.1"], "did you mean --lr=0.1?"), ("train_sft", ["stepz=3"], "did you mean --steps=3?")])
+def test_a_word_without_its_flag_gets_a_suggestion(tmp_path, monkeypatch, script, words, remedy):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "my.json").write_text("[]")
+    (tmp_path / "here").mkdir()
+    one_line(run(script, *words), "unrecognized arguments", remedy)
+
+
 @pytest.mark.parametrize("script", ["train_align", "train_sft"])
 def test_without_any_checkpoint_the_error_about_a_record_is_the_same(tmp_path, script):
     flag, culprit = mismatch(tmp_path)  # now the tokenizer is the first to read the file

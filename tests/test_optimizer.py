@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 
 import data
+import plumbing.fitting
 import plumbing.log
 import plumbing.optimizer
 import plumbing.weights
@@ -228,17 +229,17 @@ def test_a_micro_batch_has_as_many_rows_as_fit_into_a_gpus_memory(monkeypatch, c
                         ("max_memory_allocated", 50)):
         monkeypatch.setattr(torch.cuda, name, lambda value=value: value)
     model_of = lambda: type("VLM", (), {"__call__": lambda self, rows: forward(rows), "parameters": lambda self: []})()
-    assert train_base.largest_micro_batch(model_of(), on_a_gpu, 24, lambda rows: rows) == 6
+    assert plumbing.fitting.largest_micro_batch(model_of(), on_a_gpu, 24, lambda rows: rows) == 6
     assert tried == [24, 12, 8, 6, 6]  # only divisors; twice where gradients add up over several passes
     assert "--micro_batch_size=6" in capsys.readouterr().err
     fits = 0
     with pytest.raises(ValueError, match="not even one row.*--activation_checkpointing"):
-        train_base.largest_micro_batch(model_of(), on_a_gpu, 4, lambda rows: rows)
+        plumbing.fitting.largest_micro_batch(model_of(), on_a_gpu, 4, lambda rows: rows)
     monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: 95)  # it went well, but only just
     fits = 24
     with pytest.raises(ValueError):
-        train_base.largest_micro_batch(model_of(), on_a_gpu, 4, lambda rows: rows)
-    assert train_base.largest_micro_batch(None, setup(), 24, None) == 24  # nothing is tried on a CPU
+        plumbing.fitting.largest_micro_batch(model_of(), on_a_gpu, 4, lambda rows: rows)
+    assert plumbing.fitting.largest_micro_batch(None, setup(), 24, None) == 24  # nothing is tried on a CPU
 
 
 @pytest.mark.parametrize("spoil", [lambda moments, name: moments.pop(name),
