@@ -47,7 +47,8 @@ from plumbing.recipes import RECIPES, locate, read_records
 from plumbing.records import Records
 from plumbing.text import read_text
 from plumbing.workers import Documents, start_worker, threads
-from plumbing.world import QUESTIONS, Scene, World
+from plumbing.strange import Drawing
+from plumbing.world import QUESTIONS, World
 from vision import DEFAULT_VISION, ViTConfig, preprocess
 
 
@@ -57,7 +58,7 @@ from vision import DEFAULT_VISION, ViTConfig, preprocess
 # Here one integer is the whole state, and rank r of 4 takes r, r + 4, r + 8, ... without any communication.
 # A record: {"id": "7", "messages": [{"role": "user", "content": "<image>\nWhat is it?"}, {"role": "assistant", ...}],
 # "images": [source], and where the file has them "kind", "answer", "metric", "choices"}. A source is a path, a URL,
-# a (zip file, member) pair, the bytes of a picture file, or a Scene of the built-in world. It is opened only when its
+# a (zip file, member) pair, the bytes of a picture file, or a Drawing of the built-in world. It is opened only when its
 # record is used: the 558,000 pictures of LLaVA's first stage fill 110 GB.
 
 class Shuffled:
@@ -194,7 +195,7 @@ def keep_good(records: list, bad: BadRecords) -> list[dict]:
             raise record
         try:
             for source in record["images"]:
-                if not isinstance(source, Scene):
+                if not isinstance(source, Drawing):
                     open_source(source)
         except ValueError as error:
             raise ValueError(f"record {record['id']}: {error}") from None
@@ -364,7 +365,7 @@ def collate(arrays: dict, packed: list[Document], load_pixels=None) -> dict:
     def pixels_of(place: tuple) -> torch.Tensor:
         _, doc, k = place
         return load_pixels(doc.record["images"][k], doc.record) if doc.pixels is None else doc.pixels[k]
-    closed = load_pixels and not isinstance(next(iter(sources), None), Scene)
+    closed = load_pixels and not isinstance(next(iter(sources), None), Drawing)
     pixels = list((threads("pictures").map if closed else map)(pixels_of, sources.values()))  # as in Documents below
     batch["pixels"] = torch.stack(pixels) if pixels else None   # uint8 [n, 3, S, S]: a quarter of float32 to transfer
     batch["image_index"] = torch.tensor(image_index, dtype=torch.long)  # [m]: which of the n each slot shows
