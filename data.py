@@ -23,6 +23,7 @@ of a tar shard, readable by its number, so any order can be had directly, and a 
 import gc
 import itertools
 import json
+import math
 import os
 import random
 import re
@@ -303,6 +304,12 @@ def pixel_loader(config: ViTConfig):
 #   document_ids   1     1     2     0    attention stays within equal numbers; 0 is padding
 #   loss_weights   1     1     1     0    factors in the loss, where there is a target
 
+def row_length(lengths: list[int], usual: int, limit: int) -> int:
+    "Tokens per row without a given --seq_len: the usual number, or what holds 99 of 100 documents, at most `limit`."
+    needed = sorted(lengths)[math.ceil(0.99 * len(lengths)) - 1] if lengths else 0
+    return usual if needed <= usual else min(-(-needed // 16) * 16, max(limit, usual))  # 16: what 8-bit products need
+
+
 def pack(documents: list[Document], rows: int, seq_len: int,
          image_tokens: int) -> tuple[dict, list[Document], list[Document]]:
     """-> (the arrays above, each [rows, seq_len], and three index lists; documents packed; documents without room)."""
@@ -497,9 +504,10 @@ FLAGS = {
     "data": ("world", "world, or what to check: files, folders, URLs, recipes, joined by commas"),
     "val": ("", "with --check: held-out records, which must not be in --data"),
     "check": (False, "open every picture, count tokens, draw check.png"),
-    "seq_len": (2048, "with --check: tokens per row, to count what does not fit"),
-    "image_tokens": (64, "with --check: tokens per picture"),
-    "tokenizer": ("", "with --check: a folder with a tokenizer; empty: one that is trained on --data"),
+    "model": ("tiny", "with --check: whose tokenizer, tokens per picture and rows count, as in train_sft.py"),
+    "seq_len": (int, "with --check: tokens per row, to count what does not fit; not given: as the training takes"),
+    "image_tokens": (int, "with --check: tokens per picture; not given: the model's"),
+    "tokenizer": ("", "with --check: a folder with a tokenizer; empty: the model's, or one that is trained on --data"),
     "out": ("world.png", "where the contact sheet goes; of --check: check.png"),
     "download": ("", "what to fetch: names joined by commas; list shows them"),
     "vision": (DEFAULT_VISION, "fetched along with any qwen2.5-*; empty: none"),
