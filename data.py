@@ -23,6 +23,7 @@ of a tar shard, readable by its number, so any order can be had directly, and a 
 import gc
 import itertools
 import json
+import math
 import os
 import random
 import re
@@ -48,7 +49,8 @@ from plumbing.recipes import RECIPES, locate, read_records
 from plumbing.records import Records, images_in, text_of
 from plumbing.text import read_text
 from plumbing.workers import Documents, start_worker, threads
-from plumbing.world import QUESTIONS, Scene, World
+from plumbing.strange import Drawing
+from plumbing.world import QUESTIONS, World
 from vision import DEFAULT_VISION, ViTConfig, preprocess
 
 
@@ -58,7 +60,7 @@ from vision import DEFAULT_VISION, ViTConfig, preprocess
 # Here one integer is the whole state, and rank r of 4 takes r, r + 4, r + 8, ... without any communication.
 # A record: {"id": "7", "messages": [{"role": "user", "content": "<image>\nWhat is it?"}, {"role": "assistant", ...}],
 # "images": [source], and where the file has them "kind", "answer", "metric", "choices"}. A source is a path, a URL,
-# a (zip file, member) pair, the bytes of a picture file, or a Scene of the built-in world. It is opened only when its
+# a (zip file, member) pair, the bytes of a picture file, or a Drawing of the built-in world. It is opened only when its
 # record is used: the 558,000 pictures of LLaVA's first stage fill 110 GB.
 
 class Shuffled:
@@ -204,7 +206,7 @@ def keep_good(records: list, bad: BadRecords) -> list[dict]:
             raise record
         try:
             for source in record["images"]:
-                if not isinstance(source, Scene):
+                if not isinstance(source, Drawing):
                     open_source(source)
         except ValueError as error:
             raise ValueError(f"record {record['id']}: {error}") from None
@@ -317,6 +319,12 @@ def pixel_loader(config: ViTConfig):
 #   document_ids   1     1     2     0    attention stays within equal numbers; 0 is padding
 #   loss_weights   1     1     1     0    factors in the loss, where there is a target
 
+def row_length(lengths: list[int], usual: int, limit: int) -> int:
+    "Tokens per row without a given --seq_len: the usual number, or what holds 99 of 100 documents, at most `limit`."
+    needed = sorted(lengths)[math.ceil(0.99 * len(lengths)) - 1] if lengths else 0
+    return usual if needed <= usual else min(-(-needed // 16) * 16, max(limit, usual))  # 16: what 8-bit products need
+
+
 def pack(documents: list[Document], rows: int, seq_len: int,
          image_tokens: int) -> tuple[dict, list[Document], list[Document]]:
     """-> (the arrays above, each [rows, seq_len], and three index lists; documents packed; documents without room)."""
@@ -379,7 +387,7 @@ def collate(arrays: dict, packed: list[Document], load_pixels=None) -> dict:
     def pixels_of(place: tuple) -> torch.Tensor:
         _, doc, k = place
         return load_pixels(doc.record["images"][k], doc.record) if doc.pixels is None else doc.pixels[k]
-    closed = load_pixels and not isinstance(next(iter(sources), None), Scene)
+    closed = load_pixels and not isinstance(next(iter(sources), None), Drawing)
     pixels = list((threads("pictures").map if closed else map)(pixels_of, sources.values()))  # as in Documents below
     batch["pixels"] = torch.stack(pixels) if pixels else None   # uint8 [n, 3, S, S]: a quarter of float32 to transfer
     batch["image_index"] = torch.tensor(image_index, dtype=torch.long)  # [m]: which of the n each slot shows
@@ -518,9 +526,10 @@ FLAGS = {
     "data": ("world", "world, or what to check: files, folders, URLs, recipes, joined by commas"),
     "val": ("", "with --check: held-out records, which must not be in --data"),
     "check": (False, "open every picture, count tokens, draw check.png"),
-    "seq_len": (2048, "with --check: tokens per row, to count what does not fit"),
-    "image_tokens": (64, "with --check: tokens per picture"),
-    "tokenizer": ("", "with --check: a folder with a tokenizer; empty: one that is trained on --data"),
+    "model": ("tiny", "with --check: whose tokenizer, tokens per picture and rows count, as in train_sft.py"),
+    "seq_len": (int, "with --check: tokens per row, to count what does not fit; not given: as the training takes"),
+    "image_tokens": (int, "with --check: tokens per picture; not given: the model's"),
+    "tokenizer": ("", "with --check: a folder with a tokenizer; empty: the model's, or one that is trained on --data"),
     "out": ("world.png", "where the contact sheet goes; of --check: check.png"),
     "download": ("", "what to fetch: names joined by commas; list shows them"),
     "vision": (DEFAULT_VISION, "fetched along with any qwen*; empty: none"),

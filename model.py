@@ -74,10 +74,11 @@ class VLMConfig:
 
 
 PRESETS = {
-    # 1.7 million parameters: ViT 0.66, bridge 0.30, decoder 0.72. 72 / 12 = 6 patches a side: N = 36, and M = N / 4:
-    # each latent starts from 2 x 2 patches.
+    # 1.2 million parameters: ViT 0.19, bridge 0.30, decoder 0.72. 72 / 12 = 6 patches a side: N = 36, and M = N / 4:
+    # each latent starts from 2 x 2 patches. One layer is enough to see drawings: with two or three, a run of the same
+    # length learns less of what is asked (docs/tried.md).
     "tiny": VLMConfig(
-        ViTConfig(128, 512, num_hidden_layers=3, num_attention_heads=4, image_size=72, patch_size=12),
+        ViTConfig(128, 256, num_hidden_layers=1, num_attention_heads=4, image_size=72, patch_size=12),
         BridgeConfig(num_latents=9, num_layers=1, num_heads=4),
         GPTConfig(vocab_size=1024, hidden_size=128, intermediate_size=256, num_hidden_layers=4, num_attention_heads=4,
                   num_key_value_heads=2, max_position_embeddings=2048)),
@@ -276,9 +277,11 @@ class Block(nn.Module):
         self.norm2 = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp = MLP(config)
 
-    def forward(self, x, rope, documents=None, cache=None) -> torch.Tensor:
+    def forward(self, x, rope, documents=None, cache=None, only=None) -> torch.Tensor:
+        "x [B, T, H] -> [B, T, H]; or [n, H], at the positions `only` [n] of x.flatten(0, 1)."
         # Norms are on the branches, not on x itself: the gradient has a direct path from the loss to layer 0.
         x = x + self.attention(self.norm1(x), rope, documents, cache)  # mixes information between tokens
+        x = x if only is None else x.flatten(0, 1).index_select(0, only)
         return x + self.mlp(self.norm2(x))                             # works on each token alone
 
 
@@ -293,11 +296,13 @@ class GPT(nn.Module):
         super().__init__()
         self.config = config
         self.embed = nn.Embedding(config.vocab_size, config.hidden_size)
-        # As large as what the blocks add to it. The tied head's first logits then have a standard deviation of 3, and
-        # the first loss is 15, not ln V = 7. Started at 7, tiny learns less: 60 instead of 67 % (docs/tried.md).
+        # As large as what the blocks add to it.
         nn.init.normal_(self.embed.weight, std=3 * config.hidden_size ** -0.5)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        # With the tied head, the first logits have a standard deviation of 3 x 2.5, and the first loss is 37 instead of
+        # ln V = 7: wrong answers are punished hard at once. The quick start learns more by it, 83 % at 1 and 91 at 2.5.
+        nn.init.constant_(self.norm.weight, 2.5)
         self.activation_checkpointing = False  # True: see hidden
         self.compiled_decode = {}              # see compile_decoding
         init_linears(self.blocks, outputs=("out", "down"), depth=config.num_hidden_layers)
@@ -315,10 +320,12 @@ class GPT(nn.Module):
         # Not stored at construction: a stored tied head would still be the old matrix after weights are loaded.
         return self.embed.weight if self.config.tie_word_embeddings else self.head.weight            # [V, H]
 
-    def hidden(self, x: torch.Tensor, positions=None, documents=None, cache: "list[LayerCache]" = ()) -> torch.Tensor:
+    def hidden(self, x: torch.Tensor, positions=None, documents=None, cache: "list[LayerCache]" = (),
+               only=None) -> torch.Tensor:
         """
         Embeddings x [B, T, H] -> hidden states [B, T, H] after the last norm. positions [B, T] count from 0 in each
         document; documents: see attend; without both, each row is one document. cache: for generation, see LayerCache.
+        only [n]: of x.flatten(0, 1) these positions alone are wanted -> [n, H].
         """
         if positions is None:
             positions = torch.arange(x.shape[1], device=x.device)[None]                              # [1, T]
@@ -333,7 +340,12 @@ class GPT(nn.Module):
                 # memory for one block's activations instead of all blocks'.
                 x = checkpoint(block, x, rope, documents, use_reentrant=False, preserve_rng_state=False)
             else:
-                x = block(x, rope, documents)
+                # What the last block's MLP makes of other positions, nobody would read: on a CPU a tenth of the step.
+                # TRAP: on a GPU n is no fixed shape, and the block would be compiled again for every n.
+                last = block is self.blocks[-1] and not x.is_cuda
+                x = block(x, rope, documents, None, only if last else None)
+        if only is not None and x.ndim == 3:
+            x = x.flatten(0, 1).index_select(0, only)                                                # [n, H]
         return self.norm(x)
 
     def logits(self, h: torch.Tensor) -> torch.Tensor:  # h [..., H] -> [..., V]
@@ -443,7 +455,7 @@ def token_loss(x, head, targets, loss_weights=None, supervised=None, chunk: int 
     """
     x [B, T, H], head [V, H], targets [B, T] with -100 where there is none -> the SUM over supervised tokens of
     weight * -log p(target). loss_weights [B, T]: ones, or in reinforcement learning the advantages. supervised [n]: the
-    positions with a target in targets.flatten(), if they are known.
+    positions with a target in targets.flatten(), if they are known; then x may be [n, H], at these alone.
     """
     # TRAP: the caller divides by the tokens of the whole step, over all micro-batches and ranks. A mean of means would
     # give a token in a short micro-batch more weight.
@@ -451,8 +463,9 @@ def token_loss(x, head, targets, loss_weights=None, supervised=None, chunk: int 
         supervised = (targets.flatten() >= 0).nonzero()[:, 0]
     loss_weights = torch.ones_like(targets, dtype=torch.float32) if loss_weights is None else loss_weights
     # Most positions are image tokens or questions: no logits are computed for them.
-    return TokenLoss.apply(x.flatten(0, 1).index_select(0, supervised), head, targets.flatten()[supervised],
-                           loss_weights.flatten()[supervised], chunk, torch.is_grad_enabled(), cross_entropy)
+    x = x if x.ndim == 2 else x.flatten(0, 1).index_select(0, supervised)                            # [n, H]
+    return TokenLoss.apply(x, head, targets.flatten()[supervised], loss_weights.flatten()[supervised], chunk,
+                           torch.is_grad_enabled(), cross_entropy)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -516,7 +529,7 @@ class VLM(nn.Module):
             documents = batch["cu_seqlens"]
         else:
             documents = document_mask(batch["document_ids"])
-        h = self.gpt.hidden(x, batch["positions"], documents)                                        # [B, T, H]
+        h = self.gpt.hidden(x, batch["positions"], documents, only=batch["supervised"])              # [n, H]
         return token_loss(h, self.gpt.head_weight, batch["targets"], batch["loss_weights"], batch["supervised"],
                           cross_entropy=self.cross_entropy)
 

@@ -14,11 +14,35 @@ from tqdm import tqdm
 
 from plumbing.drawing import draw_records
 from plumbing.files import attempt, require, say
+from plumbing.hub import fetch
 from plumbing.pictures import open_source
 from plumbing.records import Records, text_of, turns_of
 from plumbing.world import World
-from data import make_document, parse_mixture, read_any, tokenizer_texts
+from data import make_document, parse_mixture, read_any, row_length, tokenizer_texts
+from model import FROM_SCRATCH, PRESETS, check_name, preset
 from tokenizer import Tokenizer
+from train_sft import BY_MODEL
+
+
+def as_in_training(flags) -> Tokenizer:
+    "The tokenizer that train_sft.py --model= would take; its rows and image tokens go into flags that are not given."
+    check_name(flags.model)
+    config = preset(flags.model if flags.model in PRESETS else "qwen2.5-1.5b")  # a hub's Qwen gets the same bridge
+    if flags.tokenizer or flags.model not in FROM_SCRATCH:
+        tokenizer = Tokenizer.from_pretrained(flags.tokenizer or fetch(flags.model))
+    else:
+        tokenizer = Tokenizer.train(tokenizer_texts(flags.data, 0), config.decoder.vocab_size)
+    flags.image_tokens = flags.image_tokens or config.bridge.num_tokens
+    lengths = []
+    for name, _ in parse_mixture(flags.data):
+        records = read_any(name, World("chat"), 500)
+        for record in itertools.islice(records.each() if isinstance(records, Records) else records, 500):
+            if isinstance(record, dict) and "messages" in record:  # neither an error nor text, which is cut to fit
+                document = attempt(make_document, record, 0, tokenizer, flags.image_tokens, 10 ** 9)
+                lengths += [len(document.ids) - 1] if document and not isinstance(document, ValueError) else []
+    usual = BY_MODEL.get(flags.model, BY_MODEL["released"])["seq_len"]
+    flags.seq_len = flags.seq_len or row_length(lengths, usual, config.decoder.max_position_embeddings)
+    return tokenizer
 
 SHOWN = 5  # lines of each sort on the screen: 170 would hide the first, which mostly says what is wrong with all
 
@@ -31,8 +55,7 @@ def check_data(flags) -> dict:
     counts, bad, lengths, shown, drawn = Counter(records=0, images=0, turns=0, supervised_tokens=0), [], [], [], []
     blank = []  # pictures that show nothing, perhaps: no error, as a picture may be black
     seen, trained = {}, set()  # {hash of a record: the first that has it}; of the pictures and texts of --data
-    tokenizer = flags.check and (Tokenizer.from_pretrained(flags.tokenizer) if flags.tokenizer else
-                                 Tokenizer.train(tokenizer_texts(flags.data, 0, 3_000_000), 2048))
+    tokenizer = as_in_training(flags) if flags.check else None
     parts = [(name, False) for name, _ in parse_mixture(flags.data)] + [(flags.val, True)] * bool(flags.val)
     for name, held_out in parts:
         records = read_any(name, World("chat"), 500)

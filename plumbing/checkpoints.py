@@ -47,11 +47,20 @@ def newest_checkpoint(out_dir, model: str) -> Path | None:
     return next((folder for folder, _ in checkpoints(out_dir, model)), None)
 
 
-def find_start(flags, stage: str) -> tuple[Path | None, str]:
-    "-> (the checkpoint from which a new run of the stage starts, why this one); None: there is no earlier stage."
+def find_start(flags, stage: str, own_words: bool = False) -> tuple[Path | None, str]:
+    """
+    -> (the checkpoint from which a new run of the stage starts, why this one); None: there is no earlier stage.
+    own_words: models of the built-in world do not count, nor what this stage made of other data: their tokenizers know
+    other words.
+    """
     if flags.init:
         return (None, f" (--init={SCRATCH})") if flags.init == SCRATCH else (Path(flags.init), "")
     found, before = checkpoints(flags.out_dir, flags.model), STAGES[:STAGES.index(stage)]
+    newest, why = next((folder for folder, _ in found), None), ""
+    if own_words:
+        found = [(folder, run) for folder, run in found if run.get("data", "world") != "world"
+                 and (run["stage"] in before or run["data"] == flags.data)]
+        why = f", since {newest} has learned other words (--init={newest} starts from it)" if newest else ""
     earlier = [folder for name in reversed(before) for folder, run in found if run["stage"] == name]
     last = next((run for _, run in found if run["stage"] == stage), {})
     if last.get("data", flags.data) == flags.data:  # no other data. A fine-tuning that is repeated starts where it did.
@@ -59,7 +68,8 @@ def find_start(flags, stage: str) -> tuple[Path | None, str]:
         if again:
             return again[0], (", where the last run on these data started (--init= chooses another; "
                               f"--init={SCRATCH}: none)")
-        return next(iter(earlier), None), ", the newest earlier stage" * bool(earlier)
+        start = next(iter(earlier), None)
+        return start, ", the newest earlier stage" if start else why
     # On other data, their own, people expect to go on with what the model has learned so far.
     finished = [folder for folder, run in found if run.get("step") == run.get("steps")]
     return next(iter(finished + earlier), None), (f", the newest finished model, since the last run had other data: "
@@ -175,7 +185,7 @@ def save(flags, setup, stage: str, vlm, tokenizer, optimizer, loaders: list, ste
     moments, master_weights = optimizer.state()
     if setup.is_main:
         kept = {name: value for name, value in vars(flags).items()
-                if name not in ("init", "out_dir", "resume", "micro_batch_size")}  # these are found anew
+                if name not in ("init", "out_dir", "resume", "micro_batch_size", "given")}  # these are found anew
         state = {"step": step, "data": positions, "flags": kept, **more}
         try:
             # resolve: a link to a folder on a larger disk stays one; the folder that it names is replaced.

@@ -12,24 +12,29 @@ import torch.distributed as dist
 from plumbing.files import require
 
 
-def orthogonalize(g: torch.Tensor, steps: int = 5) -> torch.Tensor:
+# a, b, c of each round, by Polar Express (arXiv 2505.16932): those that bring the values nearest to 1 after it.
+ROUNDS = ((8.28721201814563, -23.595886519098837, 17.300387312530933),
+          (4.107059111542203, -2.9478499167379106, 0.5448431082926601),
+          (3.9486908534822946, -2.908902115962949, 0.5518191394370137))
+
+
+def orthogonalize(g: torch.Tensor) -> torch.Tensor:
     """
-    g [n, rows, cols] -> for each matrix, nearly the closest one whose singular values are all 1 (Newton-Schulz
-    iteration, coefficients by Keller Jordan, kellerjordan.github.io/posts/muon).
+    g [n, rows, cols] -> for each matrix, roughly the closest one whose singular values are all 1 (Newton-Schulz
+    iteration, as in Muon, kellerjordan.github.io/posts/muon).
     """
     # Why: a gradient has a few strong directions. Made equal, rare ones are learned as fast as common ones.
     # How: a singular value decomposition would be exact and slow on GPUs. Products alone come close: each round maps
-    # every singular value v to a v + b v^3 + c v^5 and does not change the directions. The slope a raises small values
-    # 3.4 times a round; b and c hold large ones near 1. After five rounds all from 0.002 to 1 lie within 0.68 to 1.16.
-    # Coefficients that end at exactly 1 rise more slowly, and training does not notice the difference.
-    a, b, c = 3.4445, -4.7750, 2.0315
+    # every singular value v to a v + b v^3 + c v^5 and does not change the directions. The slopes a raise small values
+    # 134 times in three rounds; b and c hold large ones near 1: all from 0.003 to 1 end within 0.19 to
+    # 1.87. More rounds would bring them nearer, and training does not notice the difference (docs/tried.md).
     x = g.bfloat16() if g.is_cuda else g.float()  # bfloat16 is enough, and on most CPUs far too slow
     tall = x.shape[-2] > x.shape[-1]
     x = x.mT if tall else x  # [n, short, long]: s below is then [short, short], the cheaper of the two
-    # TRAP: a v above 1.3 would grow without limit. The norm is the root of the sum of all v^2, so after the division
-    # none is above 1. 1e-7: a gradient of zeros stays zeros, instead of 0 / 0.
-    x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)
-    for _ in range(steps):
+    # TRAP: a v above 1.01 would grow without limit. The norm is the root of the sum of all v^2, so after the division
+    # none is above 1 / 1.02, even when rounded to 8 bits. 1e-7: a gradient of zeros stays zeros, instead of 0 / 0.
+    x = x / (1.02 * x.norm(dim=(-2, -1), keepdim=True) + 1e-7)
+    for a, b, c in ROUNDS:
         s = x @ x.mT                         # [n, short, short], v^2
         x = a * x + (b * s + c * s @ s) @ x  # [n, short, long]
     return (x.mT if tall else x).to(g.dtype)
@@ -37,6 +42,9 @@ def orthogonalize(g: torch.Tensor, steps: int = 5) -> torch.Tensor:
 
 # On the tiny model, chapter 3 alone reaches 71 % with 0.8, 66 % with 0.9, 57 % with the usual 0.95.
 MOMENTUM = 0.8
+# Each step matrices shrink by this times the learning rate. Muon's updates do not become smaller as the weights grow,
+# so that without it they would count less and less: 87 instead of 83 % in the quick start (docs/tried.md).
+WEIGHT_DECAY = 0.1
 
 
 def row_blocks(name: str, params: dict) -> list[int]:
@@ -120,6 +128,7 @@ class Optimizer:
             if "muon" not in self.keys[n] or p.grad is None:
                 continue
             mean = self.moments[n]["muon"].lerp_(p.grad, 1 - MOMENTUM)
+            p.mul_(1 - self.lr[n] * lr_scale * WEIGHT_DECAY)
             g = p.grad.lerp(mean, MOMENTUM)  # Nesterov: the gradient, moved one step ahead along the momentum
             # Query, key and value separately: in one piece the value's large gradient would leave almost nothing of the
             # update to the other two, which decide where to attend.

@@ -25,9 +25,9 @@ from PIL import ExifTags, Image, ImageOps
 
 from plumbing.files import cache, named_errors, new_file, require
 from plumbing.hub import CHUNK, request, retry
-from plumbing.world import Scene
+from plumbing.strange import Drawing
 
-# A source is a path, a URL, a (zip file, member) pair, the bytes of a picture file, or a Scene of the built-in world.
+# A source is a path, a URL, a (zip file, member) pair, the bytes of a picture file, or a Drawing of the built-in world.
 # It is opened only when its record is used.
 
 PICTURES = (".jpg", ".jpeg", ".jfif", ".png", ".webp", ".gif", ".bmp")
@@ -84,8 +84,8 @@ def fetch_picture(url: str, folder: Path, most: int, check) -> bytes:
 
 
 def open_source(source, px: int = 256) -> Image.Image:
-    "A source -> an RGB image, a Scene px pixels wide. ValueError names what cannot be opened."
-    if isinstance(source, Scene):
+    "A source -> an RGB image, a Drawing px pixels wide. ValueError names what cannot be opened."
+    if isinstance(source, Drawing):
         return source.draw(px)  # at the size needed: no resizing blurs it
     name = source if isinstance(source, str) else "picture"
     if isinstance(source, tuple):
@@ -233,7 +233,7 @@ def picture_key(source) -> str:
         return f"{info.CRC} {info.file_size}"
     if isinstance(source, bytes):
         return f"{zlib.crc32(source)} {len(source)}"
-    if isinstance(source, Scene):
+    if isinstance(source, Drawing):
         return repr(source)
     # For plain files the name is used, or 100 GB would be read. With one folder's name, because train2017/7.jpg is not
     # vg/7.jpg; without the folders above, or the split would differ from machine to machine.

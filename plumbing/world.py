@@ -26,6 +26,8 @@ from itertools import islice
 
 from PIL import Image, ImageDraw
 
+from plumbing.strange import Drawing, widen
+
 # ----------------------------------------------------------------------------------------------------------------------
 # Drawing
 # Things and backgrounds are tables of flat shapes with coordinates from 0 to 100, so they can be drawn at any size.
@@ -208,13 +210,12 @@ class Thing:
 
 
 @dataclass(frozen=True)
-class Scene:
+class Scene(Drawing):
     things: tuple   # in reading order: by rows, and from left to right in each row
     background: str
     tint: int       # index into TINTS
 
     def draw(self, px: int) -> Image.Image:
-        """The picture of this scene, RGB, px x px pixels."""
         picture = draw_background(self.background, self.tint, px).copy()  # a copy: the cached one must not change
         for t in self.things:
             thing = draw_sprite(t.kind, t.colour, max(1, round(SIZES[t.size] * px)), t.flip)
@@ -479,8 +480,7 @@ def ask(kind: str, scene: Scene, rng: random.Random, focus: set = frozenset()) -
     """One question of this kind -> (question, answer), or None where the scene has no such question."""
     wordings, answer = QUESTIONS[kind][1](scene, rng, focus) or ([], "")
     if wordings:
-        # Trap: rng.choice draws a random number even for a list of one. That would change the records.
-        return rng.choice(wordings) if len(wordings) > 1 else wordings[0], answer
+        return rng.choice(wordings), answer
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -519,20 +519,20 @@ class World:
         # A string seeds by its SHA-512 hash, the same in every Python process. The hash() of a tuple of strings is not.
         rng = random.Random(f"{self.seed}/{self.split}/{self.task}/{i}")
         record = {"id": f"world/{self.split}/{self.seed}/{i}", "images": []}
-        if self.task == "exam":
-            return record | self.exam_record(i, rng)
+        record |= self.exam_record(i, rng) if self.task == "exam" else self.chat_record(i, rng)
+        return widen(record, rng) if self.split == "train" else record  # what is held out is the world alone
+
+    def chat_record(self, i: int, rng: random.Random) -> dict:
         scene = make_scene(rng)
-        # Trap: "captions" does not use the questions, but without their calls of rng its records would change.
         questions, caption = self.pick_questions(scene, rng), self.pick_caption(scene, rng)
         if self.task == "text" and rng.random() < 0.3:  # 3 of 10 records of chapter 1 are plain text, not a dialogue
-            return record | {"text": f"{describe(scene)} {caption[1]}"}
-        # `or` stops at the first true part, so the random number is drawn only where there is something to decide.
+            return {"text": f"{describe(scene)} {caption[1]}"}
         only_caption = self.task == "captions" or not questions or rng.random() < self.caption_share(i)
         messages = to_messages(*[caption] if only_caption else questions)
         # Chapter 1 has no pictures: a description in random order takes the place of the picture.
         shown = describe(scene, rng) if self.task == "text" else "<image>"
         messages[0]["content"] = f"{shown}\n{messages[0]['content']}"
-        return record | {"messages": messages, "images": [] if self.task == "text" else [scene]}
+        return {"messages": messages, "images": [] if self.task == "text" else [scene]}
 
     def pick_questions(self, scene: Scene, rng: random.Random) -> list[tuple[str, str]]:
         """Two (question, answer) pairs of different kinds, or fewer where the scene does not have two."""

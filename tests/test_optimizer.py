@@ -75,9 +75,25 @@ def test_orthogonalize_makes_all_directions_about_equally_strong(shape):
     assert out.shape == g.shape and out.dtype == g.dtype
     u, s, v = torch.linalg.svd(g, full_matrices=False)
     values = torch.linalg.svdvals(out)
-    strong = s > 0.05 * s[:, :1]  # five steps do not lift the very weakest all the way
-    assert (values <= 1.3).all() and (values.sort(-1).values[strong.sort(-1).values] > 0.5).all()
-    assert F.cosine_similarity(out.flatten(1), (u @ v).flatten(1)).min() > 0.9  # the same directions, not just any
+    strong = s > 0.02 * s[:, :1]  # three rounds do not lift the very weakest all the way
+    assert (values <= 1.88).all() and (values.sort(-1).values[strong.sort(-1).values] > 0.18).all()
+    assert F.cosine_similarity(out.flatten(1), (u @ v).flatten(1)).min() > 0.85  # the same directions, not just any
+
+
+def test_a_rounds_coefficients_hold_what_the_round_before_gives():
+    # The largest singular value may be 1.02 times too large, as bfloat16 has 8 bits; beyond that it would explode.
+    values = torch.linspace(0.003, 1, 10_000, dtype=torch.float64)
+    for a, b, c in plumbing.optimizer.ROUNDS:
+        values = a * values + b * values ** 3 + c * values ** 5
+    assert 0.18 < values.min() and values.max() < 1.88
+
+
+def test_matrices_shrink_a_little_each_step_and_nothing_else_does():
+    p, norm = torch.nn.Parameter(torch.full((4, 4), 2.0)), torch.nn.Parameter(torch.full((4,), 2.0))
+    p.grad, norm.grad = torch.zeros(4, 4), torch.zeros(4)
+    plumbing.optimizer.Optimizer({"blocks.0.mlp.down.weight": p, "norm.weight": norm}, "muon", 0.01).step(0.5)
+    decay = 0.01 * 0.5 * plumbing.optimizer.WEIGHT_DECAY
+    assert torch.allclose(p, torch.full((4, 4), 2 * (1 - decay))) and (norm == 2).all()
 
 
 def test_a_pretrained_vit_stays_frozen_whatever_a_chapter_asks_for():
