@@ -5,8 +5,8 @@ The model: a Qwen2.5 decoder, a vision-language model (VLM) around it, the loss,
       L x ( RMSNorm -> attention (RoPE, grouped queries) -> +  RMSNorm -> SwiGLU -> + )
       RMSNorm -> head -> logits [B, T, V]
 
-The layers compute exactly what Hugging Face's Qwen2 computes (arXiv 2412.15115): same weights, same logits. What only
-saves time or memory, or reads files, is marked "Skip at first reading".
+The layers compute exactly what Hugging Face's Qwen2 computes (arXiv 2412.15115): same weights, same logits.
+Skip at first reading: from_pretrained, gpt_config, Loading, and what is marked so, as it only saves time or memory.
 Axis letters: B rows, T tokens in a row, H the decoder's width, d a head's width, V vocabulary, n pictures, M image
 tokens of each picture. Left out: sliding windows (no released Qwen2.5 uses them), dropout, YaRN for very long texts.
 """
@@ -84,7 +84,6 @@ PRESETS = {
                   num_key_value_heads=2, max_position_embeddings=4096)),
 }
 FROM_SCRATCH = tuple(PRESETS)  # these have no released weights
-# Skip at first reading, down to The decoder: the released models, and names.
 # Qwen2.5 as released. The fields not named here are the same in all: vocabulary, RoPE's base, epsilon, the tied head.
 QWEN = {
     "qwen2.5-0.5b": GPTConfig(hidden_size=896, intermediate_size=4864, num_hidden_layers=24, num_attention_heads=14),
@@ -307,7 +306,6 @@ class GPT(nn.Module):
         "ids [B, T] -> logits [B, T, V]. Training uses hidden() and token_loss: it never needs all logits at once."
         return self.logits(self.hidden(self.embed(ids)))
 
-    # Skip at first reading, down to The loss: released weights.
     @classmethod
     def from_pretrained(cls, folder, device="cpu", dtype=torch.float32) -> "GPT":
         "From a Qwen2 or Qwen2.5 folder as the hub ships it: config.json and one or more safetensors files."
@@ -358,10 +356,9 @@ def cross_entropy(logits, targets, loss_weights) -> tuple[torch.Tensor, torch.Te
     return (surprise * loss_weights).sum(), delta
 
 
-# Skip at first reading: it only saves memory. token_loss, below it, says what is computed.
 class TokenLoss(torch.autograd.Function):
     """
-    Head and cross-entropy in one, a chunk of tokens at a time, with the gradients already computed in the forward pass.
+    Skip at first reading; it only saves memory. Head and cross-entropy in one, a chunk at a time, gradients included.
     The logits of 16,384 tokens for Qwen's 151,936 ids are 10 GB in float32, and autograd would store them until the
     backward pass; here each chunk's logits are freed before the next one's (the idea of Liger and of Cut Cross-Entropy,
     arXiv 2411.09009).
@@ -473,9 +470,8 @@ class VLM(nn.Module):
         return token_loss(h, self.gpt.head_weight, batch["targets"], batch["loss_weights"], batch["supervised"],
                           cross_entropy=self.cross_entropy)
 
-    # Skip at first reading, down to Loading: speed, and many answers at a time. README has the plain loop.
     def compile_parts(self) -> None:
-        "torch.compile where the time goes: many small operations become one kernel, without trips through memory."
+        "Skip at first reading. torch.compile where the time goes: many small operations become one kernel."
         # Block by block: equal blocks share one compilation. The whole model as one piece would take many times longer.
         # TRAP: torch.compile(block) would put "_orig_mod." before all parameter names; block.compile() does not.
         for block in self.vit.blocks if self.vit else ():
@@ -486,7 +482,7 @@ class VLM(nn.Module):
         self.cross_entropy = torch.compile(cross_entropy)
 
     # ------------------------------------------------------------------------------------------------------------------
-    # Generation: prefill computes whole prompts in one forward pass, then decode adds one token per row and step
+    # Generation: prefill computes prompts, then decode adds one token a row and step. Skip at first reading, to Loading
 
     def prefill(self, kv, S: int, ids, rows, starts, lengths, image_positions, image_tokens=None) -> torch.Tensor:
         """
@@ -603,7 +599,7 @@ def sample(logits, noise, present, temperature, top_k, top_p, repetition_penalty
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Loading: checkpoints (written by save_checkpoint) and released weights. Skip at first reading
+# Loading: checkpoints (written by save_checkpoint) and released weights
 
 LLAVA = ("llava_onevision", "llava")  # Hugging Face's model types: with and without a newline token and tiles
 
