@@ -56,6 +56,7 @@ from vision import DEFAULT_VISION, ViTConfig, preprocess
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Data sets: record i, for any i from 0 on, is the same on every machine and every rank
+# Skip at first reading, down to Documents: a record with its pictures is all that the lessons need to know of it.
 # Arithmetic on i instead of iterators: a stopped iterator must repeat everything it gave before, or save its buffers.
 # Here one integer is the whole state, and rank r of 4 takes r, r + 4, r + 8, ... without any communication.
 # A record: {"id": "7", "messages": [{"role": "user", "content": "<image>\nWhat is it?"}, {"role": "assistant", ...}],
@@ -359,6 +360,7 @@ def pack(documents: list[Document], rows: int, seq_len: int,
     return batch, packed, waiting
 
 
+# Skip at first reading: FlashAttention's form of document_ids.
 def cumulative_lengths(document_ids: np.ndarray) -> np.ndarray:
     """
     Document ids [rows, seq_len] -> int32 [D + 1], FlashAttention's cu_seqlens: in the flattened rows document i lies
@@ -395,6 +397,7 @@ def collate(arrays: dict, packed: list[Document], load_pixels=None) -> dict:
     return batch
 
 
+# Skip at first reading: make_document, pack and collate for the next batch, while this one is computed.
 class Loader:
     """
     An endless iterator of packed batches: the micro-batch number `micro_batch` of each step's `micro_batches`.
@@ -492,7 +495,7 @@ class Loader:
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# python data.py
+# python data.py. Skip at first reading
 
 def show_world(path: str) -> None:
     "A contact sheet of scenes, one question of each kind about the first ten of them, printed with its answer."

@@ -6,7 +6,8 @@ The model: a Qwen decoder, a vision-language model (VLM) around it, the loss, ge
       RMSNorm -> head -> logits [B, T, V]
 
 The layers compute exactly what Hugging Face's Qwen2 and Qwen3 compute (arXiv 2412.15115, 2505.09388): same weights,
-same logits. Two sections only save time or memory; they say so, and a first reader can skip them.
+same logits. Skip at first reading: from_pretrained, gpt_config, Loading, and what is marked so, as it only saves time or
+memory.
 Axis letters: B rows, T tokens in a row, H the decoder's width, d a head's width, V vocabulary, n pictures, M image
 tokens of each picture. Left out: sliding windows (none of these models uses them), Qwen3's mixtures of experts,
 dropout, YaRN for very long texts.
@@ -419,7 +420,7 @@ def cross_entropy(logits, targets, loss_weights) -> tuple[torch.Tensor, torch.Te
 
 class TokenLoss(torch.autograd.Function):
     """
-    Head and cross-entropy in one, a chunk of tokens at a time, with the gradients already computed in the forward pass.
+    Skip at first reading; it only saves memory. Head and cross-entropy in one, a chunk at a time, gradients included.
     The logits of 16,384 tokens for Qwen's 151,936 ids are 10 GB in float32, and autograd would store them until the
     backward pass; here each chunk's logits are freed before the next one's (the idea of Liger and of Cut Cross-Entropy,
     arXiv 2411.09009).
@@ -534,7 +535,7 @@ class VLM(nn.Module):
                           cross_entropy=self.cross_entropy)
 
     def compile_parts(self) -> None:
-        "torch.compile where the time goes: many small operations become one kernel, without trips through memory."
+        "Skip at first reading. torch.compile where the time goes: many small operations become one kernel."
         # Block by block: equal blocks share one compilation. The whole model as one piece would take many times longer.
         # TRAP: torch.compile(block) would put "_orig_mod." before all parameter names; block.compile() does not.
         for block in self.vit.blocks if self.vit else ():
@@ -545,7 +546,7 @@ class VLM(nn.Module):
         self.cross_entropy = torch.compile(cross_entropy)
 
     # ------------------------------------------------------------------------------------------------------------------
-    # Generation: prefill computes whole prompts in one forward pass, then decode adds one token per row and step
+    # Generation: prefill computes prompts, then decode adds one token a row and step. Skip at first reading, to Loading
 
     def prefill(self, kv, S: int, ids, rows, starts, lengths, image_positions, image_tokens=None) -> torch.Tensor:
         """

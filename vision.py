@@ -165,6 +165,7 @@ class ViT(nn.Module):
             x = block(x)
         return self.norm(x) if norm else x
 
+    # Skip at first reading, down to init_linears: released weights.
     @classmethod
     def from_pretrained(cls, folder, device="cpu", dtype=torch.float32) -> "ViT":
         "From a SigLIP or SigLIP 2 folder as the hub ships it: config.json and one or more safetensors files."
@@ -403,6 +404,7 @@ class Bridge(nn.Module):
             x = torch.cat([x, self.newline.to(x.dtype).expand(len(x), 1, -1)], dim=1)                # M counts it
         return x
 
+    # Skip at first reading: see the last section.
     def stitch(self, features: torch.Tensor, tiles: "Tiles") -> torch.Tensor:
         """
         One picture's features [1 + rows * columns, N, D] -> tokens [K, H]: those of the whole picture, then those of
@@ -422,6 +424,7 @@ class Bridge(nn.Module):
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Any resolution: a large picture as several tiles of the size that the ViT knows (LLaVA-NeXT, LLaVA-OneVision)
+# Skip at first reading: tiny, small and the Qwens see a picture as one square.
 
 MOST_TILES = 6     # a side: the grids are 1 x 1 to 6 x 6
 MOST_TOKENS = 9    # times N: a grid with more tokens is made coarser ("anyres_max_9")

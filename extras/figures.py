@@ -5,6 +5,7 @@ The book's pictures (assets/*.png), drawn from the checkpoint and the logs thems
 import argparse
 import math
 import re
+import textwrap
 from pathlib import Path
 
 import numpy as np
@@ -14,13 +15,13 @@ from PIL import Image
 
 import data
 import train_rl
-from plumbing.drawing import (BLUE, GREEN, GREY, ORANGE, PALE, RED, WIDE, bars, cells, draw_lines, font, page,
-                              read_curves)
+from plumbing.drawing import (BLUE, GREEN, GREY, ORANGE, PALE, RED, WIDE, bars, cells, draw_lines, draw_panels, font,
+                              page, read_curves)
 from plumbing.engine import respond
 from plumbing.files import read_json
 from plumbing.pictures import load_image
-from plumbing.world import World
-from model import VLM, document_mask
+from plumbing.world import QUESTIONS, World
+from model import VLM, document_mask, preset
 from tokenizer import Tokenizer
 from vision import preprocess
 from extras.asking import make_message
@@ -62,6 +63,52 @@ class Subject:
     def colours(self, ids, mask) -> list[str]:
         return [GREEN if learned else BLUE if token == self.tokenizer.image_pad else GREY
                 for token, learned in zip(ids, mask)]
+
+
+def draw_world(s: Subject) -> Image.Image:
+    "One held-out scene for each kind of question, with its right answer."
+    records = [World("exam", "scenes")[i] for i in range(len(QUESTIONS))]  # record i is of the i-th kind
+    sheet, pen = page(52 + 204 * -(-len(records) // 2), "Each kind of question, and the right answer")
+    for i, record in enumerate(records):
+        x, y = 10 + i % 2 * 398, 52 + i // 2 * 204
+        sheet.paste(record["images"][0].draw(188), (x, y))
+        question, right = (message["content"].removeprefix("<image>\n") for message in record["messages"])
+        lines = [(line, "black") for part in question.splitlines() for line in textwrap.wrap(part, 18)]
+        for row, (line, colour) in enumerate([(record["kind"], "#777777"), *lines, (right, "#00794f")]):
+            pen.text((x + 196, y - 3 + 22 * row), line, colour, font(20))
+    return sheet
+
+
+def draw_architecture(s: Subject) -> Image.Image:
+    "The parts as boxes, each with what comes out of it, for this model and for the 1.5B."
+    sheet, pen = page(1026, "What comes out of each part: of tiny, then of the 1.5B")
+
+    def shapes(template: str) -> str:  # "[{N}, {D}]" -> "[36, 128]    [256, 1024]"
+        return "    ".join(template.format(
+            S=c.vision.image_size, N=c.vision.num_patches, P=3 * c.vision.patch_size ** 2, D=c.vision.hidden_size,
+            M=c.bridge.num_tokens, H=c.decoder.hidden_size, V=c.decoder.vocab_size, L=c.vision.num_hidden_layers,
+            K=c.decoder.num_hidden_layers) for c in (s.vlm.config, preset("qwen2.5-1.5b")))
+
+    def box(x: int, y: int, wide: int, colour: str, name: str, given: str) -> None:
+        pen.rounded_rectangle((x, y, x + wide, y + 84), 10, colour)
+        for down, text, size in ((24, name, 24), (59, shapes(given), 22)):
+            pen.text((x + wide / 2, y + down), text, "black", font(size), "mm")
+        pen.polygon([(x + wide / 2 - 10, y + 92), (x + wide / 2 + 10, y + 92), (x + wide / 2, y + 106)], "#555555")
+    for i, (name, given) in enumerate((
+            ("pixels", "[3, {S}, {S}]"), ("patches", "[{N}, {P}]"), ("ViT: features", "[{N}, {D}]"),
+            ("Perceiver: latents", "[{M}, {D}]"), ("MLP: image tokens", "[{M}, {H}]"))):
+        box(10, 60 + 112 * i, 384, BLUE, name, given)
+    for i, (name, given) in enumerate((("tokenizer: ids", "[T]"), ("embedding table", "[T, {H}]")), 3):
+        box(406, 60 + 112 * i, 384, GREY, name, given)
+    sheet.paste(s.image.resize((220, 220)), (488, 60))
+    question = "What colour is the cat?"
+    for x, y, text in ((598, 310, question), (598, 356, "T: tokens in a row"), (400, 994, s.ask(question))):
+        pen.text((x, y), text, "black", font(), "mm")
+    for i, (name, given) in enumerate((
+            ("image tokens written over their places", "[T, {H}]"), ("decoder, {K} layers", "[T, {H}]"),
+            ("scores of all tokens: logits", "[T, {V}]")), 5):
+        box(10, 60 + 112 * i, 780, ORANGE, shapes(name) if "{" in name else name, given)
+    return sheet
 
 
 def draw_answers(s: Subject) -> Image.Image:
@@ -152,19 +199,18 @@ def draw_row(s: Subject) -> Image.Image:
 
 
 def draw_surprise(s: Subject) -> Image.Image:
-    "The loss at the first words of a caption, with the picture and with a grey one."
-    document = s.document("Describe the picture.", s.ask("Describe the picture."))
-    # The text is the model's own caption, so the losses with the picture are small. Without it the same words surprise.
-    rows, losses = [], []
+    "The five tokens that the model finds likeliest as an answer, with the picture or with a grey one."
+    document, shares = s.document("What colour is the cat?", "orange"), []
+    at = document.mask.index(1)  # the answer's first token; what comes before it predicts it
+    ids = torch.tensor([document.ids[:at]])
+    places = torch.arange(s.M) + document.slots[0]
     for pixels in (s.pixels, torch.full_like(s.pixels, 128)):
-        batch = data.collate(*data.pack([document], 1, len(document.ids), s.M)[:2], lambda *_: pixels)
-        x = s.vlm.embed(batch["ids"], s.vlm.encode_images(batch["pixels"]).flatten(0, 1), batch["image_positions"])
-        at = batch["supervised"][:12]  # positions; what is predicted there is the target
-        losses.append(F.cross_entropy(s.vlm.gpt.logits(s.vlm.gpt.hidden(x))[0, at], batch["targets"][0, at],
-                                      reduction="none").tolist())
-    for word, own, blind in zip(s.words(batch["targets"][0, at].tolist()), *losses):
-        rows += [(word, [(own, GREEN)], f"{own:.2f}"), ("", [(blind, GREY)], f"{blind:.2f}")]
-    return bars("loss at the first tokens of a caption, in nats", rows, 150, 36,
+        x = s.vlm.embed(ids, s.vlm.encode_images(pixels[None])[0], places)
+        shares.append(s.vlm.gpt.logits(s.vlm.gpt.hidden(x)[0, -1]).softmax(-1))                  # [V]
+    rows, ranked = [], torch.stack(shares).amax(0).topk(5).indices
+    for word, own, blind in zip(s.words(ranked.tolist()), *(share[ranked].tolist() for share in shares)):
+        rows += [(word, [(own, GREEN)], f"{own:.3f}"), ("", [(blind, GREY)], f"{blind:.3f}")]
+    return bars("What colour is the cat? Probability of the next token", rows, 150, 36,
                 {"with the picture": GREEN, "grey picture": GREY})
 
 
@@ -234,17 +280,17 @@ def draw_book(log: list[dict], init: str, load) -> list[str]:
                          "--init=assets/tiny has")
     subject = Subject(*load())
     folder.mkdir(exist_ok=True)
-    figures = (draw_answers, draw_patches, draw_latents, draw_tokens, draw_embeddings, draw_row, draw_surprise,
-               draw_rollouts, draw_cache, draw_memory)
+    figures = (draw_world, draw_architecture, draw_answers, draw_patches, draw_latents, draw_tokens, draw_embeddings,
+               draw_row, draw_surprise, draw_rollouts, draw_cache, draw_memory)
     for draw in figures:
         draw(subject).save(folder / f"{draw.__name__.removeprefix('draw_')}.png", optimize=True)
     results = read_json(home / "docs/results.json")
     draw_ladder(folder / "ladder.png", results["ladder"]["rungs"])
     draw_lines(folder / "chapters.png", {f"{title}: {name}.py": lines for name, charts in curves.items()
                                          for title, lines in charts.items() if "accuracy" not in title}, height=300)
-    draw_lines(folder / "kinds.png", {"held-out accuracy": {"all kinds": accuracy["accuracy"]} | {
-        # half of the ten kinds: more lines would hide each other
-        kind: accuracy[kind] for kind in ("count", "kind", "relation", "number", "choice")}}, height=460)
+    everything = accuracy.pop("accuracy")
+    draw_panels(folder / "kinds.png", f"Accuracy, 0 to 100 %, over {everything[-1][0]:,} steps; grey: all kinds",
+                accuracy, everything)
     # Counts of lines go stale with every change: here they are counted anew, and a test compares them.
     if (readme := Path("README.md")).exists():
         count = lambda m: f"| {m[1]} | {len((home / m[1]).read_text(encoding='utf-8').splitlines())} |"  # noqa: E731

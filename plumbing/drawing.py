@@ -79,7 +79,8 @@ def draw_curves(log: Path) -> None:
 def draw_lines(path: Path, charts: dict[str, dict[str, list]], width: int = 800, height: int = 420) -> None:
     "Line charts under each other, {title: {name: [(x, y), ...]}}. Each line's name stands at its right end."
     # 24 pixels of 800 are letters that can still be read on a phone. White paper, so that dark pages show it too.
-    font, (left, top, right, bottom) = ImageFont.load_default(24), (90, 60, width - 220, height - 50)
+    font, small = ImageFont.load_default(24), ImageFont.load_default(20)
+    left, top, right, bottom = 90, 60, width - 220, height - 50
     sheet = Image.new("RGB", (width, height * len(charts)), "white")
     for number, (title, lines) in enumerate(charts.items()):
         chart = Image.new("RGB", (width, height), "white")
@@ -88,6 +89,7 @@ def draw_lines(path: Path, charts: dict[str, dict[str, list]], width: int = 800,
         if title.startswith("loss"):  # it falls from 15 to 0.2: on a logarithmic scale both ends can be read
             scale = lambda y: math.log(max(y, 9e-5))  # noqa: E731
             low, high, ticks = max(min(ys), 1e-4) / 1.1, max(*ys, 1e-4) * 1.1, round_numbers
+            title += ", logarithmic axis"
         else:
             scale, step = lambda y: y, next(n for n in round_numbers if 5 * n >= max(ys))
             low, high, ticks = min(0, *ys), step * math.ceil(max(*ys, step) / step), [step * i for i in range(6)]
@@ -107,15 +109,35 @@ def draw_lines(path: Path, charts: dict[str, dict[str, list]], width: int = 800,
         free = 0.0  # The names from the highest line's end to the lowest's, moved apart where two would touch.
         for rest, (i, (name, line)) in zip(range(len(lines) - 1, -1, -1), sorted(
                 enumerate(lines.items()), key=lambda item: -item[1][1][-1][1])):
-            # Long runs are noisy: at most 150 points, each the mean of as many steps as that needs.
-            colour, n = LINE_COLOURS[i % len(LINE_COLOURS)], -(-len(line) // 150)
-            means = [[sum(axis) / len(axis) for axis in zip(*line[at:at + n])] for at in range(0, len(line), n)]
-            points = [place(x, y) for x, y in means]
+            colour, n = LINE_COLOURS[i % len(LINE_COLOURS)], len(line) // 20
+            points = [place(x, y) for x, y in line]
+            if n > 0:  # Long runs are noisy: each step is drawn pale, and over it the mean of the steps around it.
+                pale = tuple((v + 3 * 255) // 4 for v in ImageColor.getrgb(colour))
+                pen.line(points, pale, 2)
+                around = [line[max(0, at - n):at + n + 1] for at in range(len(line))]
+                points = [place(x, sum(y for _, y in near) / len(near)) for (x, _), near in zip(line, around)]
+                pen.text(((left + right) / 2, bottom + 12), "thick: running mean", "#555555", small, "ma")
             pen.line(points, colour, 4, "curve")
             pen.circle(points[-1], 6, colour)
             free = max(free + 27, min(points[-1][1], bottom - 27 * rest))
             pen.text((right + 16, free), name, colour, font, "lm")
         sheet.paste(chart, (0, number * height))
+    sheet.save(path)
+
+
+def draw_panels(path: Path, title: str, lines: dict[str, list], behind: list) -> None:
+    "A small chart from 0 to 1 for each of {name: [(x, y), ...]}, two beside each other; another line behind it."
+    sheet, pen = page(50 + 150 * -(-len(lines) // 2), title)
+    most = behind[-1][0]
+    for i, (name, line) in enumerate(lines.items()):
+        left, top = 12 + i % 2 * 400, 60 + i // 2 * 150
+        for y in (0, 1):
+            pen.line((left, top + 35 + 90 * (1 - y), left + 290, top + 35 + 90 * (1 - y)), "#dddddd", 2)
+        for points, colour in ((behind, "#b0b0b0"), (line, LINE_COLOURS[0])):
+            pen.line([(left + 290 * x / most, top + 125 - 90 * y) for x, y in points], colour, 4, "curve")
+        pen.text((left, top), name, "black", font())
+        last = line[-1][1]
+        pen.text((left + 300, top + 125 - 90 * last), f"{100 * last:.0f} %", LINE_COLOURS[0], font(), "lm")
     sheet.save(path)
 
 
