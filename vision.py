@@ -311,6 +311,7 @@ def pixel_shuffle(features: torch.Tensor) -> torch.Tensor:
     return x.reshape(B, N // 4, 4 * D)
 
 
+# Skip at first reading, down to Perceiver: the same for numbers of latents other than N / 4.
 def part_shares(count: int, n: int) -> torch.Tensor:
     "A side of n patches cut into `count` equal parts -> [count, n]: which share of a part each patch is."
     edges, i = torch.arange(count + 1) * n / count, torch.arange(n)

@@ -20,6 +20,7 @@ from plumbing.drawing import (BLUE, GREEN, GREY, ORANGE, PALE, RED, WIDE, bars, 
 from plumbing.engine import respond
 from plumbing.files import read_json
 from plumbing.pictures import load_image
+from plumbing.strange import Strange
 from plumbing.world import QUESTIONS, World
 from model import VLM, document_mask, preset
 from tokenizer import Tokenizer
@@ -34,8 +35,7 @@ def draw_ladder(path, rungs: list[dict]) -> None:
         (r["rung"], [(r["tokens_per_s"], BLUE)], f"{r['tokens_per_s']:,.0f}") for r in rungs], left=430).save(path)
 
 
-# Each of the figures says one thing. Nothing in them is written by hand: what the model says and computes is drawn,
-# and another checkpoint gives other pictures. The names of these functions are the names of the files.
+# Nothing in the figures is written by hand. The names of these functions are the names of the files.
 
 
 class Subject:
@@ -47,8 +47,9 @@ class Subject:
         self.pixels = preprocess(self.image, vlm.config.vision.image_size)                  # [3, S, S]
         self.features = vlm.vit_features(self.pixels[None])[0]                                   # [N, D]
 
-    def ask(self, question: str) -> str:
-        return respond(self.vlm, self.tokenizer, [[make_message(question, 1)]], [[self.pixels]])[0]
+    def ask(self, question: str, image: Image.Image | None = None) -> str:
+        pixels = preprocess(image, self.vlm.config.vision.image_size) if image else self.pixels
+        return respond(self.vlm, self.tokenizer, [[make_message(question, 1)]], [[pixels]])[0]
 
     def document(self, question: str, answer: str) -> data.Document:
         messages = [make_message(question, 1), {"role": "assistant", "content": answer}]
@@ -84,30 +85,26 @@ def draw_architecture(s: Subject) -> Image.Image:
     sheet, pen = page(1026, "What comes out of each part: of tiny, then of the 1.5B")
 
     def shapes(template: str) -> str:  # "[{N}, {D}]" -> "[36, 128]    [256, 1024]"
-        return "    ".join(template.format(
+        return template if "{" not in template else "    ".join(template.format(
             S=c.vision.image_size, N=c.vision.num_patches, P=3 * c.vision.patch_size ** 2, D=c.vision.hidden_size,
-            M=c.bridge.num_tokens, H=c.decoder.hidden_size, V=c.decoder.vocab_size, L=c.vision.num_hidden_layers,
-            K=c.decoder.num_hidden_layers) for c in (s.vlm.config, preset("qwen2.5-1.5b")))
-
-    def box(x: int, y: int, wide: int, colour: str, name: str, given: str) -> None:
-        pen.rounded_rectangle((x, y, x + wide, y + 84), 10, colour)
-        for down, text, size in ((24, name, 24), (59, shapes(given), 22)):
-            pen.text((x + wide / 2, y + down), text, "black", font(size), "mm")
-        pen.polygon([(x + wide / 2 - 10, y + 92), (x + wide / 2 + 10, y + 92), (x + wide / 2, y + 106)], "#555555")
-    for i, (name, given) in enumerate((
-            ("pixels", "[3, {S}, {S}]"), ("patches", "[{N}, {P}]"), ("ViT: features", "[{N}, {D}]"),
-            ("Perceiver: latents", "[{M}, {D}]"), ("MLP: image tokens", "[{M}, {H}]"))):
-        box(10, 60 + 112 * i, 384, BLUE, name, given)
-    for i, (name, given) in enumerate((("tokenizer: ids", "[T]"), ("embedding table", "[T, {H}]")), 3):
-        box(406, 60 + 112 * i, 384, GREY, name, given)
+            M=c.bridge.num_tokens, H=c.decoder.hidden_size, V=c.decoder.vocab_size, K=c.decoder.num_hidden_layers)
+            for c in (s.vlm.config, preset("qwen2.5-1.5b")))
+    for x, row, wide, colour, boxes in (
+            (10, 0, 384, BLUE, "pixels/[3, {S}, {S}]; patches/[{N}, {P}]; ViT: features/[{N}, {D}]; "
+                               "Perceiver: latents/[{M}, {D}]; MLP: image tokens/[{M}, {H}]"),
+            (406, 3, 384, GREY, "tokenizer: ids/[T]; embedding table/[T, {H}]"),
+            (10, 5, 780, ORANGE, "image tokens written over their places/[T, {H}]; decoder, {K} layers/[T, {H}]; "
+                                 "scores of all tokens: logits/[T, {V}]")):
+        for i, box in enumerate(boxes.split("; "), row):
+            y, middle = 60 + 112 * i, x + wide / 2
+            pen.rounded_rectangle((x, y, x + wide, y + 84), 10, colour)
+            for down, text in zip((24, 59), box.split("/")):
+                pen.text((middle, y + down), shapes(text), "black", font(23), "mm")
+            pen.polygon([(middle - 10, y + 92), (middle + 10, y + 92), (middle, y + 106)], "#555555")
     sheet.paste(s.image.resize((220, 220)), (488, 60))
-    question = "What colour is the cat?"
-    for x, y, text in ((598, 310, question), (598, 356, "T: tokens in a row"), (400, 994, s.ask(question))):
+    for x, y, text in ((598, 310, "What colour is the cat?"), (598, 356, "T: tokens in a row"),
+                       (400, 994, s.ask("What colour is the cat?"))):
         pen.text((x, y), text, "black", font(), "mm")
-    for i, (name, given) in enumerate((
-            ("image tokens written over their places", "[T, {H}]"), ("decoder, {K} layers", "[T, {H}]"),
-            ("scores of all tokens: logits", "[T, {V}]")), 5):
-        box(10, 60 + 112 * i, 780, ORANGE, shapes(name) if "{" in name else name, given)
     return sheet
 
 
@@ -115,10 +112,20 @@ def draw_answers(s: Subject) -> Image.Image:
     "Questions about cat.jpg, and what the model says, right or wrong."
     sheet, pen = page(400)
     sheet.paste(s.image.resize((380, 380)), (10, 10))
-    for i, question in enumerate(["What colour is the cat?", "Where is the tree?", "Is there a blue bird?",
-                                  "What is the smallest thing?", "How many things are there?"]):
+    for i, question in enumerate(("What colour is the cat?", "Where is the tree?", "Is there a blue bird?",
+                                  "What is the smallest thing?", "How many things are there?")):
         pen.text((412, 12 + 76 * i), question, "#555555", font())
         pen.text((412, 42 + 76 * i), s.ask(question), "black", font(30))
+    return sheet
+
+
+def draw_strange(s: Subject) -> Image.Image:
+    "Four pictures that are not of the world, and the beginning of what the model says of each."
+    sheet, pen = page(380, "Not of the world, and what the model says of it")
+    for i, chosen in enumerate((7, 15, 25, 27)):  # of different sorts
+        picture = Strange(f"book {chosen}", World("exam", "scenes")[chosen]["images"][0]).draw(188)
+        sheet.paste(picture, (10 + 197 * i, 52))
+        pen.text((12, 254 + 31 * i), f"{i + 1}: {s.ask('Describe the picture.', picture)[:70]}", "black", font(20))
     return sheet
 
 
@@ -202,8 +209,7 @@ def draw_surprise(s: Subject) -> Image.Image:
     "The five tokens that the model finds likeliest as an answer, with the picture or with a grey one."
     document, shares = s.document("What colour is the cat?", "orange"), []
     at = document.mask.index(1)  # the answer's first token; what comes before it predicts it
-    ids = torch.tensor([document.ids[:at]])
-    places = torch.arange(s.M) + document.slots[0]
+    ids, places = torch.tensor([document.ids[:at]]), torch.arange(s.M) + document.slots[0]
     for pixels in (s.pixels, torch.full_like(s.pixels, 128)):
         x = s.vlm.embed(ids, s.vlm.encode_images(pixels[None])[0], places)
         shares.append(s.vlm.gpt.logits(s.vlm.gpt.hidden(x)[0, -1]).softmax(-1))                  # [V]
@@ -276,24 +282,19 @@ def draw_book(log: list[dict], init: str, load) -> list[str]:
     curves = {name: read_curves(rows) for name, rows in runs.items()}
     accuracy = curves.get("train_sft", {}).get("held-out accuracy")
     if not accuracy:
-        raise ValueError(f"--what=figures --init={init}: needs a log of chapter 3 with --eval_every, such as "
-                         "--init=assets/tiny has")
+        raise ValueError(f"--what=figures --init={init}: needs a log of chapter 3 with its evaluations")
     subject = Subject(*load())
     folder.mkdir(exist_ok=True)
-    figures = (draw_world, draw_architecture, draw_answers, draw_patches, draw_latents, draw_tokens, draw_embeddings,
-               draw_row, draw_surprise, draw_rollouts, draw_cache, draw_memory)
-    for draw in figures:
+    for draw in (draw_world, draw_architecture, draw_answers, draw_strange, draw_patches, draw_latents, draw_tokens,
+                 draw_embeddings, draw_row, draw_surprise, draw_rollouts, draw_cache, draw_memory):
         draw(subject).save(folder / f"{draw.__name__.removeprefix('draw_')}.png", optimize=True)
-    results = read_json(home / "docs/results.json")
-    draw_ladder(folder / "ladder.png", results["ladder"]["rungs"])
+    draw_ladder(folder / "ladder.png", read_json(home / "docs/results.json")["ladder"]["rungs"])
     draw_lines(folder / "chapters.png", {f"{title}: {name}.py": lines for name, charts in curves.items()
                                          for title, lines in charts.items() if "accuracy" not in title}, height=300)
     everything = accuracy.pop("accuracy")
     draw_panels(folder / "kinds.png", f"Accuracy, 0 to 100 %, over {everything[-1][0]:,} steps; grey: all kinds",
                 accuracy, everything)
-    # Counts of lines go stale with every change: here they are counted anew, and a test compares them.
     if (readme := Path("README.md")).exists():
         count = lambda m: f"| {m[1]} | {len((home / m[1]).read_text(encoding='utf-8').splitlines())} |"  # noqa: E731
-        readme.write_text(re.sub(r"\| (\w+\.py) \| \d+ \|", count, readme.read_text(encoding="utf-8")),
-                          encoding="utf-8")
+        readme.write_text(re.sub(r"\| (\w+\.py) \| \d+ \|", count, readme.read_text("utf-8")), "utf-8")
     return sorted(map(str, folder.glob("*.png")))

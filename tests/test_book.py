@@ -144,7 +144,8 @@ def test_the_book_works_its_examples_with_the_tiny_models_numbers():
     documents = [data.make_document(plumbing.world.World("chat")[i], i, s.tokenizer, s.M, 216) for i in range(40000, 40008)]
     arrays, packed, _ = data.pack(documents, 1, 216, s.M)  # as extras.figures.draw_row
     lengths = [len(one.ids) - 1 for one in packed]
-    said += ["conversations of {}, {}, {} and {} tokens".format(*lengths),
+    number = ("two", "three", "four", "five")[len(lengths) - 2]
+    said += [f"{number} conversations of {', '.join(map(str, lengths[:-1]))} and {lengths[-1]} tokens",
              f"At {len(arrays['supervised'])} of the 216 positions",
              "boundaries " + ", ".join(map(str, np.cumsum([0, *lengths])))]
     said += [f"(here that of a caption, {s.document('Describe the picture.', 'x').mask.index(1)} positions"]
