@@ -107,8 +107,7 @@ def load_start(flags, setup: Setup, stage: str) -> tuple[VLM, Tokenizer, dict, d
         # Tiny and small have the tokenizer of what they were trained on. The world's cuts other words into twice as
         # many pieces, and its eyes know flat drawings: 300 steps on hand signs reach 94 % from random weights and 87 %
         # from the world's model, on clothes 62 and 53 %, though on drawn shapes 88 and 92 %. Chapter 4 needs a model.
-        names = {name for name, _ in data.parse_mixture(flags.data)}
-        own_words = flags.model in FROM_SCRATCH and "world" not in names and stage != "rl"
+        own_words = flags.model in FROM_SCRATCH and stage != "rl"
         source, why = (flags.init, "") if flags.init else find_start(flags, stage, own_words)
     if source:
         # The tokenizer comes with the weights: ids mean nothing without it.
