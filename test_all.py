@@ -260,6 +260,7 @@ def test_an_answer_that_thinks_is_shown_without_its_thoughts():
     # and what was shown is dropped where the conversation goes on
     asked = chat(("user", "a"), ("assistant", shown), ("user", "b"))
     assert t.render(asked) == t.render(chat(("user", "a"), ("assistant", "sat. é\n\nthe"), ("user", "b")))
+    one_line(run("sample", "--think", f"--init={sample.TINY}", f"--image={HERE / 'cat.jpg'}"), "--think", sample.TINY)
 
 
 @lru_cache
@@ -1144,6 +1145,15 @@ def test_what_the_decoder_cannot_compute_is_refused(tmp_path):
                        ({"hidden_size": "32"}, "hidden_size")):
         (tmp_path / "config.json").write_text(json.dumps(sizes | {"model_type": "qwen2"} | more))
         assert fails(lambda: GPT.from_pretrained(tmp_path), tmp_path, name)
+
+
+def test_what_a_qwen3s_config_leaves_out_is_hugging_faces_default(tmp_path):
+    pytest.importorskip("transformers")
+    from transformers import Qwen3Config
+    ours = model.gpt_config({"model_type": "qwen3", "num_attention_heads": 20, "num_key_value_heads": 4}, tmp_path)
+    theirs = Qwen3Config(num_attention_heads=20, num_key_value_heads=4)
+    for name in ("head_dim", "attention_bias", "hidden_size", "num_hidden_layers", "tie_word_embeddings"):
+        assert getattr(ours, name) == getattr(theirs, name), name
 
 
 def test_a_checkpoint_from_before_qwen3_is_the_model_it_was():
