@@ -1873,7 +1873,8 @@ def test_the_first_chapter_learns_from_text(trained, tmp_path):
     assert len(samples) == 3 and ran.err.splitlines()[-1].endswith("'") and "--prompt='The number after" in ran.err
 
 
-def test_continuing_from_a_trained_model_takes_a_lower_rate_and_the_curriculums_end(trained, tmp_path, monkeypatch):
+def test_continuing_from_a_trained_model_takes_a_lower_rate_and_the_curriculums_end(
+        trained, tmp_path, own_data, monkeypatch):
     shares, real = [], train_sft.World.__getitem__
 
     def getitem(self, i):
@@ -1895,6 +1896,10 @@ def test_continuing_from_a_trained_model_takes_a_lower_rate_and_the_curriculums_
         ran, first, share = go(start)
         assert first["lr"] == pytest.approx(usual * train_sft.AGAIN) and share == pytest.approx(0.1)
         assert ran.err.count("it has been through this chapter") == 1 and f"instead of {usual:g}" in ran.err
+    ran = run("train_sft", *QUICK, f"--out_dir={tmp_path}", f"--init={trained[0] / 'tiny/sft'}",
+              f"--data={own_data / 'files.json'}")  # new things to learn: the usual rate, and nothing to tell
+    assert ran.code == 0 and "been through" not in ran.err
+    assert plumbing.files.read_json(tmp_path / "tiny/sft/state.json")["flags"]["lr"] == usual
     ran, first, share = go("sft", f"--lr={usual}")  # a rate that is given counts, also where it is the usual one
     assert first["lr"] == usual and share == pytest.approx(0.1) and "instead of" not in ran.err
     state = plumbing.files.read_json(tmp_path / "tiny/sft/state.json")

@@ -131,7 +131,8 @@ def load_start(flags, setup: Setup, stage: str) -> tuple[VLM, Tokenizer, dict, d
         start = vlm.config.run
         before = start.get("chapters", [])
         vlm.config.run = {"chapters": list(dict.fromkeys([*before, stage])), "stage": stage, "again": stage in before,
-                          "start": start.get("saved"), "steps": flags.steps, "data": flags.data,
+                          "start": start.get("saved"), "start_data": start.get("data"), "steps": flags.steps,
+                          "data": flags.data,
                           # whether it has learned to answer without a picture, too (make_loaders)
                           "texts": start.get("texts", "sft" in before and start.get("data") != "world")}
     if told := check_asked(flags, source, vlm.config, today):
