@@ -73,8 +73,8 @@ def pictures_of(row: dict) -> tuple[list, list]:
     if not groups:
         return [], []
     best = next(iter(groups))
-    others = {stem.rstrip("s") for stem, _ in groups} - {best[0].rstrip("s")}
-    require(not others or best[0] in SURE, f"{[best[0], *others]} all name pictures; list them under images")
+    if len({stem.rstrip("s") for stem, _ in groups}) > 1 and best[0] not in SURE:
+        raise ValueError(f"{[stem for stem, _ in groups]} all name pictures; list them under images")
     numbers, pictures = zip(*groups[best])
     return list(pictures), list(numbers) if numbers[-1] >= 0 else []
 
