@@ -1,7 +1,8 @@
 """
 People's files -> records -> packed batches. The way of one record to the loss, in the order in which it is called:
 
-    read_records    a file's row -> a record {"id", "messages": [{"role", "content"}], "images": [source], ...}
+    read_records    a file's rows -> records {"id", "messages": [{"role", "content"}], "images": [source], ...}
+                    (in plumbing/recipes.py; formats.py and records.py there do the work)
     load_data       --data -> an endless training set (record i for any i), and held-out records
     make_document   a record -> token ids, loss mask, image slots           (tokenizer.render does the work)
     pack            documents of all lengths -> rows of one fixed shape     [rows, seq_len]

@@ -1,6 +1,7 @@
 """
-Public benchmarks by their official rules, and one's own files of questions, with answers that are kept. Called by
-`python bench.py --what=eval`.
+What a whole public benchmark counts from its answers (POPE's F1, MMBench's circular accuracy, MME's sum), beside the
+same with blind and exchanged pictures (train_sft.py), with answers that are kept. One's own files of questions count
+alike. Called by `python bench.py --what=eval`.
 
 Questions about one picture or one option are not worth a point each in every benchmark. To be comparable with
 published numbers, ours must be counted as theirs are, odd rules included.

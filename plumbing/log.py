@@ -1,6 +1,6 @@
 """
-A run's log.jsonl, its end by Ctrl-C, and its last line. Called by the training loop of each chapter. A reader of the
-lessons may trust it unread.
+A run's log.jsonl, what Ctrl-C and SIGTERM do (a flag is set; the loop finishes its step, saves and stops), and the
+run's last line. Called by the training loop of each chapter. A reader of the lessons may trust it unread.
 """
 import json
 import math

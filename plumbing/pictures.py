@@ -1,6 +1,7 @@
 """
-Where a record's picture lies, and how it is opened safely: paths, zips, URLs and bytes become upright RGB images.
-Called by the loader, the data check and sample.py. A reader of the lessons need know only `open_source` and
+Where a record's picture lies, and how it is opened safely: paths, zips, URLs and bytes become upright RGB images; zip
+bombs, huge pictures and names that lead out of the data's folder are refused.
+Called by the loader, the data check, sample.py and the server. A reader of the lessons need know only `open_source` and
 `load_image`; what is done to the pixels from there on is in vision.py.
 """
 import base64
@@ -25,8 +26,8 @@ from plumbing.files import cache, named_errors, new_file, require
 from plumbing.hub import CHUNK, request, retry
 from plumbing.world import Scene
 
-# A source is a path, a URL, a (zip file, member) pair, the bytes of a picture file, or a Scene of the built-in world. It
-# is opened only when its record is used.
+# A source is a path, a URL, a (zip file, member) pair, the bytes of a picture file, or a Scene of the built-in world.
+# It is opened only when its record is used.
 
 PICTURES = (".jpg", ".jpeg", ".jfif", ".png", ".webp", ".gif", ".bmp")
 

@@ -1,6 +1,7 @@
 """
 Where a process runs: its device, its number type, and its rank among the processes that torchrun started. Called as
-`setup = Setup(flags)` at the top of every chapter. With one process all of it does nothing, and may be read past.
+`setup = Setup(flags)` at the top of every chapter. With one process there is nothing to share, and
+a reader of the lessons may pass over it.
 """
 import os
 import sys
