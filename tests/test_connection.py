@@ -90,6 +90,9 @@ def test_a_stream_in_http_1_0_ends_with_its_connection_and_in_1_1_the_connection
         assert connection.getresponse().read().endswith(b"data: [DONE]\n\n")
     assert len(sockets) == 1
     connection.close()
+    # What comes behind a stream is refused as a request of its own, not as a part of the stream.
+    head = HEAD.replace(b"Connection: close\r\n", b"") + b"Content-Length: %d\r\n\r\n" % len(body)
+    assert served.raw(head + body, b"FROB\r\n\r\n").count(b"HTTP/1.1 4") == 1
 
 
 @pytest.mark.parametrize("key", ["", "sesame"])
