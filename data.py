@@ -23,7 +23,6 @@ of a tar shard, readable by its number, so any order can be had directly, and a 
 import gc
 import itertools
 import json
-import math
 import os
 import random
 import re
@@ -319,12 +318,6 @@ def pixel_loader(config: ViTConfig):
 #   positions      0     1     0     0    RoPE starts again in every document
 #   document_ids   1     1     2     0    attention stays within equal numbers; 0 is padding
 #   loss_weights   1     1     1     0    factors in the loss, where there is a target
-
-def row_length(lengths: list[int], usual: int, limit: int) -> int:
-    "Tokens per row without a given --seq_len: the usual number, or what holds 99 of 100 documents, at most `limit`."
-    needed = sorted(lengths)[math.ceil(0.99 * len(lengths)) - 1] if lengths else 0
-    return usual if needed <= usual else min(-(-needed // 16) * 16, max(limit, usual))  # 16: what 8-bit products need
-
 
 def pack(documents: list[Document], rows: int, seq_len: int,
          image_tokens: int) -> tuple[dict, list[Document], list[Document]]:

@@ -28,14 +28,13 @@ from torch.utils.checkpoint import checkpoint
 
 from plumbing.checkpoints import STAGES, run_name
 from plumbing.engine import ROWS, Engine, Request, compile_decoding, whole
-from plumbing.settings import set_fields
-from plumbing.files import read_json, recover
+from plumbing.files import read_json, recover, require
 from plumbing.hub import fetch
 from plumbing.linear import Linear, LoRALinear
+from plumbing.published import generation_config, qwen_fields
+from plumbing.settings import check_shapes, check_sizes, set_fields
 from plumbing.weights import LLAVA_NAMES, QWEN_NAMES, load_tensors, read_llava, read_safetensors
-from vision import (DEFAULT_VISION, SIGLIP, Bridge, BridgeConfig, Tiles, ViT, ViTConfig, check_sizes, init_linears,
-                    llava_vision)
-
+from vision import DEFAULT_VISION, SIGLIP, Bridge, BridgeConfig, Tiles, ViT, ViTConfig, init_linears, llava_vision
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Configurations
@@ -132,21 +131,6 @@ def preset(name: str, bridge: str = "", changes: str = "", vision: str = "") -> 
     connect(config)
     check_shapes(config, f"--set={changes}" if changes else f"PRESETS[{name!r}] in model.py")
     return config
-
-
-def check_shapes(config: VLMConfig, where: str) -> None:
-    "Said here, before PyTorch says it in words of its own."
-    v, b, d = config.vision, config.bridge, config.decoder
-    for part in (v, b, d):
-        check_sizes(part, where, "take another value, and a picture of at least one patch")
-    for whole_, n, what in (
-        (v.hidden_size, v.num_attention_heads, "vision.num_attention_heads"),
-        (v.hidden_size, 4, "as sincos_positions needs"), (v.hidden_size, b.num_heads, "bridge.num_heads"),
-        (d.num_attention_heads, d.num_key_value_heads, "decoder.num_key_value_heads"),
-        (d.hidden_size, 2 * d.num_attention_heads, "twice decoder.num_attention_heads (RoPE turns pairs of channels)"),
-    ):
-        if whole_ % n:
-            raise ValueError(f"{where}: {whole_} is not a multiple of {n}, {what}")
 
 
 def check_name(model: str) -> None:
@@ -369,36 +353,16 @@ class GPT(nn.Module):
         return gpt
 
 
-# What Hugging Face's code does for a model type, whatever its config.json says.
-FAMILIES = {"qwen2": {"attention_bias": True, "use_qk_norm": False},
-            "qwen3": {"attention_bias": False, "use_qk_norm": True}}
-
-
 def gpt_config(hf: dict, folder: Path) -> GPTConfig:
     "A Qwen2's or Qwen3's config.json; one that asks for what this decoder does not do is refused."
-    # TRAP: within a LLaVA's config.json, what equals a default is left out, and Qwen2Config's are not GPTConfig's.
-    kind = hf.get("model_type", "qwen2")
-    hf = {"hidden_size": 4096, "intermediate_size": 22016, "num_hidden_layers": 32, "num_attention_heads": 32,
-          "num_key_value_heads": 32, "rope_theta": 10000.0, "tie_word_embeddings": False,
-          "head_dim": 128 if kind == "qwen3" else None, **hf}
-    hf |= hf.get("rope_parameters") or {}  # transformers 5 moved rope_theta in there
-    rope = {**hf, **(hf.get("rope_scaling") or {})}
-    # What we would compute differently is refused: such a model would load, and answer a little worse.
-    if kind not in FAMILIES:
-        raise ValueError(f"{folder}/config.json: a {kind} model; only Qwen2, Qwen2.5 and dense Qwen3 are supported")
-    if hf.get("use_sliding_window") or "sliding_attention" in (hf.get("layer_types") or ()) \
-            or rope.get("rope_type", rope.get("type", "default")) != "default":
-        raise ValueError(f"{folder}/config.json: sliding windows and scaled RoPE are not supported")
-    if kind == "qwen3" and hf.get("attention_bias"):
-        raise ValueError(f"{folder}/config.json: a Qwen3 with attention_bias is not supported; no released one has it")
-    config = GPTConfig(**{f.name: hf[f.name] for f in fields(GPTConfig) if hf.get(f.name) is not None}
-                       | FAMILIES[kind])
+    hf = qwen_fields(hf, folder)
+    config = GPTConfig(**{f.name: hf[f.name] for f in fields(GPTConfig) if hf.get(f.name) is not None})
     check_sizes(config, folder / "config.json")
     H, heads, kv_heads, d = (
         config.hidden_size, config.num_attention_heads, config.num_key_value_heads, config.head_dim)
-    if heads % kv_heads or d % 2 or not hf["head_dim"] and H != heads * d:
-        raise ValueError(f"{folder}/config.json: hidden_size {H}, {heads} heads of {d} channels and {kv_heads} key "
-                         "and value heads do not divide; is the file whole?")
+    require(heads % kv_heads == d % 2 == 0 and (hf["head_dim"] or H == heads * d),
+            f"{folder}/config.json: hidden_size {H}, {heads} heads of {d} channels and {kv_heads} key and value heads do "
+            "not divide; is the file whole?")
     return config
 
 
@@ -703,14 +667,6 @@ def load_checkpoint(folder, device="cpu", dtype=torch.float32) -> VLM:
     names = names or {name: [name] for name, _ in vlm.named_parameters()}
     load_tensors(vlm, tensors, names, "", str(source), device, dtype)
     return vlm
-
-
-def generation_config(folder) -> dict:
-    "How the publisher samples: options of `generate`."
-    hf = read_json(path) if (path := Path(folder) / "generation_config.json").exists() else {}
-    # TRAP: without do_sample the other entries are leftovers, for the checkpoint is greedy; the penalty still counts.
-    keys = ("temperature", "top_k", "top_p", "repetition_penalty") if hf.get("do_sample") else ("repetition_penalty", )
-    return {key: hf[key] for key in keys if hf.get(key) is not None}
 
 
 def load_pretrained(name: str, vision: str = "", bridge: str = "", device="cpu", dtype=torch.float32,

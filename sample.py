@@ -139,6 +139,8 @@ def load(flags) -> tuple[VLM, Tokenizer]:
     vlm.source = str(folder)
     # The tokenizer is in the folder of the weights: with another one's ids the same weights would write noise.
     tokenizer = Tokenizer.from_pretrained(folder)
+    if flags.think and not tokenizer.thinking:
+        raise ValueError(f"--think: {folder} has no such switch; a Qwen3 of April 2025 does")
     # Which of several models answers is easily mistaken, so it is printed; to standard error, as it is not the answer.
     run = vlm.config.run
     made = f": {run['stage']}, step {run['step']} of {run['steps']}, trained on {run['data']}, " \

@@ -260,6 +260,7 @@ def test_an_answer_that_thinks_is_shown_without_its_thoughts():
     # and what was shown is dropped where the conversation goes on
     asked = chat(("user", "a"), ("assistant", shown), ("user", "b"))
     assert t.render(asked) == t.render(chat(("user", "a"), ("assistant", "sat. é\n\nthe"), ("user", "b")))
+    one_line(run("sample", "--think", f"--init={sample.TINY}", f"--image={HERE / 'cat.jpg'}"), "--think", sample.TINY)
 
 
 @lru_cache
@@ -1146,6 +1147,15 @@ def test_what_the_decoder_cannot_compute_is_refused(tmp_path):
         assert fails(lambda: GPT.from_pretrained(tmp_path), tmp_path, name)
 
 
+def test_what_a_qwen3s_config_leaves_out_is_hugging_faces_default(tmp_path):
+    pytest.importorskip("transformers")
+    from transformers import Qwen3Config
+    ours = model.gpt_config({"model_type": "qwen3", "num_attention_heads": 20, "num_key_value_heads": 4}, tmp_path)
+    theirs = Qwen3Config(num_attention_heads=20, num_key_value_heads=4)
+    for name in ("head_dim", "attention_bias", "hidden_size", "num_hidden_layers", "tie_word_embeddings"):
+        assert getattr(ours, name) == getattr(theirs, name), name
+
+
 def test_a_checkpoint_from_before_qwen3_is_the_model_it_was():
     saved = plumbing.files.read_json(sample.TINY / "config.json")["decoder"]
     assert not saved.keys() & {"head_dim", "attention_bias", "use_qk_norm"}  # it has none of the new fields
@@ -1863,7 +1873,8 @@ def test_the_first_chapter_learns_from_text(trained, tmp_path):
     assert len(samples) == 3 and ran.err.splitlines()[-1].endswith("'") and "--prompt='The number after" in ran.err
 
 
-def test_continuing_from_a_trained_model_takes_a_lower_rate_and_the_curriculums_end(trained, tmp_path, monkeypatch):
+def test_continuing_from_a_trained_model_takes_a_lower_rate_and_the_curriculums_end(
+        trained, tmp_path, own_data, monkeypatch):
     shares, real = [], train_sft.World.__getitem__
 
     def getitem(self, i):
@@ -1885,6 +1896,10 @@ def test_continuing_from_a_trained_model_takes_a_lower_rate_and_the_curriculums_
         ran, first, share = go(start)
         assert first["lr"] == pytest.approx(usual * train_sft.AGAIN) and share == pytest.approx(0.1)
         assert ran.err.count("it has been through this chapter") == 1 and f"instead of {usual:g}" in ran.err
+    ran = run("train_sft", *QUICK, f"--out_dir={tmp_path}", f"--init={trained[0] / 'tiny/sft'}",
+              f"--data={own_data / 'files.json'}")  # new things to learn: the usual rate, and nothing to tell
+    assert ran.code == 0 and "been through" not in ran.err
+    assert plumbing.files.read_json(tmp_path / "tiny/sft/state.json")["flags"]["lr"] == usual
     ran, first, share = go("sft", f"--lr={usual}")  # a rate that is given counts, also where it is the usual one
     assert first["lr"] == usual and share == pytest.approx(0.1) and "instead of" not in ran.err
     state = plumbing.files.read_json(tmp_path / "tiny/sft/state.json")

@@ -28,8 +28,8 @@ import data
 from plumbing.checkpoints import (STAGES, check_asked, find_start, read_resume, run_name, save, stage_folder,
                                   take_flags_of_run)
 from plumbing.settings import set_fields
-from plumbing.files import attempt, recover, require
-from plumbing.fitting import SMALLER, largest_micro_batch
+from plumbing.files import recover, require
+from plumbing.fitting import SMALLER, fit_rows, largest_micro_batch
 from plumbing.hub import fetch
 from plumbing.log import Interrupt, Log, finish
 from plumbing.optimizer import Optimizer, lr_scale
@@ -114,8 +114,7 @@ def load_start(flags, setup: Setup, stage: str) -> tuple[VLM, Tokenizer, dict, d
         # Tiny and small have the tokenizer of what they were trained on. The world's cuts other words into twice as
         # many pieces, and its eyes know flat drawings: 300 steps on hand signs reach 94 % from random weights and 87 %
         # from the world's model, on clothes 62 and 53 %, though on drawn shapes 88 and 92 %. Chapter 4 needs a model.
-        names = {name for name, _ in data.parse_mixture(flags.data)}
-        own_words = flags.model in FROM_SCRATCH and "world" not in names and stage != "rl"
+        own_words = flags.model in FROM_SCRATCH and stage != "rl"
         source, why = find_start(flags, stage, own_words)
     today = None
     if source:
@@ -132,7 +131,8 @@ def load_start(flags, setup: Setup, stage: str) -> tuple[VLM, Tokenizer, dict, d
         start = vlm.config.run
         before = start.get("chapters", [])
         vlm.config.run = {"chapters": list(dict.fromkeys([*before, stage])), "stage": stage, "again": stage in before,
-                          "start": start.get("saved"), "steps": flags.steps, "data": flags.data,
+                          "start": start.get("saved"), "start_data": start.get("data"), "steps": flags.steps,
+                          "data": flags.data,
                           # whether it has learned to answer without a picture, too (make_loaders)
                           "texts": start.get("texts", "sft" in before and start.get("data") != "world")}
     if told := check_asked(flags, source, vlm.config, today):
@@ -167,37 +167,6 @@ def freeze_all_but(vlm: VLM, trained: list[str], flags=None) -> dict[str, torch.
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Data: records -> packed micro-batches (data.py), for this model and these ranks
-
-def fit_rows(flags, setup: Setup, vlm: VLM, dataset, make_document) -> None:
-    """
-    What rows will be cut, said before the time is spent; without --seq_len they become as long as the data need, and
-    fewer, so that a step has as many tokens as before: flags.seq_len and flags.batch_size change.
-    """
-    first = (attempt(dataset.__getitem__, i) for i in range(500))
-    whole = [make_document(one, 0, seq_len=10 ** 9) for one in first if isinstance(one, dict) and "messages" in one]
-    lengths = [len(document.ids) - 1 for document in whole if document]
-    length = data.row_length(lengths, flags.seq_len, vlm.config.decoder.max_position_embeddings)
-    if length > flags.seq_len and "seq_len" not in given() and not flags.resume:
-        # rows are shared out over the ranks, and each rank's over its forward passes
-        share = setup.world_size * max(1, flags.micro_batch_size)
-        rows = max(1, flags.batch_size * flags.seq_len // length // share) * share
-        setup.print(f"--seq_len={length} --batch_size={rows}, so that 99 of 100 conversations fit, instead of "
-                    f"{flags.seq_len} and {flags.batch_size}")
-        flags.seq_len, flags.batch_size = length, rows
-    if vlm.config.run.get("stage") == "sft" and any(document and not document.slots for document in whole):
-        vlm.config.run["texts"] = True
-    # Cut conversations train without any error, and the model never learns how they end: say how many there are.
-    long = [make_document(one.record, 0, seq_len=flags.seq_len) for one in whole
-            if one and len(one.ids) - 1 > flags.seq_len]
-    if long:
-        setup.print(f"{len(long) - long.count(None)} of {len(whole)} conversations are longer than --seq_len="
-                    f"{flags.seq_len} and are cut: their last turns are left out; {long.count(None)} do not fit at all")
-    sets = getattr(dataset, "sets", [])
-    if lengths and len(sets) == 1 and isinstance(sets[0], data.Shuffled):
-        n, tokens = len(sets[0].records), max(1, sum(lengths) / len(lengths))
-        setup.print(f"{n:,} records train; {flags.steps} steps are about "
-                    f"{flags.steps * flags.batch_size * flags.seq_len / (n * tokens):.1f} epochs")
-
 
 def make_loaders(flags, setup: Setup, vlm: VLM, tokenizer: Tokenizer, dataset, state: dict, **options) -> list:
     "-> one data.Loader for each micro-batch of this rank. options: of data.make_document. See also fit_rows."

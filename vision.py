@@ -27,8 +27,8 @@ import torch.nn.functional as F
 from PIL import Image, ImageOps
 
 from plumbing.files import read_json, require
+from plumbing.settings import check_sizes
 from plumbing.weights import SIGLIP_NAMES, load_tensors, read_safetensors
-
 
 # ----------------------------------------------------------------------------------------------------------------------
 # From a file to pixels
@@ -190,16 +190,6 @@ def vit_config(config: dict, folder: Path) -> ViTConfig:
     config = ViTConfig(**fill)
     check_sizes(config, folder / "config.json")
     return config
-
-
-def check_sizes(config, where, remedy: str = "is this the right file?") -> None:
-    "config.json may come from a stranger: 10^9 layers are refused before time or memory is spent on them."
-    for f in fields(config):
-        value, most = getattr(config, f.name), 1000 if f.name.endswith("layers") else 2 ** 24
-        fine = type(value) in ((int, float) if f.type is float else (f.type, ))
-        if f.type is int:  # bridge.layer alone may be negative: -1 is the last one
-            fine = fine and (0 < value <= most or f.name == "layer" and -most < value < 0)
-        require(fine, f"{where}: {f.name} {str(value)[:50]!r} cannot be; {remedy}")
 
 
 def llava_vision(hf: dict, folder: Path) -> tuple[ViTConfig, "BridgeConfig"]:

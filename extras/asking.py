@@ -175,6 +175,7 @@ def about(vlm: VLM) -> dict:
             for part in run.get("data", "world" * scratch).split(",") if part]
     world = "world" in data
     known = run.get("questions") or (WORLD_QUESTIONS if data == ["world"] else COMMON_QUESTIONS[:1 if scratch else 4])
-    return {"checkpoint": "/".join(Path(vlm.source).parts[-2:]) if "saved" in run else "", "stage": run.get("stage", ""), "step": run.get("step"),
-            "steps": run.get("steps"), "data": data, "world": world, "scratch": scratch, "questions": known,
+    folder = "/".join(Path(vlm.source).parts[-2:]) if "saved" in run else ""  # of released weights: one of the cache
+    return {"checkpoint": folder, "stage": run.get("stage", ""), "step": run.get("step"), "steps": run.get("steps"),
+            "data": data, "world": world, "scratch": scratch, "questions": known,
             "latents": vlm.config.bridge.num_tokens if vlm.vit else 0}

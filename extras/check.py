@@ -15,10 +15,11 @@ from tqdm import tqdm
 from plumbing.drawing import draw_records
 from plumbing.files import attempt, require, say
 from plumbing.hub import fetch
+from plumbing.fitting import row_length
 from plumbing.pictures import open_source
 from plumbing.records import Records, text_of, turns_of
 from plumbing.world import World
-from data import make_document, parse_mixture, read_any, row_length, tokenizer_texts
+from data import make_document, parse_mixture, read_any, tokenizer_texts
 from model import FROM_SCRATCH, PRESETS, check_name, preset
 from tokenizer import Tokenizer
 from train_sft import BY_MODEL

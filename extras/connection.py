@@ -38,7 +38,6 @@ class Connection(http.server.BaseHTTPRequestHandler):
     server_version, sys_version, disable_nagle_algorithm = "GhostVis", "", True
     events = False  # whether the head of a stream of events has been sent
     reason = requestline = ""  # why this request is refused, for the log
-    headers = None
 
     def setup(self) -> None:
         super().setup()
@@ -46,6 +45,7 @@ class Connection(http.server.BaseHTTPRequestHandler):
 
     def handle_one_request(self) -> None:
         self.rfile.raw.deadline = time.monotonic() + IDLE
+        self.events, self.reason, self.headers = False, "", None  # what the last request left
         super().handle_one_request()
 
     def log_request(self, code="-", size="-") -> None:

@@ -299,7 +299,6 @@ class Handler(Connection):
 
     def route(self) -> None:
         path, command = self.path.split("?")[0].rstrip("/") or "/", self.command.replace("HEAD", "GET")
-        self.events, self.reason = False, ""
         method, answer = {
             "/": ("GET", self.get_page), "/health": ("GET", self.get_health), "/draw": ("GET", self.get_scene),
             "/v1/models": ("GET", self.get_models), "/v1/chat/completions": ("POST", self.complete),

@@ -47,19 +47,24 @@ def newest_checkpoint(out_dir, model: str) -> Path | None:
     return next((folder for folder, _ in checkpoints(out_dir, model)), None)
 
 
+def has_world(spec: str) -> bool:
+    "Whether the built-in world is among --data."
+    return any(part.split(":")[0].strip() == "world" for part in spec.split(","))
+
+
 def find_start(flags, stage: str, own_words: bool = False) -> tuple[Path | None, str]:
     """
     -> (the checkpoint from which a new run of the stage starts, why this one); None: there is no earlier stage.
-    own_words: models of the built-in world do not count, nor what this stage made of other data: their tokenizers know
-    other words.
+    own_words: the model's tokenizer knows what it was trained on. Then models of the world do not count for one's own
+    data, nor those for the world, nor what this stage made of other files.
     """
     if flags.init:
         return (None, f" (--init={SCRATCH})") if flags.init == SCRATCH else (Path(flags.init), "")
     found, before = checkpoints(flags.out_dir, flags.model), STAGES[:STAGES.index(stage)]
-    newest, why = next((folder for folder, _ in found), None), ""
+    newest, world, why = next((folder for folder, _ in found), None), has_world(flags.data), ""
     if own_words:
-        found = [(folder, run) for folder, run in found if run.get("data", "world") != "world"
-                 and (run["stage"] in before or run["data"] == flags.data)]
+        found = [(folder, run) for folder, run in found if has_world(run.get("data", "world")) == world
+                 and (world or run["stage"] in before or run["data"] == flags.data)]
         why = f", since {newest} has learned other words (--init={newest} starts from it)" if newest else ""
     earlier = [folder for name in reversed(before) for folder, run in found if run["stage"] == name]
     last = next((run for _, run in found if run["stage"] == stage), {})

@@ -19,11 +19,11 @@ KINDS = "label", "class", "class_name", "category"
 TEXTS = {*TURNS, *QUESTIONS, *ANSWERS, *CAPTIONS, *KINDS, "id", "input", "system", "history", "hint", "texts", "url"}
 
 SURE = "images", "image", "file_name"  # these hold pictures, whatever their value
-COLUMN = lru_cache(4096)(re.compile(  # image_path_2 -> image, path, 2. lru_cache: the rows of a file have the same keys
-    r"(images?|file_?names?|imgs?|pictures?|photos?|pics?|jpe?g|png|webp|gif)"
-    r"([ _-]?(?:path|file|name|url|uri|bytes|base64|b64|data|list)s?)?[ _-]?(\d*)").fullmatch)
-SAYS_PICTURE = lru_cache(4096)(re.compile(r"image|img|picture|photo|jpe?g|png|pixel|thumbnail|screenshot").search)
-SAYS_MEDIA = lru_cache(4096)(re.compile(r"video|audio|speech|(^|_)sounds?(_|$)|mp[34]|(^|_)wav(_|$)").search)
+COLUMN = re.compile(r"(images?|file_?names?|imgs?|pictures?|photos?|pics?|jpe?g|png|webp|gif)"  # image_path_2
+                    r"([ _-]?(?:path|file|name|url|uri|bytes|base64|b64|data|list)s?)?[ _-]?(\d*)")
+SAYS_PICTURE = re.compile(r"image|img|picture|photo|jpe?g|png|pixel|thumbnail|screenshot")
+SAYS_MEDIA = re.compile(r"video|audio|speech|(^|_)sounds?(_|$)|mp[34]|(^|_)wav(_|$)")
+NUMBERED = re.compile(r"<image[ _](\d+)>")
 
 BASE64 = ("iVBORw0KGgo", "/9j/", "R0lGOD", "UklGR")  # how a PNG, JPEG, GIF or WebP begins when bytes are letters
 
@@ -40,31 +40,42 @@ def looks_like(value, ends: tuple = PICTURES + UNREAD) -> bool:
     return len(name) < 2000 and name.strip().lower().endswith(ends)
 
 
+@lru_cache(4096)
+def columns_of(keys: tuple) -> tuple[list, list]:
+    "-> (the columns that may hold pictures, the likeliest first: (key, stem, form, number); those of video or sound)."
+    # Rows of one file mostly have the same keys, so this is worked out once for all of them.
+    columns = [(key, stem, form or "", int(number or -1)) for key in keys
+               for stem, form, number in [match.groups() for match in [COLUMN.fullmatch(key)] if match]]
+    columns.sort(key=lambda one: (SURE.index(one[1]) if one[1] in SURE and not one[2] else 3, one[2] != "", one[3]))
+    return columns, [key for key in keys if SAYS_MEDIA.search(key)]
+
+
 def media_in(row: dict, texts: set = TEXTS) -> str:
     "The column with a picture, video or sound of a row in which none was found yet; else empty."
-    return next((key for key in row if row[key] and (SAYS_PICTURE(key) or SAYS_MEDIA(key))), "") or next(
+    columns, media = columns_of(tuple(row))
+    return next((key for key in row if row[key] and (key in media or SAYS_PICTURE.search(key))), "") or next(
         (key for key in row if key not in texts and looks_like(row[key], PICTURES + UNREAD + MEDIA)), "")
 
 
 def pictures_of(row: dict) -> tuple[list, list]:
     "-> (a row's pictures; their columns' numbers, as of image_1 and image_2, or none)."
-    groups = {}  # {("image", None): [(1, picture), (2, picture)]}
-    for key, value in row.items():
-        if value and (match := COLUMN(key)) and (key in SURE or looks_like(value) or str(value)[:4] == "http"):
-            groups.setdefault(match.groups()[:2], []).extend(
-                (int(match[3] or -1), one) for one in (value if isinstance(value, list) else [value]))
-    other = media_in(row) if not groups else next(
-        (key for key in row if SAYS_MEDIA(key) and looks_like(row[key], MEDIA)), "")
-    media = other and (SAYS_MEDIA(other) or looks_like(row[other], MEDIA))
-    require(not other, f"{[other]} " + ("is video or sound, which is not read; remove the record" if media else
-                                        "seems to name a picture; the key must be image, or images for a list"))
+    groups, (columns, media) = {}, columns_of(tuple(row))  # groups: {("image", ""): [(1, picture), (2, picture)]}
+    for key, stem, form, number in columns:
+        value = row[key]
+        if value and (key in SURE or looks_like(value) or str(value)[:4] == "http"):
+            some = value if isinstance(value, list) else [value]
+            groups[stem, form] = groups.get((stem, form), []) + [(number, one) for one in some]
+    other = next((key for key in media if looks_like(row[key], MEDIA)), "") if groups else media_in(row)
+    if other:
+        moves = other in media or looks_like(row[other], MEDIA)
+        raise ValueError(f"{[other]} " + ("is video or sound, which is not read; remove the record" if moves else
+                                          "seems to name a picture; the key must be image, or images for a list"))
     if not groups:
         return [], []
-    best = min(groups, key=lambda group: (SURE.index(group[0]) if group[0] in SURE and not group[1] else 3,
-                                          group[1] or ""))
-    others = {stem.rstrip("s") for stem, _ in groups} - {best[0].rstrip("s")}
-    require(not others or best[0] in SURE, f"{[best[0], *others]} all name pictures; list them under images")
-    numbers, pictures = zip(*sorted(groups[best], key=lambda pair: pair[0]))
+    best = next(iter(groups))
+    if len({stem.rstrip("s") for stem, _ in groups}) > 1 and best[0] not in SURE:
+        raise ValueError(f"{[stem for stem, _ in groups]} all name pictures; list them under images")
+    numbers, pictures = zip(*groups[best])
     return list(pictures), list(numbers) if numbers[-1] >= 0 else []
 
 
@@ -81,16 +92,14 @@ def source_of(picture) -> str | bytes:
 
 def place_pictures(messages: list, names: list, numbers: list) -> list:
     "MMMU's <image 2> becomes <image> -> the pictures in the order of the texts. Those that no text names come first."
-    named = re.compile(r"<image[ _](\d+)>")
     asked = [turn for turn in messages if turn["role"] == "user" and isinstance(turn["content"], str)]
-    texts = "".join(turn["content"] for turn in asked)
-    found = [int(number) for number in named.findall(texts)] if "<image" in texts else []
-    if "<image>" in texts or not asked or not (numbers or found):
+    found = [int(number) for turn in asked for number in NUMBERED.findall(turn["content"])]
+    if not asked or not (numbers or found) or any("<image>" in turn["content"] for turn in asked):
         return names
     numbers = numbers or list(range(1, len(names) + 1))
     require({*found} <= {*numbers}, f"<image {max(found, default=0)}> is in a text, but there is no such picture")
     for turn in asked if found else ():
-        turn["content"] = named.sub("<image>", turn["content"])
+        turn["content"] = NUMBERED.sub("<image>", turn["content"])
     order = [numbers.index(number) for number in found]
     rest = [i for i in range(len(names)) if i not in order]
     asked[0]["content"] = "<image>\n" * len(rest) + asked[0]["content"]

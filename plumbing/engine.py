@@ -160,7 +160,7 @@ class Engine:
         return token
 
     def score(self, token: torch.Tensor) -> list[tuple]:
-        "For each request that asks: (it, the log-probability of its token [], those of the likeliest [5], their ids [5])."
+        "For each request that asks: it, its token's log-probability [], those of the likeliest [k], and their ids [k]."
         asked = {row: request for row, request in self.running.items() if request.rivals >= 0}
         if not asked:
             return []

@@ -1,8 +1,14 @@
 """
-How many rows of a batch fit into a GPU's memory at once: tried, not computed. Called where the chapters make their
-loaders, and by chapter 4. A reader of the lessons need know only that on a CPU it is all of them.
+What fits: how long rows must be to hold the data's conversations, and how many rows a GPU's memory holds at once, which
+is tried, not computed. Called where the chapters make their loaders. A reader of the lessons need know only that on a
+CPU all rows of a step are computed at once.
 """
+import math
+
 import torch
+
+from plumbing.files import attempt
+from plumbing.flags import given
 
 SMALLER = ("--activation_checkpointing, --lora_rank=16, or a shorter --seq_len (bench.py --what=memory tells what each "
            "saves)")
@@ -35,3 +41,40 @@ def largest_micro_batch(vlm, setup, share: int, make_batch) -> int:
             setup.print(f"--micro_batch_size={rows}: the most rows of {share} that fit into this GPU's memory at once")
             return rows
     raise ValueError(f"not even one row fits into this GPU's memory; give {SMALLER}")
+
+
+def row_length(lengths: list[int], usual: int, limit: int) -> int:
+    "Tokens per row without a given --seq_len: the usual number, or what holds 99 of 100 documents, at most `limit`."
+    needed = sorted(lengths)[math.ceil(0.99 * len(lengths)) - 1] if lengths else 0
+    return usual if needed <= usual else min(-(-needed // 16) * 16, max(limit, usual))  # 16: what 8-bit products need
+
+
+def fit_rows(flags, setup, vlm, dataset, make_document) -> None:
+    """
+    What rows will be cut, said before the time is spent; without --seq_len they become as long as the data need, and
+    fewer, so that a step has as many tokens as before: flags.seq_len and flags.batch_size change.
+    """
+    first = (attempt(dataset.__getitem__, i) for i in range(500))
+    whole = [make_document(one, 0, seq_len=10 ** 9) for one in first if isinstance(one, dict) and "messages" in one]
+    lengths = [len(document.ids) - 1 for document in whole if document]
+    length = row_length(lengths, flags.seq_len, vlm.config.decoder.max_position_embeddings)
+    if length > flags.seq_len and "seq_len" not in given() and not flags.resume:
+        # rows are shared out over the ranks, and each rank's over its forward passes
+        share = setup.world_size * max(1, flags.micro_batch_size)
+        rows = max(1, flags.batch_size * flags.seq_len // length // share) * share
+        setup.print(f"--seq_len={length} --batch_size={rows}, so that 99 of 100 conversations fit, instead of "
+                    f"{flags.seq_len} and {flags.batch_size}")
+        flags.seq_len, flags.batch_size = length, rows
+    if vlm.config.run.get("stage") == "sft" and any(document and not document.slots for document in whole):
+        vlm.config.run["texts"] = True
+    # Cut conversations train without any error, and the model never learns how they end: say how many there are.
+    long = [make_document(one.record, 0, seq_len=flags.seq_len) for one in whole
+            if one and len(one.ids) - 1 > flags.seq_len]
+    if long:
+        setup.print(f"{len(long) - long.count(None)} of {len(whole)} conversations are longer than --seq_len="
+                    f"{flags.seq_len} and are cut: their last turns are left out; {long.count(None)} do not fit at all")
+    sets = getattr(dataset, "sets", [])
+    if lengths and len(sets) == 1 and hasattr(sets[0], "records"):
+        n, tokens = len(sets[0].records), max(1, sum(lengths) / len(lengths))
+        setup.print(f"{n:,} records train; {flags.steps} steps are about "
+                    f"{flags.steps * flags.batch_size * flags.seq_len / (n * tokens):.1f} epochs")

@@ -207,7 +207,7 @@ def image_finder(folder: str, places: dict = {}):
         if name.startswith(("http://", "https://")):
             return name
         given, name = name, re.sub("^file://(localhost)?", "", unquote(name)) if name.startswith("file://") else name
-        if os.path.isabs(name):
+        if name.startswith("/"):
             name = next((os.path.relpath(name, root) for root in (folder, true_path(folder))
                          if os.path.normpath(name).startswith(os.path.join(root, ""))), name)
         require(not LEADS_OUT.search(name), f"image {given[:100]!r} leads out of the data's folder {folder}; name it "
@@ -216,7 +216,8 @@ def image_finder(folder: str, places: dict = {}):
         # may lack its file here.
         spellings = [name] + [name.replace("\\", "/")] * ("\\" in name)
         spellings += [unicodedata.normalize(form, one) for form in ("NFC", "NFD") for one in spellings
-                      if not one.isascii()] + [re.sub(r"^(train|val|test)\d{4}/", "", name)]  # COCO's folders of splits
+                      if not one.isascii()]
+        spellings += [name[9:]] * name.startswith("train2") + [name[7:]] * name.startswith("val2")
         source = next(filter(None, map(partial(find_in, folder), spellings)), None)
         for start, place in places.items():
             if not source and name.startswith(start):

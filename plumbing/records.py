@@ -4,6 +4,7 @@ sequence of which only the places in the file are in memory. Called by formats.p
 need know only what a record looks like, below.
 """
 import hashlib
+from functools import lru_cache
 
 import numpy as np
 
@@ -27,11 +28,9 @@ CAPTION_PROMPT = "Describe the image."  # the question for a picture that comes 
 # ----------------------------------------------------------------------------------------------------------------------
 # A row's turns
 
-def flatten(content, images: list):
-    "A turn's content -> its text. OpenAI's later files have a list of parts; their pictures are added to `images`."
+def flatten(content: list, images: list):
+    "OpenAI's list of parts -> a text. Their pictures are added to `images`."
     # [{"type": "text", "text": "What?"}, {"type": "image_url", "image_url": {"url": "7.jpg"}}] -> "What?<image>"
-    if not isinstance(content, list):
-        return content  # make_record checks that it is text
     parts = []
     for part in content:
         text, kind = part["type"] in ("text", "input_text", "output_text"), part["type"]
@@ -54,11 +53,14 @@ def images_in(content: str | list) -> int:
 
 
 def read_turn(turn: dict, images: list) -> dict:
-    role, content = "role" if "role" in turn else "from", "content" if "content" in turn else "value"
+    role, content = turn["role" if "role" in turn else "from"], turn["content" if "content" in turn else "value"]
+    out = {"role": ROLES[role], "content": flatten(content, images) if isinstance(content, list) else content}
     # OpenAI's weight 0, ms-swift's loss false: an answer that is read but not learned.
-    weight = next((turn[key] for key in ("weight", "loss", "train") if turn.get(key) is not None), 1)
-    require(weight in (0, 1), f"the weight of a turn is {str(weight)[:40]!r}; it must be 0 (not learned) or 1")
-    return {"role": ROLES[turn[role]], "content": flatten(turn[content], images)} | ({} if weight else {"weight": 0})
+    if len(turn) > 2:
+        weight = next((turn[key] for key in ("weight", "loss", "train") if turn.get(key) is not None), 1)
+        require(weight in (0, 1), f"the weight of a turn is {str(weight)[:40]!r}; it must be 0 (not learned) or 1")
+        out |= {} if weight else {"weight": 0}
+    return out
 
 
 def ask(question, answer) -> list[dict]:
@@ -125,6 +127,13 @@ def instances_of(row) -> list:
     return [ValueError(f"instances is {str(several)[:40]!r}; expected a list of objects")]
 
 
+@lru_cache(1024)
+def lower_case(keys: tuple) -> tuple:
+    "(\"Image\", \"A\") -> (\"image\", \"A\"); () where nothing is to be changed."
+    names = tuple(key if len(key) == 1 else key.lower() for key in keys)  # options are called A, B
+    return names if names != keys else ()
+
+
 def read_row(row, where: str, number: int, find) -> dict:
     "A row of a file, or what is wrong with it -> its record, or a ValueError that names file, record and id."
     # The one place where errors get their names: what is called below says only what is wrong.
@@ -133,9 +142,10 @@ def read_row(row, where: str, number: int, find) -> dict:
             raise row
         if not isinstance(row, dict):  # TRAP: in require() the message would be made for every good row, too
             raise ValueError(f"expected an object with keys, found {str(row)[:40]!r}")
-        row = {key if len(key) == 1 else key.lower(): value for key, value in row.items()}  # Image, FILE_NAME; but A, B
+        if names := lower_case(tuple(row)):
+            row = dict(zip(names, row.values()))
         if row.get("id") in (None, ""):
-            row["id"] = number
+            row = row | {"id": number}
         where += f" (id {str(row['id'])[:60]!r})"
         return make_record(row, find)
     except (KeyError, TypeError, IndexError, AttributeError) as error:  # a row of any other shape
@@ -148,8 +158,8 @@ def read_row(row, where: str, number: int, find) -> dict:
 
 def make_record(row: dict, find) -> dict:
     """One row of a file -> a record that nothing later has to check again."""
-    require(not {"data", "annotations"} <= row.keys(), "a task of Label Studio; export it as JSON-MIN or CSV, and call "
-            "the columns image, question and answer")
+    require("data" not in row or "annotations" not in row, "a task of Label Studio; export it as JSON-MIN or CSV, and "
+            "call the columns image, question and answer")
     names, numbers = pictures_of(row)
     # Keys that scoring needs are kept; other keys of the file (licence, url) are dropped.
     extra = {key: row[key] for key in ("kind", "answer", "metric", "choices") if row.get(key) is not None}
@@ -160,24 +170,29 @@ def make_record(row: dict, find) -> dict:
             write_options(messages, extra, choices)
     for pair in reversed(row.get("history") or []):  # of ms-swift and LLaMA-Factory: what was said before
         messages = ([read_turn(pair, names)] if isinstance(pair, dict) else ask(*pair)) + messages
-    system = {"role": "system", "content": row.get("system") or row.get("system_prompt")}
-    messages = [system] * bool(system["content"] and messages[:1] != [system]) + messages
+    if system := row.get("system") or row.get("system_prompt"):
+        system = {"role": "system", "content": system}
+        messages = [system] * (messages[:1] != [system]) + messages
     other = [turn["content"] for turn in messages if not isinstance(turn["content"], (str, list))]
-    require(not other, f"the content of a turn is not text but {str(other)[1:-1][:40]}; write a number in quotes, list "
-                       "pictures under images, and mark their places by <image>")
+    if other:
+        raise ValueError(f"the content of a turn is not text but {str(other)[1:-1][:40]}; write a number in quotes, "
+                         "list pictures under images, and mark their places by <image>")
     names = place_pictures(messages, names, list(range(len(names))) if "texts" in row else numbers)
     check_turns(messages)
     images = [name if isinstance(name, bytes) else find(name) for name in map(source_of, names)]
-    missing = [str(name)[:100] for name, image in zip(names, images) if image is None]
-    require(not missing, f"no image {missing[:1]} in images/ beside the file, in its own folder, or in images.zip; it "
+    if None in images:
+        missing = [str(name)[:100] for name, image in zip(names, images) if image is None]
+        raise ValueError(f"no image {missing[:1]} in images/ beside the file, in its own folder, or in images.zip; it "
                          "is only named")
     markers = sum(images_in(turn["content"]) for turn in messages)
     if len(images) == 1 and markers == 0:  # as in LLaVA: a picture without a marker comes first
         first = next(turn for turn in messages if turn["role"] == "user")
         first["content"], markers = "<image>\n" + first["content"], 1
     # With one marker too few, every later picture would belong to the wrong question, and no number would look wrong.
-    require(markers == len(images), f"{markers} <image> markers, {len(images)} images; write a marker for each")
-    check_scoring(extra)
+    if markers != len(images):
+        raise ValueError(f"{markers} <image> markers, {len(images)} images; write a marker for each")
+    if extra:
+        check_scoring(extra)
     return {"id": str(row["id"]), "messages": messages, "images": images, **extra}
 
 
@@ -185,17 +200,21 @@ def check_turns(messages: list) -> None:
     roles = [turn["role"] for turn in messages]
     roles = roles[1:] if roles[:1] == ["system"] else roles  # the chat format allows a system message only here
     # Filters that drop single turns leave a question without its answer, or two questions in a row.
-    require(roles and roles == ["user", "assistant"] * (len(roles) // 2), f"the turns are "
-            f"{', '.join(roles[:9]) or 'none'}; user and assistant must alternate, the assistant last")
-    answers = {i: turn for i, turn in enumerate(messages) if turn["role"] == "assistant"}
-    empty = [i for i, turn in answers.items() if not text_of(turn["content"]).strip()]
-    require(not empty, f"the answer in turn {empty[:1]} is empty; nothing could be learned from it")
-    require(any("weight" not in turn for turn in answers.values()), "all answers have weight 0; nothing can be learned")
-    drawn = [i for i, turn in answers.items() if images_in(turn["content"])]
-    require(not drawn, f"<image> in the answer of turn {drawn[:1]}: the model cannot draw; where the word is meant, "
-                       "write a list of parts, [{\"type\": \"text\", \"text\": ...}]")
-    require(not any(text_of(turn["content"]).lstrip().startswith(("<video>", "<audio>")) for turn in messages),
-            "a question about video or sound, which is not read; remove the record")
+    if not roles or roles != ["user", "assistant"] * (len(roles) // 2):
+        raise ValueError(f"the turns are {', '.join(roles[:9]) or 'none'}; user and assistant must alternate, the "
+                         "assistant last")
+    for i, turn in enumerate(messages):  # TRAP: a message is made only for what is wrong: this runs a million times
+        content, answer = turn["content"], turn["role"] == "assistant"
+        text = content if isinstance(content, str) else text_of(content)
+        if answer and (not text or text.isspace()):
+            raise ValueError(f"the answer in turn {[i]} is empty; nothing could be learned from it")
+        if answer and "<image>" in text and images_in(content):
+            raise ValueError(f"<image> in the answer of turn {[i]}: the model cannot draw; where the word is meant, "
+                             "write a list of parts, [{\"type\": \"text\", \"text\": ...}]")
+        if text.startswith(("<video>", "<audio>")) and not answer:
+            raise ValueError("a question about video or sound, which is not read; remove the record")
+    require(any("weight" not in turn for turn in messages if turn["role"] == "assistant"),
+            "all answers have weight 0; nothing can be learned")
 
 
 def check_scoring(extra: dict) -> None:

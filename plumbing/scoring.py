@@ -11,6 +11,7 @@ import math
 import re
 import unicodedata
 from collections import Counter
+from functools import lru_cache
 from string import ascii_uppercase
 
 from plumbing.files import attempt, require
@@ -201,7 +202,7 @@ CHOICE_PROMPT = "Answer with the option's letter from the given choices directly
 
 SHORT_PROMPT = "Answer the question using a single word or phrase."
 
-OPTION = re.compile(r"[A-Z]|(?:option|choice|op)s?[ _-]?[a-z\d]")  # columns of options: A, option_a, option1
+OPTION = lru_cache(4096)(re.compile(r"[A-Z]|(?:option|choice|op)s?[ _-]?[a-z\d]").fullmatch)  # columns: A, option_a
 
 
 def benchmark_row(name, image, question: str, answer, choices: dict = {}, metric: str = "exact") -> dict:
@@ -225,9 +226,11 @@ def options_of(row: dict) -> dict:
     options = row.get("choices") or row.get("options")
     if isinstance(options, str):  # MMMU: "['red', 'green']", and "[]" of an open question
         options = attempt(ast.literal_eval, options)
-    columns = sorted(key for key in row if OPTION.fullmatch(key) and row[key] not in (None, ""))
-    if not options and "question" in row and len(columns) > 1:
-        options = [row[key] for key in columns]
+    if not options and "question" not in row:
+        return {}
+    columns = sorted(filter(OPTION, row)) if not options else []
+    if len(columns) > 1:
+        options = [row[key] for key in columns if row[key] not in (None, "")]
     if isinstance(options, dict) and options.keys() == {"label", "text"}:  # ARC: two lists
         options = dict(zip(options["label"], options["text"]))
     if isinstance(options, (list, tuple)) and len(options) <= 26:

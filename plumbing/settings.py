@@ -4,7 +4,7 @@ between two configurations. Called by model.py's `preset`, where a stage starts 
 `bench.py --what=compare`. A reader of the lessons need know only --set.
 """
 import difflib
-from dataclasses import asdict
+from dataclasses import asdict, fields
 
 from plumbing.files import require
 
@@ -58,3 +58,28 @@ def differences(configs: list[dict]) -> dict[str, list]:
     names = dict.fromkeys(name for config in configs for name in config)
     values = {name: [config.get(name) for config in configs] for name in names}
     return {name: value for name, value in values.items() if any(one != value[0] for one in value)}
+
+
+def check_sizes(config, where, remedy: str = "is this the right file?") -> None:
+    "config.json may come from a stranger: 10^9 layers are refused before time or memory is spent on them."
+    for f in fields(config):
+        value, most = getattr(config, f.name), 1000 if f.name.endswith("layers") else 2 ** 24
+        fine = type(value) in ((int, float) if f.type is float else (f.type, ))
+        if f.type is int:  # bridge.layer alone may be negative: -1 is the last one
+            fine = fine and (0 < value <= most or f.name == "layer" and -most < value < 0)
+        require(fine, f"{where}: {f.name} {str(value)[:50]!r} cannot be; {remedy}")
+
+
+def check_shapes(config, where: str) -> None:
+    "Said here, before PyTorch says it in words of its own."
+    v, b, d = config.vision, config.bridge, config.decoder
+    for part in (v, b, d):
+        check_sizes(part, where, "take another value, and a picture of at least one patch")
+    for whole_, n, what in (
+        (v.hidden_size, v.num_attention_heads, "vision.num_attention_heads"),
+        (v.hidden_size, 4, "as sincos_positions needs"), (v.hidden_size, b.num_heads, "bridge.num_heads"),
+        (d.num_attention_heads, d.num_key_value_heads, "decoder.num_key_value_heads"),
+        (d.hidden_size, 2 * d.num_attention_heads, "twice decoder.num_attention_heads (RoPE turns pairs of channels)"),
+    ):
+        if whole_ % n:
+            raise ValueError(f"{where}: {whole_} is not a multiple of {n}, {what}")

@@ -771,9 +771,9 @@ START = {"base": "base", "align": "base", "sft": "align", "rl": "sft"}
 # ----------------------------------------------------------------------------------------------------------------------
 # The stage scripts: which model answers and which one is trained further; nothing good is lost
 
-def starts(out: Path, stage: str, source: str = "world", init: str = ""):
+def starts(out: Path, stage: str, source: str = "world", own_words: bool = False, init: str = ""):
     folder, why = plumbing.checkpoints.find_start(argparse.Namespace(
-        out_dir=out, model="tiny", data=source, init=init), stage)
+        out_dir=out, model="tiny", data=source, init=init), stage, own_words)
     return folder and folder.name, why
 
 

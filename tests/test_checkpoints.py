@@ -365,6 +365,25 @@ def test_chapter_3_alone_can_be_had_again_after_all_chapters(trained, tmp_path):
     assert model.load_checkpoint(tmp_path / "out/tiny/sft").config.run["chapters"] == ["sft"]
 
 
+def test_a_model_that_has_only_its_own_words_starts_from_none_of_other_words(tmp_path):
+    assert starts(tmp_path, "sft", "my.json", True) == (None, "")
+    for stage, saved in (("base", 1.0), ("align", 2.0), ("sft", 3.0), ("rl", 4.0)):
+        fake_checkpoint(tmp_path, stage, step=2, steps=2, saved=saved, data="world", start=saved - 1)
+    for stage in ("base", "align", "sft"):
+        name, why = starts(tmp_path, stage, "my.json", True)
+        assert name is None and "other words" in why and f"--init={tmp_path / 'tiny/rl'}" in why
+    assert starts(tmp_path, "sft", "world:3,my.json", True)[0] == "rl"  # the world's words are among them
+    (tmp_path / "tiny/sft").rename(tmp_path / "tiny/sft.1")
+    fake_checkpoint(tmp_path, "sft", step=2, steps=2, saved=5.0, data="my.json")
+    assert starts(tmp_path, "sft", "my.json", True)[0] is None      # repeated: where it started, from random weights
+    assert starts(tmp_path, "sft", "other.json", True)[0] is None   # not from my.json's words
+    assert starts(tmp_path, "sft", "world", True) == ("align", "")  # and the world goes on as if nothing had been
+    assert starts(tmp_path, "rl", "my.json")[0] == "sft"            # chapter 4 takes what there is
+    (tmp_path / "tiny/base").rename(tmp_path / "tiny/base.1")
+    fake_checkpoint(tmp_path, "base", step=2, steps=2, saved=6.0, data="books.txt")
+    assert starts(tmp_path, "sft", "other.json", True) == ("base", "")  # an earlier chapter on one's own text
+
+
 def test_a_small_trained_model_comes_with_the_code_and_answers_before_anything_is_trained(tmp_path):
     flags = [f"--out_dir={tmp_path}", f"--image={HERE / 'cat.jpg'}", "--device=cpu"]
     ran = run("sample", *flags, "--question=What colour is the cat?")

@@ -35,7 +35,11 @@ def test_an_exported_llava_gives_transformers_the_same_logits(tmp_path, tied, im
                                                                     dtype=torch.float32)
     assert not info["missing_keys"] and not info["unexpected_keys"]
     assert reference.config.text_config.model_type == ("qwen3" if qwen3 else "qwen2")
-    assert model.load_checkpoint(folder).config.decoder == vlm.config.decoder  # and we read it back alike
+    reference.save_pretrained(tmp_path / "theirs")
+    for source in (folder, tmp_path / "theirs"):  # ours and transformers' own folder are read back alike
+        again = model.load_checkpoint(source)
+        assert again.config.decoder == vlm.config.decoder
+        assert all(torch.equal(a, b) for a, b in zip(again.parameters(), vlm.parameters()))
     # The whole way as an engine goes it: its own processor makes ids and pixels from the same conversation.
     photos = [noise_image(40 + 9 * i, 31, i) for i in range(images)]
     messages = [{"role": "user", "content": [{"type": "image"}] * images + [{"type": "text", "text": "what is this?"}]}]

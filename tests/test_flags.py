@@ -22,6 +22,7 @@ import plumbing.world
 import sample
 import train_base
 import train_sft
+from plumbing.fitting import row_length
 from tests.helpers import (DATA, HERE, QUICK, SCRIPTS, Ran, bytes_of, empty, fails, image_bytes, llava, nested,
                            one_line, run, run_process, snapshot, write)
 from tokenizer import Tokenizer
@@ -369,6 +370,28 @@ def test_data_py_checks_a_file_of_records(tmp_path):
     assert ran.code == 0 and Image.open(tmp_path / "world.png").size[0] == 1200
     asked = [plumbing.world.World("exam", "scenes")[i]["messages"][0]["content"].removeprefix("<image>\n") for i in range(10)]
     assert all(repr(question) in ran.out for question in asked)  # those of the scenes that are drawn
+
+
+@pytest.mark.parametrize("lengths, expected", [([30] * 99 + [900], 112), ([30] * 98 + [120] * 2, 128), ([], 112),
+                                               ([5000] * 3, 2048), ([112] * 100, 112), ([113] * 100, 128)])
+def test_a_row_holds_99_of_100_documents_and_is_no_longer_than_the_model_reads(lengths, expected):
+    assert row_length(lengths, 112, 2048) == expected
+
+
+def test_rows_become_as_long_as_the_data_need_unless_their_length_is_given(tmp_path):
+    rows = [{"question": f"Say it {'again and ' * 60}{i}.", "answer": "no"} for i in range(40)]
+    (tmp_path / "long.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    flags = ["--steps=1", "--eval_size=2", "--batch_size=8", "--device=cpu", f"--data={tmp_path / 'long.jsonl'}"]
+    ran = run("train_sft", *flags, f"--out_dir={tmp_path / 'a'}")
+    length = int(re.search(r"--seq_len=(\d+) --batch_size=(\d+), so that", ran.err)[1])
+    assert ran.code == 0 and length % 16 == 0 and "are cut" not in ran.err
+    kept = json.loads((tmp_path / "a/tiny/sft/state.json").read_text())["flags"]
+    assert kept["seq_len"] == length > 112 and kept["batch_size"] == max(1, 8 * 112 // length)
+    # and the check says the same of them
+    ran = run("data", "--check", f"--data={tmp_path / 'long.jsonl'}", f"--out={tmp_path / 'sheet.png'}")
+    assert f"0 of 40 are longer than --seq_len={length}" in ran.out
+    ran = run("train_sft", *flags, "--seq_len=112", f"--out_dir={tmp_path / 'b'}")
+    assert ran.code == 1 and "so that" not in ran.err and "--seq_len=112; raise it" in ran.err
 
 
 def test_zero_means_never_for_the_every_flags(trained, tmp_path):

@@ -330,6 +330,261 @@ def test_data_that_are_not_there_are_not_called_an_empty_file(tmp_path, name, pr
         (folder / "1.png").write_bytes(image_bytes())
     assert fails(lambda: plumbing.recipes.read_records(name if "world" in name else tmp_path / name), name.split("@")[0], problem)
 
+def put(folder: Path, *names, **more) -> None:
+    "Files of these names: pictures, and captions or what `more` says."
+    for name in (*names, *more):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        content = more.get(name, "A red cat." if name.lower().endswith(".txt") else image_bytes())
+        (folder / name).write_bytes(content.encode() if isinstance(content, str) else content)
+
+
+def write_parquet(path: Path, table: dict, features: dict = {}) -> Path:
+    pyarrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    about = {"huggingface": json.dumps({"info": {"features": features}})}
+    path.parent.mkdir(exist_ok=True)
+    parquet.write_table(pyarrow.table(table).replace_schema_metadata(about), path)
+    return path
+
+
+def in_every_container(folder: Path, row: dict) -> list[Path]:
+    "The row as .json, .jsonl, the .json of a .tar, and .parquet."
+    with tarfile.open(folder / "d.tar", "w") as tar:
+        add_to_tar(tar, "7.json", json.dumps(row).encode())
+    return [write(folder / "d.json", [row]), write(folder / "d.jsonl", [row, row], lines=True), folder / "d.tar",
+            write_parquet(folder / "d.parquet", {key: [value] for key, value in row.items()})]
+
+
+def said(record: dict) -> list:
+    return [turn["content"] for turn in record["messages"]]
+
+
+@pytest.mark.parametrize("names, parts", [
+    (["train2017/0.jpg", "annotations/x.json"], ["--data=", "annotations/x.json"]),
+    (["train/1.jpg", "train/metadata.jsonl"], ["--data=", "/train"]), (["train/1.jpg", "val/2.jpg"], ["train, val", "split"]),
+    (["Train/1.jpg", "TEST/2.jpg", "other/3.jpg"], ["split"]), (["train/1.jpg", "train/1.txt"], ["--data=", "/train"]),
+    (["a/1.jpg", "a/1.txt", "b/2.jpg"], ["--data=", "/a"]), (["cat/1.jpg", "cat/2.jpg"], ["cat", "single kind"]),
+    (["train/cat/1.jpg", "train/dog/2.jpg", "val/cat/3.jpg", "val/dog/4.jpg"], ["--data=", "/train --val=", "/val"]),
+    (["cat/1.jpg", "dog/2.jpg", "3.jpg"], ["3.jpg", "beside"]), (["cat/1.jpg", "dog/2.jpg", "dog/3.mp4"], ["dog/3.mp4"]),
+    (["cat/1.jpg", "dog/a/b/2.jpg"], ["dog/a/b/2.jpg", "too deep"]), (["1.jpg", "1.txt", "2.jpg"], ["2.jpg", "no 2.txt"]),
+    (["1.jpg", "1.txt", "2.txt"], ["2.txt", "no picture"]), (["data.arrow", "state.json"], ["save_to_disk", "to_parquet"])])
+def test_a_folder_that_is_not_one_of_kinds_is_refused_with_what_would_be_right(tmp_path, names, parts):
+    put(tmp_path / "x", *names)
+    assert fails(lambda: plumbing.recipes.read_records(tmp_path / "x"), tmp_path / "x", *parts)
+    assert run("data", f"--data={tmp_path / 'x'}").code == 1  # the check says so, too
+
+
+def test_captions_beside_pictures_are_read_by_check_and_training_alike(tmp_path):
+    put(tmp_path / "x", "0.jpg", "1.PNG", **{"0.txt": "A cat.\n", "1.txt": "\ufeffA dog."})
+    records = plumbing.recipes.read_records(tmp_path / "x")
+    assert [said(record) for record in records] == [["<image>\nDescribe the image.", text] for text in ("A cat.", "A dog.")]
+    assert run("data", f"--data={tmp_path / 'x'}").result["images"] == 2
+
+
+@pytest.mark.parametrize("column", ["picture", "jpg", "IMG", "photo_url", "image_path", "imagePaths", "img", "Image"])
+@pytest.mark.parametrize("value", ["a.png", "a.PNG", ["a.png"], {"path": "a.png", "bytes": None},
+                                   "data:image/png;base64," + base64.b64encode(image_bytes()).decode(),
+                                   base64.b64encode(image_bytes()).decode()])
+def test_a_picture_is_one_under_any_name_in_any_spelling(tmp_path, monkeypatch, column, value):
+    monkeypatch.setenv("GHOSTVIS_CACHE", str(tmp_path / "cache"))
+    put(tmp_path, "a.png", "a.PNG")
+    for path in in_every_container(tmp_path, {"question": "q", "answer": "a", column: value, "images": None}):
+        record = plumbing.recipes.read_records(path)[0]
+        assert said(record) == ["<image>\nq", "a"]
+        assert plumbing.pictures.open_source(record["images"][0]).getpixel((0, 0)) == (255, 0, 0)
+
+
+@pytest.mark.parametrize("column, value", [
+    ("image_id", 42), ("src", "a.png"), ("meta", {"image": ["a.jpg"]}), ("file", "https://x/7.jpg?w=1"), ("pixels", [1, 2]),
+    ("scan", "a.tif"), ("video", "x.mp4"), ("videos", ["x.MP4"]), ("audio", {"path": "a.wav"}), ("clip", "x.mov"),
+    ("video_id", "abc")])
+@pytest.mark.parametrize("text", [{"question": "q", "answer": "a"}, {"text": "A cat."}])
+def test_what_only_seems_to_be_a_picture_is_a_bad_record_named_by_its_column(tmp_path, monkeypatch, column, value, text):
+    monkeypatch.setenv("GHOSTVIS_CACHE", str(tmp_path / "cache"))
+    for path in in_every_container(tmp_path, text | {column: value}):
+        assert fails(lambda: plumbing.recipes.read_records(path), path, "record 0", f"['{column}']")
+        assert run("data", f"--data={path}").code == 1
+
+
+def test_numbered_pictures_stand_where_the_text_names_them(tmp_path):
+    put(tmp_path, "a.png", **{"b.png": image_bytes("blue")})
+    row = {"question": "Is <image 2> like <image 1>?", "image_1": "a.png", "image_2": "b.png", "image_3": None,
+           "options": "['yes', 'no']", "answer": "B"}
+    record, other = plumbing.recipes.read_records(write(tmp_path / "d.json", [row, row | {"question": "Alike?"}]))
+    assert [Path(source).name for source in record["images"]] == ["b.png", "a.png"] and record["answer"] == "B"
+    assert said(record)[0].startswith("Is <image> like <image>?\nA. yes\nB. no\n")
+    assert [Path(source).name for source in other["images"]] == ["a.png", "b.png"]
+    assert said(other)[0].startswith("<image>\n<image>\nAlike?\n")
+    path = write(tmp_path / "d.json", [row | {"question": "And <image 4>?"}])
+    assert fails(lambda: plumbing.recipes.read_records(path), "record 0", "<image 4>")
+
+
+def test_what_follows_a_list_is_an_error_with_its_line(tmp_path, monkeypatch):
+    for block, (end, line) in itertools.product((30, 10 ** 6), {"]\n\n[": 3, "] x": 1, "]\n{}": 2}.items()):
+        monkeypatch.setattr(plumbing.formats, "BLOCK", block)
+        text = json.dumps([CHAT] * 9)[:-1] + end + "]" * end.endswith("[")
+        (tmp_path / "d.json").write_text(text)
+        assert fails(lambda: plumbing.recipes.read_records(tmp_path / "d.json"), f"line {line}:", "one list")
+
+
+@pytest.mark.parametrize("options", [
+    {"options": ["red", "green"]}, {"choices": ["red", "green"]}, {"choices": {"A": "red", "B": "green"}},
+    {"A": "red", "B": "green", "C": "", "D": None}, {"option_a": "red", "option_b": "green"}, {"Options": "['red', 'green']"},
+    {"choices": {"text": ["red", "green"], "label": ["A", "B"]}}])
+@pytest.mark.parametrize("answer", [{"answer": "B"}, {"answer": 1}, {"answer": "1"}, {"answer": "(B)"}, {"answer": "Green"},
+                                    {"answerKey": "B"}, {"correct_choice_idx": 1}, {"response": "B."}])
+def test_options_of_every_form_are_in_the_question_and_the_answer_is_a_letter(tmp_path, options, answer):
+    record, = plumbing.recipes.read_records(write(tmp_path / "d.json", [{"question": "Colour?", **options, **answer}]))
+    assert said(record) == ["Colour?\nA. red\nB. green\nAnswer with the option's letter from the given choices directly.",
+                            "B"]
+    assert (record["answer"], record["metric"], record["choices"]) == ("B", "choice", {"A": "red", "B": "green"})
+
+
+@pytest.mark.parametrize("answer, part", [("blue", "none"), (2, "none"), (-1, "none"), ("1", "more than one")])
+def test_an_answer_that_is_no_option_or_may_be_two_is_named(tmp_path, answer, part):
+    path = write(tmp_path / "d.json", [{"question": "How many?", "options": ["1", "0"], "answer": answer}])
+    assert fails(lambda: plumbing.recipes.read_records(path), path, "record 0", part)
+
+
+def test_options_that_the_question_has_are_not_written_twice(tmp_path):
+    row = {"question": "Colour?\n(A) red\n(B) green", "choices": ["red", "green"], "answer": "A"}
+    record, = plumbing.recipes.read_records(write(tmp_path / "d.json", [row]))
+    assert said(record) == [row["question"], "A"]
+
+
+TURN, REPLY = {"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}
+COCO = {"images": [{"id": 1, "file_name": "0.jpg"}], "annotations": [{"image_id": 1, "caption": "A cat."}]}
+READ = {  # a row, or a file -> what is said in its record
+    "system and history": ({"system": "s", "instruction": "q", "output": "a", "history": [["x", "y"]]}, ["s", "x", "y", "q", "a"]),
+    "query and response": ({"query": "q", "response": "a", "history": [[TURN["content"], "y"]]}, ["q", "y", "q", "a"]),
+    "system beside messages": ({"system": "s", "messages": [TURN, REPLY]}, ["s", "q", "a"]),
+    "conversations of role and content": ({"conversations": [TURN, REPLY]}, ["q", "a"]),
+    "messages of from and value": ({"messages": llava()["conversations"], "image": "a.png"}, ["<image>\nWhat colour?", "red"]),
+    "boxes are no instances": (llava(instances=[{"bbox": [1]}, {"bbox": [2]}]), ["<image>\nWhat colour?", "red"]),
+    "answers": ({"question": "q", "answers": ["x", "a", "a"]}, ["q", "a"]),
+    "a kind": ({"image": "a.png", "label": "cat"}, ["<image>\nWhat is this?", "cat"]),
+    "Windows": ({"image": "images\\b.png", "question": "q", "answer": "a"}, ["<image>\nq", "a"]),
+    "Anthropic": ({"messages": [{"role": "user", "content": [{"type": "image", "source": {"type": "base64", "data":
+                   base64.b64encode(image_bytes()).decode()}}, {"type": "text", "text": "q"}]}, REPLY]}, ["<image>q", "a"]),
+    "parts in their order": ({"images": ["a.png", "a.png"], "messages": [{"role": "user", "content": [
+        {"type": "text", "text": "x"}, {"type": "image"}, {"type": "text", "text": "y"}, {"type": "image"}]}, REPLY]},
+        ["x<image>y<image>", "a"]),
+    "captions.csv": ('image,caption\na.png,"A red, red cat."\n', ["<image>\nDescribe the image.", "A red, red cat."]),
+    "flickr.csv": ("image_name| comment_number| comment\na.png| 0| A cat .\n", ["<image>\nDescribe the image.", "A cat ."]),
+    "x.tsv": ("image\tcaption\na.png\tA cat.\n", ["<image>\nDescribe the image.", "A cat."]),
+    "D.JSON": (json.dumps([CHAT]), ["q", "a"]), "one.json": (json.dumps(CHAT, indent=1), ["q", "a"]),
+    "captions_train2017.json": (json.dumps(COCO), ["<image>\nDescribe the image.", "A cat."]),
+    "annotations/captions_val2017.json": (json.dumps(COCO), ["<image>\nDescribe the image.", "A cat."]),
+}
+
+
+@pytest.mark.parametrize("name", READ)
+def test_layouts_that_most_people_have_are_read(tmp_path, name):
+    content, expected = READ[name]
+    put(tmp_path, "a.png", "images/b.png", "train2017/0.jpg", "val2017/0.jpg")
+    put(tmp_path, **{name if isinstance(content, str) else "d.json":
+                     content if isinstance(content, str) else json.dumps([content])})
+    record, = plumbing.recipes.read_records(tmp_path / (name if isinstance(content, str) else "d.json"))
+    assert said(record) == expected and len(record["images"]) == "".join(expected).count("<image>")
+
+
+def test_a_row_of_a_table_with_a_cell_too_few_or_many_is_named(tmp_path):
+    put(tmp_path, "a.png", **{"c.csv": "image,caption\na.png,A red, red cat.\na.png\na.png,A cat.\n"})
+    assert len(plumbing.recipes.read_records(tmp_path / "c.csv", max_bad=0.7).bad) == 2
+    assert fails(lambda: plumbing.recipes.read_records(tmp_path / "c.csv"), "c.csv, record 0", "3 cells under 2 names")
+
+
+def test_vqav2s_pair_of_files_is_one_set(tmp_path):
+    put(tmp_path, "val2014/COCO_val2014_000000000042.jpg")
+    path = write(tmp_path / "v2_OpenEnded_mscoco_val2014_questions.json",
+                 {"questions": [{"question_id": 1, "image_id": 42, "question": "Colour?"}]})
+    assert fails(lambda: plumbing.recipes.read_records(path), "v2_mscoco_val2014_annotations.json")
+    write(tmp_path / "v2_mscoco_val2014_annotations.json", {"annotations": [{
+        "question_id": 1, "multiple_choice_answer": "red", "answers": [{"answer": one} for one in ("blue", "red", "red")]}]})
+    record, = plumbing.recipes.read_records(path)
+    assert said(record)[1] == "red" and record["metric"] == "vqa" and record["answer"] == ["red", "red", "blue"]
+
+
+@pytest.mark.parametrize("name, content, parts", [
+    ("d.json", {"data": [CHAT]}, ["['data']", "json.dump"]), ("problems.json", {"1": CHAT, "2": CHAT}, [".values()"]),
+    ("i.json", {"images": [{"id": 1}], "annotations": [{"bbox": [1]}]}, ["boxes", "captions_"]),
+    ("dataset_info.json", {"features": {"a": {}}}, ["describes a data set"]), ("d.tar.gz", "x", ["tar -xf"]),
+    ("d.zip", "x", ["unpack"]), ("d.arrow", "x", ["to_parquet"]),
+    ("utf16.jsonl", json.dumps(CHAT).encode("utf-16"), ["UTF-16", "UTF-8"]),
+    ("tasks.json", [{"data": {"image": "a.png"}, "annotations": []}], ["Label Studio"])])
+def test_what_is_not_read_is_named_with_what_to_do(tmp_path, name, content, parts):
+    put(tmp_path, **{name: content if isinstance(content, (str, bytes)) else json.dumps(content, indent=1)})
+    assert fails(lambda: plumbing.recipes.read_records(tmp_path / name), tmp_path / name, *parts)
+
+
+def test_image_as_a_word_stays_a_word_in_parts_and_is_refused_in_an_answer(tmp_path):
+    put(tmp_path, "a.png")
+    parts = [{"type": "image", "image": "a.png"}, {"type": "text", "text": "What is <image>?"}]
+    row = {"messages": [{"role": "user", "content": parts},
+                        {"role": "assistant", "content": [{"type": "text", "text": "<image> is a tag."}]}]}
+    record, = plumbing.recipes.read_records(write(tmp_path / "d.json", [row]))
+    document = data.make_document(record, 0, tokenizer(), 4, 999)
+    assert len(document.slots) == 1 and "What is <image>?" in tokenizer().decode(document.ids)
+    assert run("data", f"--data={tmp_path / 'd.json'}").code == 0
+    path = write(tmp_path / "d.json", [llava(question="What?", answer="<image>")])
+    assert fails(lambda: plumbing.recipes.read_records(path), "record 0", "cannot draw", "list of parts")
+
+
+@pytest.mark.parametrize("key, value", [("weight", 0), ("loss", False), ("train", False)])
+def test_an_answer_of_weight_0_is_read_but_not_learned(tmp_path, key, value):
+    turns = [TURN, REPLY | {key: value}, TURN, {"role": "assistant", "content": "b", "weight": 1}]
+    record, = plumbing.recipes.read_records(write(tmp_path / "d.json", [{"messages": turns}]))
+    document = data.make_document(record, 0, tokenizer(), 4, 999)
+    learned = [token for token, mask in zip(document.ids, document.mask) if mask]
+    assert learned == tokenizer().encode("b") + [tokenizer().im_end]
+    assert [len(one["messages"]) for one in data.questions_of(record)] == [4]
+    path = write(tmp_path / "d.json", [{"messages": turns[:2]}])
+    assert fails(lambda: plumbing.recipes.read_records(path), "record 0", "weight 0")
+
+
+def test_of_several_captions_one_is_drawn_for_each_epoch(tmp_path):
+    put(tmp_path, "a.png")
+    path = write(tmp_path / "d.json", [{"image": "a.png", "captions": list("abcde")}] * 2)
+    draws = [[said(data.Shuffled(plumbing.recipes.read_records(path), seed)[i])[1] for i in range(40)] for seed in (0, 0, 1)]
+    assert set(draws[0]) == set("abcde") and draws[0] == draws[1] != draws[2]
+    with tarfile.open(tmp_path / "d.tar", "w") as tar:
+        for name, content in {"7.png": image_bytes(), "7.json": b'{"instruction": "q", "output": "a"}', "7.txt": b"x"}.items():
+            add_to_tar(tar, name, content)
+    assert said(plumbing.recipes.read_records(tmp_path / "d.tar")[0]) == ["<image>\nq", "a"]  # not the .txt
+
+
+def test_parquets_of_a_folder_class_labels_and_splits(tmp_path, monkeypatch):
+    monkeypatch.setenv("GHOSTVIS_CACHE", str(tmp_path / "cache"))
+    for number in range(2):
+        write_parquet(tmp_path / "x" / f"train-0000{number}-of-00002.PARQUET", {
+            "img": [{"bytes": image_bytes(), "path": None}], "label": [number]},
+            {"label": {"names": ["cat", "dog"], "_type": "ClassLabel"}})
+    for spec in tmp_path / "x", tmp_path / "x" / "train-*":
+        assert [said(r)[1] for r in plumbing.recipes.read_records(spec)] == ["cat", "dog"]
+    write_parquet(tmp_path / "x" / "test-00000-of-00001.parquet", {"text": ["x"]})
+    assert fails(lambda: plumbing.recipes.read_records(tmp_path / "x"), "train-*'", "--val=", "test-*'")
+
+
+def test_names_and_links_inside_the_data_are_found_and_no_others(tmp_path, monkeypatch):
+    put(tmp_path, "blobs/abc", "secret.png", "a,b/images/c.png")
+    (tmp_path / "snapshots/x/images").mkdir(parents=True)
+    (tmp_path / "snapshots/x/images/0.png").symlink_to("../../../blobs/abc")
+    (tmp_path / "snapshots/x/images/1.png").symlink_to("../../../secret.png")
+    path = write(tmp_path / "snapshots/x/d.json", [llava("0.png")])
+    assert len(plumbing.recipes.read_records(path)) == 1
+    assert fails(lambda: plumbing.recipes.read_records(write(path, [llava("1.png")])), "leads out")
+    inside = tmp_path / "a,b" / "images" / "c.png"
+    path = write(tmp_path / "a,b" / "d.json", [llava(str(inside)), llava(f"file://{inside}"), llava({"path": str(inside)})])
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for spec in f'"{path}":2', str(path).replace(",", "\\,") + ":2", '"~/a,b/d.json":2':
+        (name, weight), = data.parse_mixture(spec)
+        assert weight == 2 and len(plumbing.recipes.read_records(name)) == 3
+
+
+def test_texts_whose_ids_are_null_are_told_apart(tmp_path):
+    path = write(tmp_path / "d.json", [CHAT | {"id": None} for _ in range(30)])
+    assert len(data.split_by_image(plumbing.recipes.read_records(path))[1]) == 6
+
+
 HOSTILE = {  # a row (or its text) that the reader refuses, and what it says
     "absolute name": (llava("/etc/passwd"), "leads out"),
     "name with ..": (llava("../../x.png"), "leads out"),

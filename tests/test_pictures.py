@@ -42,6 +42,8 @@ MODES = {  # name: (picture, file format, options, colours expected left and rig
     "grey_16_bit": (of_mode("I;16", 257 * 9, 257 * 200), "PNG", {}, (9, 9, 9), (200, 200, 200)),
     "int_16_bit": (of_mode("I", 257 * 9, 257 * 200), "TIFF", {}, (9, 9, 9), (200, 200, 200)),
     "int_8_bit": (of_mode("I", 9, 200), "TIFF", {}, (9, 9, 9), (200, 200, 200)),
+    "grey_of_12_bits": (of_mode("I;16", 0, 4080), "PNG", {}, BLACK, (254, 254, 254)),
+    "grey_of_10_bits": (of_mode("I;16", 512, 1023), "PNG", {}, (127, 127, 127), WHITE),
     "float_0_to_1": (of_mode("F", 0.0, 0.2), "TIFF", {}, BLACK, (51, 51, 51)),
     "float_0_to_255": (of_mode("F", 9.0, 200.0), "TIFF", {}, (9, 9, 9), (200, 200, 200)),
     "colour": (of_mode("RGB", RED, BLUE), "PNG", {}, RED, BLUE),

@@ -69,3 +69,11 @@ def test_the_95_percent_interval_is_wilsons():
     assert plumbing.scoring.wilson(0, 10) == pytest.approx((0.0, 0.2775), abs=1e-4)
     assert plumbing.scoring.wilson(10, 10) == pytest.approx((0.7225, 1.0), abs=1e-4)
     assert plumbing.scoring.wilson(0, 0) == (0.0, 1.0)
+
+
+@pytest.mark.parametrize("metric", sorted({*plumbing.scoring.METRICS} - {"yesno"}))
+def test_an_accent_of_two_letters_is_right_for_one(metric):
+    for got, answer in ("Caf\u00e9", "Cafe\u0301"), ("Cafe\u0301", "Caf\u00e9"):  # macOS writes the second
+        choices = {"A": "tea", "B": answer}
+        assert plumbing.scoring.score(metric, got, "B" if metric == "choice" else answer, choices) == 1
+    assert plumbing.scoring.cider(["a caf\u00e9", "b"], [["a cafe\u0301"], ["c"]])[0] > 1

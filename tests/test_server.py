@@ -307,10 +307,12 @@ def hostile(rng: random.Random, good: bytes) -> list[bytes]:
         body[at:at + rng.randrange(3)] = bytes([rng.randrange(256)] * rng.randrange(3))
     value = rng.choice([b"NaN", b"Infinity", b"-1e999", b"1" * 5000, b"[" * 100_000, b'{"a":' * 50_000, b'"\\ud800"',
                         b"null", b"true", b"{}", b"[[]]", b'"' + junk.hex().encode() + b'"'])
-    field = rng.choice([b"messages", b"max_tokens", b"temperature", b"seed", b"n", b"stop", b"stream", b"top_p", b"prompt",
-                        b"logprobs", b"top_logprobs", b"echo", b"image", b"model", b"logit_bias", b"tools", b"\\ud800"])
+    field = rng.choice([b"messages", b"max_tokens", b"temperature", b"seed", b"n", b"stop", b"stream", b"top_p",
+                        b"prompt", b"logprobs", b"top_logprobs", b"echo", b"image", b"model", b"logit_bias",
+                        b"tools", b"\\ud800"])
     odd = b'{"messages": [{"role": "user", "content": "x"}], "max_tokens": 2, "%s": %s}' % (field, value)
-    odd = odd.replace(b'"messages": [{"role": "user", "content": "x"}]', b'"prompt": "x"') if b"/v1/comp" in path else odd
+    if path == b"/v1/completions":
+        odd = odd.replace(b'"messages": [{"role": "user", "content": "x"}]', b'"prompt": "x"')
 
     def post(body, length=None):
         return [head + b"Content-Length: %d\r\n\r\n" % (len(body) if length is None else length), bytes(body)]
@@ -322,7 +324,7 @@ def hostile(rng: random.Random, good: bytes) -> list[bytes]:
         lambda: [head + b"Transfer-Encoding: chunked\r\n\r\n5\r\nhello\r\n0\r\n\r\n"],
         lambda: [head + b"Transfer-Encoding: chunked\r\n\r\n%x\r\n%s" % (rng.choice([5, 10 ** 9, 10 ** 7]), junk)],
         lambda: [head + b"Transfer-Encoding: chunked\r\n\r\n" + junk],
-        lambda: [head + b"Transfer-Encoding: %s\r\n\r\n" % rng.choice([b"gzip, chunked", b"identity", junk.hex().encode()])],
+        lambda: [head + b"Transfer-Encoding: %s\r\n\r\n" % rng.choice([b"gzip, chunked", junk.hex().encode()])],
         lambda: [head + b"Transfer-Encoding: chunked\r\nContent-Length: 5\r\n\r\n5\r\nhello\r\n0\r\n\r\n"],
         lambda: [head + b"Transfer-Encoding: chunked\r\n\r\n0\r\n" + b"a: b\r\n" * 50],
         lambda: [b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"], lambda: [b"GET / HTTP/1.1\r\nHost: a\r\nHost: b\r\n\r\n"],
@@ -669,8 +671,8 @@ def test_a_model_of_ones_own_pictures_is_introduced_as_such_and_its_data_s_quest
             {"from": "human", "value": f"<image>\n{asked[0] if i % 3 == 0 else asked[i % 3]}"},
             {"from": "gpt", "value": "a cat"}]})
     (tmp_path / "pets.json").write_text(json.dumps(rows))
-    ran = run("train_sft", "--steps=2", "--eval_size=9", "--batch_size=4", "--device=cpu", f"--out_dir={tmp_path / 'out'}",
-              f"--init={trained[0] / 'tiny/sft'}", f"--data={tmp_path / 'pets.json'}")
+    ran = run("train_sft", "--steps=2", "--eval_size=9", "--batch_size=4", "--device=cpu",
+              f"--out_dir={tmp_path / 'out'}", f"--init={trained[0] / 'tiny/sft'}", f"--data={tmp_path / 'pets.json'}")
     assert ran.code == 0, ran.err
     there = Served(tmp_path / "out", "--max_requests=4")
     (card, ) = requests.get(there.url + "/v1/models").json()["data"]
