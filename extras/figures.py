@@ -189,8 +189,9 @@ def draw_embeddings(s: Subject) -> Image.Image:
 def draw_row(s: Subject) -> Image.Image:
     "A row as chapter 3 packs it, only longer: what is in it, and which position attends to which."
     T = 216
-    # From record 12,000 on nine of ten records are questions: short, so that several fit.
-    documents = [data.make_document(World("chat")[i], i, s.tokenizer, s.M, T) for i in range(40000, 40008)]
+    # Records of two questions: short, so that several fit.
+    records = [one for one in map(World("chat").__getitem__, range(40000, 40020)) if len(one["messages"]) == 4]
+    documents = [data.make_document(one, 0, s.tokenizer, s.M, T) for one in records]
     arrays, *_ = data.pack(documents, 1, T, s.M)
     numbers, allowed = arrays["document_ids"][0], document_mask(torch.from_numpy(arrays["document_ids"]))[0, 0]
     # The row stands on top (what is attended to) and once more at the left (who attends).
