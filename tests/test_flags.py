@@ -216,6 +216,12 @@ def test_resuming_with_another_number_of_micro_batches_is_refused(trained):
           "--micro_batch_size")
 
 
+def test_thin_matrices_beside_random_frozen_weights_are_refused(tmp_path):
+    path = write(tmp_path / "d.json", [{"question": f"q{i}", "answer": "a"} for i in range(20)])
+    ran = run("train_sft", f"--data={path}", f"--out_dir={tmp_path}", "--lora_rank=4", "--steps=1", "--device=cpu")
+    assert ran.code == 1 and "--lora_rank=4" in ran.err and "random weights" in ran.err
+
+
 def plant(rows: list, folder: Path) -> dict:
     "Kinds of faults -> a function that plants it in the set."
     def set_(**fields):

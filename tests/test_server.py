@@ -26,7 +26,7 @@ import extras.server
 import plumbing.engine
 import plumbing.world
 import sample
-from tests.helpers import HERE, Served, bytes_of, needs, run, tokenizer, user, wait_until
+from tests.helpers import HERE, Served, bytes_of, image_bytes, needs, run, tokenizer, user, wait_until
 
 pytest_plugins = ["tests.helpers"]  # its fixtures
 
@@ -80,6 +80,15 @@ def test_choices_seeds_and_stop_texts(served, photo):
     text = extras.asking.Text(tokenizer(), ["abc"])
     told = [text.add(tokenizer().encode(piece)) for piece in ("xa", "b", "d", "yab", "c z")]
     assert "".join(told) == "xabdy" and told[0] == "x" and text.ended  # held back until it is certain
+
+def test_pictures_between_texts_keep_their_places_and_others_come_first():
+    text = {"type": "text", "text": "a"}
+    shown = {"type": "image_url", "image_url": {"url": "data:image/png;base64," + base64.b64encode(image_bytes()).decode()}}
+    for content, kinds in ([text, shown, text, shown], "titi"), ([shown, text], "it"), ([text, shown], "it"), ([text], "t"):
+        images = []
+        message = extras.server.read_message({"role": "user", "content": content}, images)
+        assert "".join(part["type"][0] for part in message["content"]) == kinds and len(images) == kinds.count("i")
+
 
 BAD = {  # what the body has instead of a good one's; the answer names the parameter or says what is wrong
     "no_messages": ({"messages": None}, "messages"), "empty": ({"messages": []}, "messages"),
