@@ -58,10 +58,7 @@ def test_a_stream_that_is_cut_does_not_look_like_a_whole_one(trained):
         process = subprocess.Popen([sys.executable, str(HERE / "sample.py"), "--serve", "--port=0", "--device=cpu",
                                     f"--out_dir={trained[0]}"], stderr=subprocess.PIPE, text=True)
         try:
-            line = ""
-            while "page" not in line:
-                line = process.stderr.readline()
-            url = line.split()[0]
+            url = next(line for line in process.stderr if "is a page" in line).split()[0]
             with requests.post(url + "v1/chat/completions", stream=True, json=asked) as answer:
                 assert answer.headers["Transfer-Encoding"] == "chunked"
                 events = answer.iter_lines()
