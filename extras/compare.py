@@ -6,6 +6,7 @@ Accuracies are measured anew, not read from the logs: a log does not say which q
 difference of two models is known best where both were asked the same. Most answers are alike, and cancel.
 """
 import os
+from dataclasses import asdict
 from pathlib import Path
 
 import data
@@ -47,14 +48,17 @@ def questions(flags, specs: set[tuple[str, str]]) -> dict[str, list]:
 
 
 def ask_all(flags, setup, logs: dict, config: dict) -> tuple[dict, dict]:
-    "-> ({run: its parameters}, {run: {held-out set: evaluation}}); {} for runs that cannot answer yet."
+    """
+    -> ({run: its parameters}, {run: {held-out set: evaluation}}); {} for runs that cannot answer yet. Into config goes
+    what the loaded model has: an older config.json lacks fields.
+    """
     answer = [name for name in logs if {"sft", "rl"} & set(config[name].get("run", {}).get("chapters", []))]
     asked = questions(flags, {(config[name]["run"]["data"], logs[name][0].get("flags", {}).get("val", ""))
                               for name in answer}) if answer else {}
     sizes, scores = {}, {name: {} for name in logs}
     for name in filter(config.get, logs):
         vlm, tokenizer = load_checkpoint(name, setup.device).to(setup.dtype), Tokenizer.from_pretrained(name)
-        sizes[name] = sum(p.numel() for p in vlm.parameters())
+        sizes[name], config[name] = sum(p.numel() for p in vlm.parameters()), asdict(vlm.config)
         if name in answer:
             setup.print(f"{name} answers {sum(map(len, asked.values())):,} questions")
             scores[name] = {split: evaluate(vlm, tokenizer, records, setup) for split, records in asked.items()}
@@ -124,8 +128,9 @@ def compare(flags, setup) -> dict:
     gains = {name: {split: tell_difference(scores[names[0]][split], score) for split, score in scores[name].items()}
              for name in names[1:] if scores[name] and scores[names[0]]}
     setup.print("\n".join(table(short, sizes, results, scores, gains)))
-    # A log's first line says how the run was started, and on what.
-    starts = [rows[0] for rows in logs.values()]
+    # The first line of a log says how the run was started, and on what; of a resumed run, or of several in one log, the
+    # last such line counts.
+    starts = [next((row for row in reversed(rows) if "flags" in row), {}) for rows in logs.values()]
     differ = {"flags": differences([one.get("flags", {}) for one in starts]),
               "configuration": differences([{key: value for key, value in config[name].items() if key != "run"}
                                             | {"chapters": config[name].get("run", {}).get("chapters")}
@@ -133,8 +138,11 @@ def compare(flags, setup) -> dict:
               "code": differences([{key: one.get(key) for key in (
                   "commit", "torch", "python", "device", "dtype", "world_size")} for one in starts])}
     for what, fields in differ.items():
-        setup.print(f"{what}: " + ("; ".join(f"{field} {', '.join(str(value) or '-' for value in values)}"
-                                             for field, values in fields.items()) or "the same in all"))
+        for field in [field for field, values in fields.items() if not any(values) and None in values]:
+            del fields[field]  # an older log does not know this flag, and the others have its "off"
+        shown = [f"{field} {', '.join('-' if value in (None, '') else str(value) for value in values)}"
+                 for field, values in fields.items()]
+        setup.print(f"{what}: {'; '.join(shown) or 'the same in all'}")
     setup.print("wrote compare.png")
     return {"what": "compare", "chart": "compare.png", "results": results, "parameters": sizes,
             "accuracy": {name: {split: {key: score[key] for key in ("n", "accuracy", "ci95", "by_kind")}
