@@ -30,6 +30,7 @@ import sample
 import train_base
 import train_sft
 from model import GPT, VLM
+from plumbing.checkpoints import save_checkpoint
 from tests.helpers import (CHAPTERS, HERE, QUICK, SCRIPTS, START, Ran, fails, long_form, one_line, run, run_process,
                            setup, snapshot, starts, tiny_vlm, tokenizer, wait_until)
 from tokenizer import Tokenizer
@@ -584,3 +585,19 @@ def test_a_soak_of_two_hours_leaves_memory_and_open_files_flat(tmp_path):
         print(f"round {len(readings)}: {memory:.0f} MiB, {readings[-1][1]} open files", file=sys.stderr, flush=True)
     first, last = readings[min(2, len(readings) - 1)], readings[-1]
     assert last[0] < 1.1 * first[0] + 20 and last[1] <= first[1] + 2
+
+
+def test_a_model_with_nan_replaces_no_checkpoint(tmp_path):
+    vlm, folder = tiny_vlm(), tmp_path / "sft"
+    save_checkpoint(folder, vlm, tokenizer())
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    vlm.gpt.norm.weight.data[3] = math.nan
+    with pytest.raises(ValueError, match="not saved.*gpt.norm.weight"):
+        save_checkpoint(folder, vlm, tokenizer())
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/fd"), reason="tells a file's name by /proc")
+def test_weights_are_on_the_disk_before_their_folder_gets_its_name(tmp_path, disk):
+    save_checkpoint(tmp_path / "sft", tiny_vlm(), tokenizer(), {"m": torch.ones(2)}, {"step": 1})
+    assert disk == ["model.safetensors", "optimizer.safetensors", "-> sft"]

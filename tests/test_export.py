@@ -1,4 +1,5 @@
 "Exported folders, loaded by transformers."
+import json
 import os
 from pathlib import Path
 
@@ -9,7 +10,8 @@ import extras.export
 import model
 import sample
 import vision
-from model import GPT, VLM
+from extras.export import export
+from model import GPT, VLM, generation_config
 from tests.helpers import (fails, far, image_tokens, needs, noise_image, one_line, run, save_onevision, tiny_vlm,
                            tokenizer)
 from tokenizer import Tokenizer
@@ -91,3 +93,23 @@ def test_what_hugging_face_has_no_model_for_is_not_exported(tmp_path):
     for flag in ("--export", "--slim"):
         one_line(run("sample", f"{flag}={tmp_path / 'hf'}", f"--init={sample.TINY}"), tmp_path / "hf", "not empty")
     assert os.listdir(tmp_path / "hf") == ["mine"]
+
+
+@pytest.mark.parametrize("generation, sampled", [({}, False), ({"temperature": 0.7, "top_p": 0.8}, True)])
+def test_an_exported_model_says_how_it_samples_and_when_it_stops(tmp_path, generation, sampled):
+    vlm, words = tiny_vlm(), tokenizer()
+    vlm.config.generation = generation
+    export(tmp_path / "hf", vlm, words, decoder_only=True)
+    told = json.loads((tmp_path / "hf" / "generation_config.json").read_text())
+    assert told == {"eos_token_id": [words.im_end, words.endoftext], "pad_token_id": words.endoftext,
+                    "do_sample": sampled, **generation}
+    assert generation_config(tmp_path / "hf") == generation
+
+
+def test_leftovers_of_a_greedy_models_temperature_are_not_used(tmp_path):
+    # do_sample is what counts; of the rest only the penalty works without it.
+    given = {"temperature": 0.6, "top_k": 20, "top_p": 0.9, "repetition_penalty": 1.1}
+    (tmp_path / "generation_config.json").write_text(json.dumps(given | {"do_sample": False}))
+    assert generation_config(tmp_path) == {"repetition_penalty": 1.1}
+    (tmp_path / "generation_config.json").write_text(json.dumps(given | {"do_sample": True, "eos_token_id": 7}))
+    assert generation_config(tmp_path) == given

@@ -2,6 +2,7 @@
 import pytest
 
 import plumbing.scoring
+from plumbing.scoring import score
 from tests.helpers import fails
 
 pytest_plugins = ["tests.helpers"]  # its fixtures
@@ -69,3 +70,9 @@ def test_the_95_percent_interval_is_wilsons():
     assert plumbing.scoring.wilson(0, 10) == pytest.approx((0.0, 0.2775), abs=1e-4)
     assert plumbing.scoring.wilson(10, 10) == pytest.approx((0.7225, 1.0), abs=1e-4)
     assert plumbing.scoring.wilson(0, 0) == (0.0, 1.0)
+
+
+def test_a_word_that_is_less_than_half_right_earns_nothing():
+    # DocVQA: 2 of 3 letters of "cat" must be changed to get "man": 1/3 is below a half. 1 of 2 is not.
+    assert [score("anls", text, "man") for text in ("cat", "an", "men")] == pytest.approx([0, 2 / 3, 2 / 3])
+    assert score("anls", "ab", "ax") == 0.5
