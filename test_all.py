@@ -5,6 +5,7 @@ plumbing/ and extras/ are in tests/, in a file for each room.
     python -m pytest -n 2                     # all, offline, in two processes: two and a half minutes on two cores
     python -m pytest -k packed                # those with "packed" in their name
     python test_all.py --long                 # also the full form of some: 10,000 files, 50 kills; an hour
+    python test_all.py --mutants              # small faults, put into a copy one by one: would a test notice?
 
 Random weights and small files made on the spot; transformers and safetensors are the references. Tests on real data are
 skipped, by name, where the folder they read is not there.
@@ -28,7 +29,7 @@ import time
 import unicodedata
 import zipfile
 from collections import Counter
-from dataclasses import asdict, replace
+from dataclasses import replace
 from functools import lru_cache, partial
 from pathlib import Path
 
@@ -38,18 +39,16 @@ import tiktoken
 import torch
 import torch.nn.functional as F
 from PIL import Image, ImageColor
-from hypothesis import example, given, settings, strategies as st
+from hypothesis import given, settings, strategies as st
 
 import bench
 import data
 import extras.asking
 import extras.benchmarks
-import extras.export
 import model
 import plumbing.engine
 import plumbing.files
 import plumbing.flags
-import plumbing.hub
 import plumbing.ranks
 import plumbing.recipes
 import plumbing.scoring
@@ -73,11 +72,11 @@ from plumbing.records import Records, hash_keys
 from plumbing.weights import read_safetensors
 from plumbing.world import QUESTIONS, World
 from sample import Chat, answer_folder, check_ability, load
-from tests.helpers import (CHAPTERS, HERE, QUICK, QWEN, RAGGED, RED, RUNS, SEQ_LEN, SHARED, SHOWN, START, TINY,
-                           CHATS_model, Ran, about, batch_of, bytes_of, call, change_config, chat, chat_model,
-                           conversation, document, documents, fails, far, image_bytes, image_tokens, left_by, llava,
-                           log_of, needs, noise_image, one_line, picture, plain_records, png, prompts, questions, qwen,
-                           render, rendered, right_by_hand, rows_of, run, run_process, sample_flags, save_onevision,
+from tests.helpers import (CHAPTERS, CHATS, HERE, QUICK, QWEN, QWEN_SYSTEM, RAGGED, RED, RUNS, SEQ_LEN, SHARED, SHOWN,
+                           START, TINY, CHATS_model, Ran, about, batch_of, bytes_of, call, change_config, chat,
+                           chat_model, conversation, document, documents, fails, far, image_bytes, image_tokens,
+                           left_by, llava, log_of, needs, needs_qwen, one_line, picture, plain_records, png, prompts,
+                           questions, qwen, render, rendered, right_by_hand, rows_of, run, run_process, sample_flags,
                            say, seen, setup, shake, shipped, small, text_only, tiny_vlm, tokenizer, wait_until, write,
                            write_tsv)
 from tests.plain_model import assert_same_gradients, plain_gradient, plain_loss, weights_of
@@ -111,9 +110,7 @@ def test_training_cuts_text_into_words_and_single_digits():
 
 
 SHAKESPEARE = SHARED / "data" / "text" / "tinyshakespeare.txt"
-needs_qwen = pytest.mark.skipif(not (QWEN / "vocab.json").exists(), reason=f"needs Qwen's vocab.json in {QWEN}")
 needs_text = pytest.mark.skipif(not SHAKESPEARE.exists(), reason=f"needs {SHAKESPEARE}")
-QWEN_SYSTEM = "You are Qwen, created by Alibaba Cloud. You are a helpful assistant."
 # Qwen2.5's own template without its branch for tools, spelled as a tokenizer_config.json spells it.
 QWEN_TEMPLATE = """
 {%- if messages[0]['role'] == 'system' %}
@@ -130,15 +127,6 @@ QWEN_TEMPLATE = """
     {{- '<|im_start|>assistant\\n' }}
 {%- endif %}
 """
-CHATS = [
-    [("user", "Hi"), ("assistant", "Hello! How can I help?")],
-    [("system", "Answer in French."), ("user", "Count to 12, please."), ("assistant", "1, 2, 3 ... 12.")],
-    [("user", "\n\n  indented, after newlines"), ("assistant", "ok"), ("user", "   leading spaces\n"),
-     ("assistant", "x")],
-    [("user", "我想在apple工作 😶‍🌫️ Cu\u031b\u0309a Việt"), ("assistant", "e\u0301te\u0301 ½ ٣ ①")],
-    [("user", ""), ("assistant", ""), ("system", "be short"), ("user", "\tdef f(x):\r\n\t\treturn 'x'")],
-    [("user", "What's 7+5?"), ("assistant", "12"), ("user", "I'LL ask: and 12345*6?"), ("assistant", "74,070\n")],
-]
 
 
 def read_merges():
@@ -451,158 +439,6 @@ def test_importing_tokenizer_needs_only_the_standard_library_and_tiktoken():
     source = Path(tok.__file__).read_text()
     names = set(re.findall(r"^(?:import|from) (\w+)", source, re.M))
     assert names - set(sys.stdlib_module_names) == {"tiktoken"}
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# tokenizer.py: in the hub's form
-
-TRICKY_SYSTEM = "It's \"brief\", {{ x }} {% if y %} {# z #} <b>:\n\t\\n é 我 😶 %} }}\r\n"
-# Each string is a place where two tokenizers once disagreed: NFC, endings, digits, white space, signs, rare characters.
-HARD_TEXTS = [
-    "", " ", "  \n\n  \t x", "\r\n\r\n\n", "a \u00a0\u3000b\u2028c\x85d\x1ce", "I'm I'LL we\u017fve 'S 'ſ don''t",
-    "e\u0301 Cu\u031b\u0309a \u1112\u1161\u11ab \u0340 \u212b \ufb01 \u2126 \u0338x", "1234567890 ٣½① 3.14e-10",
-    "😶‍🌫️👩‍👩‍👧🏽 🇩🇪 ☺️", "我想在apple工作，你好。 日本語テキスト 한국어 ภาษาไทย हिन्दी", "\U0001f9ff\U00020bb7\ufeff\ufffd\x00\x7f\u200b",
-    "def f(x):\n    return {'a': x**2}  # done\n\n\n", "# # #version ## http://a.b/c?d=e&f=%20 ...!!?!\n//",
-    " " * 300 + "." * 300, "the cat sat on the mat, it's the cat that sat! été", "<b>|im_end|</b> < image > <|im_en",
-]  # fmt: skip
-IMAGE_CHATS = [
-    chat(("user", "<image>What is this?"), ("assistant", "A cat.")),
-    chat(("system", "s<image>"), ("user", "<image><image>\nthe <image> mat<image>"), ("assistant", "x<image>"),
-         ("user", "y")),
-    chat(("user", [{"type": "text", "text": "the "}, {"type": "image"}, {"type": "text", "text": "\u0338 cat\n"}]),
-         ("assistant", [{"type": "text", "text": "sat"}]), ("user", "<image>")),
-    chat(("user", [{"type": "image"}, {"type": "image", "url": "a.png"}]), ("assistant", []), ("user", "")),
-]  # fmt: skip
-
-
-@lru_cache
-def hub_tables() -> dict[str, Tokenizer]:
-    ranks, top = small().ranks, len(small().ranks)
-    odd = {"<|endoftext|>": top + 7, "<|im_end|>": top + 90, "<|im_start|>": top + 3, "<|image_pad|>": top + 50}
-    llava = {name: top + i for i, name in enumerate([*SPECIAL_TOKENS[:3], "<image>", "<video>"])}  # no marks
-    tables = {"own": small(), "own_system": Tokenizer(ranks, small().special, default_system=TRICKY_SYSTEM),
-              "bytes_only": Tokenizer.train(["x"], 300), "gaps": Tokenizer(ranks, odd, default_system=""),
-              "llava_ov": Tokenizer(ranks, llava)}  # fmt: skip
-    if (QWEN / "vocab.json").exists():
-        tables["qwen"] = Tokenizer(qwen().ranks, qwen().special, default_system=QWEN_SYSTEM)
-    return tables
-
-HUB_TABLES = ["own", "own_system", "bytes_only", "gaps", "llava_ov", pytest.param("qwen", marks=needs_qwen)]
-
-
-def hub_folder(name: str, tmp_path_factory) -> Path:
-    "Written once for all tests."
-    folder = tmp_path_factory.getbasetemp() / "hub" / name
-    if not folder.exists():
-        hub_tables()[name].save_hub(folder, max_length=1234)
-    return folder
-
-
-@lru_cache
-def auto_tokenizer(folder: Path, model_type: str = ""):
-    "What transformers makes of the folder beside the config.json of such a model."
-    import transformers
-    config = folder / "config.json"
-    config.unlink(missing_ok=True)
-    if model_type:
-        config.write_text(json.dumps({"model_type": model_type}))
-    return transformers.AutoTokenizer.from_pretrained(folder)
-
-
-@pytest.mark.parametrize("name", HUB_TABLES)
-@pytest.mark.parametrize("left_out", ["tokenizer.json", "vocab.json"])  # either form is enough
-def test_what_save_hub_wrote_reads_back_alike(name, left_out, tmp_path, tmp_path_factory):
-    t = hub_tables()[name]
-    for file in hub_folder(name, tmp_path_factory).iterdir():
-        if file.name != left_out:
-            (tmp_path / file.name).symlink_to(file)
-    loaded = Tokenizer.from_pretrained(tmp_path)
-    assert (loaded.ranks, loaded.special, loaded.default_system) == (t.ranks, t.special, t.default_system)
-    assert (loaded.image_pad, loaded.vocab_size) == (t.image_pad, t.vocab_size)
-
-
-@needs_qwen
-def test_save_hub_writes_qwens_own_vocabulary_and_merges(tmp_path_factory):
-    folder = hub_folder("qwen", tmp_path_factory)
-    assert (folder / "vocab.json").read_bytes() == (QWEN / "vocab.json").read_bytes()
-    ours, theirs = ((f / "merges.txt").read_text(encoding="utf-8").split("\n") for f in (folder, QWEN))
-    assert ours[0].startswith("#version") and ours[1:] == [line for line in theirs if not line.startswith("#version")]
-
-
-@needs("transformers")
-@pytest.mark.parametrize("model_type", ["", "qwen2", "llava", "llava_onevision"])
-@pytest.mark.parametrize("name", HUB_TABLES)
-def test_transformers_gives_our_ids_from_what_save_hub_wrote(name, model_type, tmp_path_factory):
-    t, theirs = hub_tables()[name], auto_tokenizer(hub_folder(name, tmp_path_factory), model_type)
-    assert {i: str(token) for i, token in theirs.added_tokens_decoder.items()} == {i: n for n, i in t.special.items()}
-    assert (theirs.eos_token_id, theirs.pad_token_id, theirs.bos_token_id) == (t.im_end, t.endoftext, None)
-    assert theirs.model_max_length == 1234 and len(theirs) == len(t.ranks) + len(t.special)
-    for text in HARD_TEXTS:
-        ids = theirs(text)["input_ids"]
-        assert ids == t.encode(text)
-        assert theirs.decode(ids) == t.decode(ids) == unicodedata.normalize("NFC", text)
-    assert theirs("".join(t.special))["input_ids"] == list(t.special.values())
-    assert theirs.decode(list(t.special.values()), skip_special_tokens=True) == ""
-    # The strings of special tokens as ordinary text, where one asks for that.
-    text = "".join(SPECIAL_TOKENS) + "<image>"
-    assert theirs(text, split_special_tokens=True)["input_ids"] == t.encode(text)
-
-
-@needs("transformers")
-@settings(max_examples=100, deadline=None)
-@given(st.text(st.characters(exclude_categories=["Cs", "Cn"]) | st.sampled_from("thecaso'. \n12é\u0301"), max_size=60))
-@example("<|vision_pad|>")
-def test_transformers_gives_our_ids_for_any_text(tmp_path_factory, text):
-    theirs = auto_tokenizer(hub_folder("own", tmp_path_factory), "llava")
-    assert theirs(text, split_special_tokens=True)["input_ids"] == small().encode(text)
-
-
-@needs("transformers")
-@pytest.mark.parametrize("name", HUB_TABLES)
-@pytest.mark.parametrize("messages", [*(chat(*turns) for turns in CHATS), *IMAGE_CHATS])
-def test_chat_template_of_save_hub_gives_what_render_renders(name, messages, tmp_path_factory):
-    t, theirs = hub_tables()[name], auto_tokenizer(hub_folder(name, tmp_path_factory), "llava")
-    for n in range(1, len(messages) + 1):
-        for prompt in {False, messages[n - 1]["role"] != "assistant"}:
-            text = theirs.apply_chat_template(messages[:n], tokenize=False, add_generation_prompt=prompt)
-            ours = t.render(messages[:n], image_tokens=1, add_generation_prompt=prompt)
-            assert theirs(text)["input_ids"] == ours.ids  # one pad per image
-            pad = t.decode([t.image_pad], skip_special=False)
-            many = t.render(messages[:n], image_tokens=3, add_generation_prompt=prompt)
-            assert theirs(text.replace(pad, 3 * pad))["input_ids"] == many.ids  # as processors do it
-
-
-@needs("transformers")
-@settings(max_examples=100, deadline=None)
-@given(st.lists(st.lists(st.sampled_from(["<image>", "a", " ", "\n", "\r", "{{", "%}", "'", '"', "\\", "<", "é", "我"]))
-                .map("".join), min_size=1, max_size=4), st.booleans())
-def test_chat_template_of_save_hub_renders_any_text_as_it_is(tmp_path_factory, contents, system):
-    name = "own_system" if system else "own"
-    t, theirs = hub_tables()[name], auto_tokenizer(hub_folder(name, tmp_path_factory))
-    messages = chat(*zip(["user", "assistant"] * 2, contents))
-    text = theirs.apply_chat_template(messages, tokenize=False)
-    assert text == t.decode(t.render(messages, image_tokens=1).ids, skip_special=False)
-
-
-@needs("transformers")
-def test_chat_template_of_save_hub_refuses_parts_that_render_refuses(tmp_path, tmp_path_factory):
-    theirs = auto_tokenizer(hub_folder("own", tmp_path_factory))
-    for part in ({"type": "video"}, {"type": "text", "text": None}, {"type": "text"}, "x"):
-        with pytest.raises(Exception, match="no attribute 'text'|NoneType"):
-            theirs.apply_chat_template(chat(("user", [part])), tokenize=False)
-    # A model without images: there "<image>" is text like any other.
-    Tokenizer(small().ranks, {n: i for n, i in small().special.items() if "image" not in n}).save_hub(tmp_path)
-    text = auto_tokenizer(tmp_path).apply_chat_template(chat(("user", "an <image> tag")), tokenize=False)
-    assert text == "<|im_start|>user\nan <image> tag<|im_end|>\n"
-
-
-def test_save_hub_refuses_a_table_that_no_merges_give(tmp_path):
-    for tokens in ([b"abc"], [b"abc", b"ab"], [b"bc", b"abcd", b"ab"]):
-        ranks = train_bpe([], 256) | {token: 256 + i for i, token in enumerate(tokens)}
-        t = Tokenizer(ranks, {name: 300 + i for i, name in enumerate(SPECIAL_TOKENS)})
-        with pytest.raises(ValueError, match="token 'abcd?' is not made of older ones"):
-            t.save_hub(tmp_path)
-    assert tok._find_merges(tok._byte_alphabet() | {"bc": 256, "abc": 257, "abcd": 300}) == ["b c", "a bc", "abc d"]
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -1326,177 +1162,6 @@ def test_sampling_from_bfloat16_logits_computes_in_float32():
     seen = torch.rand(200, 1000) < 0.5
     for options in ((0.0, 0, 1.0, 1.3), (0.0, 0, 1.0, 1.0), (1.0, 0, 1.0, 1.0), (0.7, 20, 0.9, 1.1)):
         assert torch.equal(*(model.sample(x, noise, seen, *options) for x in (logits, logits.float())))
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# model.py: LLaVA-OneVision, and the sizes of the published files
-
-def hf_pixels(images: list, side: int = 28) -> dict:
-    "What transformers' processor makes of one picture (tiles) or of several (squares with bars)."
-    from transformers.models.llava_onevision.image_processing_pil_llava_onevision import LlavaOnevisionImageProcessorPil
-    pinpoints = [[side * a, side * b] for a in range(1, 7) for b in range(1, 7)]
-    processor = LlavaOnevisionImageProcessorPil(size={"height": side, "width": side}, image_grid_pinpoints=pinpoints,
-                                                image_mean=[0.5] * 3, image_std=[0.5] * 3)
-    return dict(processor([images], return_tensors="pt"))
-
-
-def set_pixels(theirs: dict, pixels: torch.Tensor) -> None:
-    "Their pixels, by Pillow, are ours within a level of 255. Ours take their place: so the models can be compared."
-    mine, given = vision.normalize(pixels, torch.float32), theirs["pixel_values"].flatten(0, 1)[:len(pixels)]
-    assert (mine - given).abs().max() < 1.01 / 127.5
-    given.copy_(mine)
-
-ONEVISION_SIZES = [[(28, 28)], [(20, 45)], [(150, 60)], [(61, 171)], [(100, 3)], [(200, 190)], [(30, 40), (50, 20)],
-                   [(28, 28), (9, 60), (33, 33)]]
-
-
-@needs("transformers")
-@pytest.mark.parametrize("sizes", ONEVISION_SIZES, ids=str)
-def test_onevision_equals_transformers(tmp_path, sizes):
-    reference = save_onevision(tmp_path, old_names=len(sizes) > 1)
-    vlm = model.load_checkpoint(tmp_path).eval()
-    images = [noise_image(*size, seed) for seed, size in enumerate(sizes)]
-    theirs = hf_pixels(images)
-    ours = [vision.cut_tiles(images[0], 28)] if len(images) == 1 else \
-        [vision.preprocess(image, 28, bicubic=True, pad=True) for image in images]
-    pixels = ours[0].pixels if len(images) == 1 else torch.stack(ours)
-    set_pixels(theirs, pixels)
-    ids, slots = [3, 17], []
-    for image in ours:
-        slots.append(len(ids))
-        ids += [300] * vlm.config.bridge.tokens_of(image) + [5, 6]
-    with torch.no_grad():
-        expected = reference(input_ids=torch.tensor([ids]), **theirs).logits
-        places = [slot + i for slot, image in zip(slots, ours) for i in range(vlm.config.bridge.tokens_of(image))]
-        x = vlm.embed(torch.tensor([ids]), image_tokens(vlm, ours), torch.tensor(places))
-        assert far(vlm.gpt.hidden(x) @ vlm.gpt.head_weight.t(), expected) < 1e-4
-        said = reference.generate(torch.tensor([ids]), attention_mask=torch.ones(1, len(ids), dtype=torch.long),
-                                  max_new_tokens=64, do_sample=False, eos_token_id=None, pad_token_id=0, **theirs)
-    asked = Rendered(ids, [0] * len(ids), slots)
-    assert [t for (t,) in vlm.generate([asked], ours, max_new_tokens=64)] == said[0, len(ids):].tolist()
-
-
-@needs("transformers")
-@pytest.mark.parametrize("tied, layer", [(False, -1), (True, -2), (False, 2)])
-def test_onevision_reads_the_layer_and_head_that_its_config_names(tmp_path, tied, layer):
-    reference, image = save_onevision(tmp_path, tied, layer), noise_image(50, 20)
-    vlm = model.load_checkpoint(tmp_path).eval()
-    ours, theirs = vision.cut_tiles(image, 28), hf_pixels([image])
-    set_pixels(theirs, ours.pixels)
-    with torch.no_grad():
-        ids = [300] * vlm.config.bridge.tokens_of(ours) + [3]
-        expected = reference(input_ids=torch.tensor([ids]), **theirs).logits[:, -1]
-        x = vlm.embed(torch.tensor([ids]), image_tokens(vlm, [ours]), torch.arange(len(ids) - 1))
-        assert far(vlm.gpt.hidden(x)[:, -1]
-                   @ vlm.gpt.head_weight.t(), expected) < 1e-4
-
-
-@needs("transformers")
-def test_a_llava_that_computes_otherwise_is_refused(tmp_path):
-    save_onevision(tmp_path)
-    good = (tmp_path / "config.json").read_text()
-    for key, value in (("projector_hidden_act", "relu"), ("vision_feature_select_strategy", "default"),
-                       ("vision_feature_layer", [-1, -2]), ("vision_aspect_ratio", "anyres_max_4")):
-        change_config(tmp_path, lambda config: config.update({key: value}))
-        assert fails(lambda: model.load_checkpoint(tmp_path), tmp_path, key)
-        (tmp_path / "config.json").write_text(good)
-
-    def sparse(config):  # as the hub has it: what equals a default is left out
-        for key in ("vision_feature_select_strategy", "vision_feature_layer", "projector_hidden_act"):
-            config.pop(key, None)
-    whole = model.load_checkpoint(tmp_path)
-    change_config(tmp_path, sparse)
-    assert asdict(model.load_checkpoint(tmp_path).config) == asdict(whole.config)
-
-
-def test_tiles_take_as_many_tokens_as_the_reference_counts():
-    # At 384 pixels a side: figures of transformers' own processor.
-    for (height, width), tokens in {(384, 384): 1485, (480, 640): 2929, (899, 1024): 6551, (1080, 1920): 7269}.items():
-        rows, columns = vision.best_grid(width, height, 384)
-        assert vision.Tiles(None, rows, columns, width, height).num_tokens(729) == tokens
-
-
-@given(st.integers(1, 3000), st.integers(1, 3000))
-@settings(max_examples=60, deadline=None)
-def test_tiles_cover_a_picture_of_any_shape(width, height):
-    rows, columns = vision.best_grid(width, height, 14)
-    tiles = vision.Tiles(torch.zeros(1 + rows * columns, 3, 14, 14, dtype=torch.uint8), rows, columns, width, height)
-    bridge = Bridge(BridgeConfig("mlp", vision_size=8, text_size=8, num_patches=4, newline=True))
-    with torch.no_grad():
-        assert len(bridge.stitch(torch.randn(len(tiles.pixels), 4, 8), tiles)) == tiles.num_tokens(4)
-
-
-def published_size(tensors: dict[str, torch.Tensor]) -> int:
-    "Bytes of the safetensors file that holds these, as Hugging Face writes it: names in order, one dtype."
-    header, offset = {"__metadata__": {"format": "pt"}}, 0
-    names = {dtype: name for name, dtype in plumbing.weights.DTYPES.items()}
-    for name in sorted(tensors):
-        tensor = tensors[name]
-        end = offset + tensor.numel() * tensor.element_size()
-        header[name] = {"dtype": names[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [offset, end]}
-        offset = end
-    length = len(json.dumps(header, separators=(",", ":")))
-    return 8 + length + -length % 8 + offset
-
-
-def in_dtype(tensors: dict, dtype: torch.dtype) -> dict:
-    return {name: tensor.to(dtype) for name, tensor in tensors.items()}
-
-
-@pytest.mark.parametrize("name, size", [
-    ("qwen2.5-0.5b", 988_097_824), ("qwen2.5-0.5b-instruct", 988_097_824), ("qwen2.5-1.5b", 3_087_467_144),
-    ("qwen2.5-1.5b-instruct", 3_087_467_144)])
-def test_qwen_presets_ask_for_the_published_file_to_the_byte(name, size):
-    with torch.device("meta"):
-        gpt = GPT(model.PRESETS[name].decoder)
-    assert published_size(in_dtype(extras.export.hub_tensors(gpt, plumbing.weights.QWEN_NAMES), torch.bfloat16)) == size
-    assert size in [f[0] for f in plumbing.hub.REPOSITORIES[name].files.values()]
-
-
-def test_the_qwen_3b_preset_asks_for_the_published_bytes():
-    # Two shards: 6,171,877,376 bytes of tensors, as the index says, and two headers.
-    with torch.device("meta"):
-        tensors = extras.export.hub_tensors(GPT(model.PRESETS["qwen2.5-3b"].decoder), plumbing.weights.QWEN_NAMES)
-    assert len(tensors) == 434 and sum(2 * t.numel() for t in tensors.values()) == 6_171_877_376
-    shards = [f[0] for name, f in plumbing.hub.REPOSITORIES["qwen2.5-3b"].files.items() if name.endswith(".safetensors")]
-    assert shards == [3_968_658_944, 2_203_268_048] and 0 < sum(shards) - 6_171_877_376 < 100_000
-
-
-def siglip_tensors(config: ViTConfig, words: int, length: int) -> dict[str, torch.Tensor]:
-    "All tensors of a SigLIP file, on no device: the vision tower as we ask for it, its head, and the text tower."
-    D, I = config.hidden_size, config.intermediate_size
-    shapes = {"logit_scale": [1], "logit_bias": [1],
-              "text_model.embeddings.token_embedding.weight": [words, D],
-              "text_model.embeddings.position_embedding.weight": [length, D], "text_model.head.weight": [D, D],
-              "vision_model.head.probe": [1, 1, D], "vision_model.head.attention.in_proj_weight": [3 * D, D],
-              "vision_model.head.attention.in_proj_bias": [3 * D],
-              "vision_model.head.attention.out_proj.weight": [D, D], "vision_model.head.mlp.fc1.weight": [I, D],
-              "vision_model.head.mlp.fc1.bias": [I], "vision_model.head.mlp.fc2.weight": [D, I]}
-    shapes |= {name: [D] for name in (
-        "text_model.final_layer_norm.weight", "text_model.final_layer_norm.bias", "text_model.head.bias",
-        "vision_model.head.attention.out_proj.bias", "vision_model.head.layernorm.weight",
-        "vision_model.head.layernorm.bias", "vision_model.head.mlp.fc2.bias")}
-    with torch.device("meta"):
-        tensors = extras.export.hub_tensors(ViT(config), plumbing.weights.SIGLIP_NAMES, "vision_model.")
-        tensors |= {"text_model." + name.removeprefix("vision_model."): tensor for name, tensor in tensors.items()
-                    if ".layers." in name}  # the text tower's blocks have the same form
-        return tensors | {name: torch.empty(shape) for name, shape in shapes.items()}
-
-
-@pytest.mark.parametrize("name, words, length, size", [
-    ("siglip2-large-patch16-256", 256_000, 64, 3_526_204_360), ("siglip-large-patch16-256", 32_000, 64, 2_608_699_800),
-    ("siglip2-base-patch16-224", 256_000, 64, 1_500_800_904), ("siglip-base-patch16-224", 32_000, 64, 812_672_320),
-    ("siglip-so400m-patch14-224", 32_000, 16, 3_509_549_856), ("siglip-so400m-patch14-384", 32_000, 64, 3_511_950_624)])
-def test_siglip_presets_ask_for_the_published_file_to_the_byte(name, words, length, size):
-    tensors = siglip_tensors(vision.SIGLIP[name], words, length)
-    assert published_size(tensors) == size
-    assert plumbing.hub.REPOSITORIES[name].files["model.safetensors"][0] in (size, None)
-
-
-def test_the_onevision_preset_asks_for_the_published_file_to_the_byte():
-    with torch.device("meta"):
-        tensors = in_dtype(extras.export.hub_tensors(VLM(model.preset("llava-ov-0.5b")), plumbing.weights.LLAVA_NAMES), torch.float16)
-    assert len(tensors) == 716 and published_size(tensors) == 1_787_445_680
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -2819,5 +2484,8 @@ def test_the_profile_is_written_and_names_what_takes_long(tmp_path, monkeypatch)
 
 
 if __name__ == "__main__":
+    if "--mutants" in sys.argv:  # in a fresh process: it must not have imported the files that it makes worse
+        flags = [flag for flag in sys.argv[1:] if flag != "--mutants"]
+        os.execv(sys.executable, [sys.executable, str(HERE / "tests" / "mutants.py"), *flags])
     os.environ |= {"GHOSTVIS_LONG": "1"} if "--long" in sys.argv else {}
     sys.exit(pytest.main([str(HERE), *(flag for flag in sys.argv[1:] if flag != "--long")]))

@@ -2,9 +2,9 @@
 Would a test notice? Small faults, each a line made worse: for every one a test must turn red. One that stays green is a
 promise that nobody guards.
 
-    python tests/mutants.py                              # all of them
-    python tests/mutants.py --only=train_rl.py           # those of one file
-    python tests/mutants.py --count=12 --seed=2026-11-28 # a dozen, drawn by a word: in CI by the date
+    python test_all.py --mutants                                # all of them: a quarter of an hour on an idle core
+    python test_all.py --mutants --only=train_rl.py             # those of one file
+    python test_all.py --mutants --count=12 --seed=2026-11-28   # a dozen, drawn by a word: in CI by the date
 
 Each fault is put into a copy of the project, and the tests that hold its promise are run there. A fault whose line is
 gone, or a test that is gone, is an error: so the list stays true. Needs a system that can fork.
