@@ -64,7 +64,7 @@ import vision
 from bench import clock, llava_like, step_flops
 from data import Document, Loader, make_document, pack, pixel_loader, split_by_image
 from extras.asking import make_message
-from model import GPT, VLM, cross_entropy, preset, token_loss
+from model import GPT, VLM, cross_entropy, load_checkpoint, preset, token_loss
 from plumbing.checkpoints import save_checkpoint
 from plumbing.engine import Engine, Request, respond
 from plumbing.optimizer import Optimizer
@@ -76,9 +76,9 @@ from tests.helpers import (CHAPTERS, CHATS, HERE, QUICK, QWEN, QWEN_SYSTEM, RAGG
                            START, TINY, CHATS_model, Ran, about, batch_of, bytes_of, call, change_config, chat,
                            chat_model, conversation, document, documents, fails, far, image_bytes, image_tokens,
                            left_by, llava, log_of, needs, needs_qwen, one_line, picture, plain_records, png, prompts,
-                           questions, qwen, render, rendered, right_by_hand, rows_of, run, run_process, sample_flags,
-                           say, seen, setup, shake, shipped, small, text_only, tiny_vlm, tokenizer, wait_until, write,
-                           write_tsv)
+                           questions, qwen, render, rendered, right_by_hand, rows_of, run, run_chapter, run_process,
+                           sample_flags, say, seen, setup, shake, shipped, small, text_only, tiny_vlm, tokenizer,
+                           wait_until, write, write_tsv)
 from tests.plain_model import assert_same_gradients, plain_gradient, plain_loss, weights_of
 from tokenizer import SPECIAL_TOKENS, Rendered, Tokenizer, train_bpe
 from train_align import write_captions
@@ -1679,6 +1679,12 @@ def test_a_quarter_of_the_questions_is_of_all_kinds(monkeypatch):
     assert kinds == {kind: 16 if kind in ("number", "relation") else 1 for kind in QUESTIONS}
 
 
+def test_the_policy_that_answers_is_the_one_that_learns():
+    # No ratio corrects for another: 16 answers (README) at temperature 1, one update for each rollout.
+    flags = chapter_flags("", "rl", train_rl.FLAGS, train_rl.BY_MODEL, [])
+    assert (flags.samples, flags.temperature, flags.kinds, flags.rehearse) == (16, 1.0, "number,relation", 0.25)
+
+
 def test_no_question_comes_twice(monkeypatch, tmp_path):
     asked_for = []
     monkeypatch.setattr(train_rl, "rollout", lambda vlm, words, records, *_: (asked_for.extend(records), ([], []))[1])
@@ -1691,13 +1697,17 @@ def test_no_question_comes_twice(monkeypatch, tmp_path):
                          [("base", "text", 128), ("align", "captions", 128), ("sft", "chat", 72)])
 def test_the_first_step_has_the_mean_loss_of_the_first_rows(chapters, stage, task, seq_len):
     # 4 rows in two passes: one takes the world's records 0, 2, 4, ... and the other 1, 3, 5, ...
-    (vlm, words), nats, tokens = shipped(), 0.0, 0
+    (vlm, words), nats, tokens, pictures = shipped(), 0.0, 0, 0
     make = partial(make_document, tokenizer=words, image_tokens=9, seq_len=seq_len, supervise_all=stage == "base")
     for i in (0, 1):
         loader = Loader(World(task, seed=10), make, pixel_loader(vlm.config.vision), 2, seq_len, 9, i, 2)
         batch = next(loader)
         nats, tokens = nats + vlm(batch).item(), tokens + int((batch["targets"] >= 0).sum())
-    assert log_of(chapters, stage)["loss"] == pytest.approx(nats / tokens, rel=1e-4)
+        pictures += 0 if batch["pixels"] is None else len(batch["pixels"])
+    told = log_of(chapters, stage)
+    assert told["loss"] == pytest.approx(nats / tokens, rel=1e-4) and told.get("images", 0) == pictures
+    # of a single step the learning rate neither rises nor falls
+    assert told["lr"] == {"base": train_base, "align": train_align, "sft": train_sft}[stage].BY_MODEL["tiny"]["lr"]
 
 
 PARTS = {"base": {"gpt"}, "align": {"vit", "bridge"}, "sft": {"vit", "bridge", "gpt"}, "rl": {"vit", "bridge", "gpt"}}
@@ -1742,8 +1752,7 @@ def test_chapter_3_reports_accuracy_and_loss_of_its_model_beside_the_baselines(c
     for split in ("scenes", "pairs"):
         records = [World("exam", split, seed=1)[i] for i in range(6)]
         expected = evaluate_with_baselines(vlm, words, {split: records}, setup())[split]
-        assert {name: result["held_out"][split][name] for name in expected if name != "ci95"} == {
-            name: value for name, value in expected.items() if name != "ci95"}
+        assert {name: result["held_out"][split][name] for name in expected} == expected | {"ci95": [*expected["ci95"]]}
         if split == "scenes":
             assert (result["accuracy"], result["blind_accuracy"]) == (expected["accuracy"], expected["blind_accuracy"])
             docs = [make_document(one, 0, words, 9, 72) for one in records]
@@ -1752,15 +1761,17 @@ def test_chapter_3_reports_accuracy_and_loss_of_its_model_beside_the_baselines(c
                 assert result["held_out"][split][name] == pytest.approx(nats / tokens, rel=1e-5)
 
 
-def test_chapter_4_reports_what_its_model_gained_on_all_questions_and_on_its_kinds(chapters):
-    vlm, words, result = left_by(chapters, "rl")
-    pairs, asked_of = [], ("number", "relation")
+def test_chapter_4_reports_what_its_model_gained_on_all_questions_and_on_its_kinds(tmp_path):
+    result = run_chapter("rl", tmp_path, "--lr=0.1")  # a step so large that much is forgotten: a loss
+    after_it = load_checkpoint(tmp_path / "tiny" / "rl"), shipped()[1]
+    pairs, trained_on = [], ("number", "relation")
     for split in ("scenes", "pairs"):
         records = [World("exam", split, seed=1)[i] for i in range(6)]
-        before, after = (evaluate(*of, records, setup())["right"] for of in (shipped(), (vlm, words)))
+        before, after = (evaluate(*of, records, setup())["right"] for of in (shipped(), after_it))
         told = result["held_out"][split]
-        assert (told["before"], told["accuracy"]) == (sum(before) / 6, sum(after) / 6)
-        pairs += [(a, b) for a, b, record in zip(before, after, records) if record["kind"] in asked_of]
+        assert (told["before"], told["accuracy"]) == (sum(before) / 6, sum(after) / 6) and sum(before) > sum(after)
+        assert told["gain"] == pytest.approx((sum(after) - sum(before)) / 6)
+        pairs += [(a, b) for a, b, record in zip(before, after, records) if record["kind"] in trained_on]
         if split == "scenes":
             assert (result["before"], result["accuracy"]) == (told["before"], told["accuracy"])
     expected = gain(*zip(*pairs))

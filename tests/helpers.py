@@ -919,11 +919,11 @@ RUNS = {"base": [train_base.main, "--seq_len=128", "--eval_size=4", "--batch_siz
         "rl": [train_rl.main, "--eval_size=6", "--batch_size=32", "--samples=4"]}
 
 
-def run_chapter(stage: str, out: Path) -> dict:
+def run_chapter(stage: str, out: Path, *flags) -> dict:
     "One step from the small trained model, with another seed than 0."
     main, *more = RUNS[stage]
     return call(main, f"--init={TINY}", f"--out_dir={out}", "--steps=1", "--micro_batch_size=2", "--seed=10",
-                "--device=cpu", *more)
+                "--device=cpu", *more, *flags)
 
 
 class Runs(dict):
@@ -937,7 +937,7 @@ class Runs(dict):
         return self[stage]
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def chapters(tmp_path_factory) -> Runs:
     return Runs(tmp_path_factory.mktemp("chapters"))
 

@@ -31,8 +31,8 @@ import train_base
 import train_sft
 from model import GPT, VLM
 from plumbing.checkpoints import save_checkpoint
-from tests.helpers import (CHAPTERS, HERE, QUICK, SCRIPTS, START, Ran, fails, long_form, one_line, run, run_process,
-                           setup, snapshot, starts, tiny_vlm, tokenizer, wait_until)
+from tests.helpers import (CHAPTERS, HERE, QUICK, SCRIPTS, START, TINY, Ran, call, fails, long_form, one_line, run,
+                           run_process, setup, shipped, snapshot, starts, tiny_vlm, tokenizer, wait_until)
 from tokenizer import Tokenizer
 from vision import ViT
 
@@ -585,6 +585,17 @@ def test_a_soak_of_two_hours_leaves_memory_and_open_files_flat(tmp_path):
         print(f"round {len(readings)}: {memory:.0f} MiB, {readings[-1][1]} open files", file=sys.stderr, flush=True)
     first, last = readings[min(2, len(readings) - 1)], readings[-1]
     assert last[0] < 1.1 * first[0] + 20 and last[1] <= first[1] + 2
+
+
+def test_a_run_in_bfloat16_keeps_its_float32_weights(tmp_path):
+    flags = [f"--init={TINY}", "--steps=1", "--batch_size=1", "--seq_len=128", "--eval_size=1", "--device=cpu"]
+    call(train_base.main, *flags, "--dtype=bfloat16", f"--out_dir={tmp_path}")
+    start = dict(shipped()[0].named_parameters())
+    saved = plumbing.weights.read_safetensors(tmp_path / "tiny/base/model.safetensors")
+    moved = {name: p for name, p in saved.items() if name.startswith("gpt.") and not torch.equal(p, start[name])}
+    assert len(moved) > 20
+    for name, p in moved.items():  # not rounded: bfloat16 has 8 bits of fraction, these have 24
+        assert p.dtype == torch.float32 and (p != p.bfloat16()).any(), name
 
 
 def test_a_model_with_nan_replaces_no_checkpoint(tmp_path):

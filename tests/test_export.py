@@ -108,6 +108,7 @@ def test_an_exported_model_says_how_it_samples_and_when_it_stops(tmp_path, gener
     assert told == {"eos_token_id": [words.im_end, words.endoftext], "pad_token_id": words.endoftext,
                     "do_sample": sampled, **generation}
     assert generation_config(tmp_path / "hf") == generation
+    assert json.loads((tmp_path / "hf" / "config.json").read_text())["eos_token_id"] == words.im_end
 
 
 def test_leftovers_of_a_greedy_models_temperature_are_not_used(tmp_path):

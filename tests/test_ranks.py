@@ -24,7 +24,7 @@ def rank_of_two(rank: int, port: int, folder: Path) -> None:
     threads.cache_clear()  # a fork has no copy of the threads that prepare batches
     here = setup()
     results = {"gathered": here.gather([10 * n for n in range(7)[rank::2]]), "none": here.gather([]),
-               "sum": here.all_reduce(rank + 1.5),
+               "sum": here.all_reduce(rank + 1.5), "exact": here.all_reduce(2.0 ** 24 + 1),
                "blind": evaluate(*shipped(), questions(20), here, blind=True)["right"]}
     results |= {stage: run_chapter(stage, folder) for stage in ("base", "align", "rl")}
     (folder / f"{rank}.json").write_text(json.dumps(results))
@@ -52,6 +52,7 @@ def two_ranks(tmp_path_factory):
 def test_answers_of_two_ranks_are_gathered_in_the_order_of_the_questions(two_ranks):
     for rank in two_ranks[1:]:  # rank 0 had questions 0, 2, 4 and 6
         assert rank["gathered"] == [0, 10, 20, 30, 40, 50, 60] and rank["none"] == [] and rank["sum"] == 1.5 + 2.5
+        assert rank["exact"] == 2 ** 25 + 2  # a sum over millions of tokens: float32 has no odd numbers above 2^24
         assert rank["blind"] == right_by_hand(20, "blind")  # each answer is scored with its own question
 
 
