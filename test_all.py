@@ -5,16 +5,21 @@ plumbing/ and extras/ are in tests/, in a file for each room.
     python -m pytest -n 2                     # all, offline, in two processes: two and a half minutes on two cores
     python -m pytest -k packed                # those with "packed" in their name
     python test_all.py --long                 # also the full form of some: 10,000 files, 50 kills; an hour
+    python test_all.py --mutants              # small faults, put into a copy one by one: would a test notice?
 
 Random weights and small files made on the spot; transformers and safetensors are the references. Tests on real data are
 skipped, by name, where the folder they read is not there.
 """
+import argparse
 import base64
+import contextlib
 import hashlib
+import io
 import itertools
 import json
 import math
 import os
+import random
 import re
 import shlex
 import shutil
@@ -25,45 +30,64 @@ import time
 import unicodedata
 import zipfile
 from collections import Counter
-from dataclasses import asdict, replace
-from functools import lru_cache
+from dataclasses import replace
+from functools import lru_cache, partial
 from pathlib import Path
 
-import numpy as np
-import pytest
-import tiktoken
-import torch
-import torch.nn.functional as F
-from PIL import Image
-from hypothesis import example, given, settings, strategies as st
-
-import data
 import extras.asking
 import extras.benchmarks
-import extras.export
-import model
+import numpy as np
 import plumbing.engine
 import plumbing.files
 import plumbing.flags
-import plumbing.hub
 import plumbing.ranks
 import plumbing.recipes
 import plumbing.scoring
 import plumbing.weights
 import plumbing.world
-import sample
+import pytest
+import tiktoken
 import tokenizer as tok
+import torch
+import torch.nn.functional as F
+import train_align
 import train_base
 import train_sft
 import vision
-from model import GPT, VLM
-from tests.helpers import (CHAPTERS, HERE, QUICK, QWEN, RAGGED, RED, SEQ_LEN, SHARED, START, CHATS_model, Ran, about,
-                           batch_of, bytes_of, change_config, chat, chat_model, document, documents, fails, far,
-                           image_bytes, image_tokens, llava, needs, noise_image, one_line, picture, plain_records,
-                           prompts, qwen, render, run, run_process, save_onevision, say, seen, setup, shake, small,
-                           text_only, tiny_vlm, tokenizer, wait_until, write, write_tsv)
+from hypothesis import given, settings
+from PIL import Image, ImageColor
+from tests.helpers import (CHAPTERS, CHATS, HERE, QUICK, QWEN, QWEN_SYSTEM, RAGGED, RED, RUNS, SEQ_LEN, SHARED, SHOWN,
+                           START, THOUGHTS, TINY, CHATS_model, Ran, about, batch_of, bytes_of, call, change_config,
+                           chat, chat_model, conversation, document, documents, fails, far, image_bytes, image_tokens,
+                           left_by, llava, log_of, needs, needs_qwen, one_line, picture, plain_records, png, prompts,
+                           questions, qwen, qwen3, render, rendered, right_by_hand, rows_of, run, run_chapter,
+                           run_process, sample_flags, say, seen, setup, shake, shipped, small, text_only, tiny_vlm,
+                           tokenizer, wait_until, write, write_tsv)
+from tests.plain_model import assert_same_gradients, plain_gradient, plain_loss, weights_of
+
+import bench
+import data
+import model
+import sample
+import train_rl
+from plumbing.checkpoints import save_checkpoint
+from plumbing.engine import Engine, Request, respond
+from plumbing.optimizer import Optimizer
+from plumbing.records import Records, hash_keys
+from plumbing.weights import read_safetensors
+from plumbing.world import QUESTIONS, World
+from bench import clock, llava_like, step_flops
+from data import Document, Loader, make_document, pack, pixel_loader, split_by_image
+from model import GPT, VLM, cross_entropy, load_checkpoint, preset, token_loss
+from sample import Chat, answer_folder, check_ability, load
 from tokenizer import SPECIAL_TOKENS, Rendered, Tokenizer, train_bpe
-from vision import Bridge, BridgeConfig, ViT, ViTConfig
+from train_align import write_captions
+from train_base import (bits_per_byte, chapter_flags, count_supervised, freeze_all_but, held_out_loss, make_documents,
+                        make_loaders, train_step)
+from train_rl import gain, pack_all, reward, rollout, to_documents
+from train_sft import answers, evaluate, evaluate_with_baselines, save_samples
+from vision import Bridge, BridgeConfig, ViT, ViTConfig, preprocess, sincos_positions
+from extras.asking import make_message
 
 pytest_plugins = ["tests.helpers"]  # its fixtures
 
@@ -71,10 +95,23 @@ pytest_plugins = ["tests.helpers"]  # its fixtures
 # ----------------------------------------------------------------------------------------------------------------------
 # tokenizer.py
 
+def test_merges_are_learned_by_how_often_a_pair_occurs():
+    # Pieces: "xy" once, " xy" three times, and " pqa", " pqb", " pqc". So x y occurs 4 times and is merged first. Then
+    # three pairs occur 3 times each; the smaller ids come first: " " p before " " xy (which is id 256), and then p q.
+    ranks = train_bpe(["xy xy xy xy pqa pqb pqc"], 260)
+    assert list(ranks)[256:] == [b"xy", b" p", b" xy", b" pq"]
+    assert list(train_bpe(["aaaa"] * 2, 260))[256:] == [b"aa", b"aaaa"]  # from the left, never overlapping
+
+
+def test_training_cuts_text_into_words_and_single_digits():
+    words = Tokenizer.train(["in 2024 the caf\u00e9, in 2024 the caf\u00e9"] * 9, 400)
+    assert [words.decode([i]) for i in words.encode("in 2024 the caf\u00e9,")] == [
+        "in", " ", "2", "0", "2", "4", " the", " caf\u00e9", ","]
+    assert words.encode("cafe\u0301") == words.encode("caf\u00e9")  # an accented letter has only one spelling
+
+
 SHAKESPEARE = SHARED / "data" / "text" / "tinyshakespeare.txt"
-needs_qwen = pytest.mark.skipif(not (QWEN / "vocab.json").exists(), reason=f"needs Qwen's vocab.json in {QWEN}")
 needs_text = pytest.mark.skipif(not SHAKESPEARE.exists(), reason=f"needs {SHAKESPEARE}")
-QWEN_SYSTEM = "You are Qwen, created by Alibaba Cloud. You are a helpful assistant."
 # Qwen2.5's own template without its branch for tools, spelled as a tokenizer_config.json spells it.
 QWEN_TEMPLATE = """
 {%- if messages[0]['role'] == 'system' %}
@@ -117,25 +154,6 @@ QWEN3_TEMPLATE = """
 {%- endif %}
 """
 QWEN3_TOKENS = ["<tool_response>", "</tool_response>", "<think>", "</think>"]  # after Qwen2.5's special tokens
-THOUGHTS = [
-    [("user", "Hi"), ("assistant", "<think>\nThey greet me.\n</think>\n\nHello!")],
-    [("user", "Hi"), ("assistant", "<think>\nA.\n\nB.\n</think>\n\nHello!"), ("user", "7+5?"),
-     ("assistant", "<think>\n\n</think>\n\n12")],
-    [("user", "Hi"), ("assistant", "no mark</think>\n\nHello!"), ("user", "7+5?"), ("assistant", "12\n")],
-    [("system", "s"), ("user", "a"), ("assistant", "<think>t</think>b"), ("assistant", "c")],
-    [("assistant", "no question"), ("assistant", "was asked")],
-]
-CHATS = [
-    [("user", "Hi"), ("assistant", "Hello! How can I help?")],
-    [("system", "Answer in French."), ("user", "Count to 12, please."), ("assistant", "1, 2, 3 ... 12.")],
-    [("user", "\n\n  indented, after newlines"), ("assistant", "ok"), ("user", "   leading spaces\n"),
-     ("assistant", "x")],
-    [("user", "我想在apple工作 😶‍🌫️ Cu\u031b\u0309a Việt"), ("assistant", "e\u0301te\u0301 ½ ٣ ①")],
-    [("user", ""), ("assistant", ""), ("system", "be short"), ("user", "\tdef f(x):\r\n\t\treturn 'x'")],
-    [("user", "What's 7+5?"), ("assistant", "12"), ("user", "I'LL ask: and 12345*6?"), ("assistant", "74,070\n")],
-]
-
-
 def read_merges():
     lines = (QWEN / "merges.txt").read_text(encoding="utf-8").split("\n")
     return [line for line in lines if line and not line.startswith("#version")]
@@ -204,13 +222,6 @@ def test_render_equals_qwens_chat_template_in_transformers(turns):
             system = "" if messages[0]["role"] == "system" else f"<|im_start|>system\n{QWEN_SYSTEM}<|im_end|>\n"
             written = "".join(f"<|im_start|>{m['role']}\n{m['content']}<|im_end|>\n" for m in messages)
             assert text == system + written + "<|im_start|>assistant\n" * prompt
-
-
-@lru_cache
-def qwen3(table=qwen) -> Tokenizer:
-    "Qwen3's tokenizer: another's with four more tokens."
-    special = table().special | {name: table().vocab_size + i for i, name in enumerate(QWEN3_TOKENS)}
-    return Tokenizer(table().ranks, special, thinking=True)
 
 
 @needs_qwen
@@ -509,160 +520,56 @@ def test_importing_tokenizer_needs_only_the_standard_library_and_tiktoken():
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# tokenizer.py: in the hub's form
-
-TRICKY_SYSTEM = "It's \"brief\", {{ x }} {% if y %} {# z #} <b>:\n\t\\n é 我 😶 %} }}\r\n"
-# Each string is a place where two tokenizers once disagreed: NFC, endings, digits, white space, signs, rare characters.
-HARD_TEXTS = [
-    "", " ", "  \n\n  \t x", "\r\n\r\n\n", "a \u00a0\u3000b\u2028c\x85d\x1ce", "I'm I'LL we\u017fve 'S 'ſ don''t",
-    "e\u0301 Cu\u031b\u0309a \u1112\u1161\u11ab \u0340 \u212b \ufb01 \u2126 \u0338x", "1234567890 ٣½① 3.14e-10",
-    "😶‍🌫️👩‍👩‍👧🏽 🇩🇪 ☺️", "我想在apple工作，你好。 日本語テキスト 한국어 ภาษาไทย हिन्दी", "\U0001f9ff\U00020bb7\ufeff\ufffd\x00\x7f\u200b",
-    "def f(x):\n    return {'a': x**2}  # done\n\n\n", "# # #version ## http://a.b/c?d=e&f=%20 ...!!?!\n//",
-    " " * 300 + "." * 300, "the cat sat on the mat, it's the cat that sat! été", "<b>|im_end|</b> < image > <|im_en",
-]  # fmt: skip
-IMAGE_CHATS = [
-    chat(("user", "<image>What is this?"), ("assistant", "A cat.")),
-    chat(("system", "s<image>"), ("user", "<image><image>\nthe <image> mat<image>"), ("assistant", "x<image>"),
-         ("user", "y")),
-    chat(("user", [{"type": "text", "text": "the "}, {"type": "image"}, {"type": "text", "text": "\u0338 cat\n"}]),
-         ("assistant", [{"type": "text", "text": "sat"}]), ("user", "<image>")),
-    chat(("user", [{"type": "image"}, {"type": "image", "url": "a.png"}]), ("assistant", []), ("user", "")),
-]  # fmt: skip
-
-
-@lru_cache
-def hub_tables() -> dict[str, Tokenizer]:
-    ranks, top = small().ranks, len(small().ranks)
-    odd = {"<|endoftext|>": top + 7, "<|im_end|>": top + 90, "<|im_start|>": top + 3, "<|image_pad|>": top + 50}
-    llava = {name: top + i for i, name in enumerate([*SPECIAL_TOKENS[:3], "<image>", "<video>"])}  # no marks
-    tables = {"own": small(), "own_system": Tokenizer(ranks, small().special, default_system=TRICKY_SYSTEM),
-              "bytes_only": Tokenizer.train(["x"], 300), "gaps": Tokenizer(ranks, odd, default_system=""),
-              "llava_ov": Tokenizer(ranks, llava), "own_qwen3": qwen3(small)}  # fmt: skip
-    if (QWEN / "vocab.json").exists():
-        tables["qwen"] = Tokenizer(qwen().ranks, qwen().special, default_system=QWEN_SYSTEM)
-    return tables
-
-HUB_TABLES = ["own", "own_system", "bytes_only", "gaps", "llava_ov", "own_qwen3", pytest.param("qwen", marks=needs_qwen)]
-
-
-def hub_folder(name: str, tmp_path_factory) -> Path:
-    "Written once for all tests."
-    folder = tmp_path_factory.getbasetemp() / "hub" / name
-    if not folder.exists():
-        hub_tables()[name].save_hub(folder, max_length=1234)
-    return folder
-
-
-@lru_cache
-def auto_tokenizer(folder: Path, model_type: str = ""):
-    "What transformers makes of the folder beside the config.json of such a model."
-    import transformers
-    config = folder / "config.json"
-    config.unlink(missing_ok=True)
-    if model_type:
-        config.write_text(json.dumps({"model_type": model_type}))
-    return transformers.AutoTokenizer.from_pretrained(folder)
-
-
-@pytest.mark.parametrize("name", HUB_TABLES)
-@pytest.mark.parametrize("left_out", ["tokenizer.json", "vocab.json"])  # either form is enough
-def test_what_save_hub_wrote_reads_back_alike(name, left_out, tmp_path, tmp_path_factory):
-    t = hub_tables()[name]
-    for file in hub_folder(name, tmp_path_factory).iterdir():
-        if file.name != left_out:
-            (tmp_path / file.name).symlink_to(file)
-    loaded = Tokenizer.from_pretrained(tmp_path)
-    assert (loaded.ranks, loaded.special, loaded.default_system) == (t.ranks, t.special, t.default_system)
-    assert (loaded.image_pad, loaded.vocab_size) == (t.image_pad, t.vocab_size)
-
-
-@needs_qwen
-def test_save_hub_writes_qwens_own_vocabulary_and_merges(tmp_path_factory):
-    folder = hub_folder("qwen", tmp_path_factory)
-    assert (folder / "vocab.json").read_bytes() == (QWEN / "vocab.json").read_bytes()
-    ours, theirs = ((f / "merges.txt").read_text(encoding="utf-8").split("\n") for f in (folder, QWEN))
-    assert ours[0].startswith("#version") and ours[1:] == [line for line in theirs if not line.startswith("#version")]
-
-
-@needs("transformers")
-@pytest.mark.parametrize("model_type", ["", "qwen2", "llava", "llava_onevision"])
-@pytest.mark.parametrize("name", HUB_TABLES)
-def test_transformers_gives_our_ids_from_what_save_hub_wrote(name, model_type, tmp_path_factory):
-    t, theirs = hub_tables()[name], auto_tokenizer(hub_folder(name, tmp_path_factory), model_type)
-    assert {i: str(token) for i, token in theirs.added_tokens_decoder.items()} == {i: n for n, i in t.special.items()}
-    assert (theirs.eos_token_id, theirs.pad_token_id, theirs.bos_token_id) == (t.im_end, t.endoftext, None)
-    assert theirs.model_max_length == 1234 and len(theirs) == len(t.ranks) + len(t.special)
-    for text in HARD_TEXTS:
-        ids = theirs(text)["input_ids"]
-        assert ids == t.encode(text)
-        assert theirs.decode(ids) == t.decode(ids) == unicodedata.normalize("NFC", text)
-    assert theirs("".join(t.special))["input_ids"] == list(t.special.values())
-    shown = "".join(name for name in tok.THINK if name in t.special)  # what a Qwen3 thinks is not hidden by these
-    assert theirs.decode(list(t.special.values()), skip_special_tokens=True) == shown
-    # The strings of special tokens as ordinary text, where one asks for that.
-    text = "".join(SPECIAL_TOKENS) + "<image>"
-    assert theirs(text, split_special_tokens=True)["input_ids"] == t.encode(text)
-
-
-@needs("transformers")
-@settings(max_examples=100, deadline=None)
-@given(st.text(st.characters(exclude_categories=["Cs", "Cn"]) | st.sampled_from("thecaso'. \n12é\u0301"), max_size=60))
-@example("<|vision_pad|>")
-def test_transformers_gives_our_ids_for_any_text(tmp_path_factory, text):
-    theirs = auto_tokenizer(hub_folder("own", tmp_path_factory), "llava")
-    assert theirs(text, split_special_tokens=True)["input_ids"] == small().encode(text)
-
-
-@needs("transformers")
-@pytest.mark.parametrize("name", HUB_TABLES)
-@pytest.mark.parametrize("messages", [*(chat(*turns) for turns in [*CHATS, *THOUGHTS]), *IMAGE_CHATS])
-def test_chat_template_of_save_hub_gives_what_render_renders(name, messages, tmp_path_factory):
-    t, theirs = hub_tables()[name], auto_tokenizer(hub_folder(name, tmp_path_factory), "llava")
-    for n in range(1, len(messages) + 1):
-        for prompt in {False, messages[n - 1]["role"] != "assistant"}:
-            text = theirs.apply_chat_template(messages[:n], tokenize=False, add_generation_prompt=prompt)
-            ours = t.render(messages[:n], image_tokens=1, add_generation_prompt=prompt)
-            assert theirs(text)["input_ids"] == ours.ids  # one pad per image
-            pad = t.decode([t.image_pad], skip_special=False)
-            many = t.render(messages[:n], image_tokens=3, add_generation_prompt=prompt)
-            assert theirs(text.replace(pad, 3 * pad))["input_ids"] == many.ids  # as processors do it
-
-
-@needs("transformers")
-@settings(max_examples=100, deadline=None)
-@given(st.lists(st.lists(st.sampled_from(["<image>", "a", " ", "\n", "\r", "{{", "%}", "'", '"', "\\", "<", "é", "我"]))
-                .map("".join), min_size=1, max_size=4), st.booleans())
-def test_chat_template_of_save_hub_renders_any_text_as_it_is(tmp_path_factory, contents, system):
-    name = "own_system" if system else "own"
-    t, theirs = hub_tables()[name], auto_tokenizer(hub_folder(name, tmp_path_factory))
-    messages = chat(*zip(["user", "assistant"] * 2, contents))
-    text = theirs.apply_chat_template(messages, tokenize=False)
-    assert text == t.decode(t.render(messages, image_tokens=1).ids, skip_special=False)
-
-
-@needs("transformers")
-def test_chat_template_of_save_hub_refuses_parts_that_render_refuses(tmp_path, tmp_path_factory):
-    theirs = auto_tokenizer(hub_folder("own", tmp_path_factory))
-    for part in ({"type": "video"}, {"type": "text", "text": None}, {"type": "text"}, "x"):
-        with pytest.raises(Exception, match="no attribute 'text'|NoneType"):
-            theirs.apply_chat_template(chat(("user", [part])), tokenize=False)
-    # A model without images: there "<image>" is text like any other.
-    Tokenizer(small().ranks, {n: i for n, i in small().special.items() if "image" not in n}).save_hub(tmp_path)
-    text = auto_tokenizer(tmp_path).apply_chat_template(chat(("user", "an <image> tag")), tokenize=False)
-    assert text == "<|im_start|>user\nan <image> tag<|im_end|>\n"
-
-
-def test_save_hub_refuses_a_table_that_no_merges_give(tmp_path):
-    for tokens in ([b"abc"], [b"abc", b"ab"], [b"bc", b"abcd", b"ab"]):
-        ranks = train_bpe([], 256) | {token: 256 + i for i, token in enumerate(tokens)}
-        t = Tokenizer(ranks, {name: 300 + i for i, name in enumerate(SPECIAL_TOKENS)})
-        with pytest.raises(ValueError, match="token 'abcd?' is not made of older ones"):
-            t.save_hub(tmp_path)
-    assert tok._find_merges(tok._byte_alphabet() | {"bc": 256, "abc": 257, "abcd": 300}) == ["b c", "a bc", "abc d"]
-
-
-# ----------------------------------------------------------------------------------------------------------------------
 # vision.py: the vision transformer
+
+def test_positions_of_patches_start_as_sines_of_column_and_row_with_base_100():
+    # D = 128 channels: 32 wavelengths, 1 to 1/100 radian a patch; number 16 has 100^(-16/32) = 1/10. A side has 6.
+    at = sincos_positions(6, 128)
+    assert at.shape == (36, 128) and at[0].tolist() == [0] * 32 + [1] * 32 + [0] * 32 + [1] * 32
+    right, below = at[1], at[6]
+    assert [right[i].item() for i in (0, 16, 32, 48)] == pytest.approx(
+        [math.sin(1), math.sin(0.1), math.cos(1), math.cos(0.1)])
+    assert torch.equal(right[64:], at[0][64:]) and torch.equal(below[:64], at[0][:64])  # the same row, the same column
+    assert torch.allclose(below[64:], right[:64])
+
+
+def test_a_new_model_starts_with_these_values():
+    # tiny: H = D = 128; 4 layers in the decoder, 3 in the ViT, so 8 and 6 branches are added up in their residual
+    # streams. A matrix that reads n numbers starts at 1 / sqrt(n).
+    torch.manual_seed(0)
+    table = {"embed.weight": 3 / 128 ** 0.5, "attention.qkv.weight": 128 ** -0.5, "gate_up.weight": 128 ** -0.5,
+             "attention.out.weight": (8 * 128) ** -0.5, "mlp.down.weight": (8 * 256) ** -0.5,
+             "vit.patch.weight": (3 * 12 * 12) ** -0.5, "seed.weight": (4 * 128) ** -0.5, "latents": 1.0,
+             **{f"blocks.{i}.{name}.weight": std for i in range(3) for name, std in (
+                 ("qkv", 128 ** -0.5), ("out", (6 * 128) ** -0.5), ("fc1", 128 ** -0.5), ("fc2", (6 * 512) ** -0.5))},
+             "layers.0.q.weight": 128 ** -0.5, "layers.0.kv.weight": 128 ** -0.5, "layers.0.fc1.weight": 128 ** -0.5,
+             "layers.0.out.weight": 0, "layers.0.fc2.weight": 0,  # the resampler begins as what its latents start from
+             "bridge.fc1.weight": 128 ** -0.5, "bridge.fc2.weight": 128 ** -0.5}
+    for name, p in VLM(preset("tiny")).named_parameters():
+        if "norm" in name or name.endswith("bias"):
+            assert (p == (1 if "norm" in name and name.endswith("weight") else 0)).all(), name
+        elif name != "vit.position":
+            std, = {std for end, std in table.items() if name.endswith(end)}
+            assert p.std().item() == pytest.approx(std, rel=0.06) and p.mean().abs() < 0.1 * std + 1e-9, name
+
+
+def test_small_features_are_normalised_with_the_eps_they_were_trained_with():
+    # 0.001 and -0.001 have the variance 1e-6; with eps 1e-6 they become 0.001 / sqrt(2e-6) = 0.7071, with 1e-5 0.30.
+    vlm, x = VLM(preset("tiny")), torch.tensor([1e-3, -1e-3] * 64)
+    for layer in (vlm.vit.norm, *(b.norm1 for b in vlm.vit.blocks), *(b.norm2 for b in vlm.vit.blocks), vlm.gpt.norm,
+                  vlm.gpt.blocks[0].norm1, vlm.gpt.blocks[0].norm2):
+        assert layer(x)[:2].tolist() == pytest.approx([0.7071, -0.7071], abs=1e-4)
+
+
+def test_a_frozen_vit_is_computed_without_a_graph():
+    vlm, recording = tiny_vlm(), []
+    vlm.vit.blocks[0].register_forward_hook(lambda *_: recording.append(torch.is_grad_enabled()))
+    batch = rows_of(vlm, rendered(vlm))
+    for trained in (["bridge", "decoder", "vit"], ["bridge", "decoder"]):
+        freeze_all_but(vlm, trained)
+        vlm(batch).backward()
+    assert recording == [True, False] and vlm.bridge.fc1.weight.grad.any()
+
 
 # so400m at 384 px leaves 6 px unused; here 30 = 2 * 14 + 2. The other one is all defaults, as the hub's sparse files.
 ODD_SIZE = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=4, image_size=30,
@@ -819,6 +726,66 @@ def test_bridge_gives_as_many_tokens_as_its_config_says():
 
 # ----------------------------------------------------------------------------------------------------------------------
 # data.py: data sets and packing
+
+def text_of(first: int, length: int, index: int = 0) -> Document:
+    return Document(index, [first] * length, [1] * length, [], {"id": str(index), "images": []})
+
+
+def test_two_documents_that_fill_a_row_to_the_last_token_share_it():
+    # 3 ids and 3 ids: each takes 2 positions, as its last id is only ever a target.
+    arrays, packed, waiting = pack([text_of(1, 3), text_of(2, 3), text_of(3, 2)], 1, 4, 1)
+    assert arrays["ids"].tolist() == [[1, 1, 2, 2]] and len(packed) == 2 and len(waiting) == 1
+
+
+def test_a_short_document_does_not_wait_while_long_ones_pass():
+    # Rows of 10. Document 3 takes 2 positions, all others 9: it fits beside none of them.
+    loader = Loader(range(1000), lambda record, i: text_of(record + 1, 3 if record == 3 else 10, i), None, 1, 10, 1)
+    assert [4, 4] in [next(loader)["ids"][0, :2].tolist() for _ in range(6)]
+
+
+def test_a_picture_that_ends_one_token_behind_the_row_is_left_out():
+    # <|im_start|>user\n a? <|im_end|>\n <|im_start|>assistant\n b <picture>: something is learned before the picture.
+    record = conversation("a?", "b<image>c", images=[1])
+    whole = make_document(record, 0, tokenizer(), 4, 500)
+    end = whole.slots[0] + 4  # one behind its last place
+    fits = make_document(record, 0, tokenizer(), 4, end)
+    assert make_document(record, 0, tokenizer(), 4, end - 1) is None
+    arrays, _, _ = pack([fits], 1, end, 4)
+    assert arrays["image_positions"].tolist() == [end - 4, end - 3, end - 2, end - 1]
+
+
+def records_of(rows: list[dict]) -> Records:
+    keys = [hash_keys(row) for row in rows]
+    return Records(rows.__getitem__, np.arange(len(rows))[:, None], np.array(sum(keys, []), np.uint64),
+                   np.array([len(one) for one in keys]))
+
+
+def test_a_record_that_shares_a_held_out_records_second_picture_does_not_train():
+    # Pictures in the order of their hashes, in which they are chosen. 1 of 10 is held out: the first.
+    a, b, c, *rest = sorted((b"picture %d" % i for i in range(10)), key=lambda source: hash_keys({"images": [source]}))
+    shows = {"held": [a, b], "neither": [b, c], "trains": [c], **{f"rest {i}": [one] for i, one in enumerate(rest)}}
+    train, held = split_by_image(records_of([{"id": name, "images": some} for name, some in shows.items()]), 0.1)
+    assert [one["id"] for one in held] == ["held"]
+    assert [one["id"] for one in train] == ["trains", *(f"rest {i}" for i in range(7))]
+
+
+def test_each_answer_of_a_held_out_conversation_is_asked_for(tmp_path):
+    rows = [{"id": str(i), "messages": conversation("a?", "b", "c?", "d")["messages"]} for i in range(10)]
+    (tmp_path / "d.json").write_text(json.dumps(rows))
+    _, held_out = data.load_data(str(tmp_path / "d.json"), None, {}, 0, 4)  # two conversations of ten
+    asked_for = held_out["held_out"]
+    assert [len(one["messages"]) for one in asked_for] == [2, 4, 2, 4] and len({one["id"] for one in asked_for}) == 4
+
+
+def test_a_picture_of_a_record_is_resized_as_the_model_was_trained(tmp_path):
+    wide = Image.open(io.BytesIO(png(1, 60))).crop((0, 0, 60, 30))
+    wide.save(tmp_path / "wide.png")
+    square = Image.new("RGB", (60, 60), (127, 127, 127))
+    square.paste(wide, (0, 15))  # grey bars above and below
+    for bicubic in (True, False):
+        load = pixel_loader(ViTConfig(image_size=24, bicubic=bicubic, pad=True))
+        assert torch.equal(load(str(tmp_path / "wide.png"), {"id": 1}), preprocess(square, 24, bicubic))
+
 
 def test_packing_puts_each_document_into_the_first_row_with_room():
     one = document([1, 2, 3], [0, 0, 1])
@@ -1080,6 +1047,134 @@ def test_an_unreadable_picture_names_its_record(tmp_path):
 # ----------------------------------------------------------------------------------------------------------------------
 # model.py: Qwen2 and Qwen3
 
+
+# model.py: loss and gradients against the plain formulas, start values
+
+@pytest.mark.parametrize("kind, tied", [("perceiver", True), ("pixelshuffle", False), ("mlp", False)])
+def test_loss_and_every_gradient_are_those_of_the_plain_formulas_in_float64(kind, tied):
+    vlm = tiny_vlm(kind, tied)
+    docs = rendered(vlm)
+    batch = rows_of(vlm, docs)
+    w = weights_of(vlm)
+    expected = sum(plain_loss(w, vlm.config, doc) for doc in docs)
+    vlm(batch).backward()
+    assert vlm(batch).item() == pytest.approx(expected.item(), rel=1e-5)
+    # materialize: a bare MLP reads the features before the ViT's last norm, which gets no gradient then
+    assert_same_gradients(vlm, dict(zip(w, torch.autograd.grad(expected, w.values(), materialize_grads=True))))
+
+
+def test_every_gradient_is_the_slope_of_the_loss():
+    # Without any derivative: a step of 1e-5 to each side along a random direction, for each parameter by itself.
+    vlm = tiny_vlm()
+    doc = rendered(vlm, SHOWN[:1])[0]
+    vlm(rows_of(vlm, [doc])).backward()
+    w = {name: p.detach() for name, p in weights_of(vlm).items()}
+    for name, p in vlm.named_parameters():
+        direction = torch.randn(p.shape, generator=torch.Generator().manual_seed(len(name))).double()
+        up, down = (plain_loss(w | {name: w[name] + step * direction}, vlm.config, doc) for step in (1e-5, -1e-5))
+        slope = (p.grad.double() * direction).sum()
+        assert slope.item() == pytest.approx((up - down).item() / 2e-5, rel=2e-3, abs=2e-4), name
+
+
+def test_a_tied_head_teaches_the_embedding_of_words_that_only_could_have_come():
+    # An id that is nowhere in the text is still a row of the head: at each supervised position it had a probability p,
+    # and d loss / d row = sum of p h.
+    vlm, ids = tiny_vlm(), torch.tensor([[5, 6, 7, 8]])
+    h = vlm.gpt.hidden(vlm.gpt.embed(ids))
+    token_loss(h, vlm.gpt.head_weight, torch.tensor([[6, 7, 8, -100]])).backward()
+    p = (h @ vlm.gpt.embed.weight.T).softmax(-1)[0, :3, 99]
+    assert torch.allclose(vlm.gpt.embed.weight.grad[99], p @ h[0, :3], rtol=1e-4, atol=1e-7) and p.min() > 0
+
+
+def test_cross_entropy_is_float32_inside_also_of_bfloat16_logits():
+    logits = (8 * torch.randn(40, 500, generator=torch.Generator().manual_seed(0))).bfloat16()
+    targets = torch.arange(40)
+    loss, gradient = cross_entropy(logits.clone(), targets, torch.ones(40))
+    exact = logits.double().requires_grad_()
+    F.cross_entropy(exact, targets, reduction="sum").backward()
+    # in bfloat16 each of the 40 would be off by up to 1/256 of itself
+    assert loss.item() == pytest.approx(F.cross_entropy(exact, targets, reduction="sum").item(), rel=1e-6)
+    assert gradient.dtype == torch.bfloat16 and torch.allclose(gradient.double(), exact.grad, rtol=1 / 256, atol=1e-6)
+
+
+def test_a_nearly_certain_token_still_has_its_error_in_bfloat16():
+    # p = 1 / (1 + e^-7) = 0.99909 is 1 in bfloat16. The gradient at the target is p - 1 = -0.00091, and not 0.
+    _, gradient = cross_entropy(torch.tensor([[7.0, 0.0]]).bfloat16(), torch.tensor([0]), torch.ones(1))
+    assert gradient[0].tolist() == pytest.approx([-0.000911, 0.000911], rel=0.01)
+
+
+def test_losses_and_head_gradients_are_summed_in_float32():
+    # 3,000 tokens, each with the loss ln 8: in bfloat16 the sum would stop growing at 512, where half a digit is 1.
+    x = torch.zeros(1, 3000, 4, dtype=torch.bfloat16)
+    x[..., 0] = 1
+    head = torch.zeros(8, 4, dtype=torch.bfloat16, requires_grad=True)
+    loss = token_loss(x, head, torch.zeros(1, 3000, dtype=torch.long), chunk=1)
+    assert loss.dtype == torch.float32 and loss.item() == pytest.approx(3000 * math.log(8), rel=1e-4)
+    loss.backward()  # at the target 1/8 - 1, elsewhere 1/8, 3,000 times
+    assert head.grad[:, 0].float().tolist() == pytest.approx([-2625] + [375] * 7, rel=1 / 256)
+
+
+def test_the_preset_tiny_has_the_readmes_numbers():
+    vlm = VLM(preset("tiny"))
+    millions = {name: sum(p.numel() for p in part.parameters()) / 1e6 for name, part in vlm.parts().items()}
+    assert millions == pytest.approx({"vit": 0.66, "bridge": 0.30, "decoder": 0.72}, abs=0.005)
+    assert vlm.config.vision.num_patches == 36 and vlm.config.bridge.num_tokens == 9
+
+
+def test_the_first_loss_of_a_new_model_is_near_15():
+    # Logits of standard deviation 3 guess with confidence, and mostly wrong: not ln 1024 = 6.9.
+    torch.manual_seed(0)
+    vlm, words = VLM(preset("tiny")), shipped()[1]
+    doc = make_document(World("text", seed=1)[0], 0, words, 9, 256, supervise_all=True)
+    with torch.no_grad():
+        loss = vlm(rows_of(vlm, [doc], 1, 256)).item() / (len(doc.ids) - 1)
+    assert 13 < loss < 17
+
+
+def stored_bytes(vlm: VLM, batch: dict) -> int:
+    "What autograd keeps of a forward pass for the backward pass, weights not counted."
+    own, kept = {p.untyped_storage().data_ptr() for p in vlm.parameters()}, {}
+
+    def pack_hook(tensor):
+        if tensor.untyped_storage().data_ptr() not in own:
+            kept[tensor.untyped_storage().data_ptr()] = tensor  # kept alive: its place is not given to another
+        return tensor
+    with torch.autograd.graph.saved_tensors_hooks(pack_hook, lambda tensor: tensor):
+        loss = vlm(batch)
+    del loss
+    return sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
+
+
+def test_activation_checkpointing_stores_a_blocks_input_and_nothing_else_of_it():
+    vlm = tiny_vlm()
+    batch, per_block = rows_of(vlm, [doc for doc in rendered(vlm) if not doc.slots], 1, 64), {}
+    blocks = vlm.gpt.blocks
+    for vlm.gpt.activation_checkpointing in (False, True):
+        vlm.gpt.blocks = blocks[:1]
+        one = stored_bytes(vlm, batch)
+        vlm.gpt.blocks = blocks
+        per_block[vlm.gpt.activation_checkpointing] = stored_bytes(vlm, batch) - one
+    hidden = 64 * 32 * 4  # bytes: a row of 64 tokens, H = 32, float32
+    assert per_block[True] <= hidden and per_block[False] > 10 * hidden
+
+
+def test_the_preset_small_is_built_and_learns_from_a_row():
+    torch.manual_seed(0)
+    vlm = VLM(preset("small"))
+    millions = {name: round(sum(p.numel() for p in part.parameters()) / 1e6) for name, part in vlm.parts().items()}
+    assert millions == {"vit": 21, "bridge": 5, "decoder": 38} and vlm.config.bridge.num_tokens == 64
+    doc = make_document(conversation("<image>a?", "b", images=[png(1, 128)]), 0, tokenizer(), 64, 96)
+    batch = rows_of(vlm, [doc], 1, 96)
+    # Gradients for all, and a step of the norms: one of all 64 million would take seconds.
+    norms = {name: p for name, p in freeze_all_but(vlm, list(vlm.parts())).items() if name.endswith("norm.weight")}
+    first = train_step(vlm, [batch], len(batch["supervised"]), Optimizer(norms, "muon", 1e-3), setup(), 1.0)
+    assert 8 < first < 25 and len(norms) == 3 and all((p != 1).any() for p in norms.values())
+    assert all(part.grad.any() for part in (vlm.vit.patch.weight, vlm.bridge.fc1.weight, vlm.gpt.embed.weight))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# model.py: Qwen2
+
 # Odd shapes: Qwen3's 6 heads of 10 channels are wider than H = 40, and each of its 3 kv heads serves two of them.
 ODD_QWEN3 = {"hidden_size": 40, "num_attention_heads": 6, "num_key_value_heads": 3, "head_dim": 10}
 
@@ -1202,199 +1297,6 @@ def test_sampling_from_bfloat16_logits_computes_in_float32():
     seen = torch.rand(200, 1000) < 0.5
     for options in ((0.0, 0, 1.0, 1.3), (0.0, 0, 1.0, 1.0), (1.0, 0, 1.0, 1.0), (0.7, 20, 0.9, 1.1)):
         assert torch.equal(*(model.sample(x, noise, seen, *options) for x in (logits, logits.float())))
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# model.py: LLaVA-OneVision, and the sizes of the published files
-
-def hf_pixels(images: list, side: int = 28) -> dict:
-    "What transformers' processor makes of one picture (tiles) or of several (squares with bars)."
-    from transformers.models.llava_onevision.image_processing_pil_llava_onevision import LlavaOnevisionImageProcessorPil
-    pinpoints = [[side * a, side * b] for a in range(1, 7) for b in range(1, 7)]
-    processor = LlavaOnevisionImageProcessorPil(size={"height": side, "width": side}, image_grid_pinpoints=pinpoints,
-                                                image_mean=[0.5] * 3, image_std=[0.5] * 3)
-    return dict(processor([images], return_tensors="pt"))
-
-
-def set_pixels(theirs: dict, pixels: torch.Tensor) -> None:
-    "Their pixels, by Pillow, are ours within a level of 255. Ours take their place: so the models can be compared."
-    mine, given = vision.normalize(pixels, torch.float32), theirs["pixel_values"].flatten(0, 1)[:len(pixels)]
-    assert (mine - given).abs().max() < 1.01 / 127.5
-    given.copy_(mine)
-
-ONEVISION_SIZES = [[(28, 28)], [(20, 45)], [(150, 60)], [(61, 171)], [(100, 3)], [(200, 190)], [(30, 40), (50, 20)],
-                   [(28, 28), (9, 60), (33, 33)]]
-
-
-@needs("transformers")
-@pytest.mark.parametrize("sizes", ONEVISION_SIZES, ids=str)
-def test_onevision_equals_transformers(tmp_path, sizes):
-    reference = save_onevision(tmp_path, old_names=len(sizes) > 1)
-    vlm = model.load_checkpoint(tmp_path).eval()
-    images = [noise_image(*size, seed) for seed, size in enumerate(sizes)]
-    theirs = hf_pixels(images)
-    ours = [vision.cut_tiles(images[0], 28)] if len(images) == 1 else \
-        [vision.preprocess(image, 28, bicubic=True, pad=True) for image in images]
-    pixels = ours[0].pixels if len(images) == 1 else torch.stack(ours)
-    set_pixels(theirs, pixels)
-    ids, slots = [3, 17], []
-    for image in ours:
-        slots.append(len(ids))
-        ids += [300] * vlm.config.bridge.tokens_of(image) + [5, 6]
-    with torch.no_grad():
-        expected = reference(input_ids=torch.tensor([ids]), **theirs).logits
-        places = [slot + i for slot, image in zip(slots, ours) for i in range(vlm.config.bridge.tokens_of(image))]
-        x = vlm.embed(torch.tensor([ids]), image_tokens(vlm, ours), torch.tensor(places))
-        assert far(vlm.gpt.hidden(x) @ vlm.gpt.head_weight.t(), expected) < 1e-4
-        said = reference.generate(torch.tensor([ids]), attention_mask=torch.ones(1, len(ids), dtype=torch.long),
-                                  max_new_tokens=64, do_sample=False, eos_token_id=None, pad_token_id=0, **theirs)
-    asked = Rendered(ids, [0] * len(ids), slots)
-    assert [t for (t,) in vlm.generate([asked], ours, max_new_tokens=64)] == said[0, len(ids):].tolist()
-
-
-@needs("transformers")
-@pytest.mark.parametrize("tied, layer", [(False, -1), (True, -2), (False, 2)])
-def test_onevision_reads_the_layer_and_head_that_its_config_names(tmp_path, tied, layer):
-    reference, image = save_onevision(tmp_path, tied, layer), noise_image(50, 20)
-    vlm = model.load_checkpoint(tmp_path).eval()
-    ours, theirs = vision.cut_tiles(image, 28), hf_pixels([image])
-    set_pixels(theirs, ours.pixels)
-    with torch.no_grad():
-        ids = [300] * vlm.config.bridge.tokens_of(ours) + [3]
-        expected = reference(input_ids=torch.tensor([ids]), **theirs).logits[:, -1]
-        x = vlm.embed(torch.tensor([ids]), image_tokens(vlm, [ours]), torch.arange(len(ids) - 1))
-        assert far(vlm.gpt.hidden(x)[:, -1]
-                   @ vlm.gpt.head_weight.t(), expected) < 1e-4
-
-
-@needs("transformers")
-def test_a_llava_that_computes_otherwise_is_refused(tmp_path):
-    save_onevision(tmp_path)
-    good = (tmp_path / "config.json").read_text()
-    for key, value in (("projector_hidden_act", "relu"), ("vision_feature_select_strategy", "default"),
-                       ("vision_feature_layer", [-1, -2]), ("vision_aspect_ratio", "anyres_max_4")):
-        change_config(tmp_path, lambda config: config.update({key: value}))
-        assert fails(lambda: model.load_checkpoint(tmp_path), tmp_path, key)
-        (tmp_path / "config.json").write_text(good)
-
-    def sparse(config):  # as the hub has it: what equals a default is left out
-        for key in ("vision_feature_select_strategy", "vision_feature_layer", "projector_hidden_act"):
-            config.pop(key, None)
-    whole = model.load_checkpoint(tmp_path)
-    change_config(tmp_path, sparse)
-    assert asdict(model.load_checkpoint(tmp_path).config) == asdict(whole.config)
-
-
-def test_tiles_take_as_many_tokens_as_the_reference_counts():
-    # At 384 pixels a side: figures of transformers' own processor.
-    for (height, width), tokens in {(384, 384): 1485, (480, 640): 2929, (899, 1024): 6551, (1080, 1920): 7269}.items():
-        rows, columns = vision.best_grid(width, height, 384)
-        assert vision.Tiles(None, rows, columns, width, height).num_tokens(729) == tokens
-
-
-@given(st.integers(1, 3000), st.integers(1, 3000))
-@settings(max_examples=60, deadline=None)
-def test_tiles_cover_a_picture_of_any_shape(width, height):
-    rows, columns = vision.best_grid(width, height, 14)
-    tiles = vision.Tiles(torch.zeros(1 + rows * columns, 3, 14, 14, dtype=torch.uint8), rows, columns, width, height)
-    bridge = Bridge(BridgeConfig("mlp", vision_size=8, text_size=8, num_patches=4, newline=True))
-    with torch.no_grad():
-        assert len(bridge.stitch(torch.randn(len(tiles.pixels), 4, 8), tiles)) == tiles.num_tokens(4)
-
-
-def published_size(tensors: dict[str, torch.Tensor]) -> int:
-    "Bytes of the safetensors file that holds these, as Hugging Face writes it: names in order, one dtype."
-    header, offset = {"__metadata__": {"format": "pt"}}, 0
-    names = {dtype: name for name, dtype in plumbing.weights.DTYPES.items()}
-    for name in sorted(tensors):
-        tensor = tensors[name]
-        end = offset + tensor.numel() * tensor.element_size()
-        header[name] = {"dtype": names[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [offset, end]}
-        offset = end
-    length = len(json.dumps(header, separators=(",", ":")))
-    return 8 + length + -length % 8 + offset
-
-
-def in_dtype(tensors: dict, dtype: torch.dtype) -> dict:
-    return {name: tensor.to(dtype) for name, tensor in tensors.items()}
-
-
-@pytest.mark.parametrize("name, size", [
-    ("qwen2.5-0.5b", 988_097_824), ("qwen2.5-0.5b-instruct", 988_097_824), ("qwen2.5-1.5b", 3_087_467_144),
-    ("qwen2.5-1.5b-instruct", 3_087_467_144)])
-def test_qwen_presets_ask_for_the_published_file_to_the_byte(name, size):
-    with torch.device("meta"):
-        gpt = GPT(model.PRESETS[name].decoder)
-    assert published_size(in_dtype(extras.export.hub_tensors(gpt, plumbing.weights.QWEN_NAMES), torch.bfloat16)) == size
-    assert size in [f[0] for f in plumbing.hub.REPOSITORIES[name].files.values()]
-
-
-def decoder_tensors(name: str) -> dict[str, torch.Tensor]:
-    "A preset's tensors under the hub's names, on no device."
-    with torch.device("meta"):
-        return extras.export.hub_tensors(GPT(model.PRESETS[name].decoder), plumbing.weights.QWEN_NAMES)
-
-
-@pytest.mark.parametrize("name, count, size, shards", [
-    ("qwen2.5-3b", 434, 6_171_877_376, [3_968_658_944, 2_203_268_048]),
-    ("qwen2.5-7b-instruct", 339, 15_231_233_024, [3_945_441_440, 3_864_726_352, 3_864_726_424, 3_556_377_672])])
-def test_the_large_qwen_presets_ask_for_the_published_bytes(name, count, size, shards):
-    # Bytes of tensors, as the index says, and a header for each shard.
-    tensors = decoder_tensors(name)
-    assert len(tensors) == count and sum(2 * t.numel() for t in tensors.values()) == size
-    listed = [f[0] for file, f in plumbing.hub.REPOSITORIES[name].files.items() if file.endswith(".safetensors")]
-    assert listed == shards and 0 < sum(shards) - size < 100_000
-
-
-@pytest.mark.parametrize("name, weights", [("0.6b", 596_049_920), ("1.7b", 1_720_574_976), ("4b", 4_022_468_096),
-                                           ("8b", 8_190_735_360)])
-def test_qwen3_presets_have_the_published_weights_and_names(name, weights):
-    for kind, longest in (("", 40960), ("-base", 32768)):
-        tensors, config = decoder_tensors(f"qwen3-{name}{kind}"), model.PRESETS[f"qwen3-{name}{kind}"].decoder
-        assert sum(t.numel() for t in tensors.values()) == weights and config.max_position_embeddings == longest
-        assert ("lm_head.weight" in tensors) == (name == "8b") and not any(n.endswith("proj.bias") for n in tensors)
-        attention = "model.layers.1.self_attn"
-        assert tensors[f"{attention}.q_norm.weight"].shape == tensors[f"{attention}.k_norm.weight"].shape == (128, )
-        q = config.num_attention_heads * 128
-        assert tensors[f"{attention}.q_proj.weight"].shape == (q, config.hidden_size)
-        assert tensors[f"{attention}.o_proj.weight"].shape == (config.hidden_size, q)
-
-
-def siglip_tensors(config: ViTConfig, words: int, length: int) -> dict[str, torch.Tensor]:
-    "All tensors of a SigLIP file, on no device: the vision tower as we ask for it, its head, and the text tower."
-    D, I = config.hidden_size, config.intermediate_size
-    shapes = {"logit_scale": [1], "logit_bias": [1],
-              "text_model.embeddings.token_embedding.weight": [words, D],
-              "text_model.embeddings.position_embedding.weight": [length, D], "text_model.head.weight": [D, D],
-              "vision_model.head.probe": [1, 1, D], "vision_model.head.attention.in_proj_weight": [3 * D, D],
-              "vision_model.head.attention.in_proj_bias": [3 * D],
-              "vision_model.head.attention.out_proj.weight": [D, D], "vision_model.head.mlp.fc1.weight": [I, D],
-              "vision_model.head.mlp.fc1.bias": [I], "vision_model.head.mlp.fc2.weight": [D, I]}
-    shapes |= {name: [D] for name in (
-        "text_model.final_layer_norm.weight", "text_model.final_layer_norm.bias", "text_model.head.bias",
-        "vision_model.head.attention.out_proj.bias", "vision_model.head.layernorm.weight",
-        "vision_model.head.layernorm.bias", "vision_model.head.mlp.fc2.bias")}
-    with torch.device("meta"):
-        tensors = extras.export.hub_tensors(ViT(config), plumbing.weights.SIGLIP_NAMES, "vision_model.")
-        tensors |= {"text_model." + name.removeprefix("vision_model."): tensor for name, tensor in tensors.items()
-                    if ".layers." in name}  # the text tower's blocks have the same form
-        return tensors | {name: torch.empty(shape) for name, shape in shapes.items()}
-
-
-@pytest.mark.parametrize("name, words, length, size", [
-    ("siglip2-large-patch16-256", 256_000, 64, 3_526_204_360), ("siglip-large-patch16-256", 32_000, 64, 2_608_699_800),
-    ("siglip2-base-patch16-224", 256_000, 64, 1_500_800_904), ("siglip-base-patch16-224", 32_000, 64, 812_672_320),
-    ("siglip-so400m-patch14-224", 32_000, 16, 3_509_549_856), ("siglip-so400m-patch14-384", 32_000, 64, 3_511_950_624)])
-def test_siglip_presets_ask_for_the_published_file_to_the_byte(name, words, length, size):
-    tensors = siglip_tensors(vision.SIGLIP[name], words, length)
-    assert published_size(tensors) == size
-    assert plumbing.hub.REPOSITORIES[name].files["model.safetensors"][0] in (size, None)
-
-
-def test_the_onevision_preset_asks_for_the_published_file_to_the_byte():
-    with torch.device("meta"):
-        tensors = in_dtype(extras.export.hub_tensors(VLM(model.preset("llava-ov-0.5b")), plumbing.weights.LLAVA_NAMES), torch.float16)
-    assert len(tensors) == 716 and published_size(tensors) == 1_787_445_680
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -1645,6 +1547,379 @@ def test_respond_gives_the_text_without_special_tokens():
     texts = plumbing.engine.respond(vlm, tokenizer(), [c["messages"] for c in RAGGED], pixels, max_new_tokens=8)
     assert len(texts) == 5 and not any("<|" in text for text in texts)
     assert texts[2] == plumbing.engine.respond(vlm, tokenizer(), [RAGGED[2]["messages"]], pixels[2:3], max_new_tokens=8)[0]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# train_base.py: the step, bits per byte
+
+def test_a_step_divides_by_the_tokens_of_all_its_micro_batches():
+    vlm = tiny_vlm()
+    docs, w = rendered(vlm), weights_of(vlm)
+    batches = [rows_of(vlm, docs[:1], 1), rows_of(vlm, docs[1:], 2)]
+    tokens = sum(sum(doc.mask) for doc in docs)
+    assert count_supervised(batches, setup()) == tokens
+    params = freeze_all_but(vlm, ["bridge", "decoder", "vit"])
+    keep = argparse.Namespace(params=params, step=lambda scale: scales.append(scale))  # leaves the gradients there
+    scales = []
+    mean = sum(plain_loss(w, vlm.config, doc) for doc in docs) / tokens
+    assert train_step(vlm, batches, tokens, keep, setup(), 0.5) == pytest.approx(mean.item(), rel=1e-5)
+    assert_same_gradients(vlm, dict(zip(w, torch.autograd.grad(mean, w.values()))))
+    assert scales == [0.5]
+
+
+def test_nan_in_one_gradient_beside_a_finite_loss_skips_the_step():
+    vlm, here = tiny_vlm(), setup()
+    optimizer, batch = Optimizer(freeze_all_but(vlm, ["decoder"]), "adamw", 1e-3), rows_of(vlm, rendered(vlm))
+    before = {name: p.detach().clone() for name, p in vlm.named_parameters()}
+    spoil = vlm.gpt.blocks[0].norm1.weight.register_hook(lambda gradient: gradient * math.nan)
+    assert vlm(batch).isfinite() and math.isnan(train_step(vlm, [batch], 9, optimizer, here, 1.0))
+    assert here.bad_steps == 1 and all(torch.equal(p, before[name]) for name, p in vlm.named_parameters())
+    assert all(p.grad is None for p in vlm.parameters())  # nothing of it is added to the next step's
+    spoil.remove()
+    assert math.isfinite(train_step(vlm, [batch], 9, optimizer, here, 1.0)) and here.bad_steps == 0
+
+
+def test_a_step_has_a_loader_for_each_micro_batch_of_its_rank():
+    # 8 rows a step, 2 a pass: 4 micro-batches. The first of 2 ranks computes numbers 0 and 2, the second 1 and 3.
+    flags, vlm = argparse.Namespace(batch_size=8, micro_batch_size=2, seq_len=128, steps=1), tiny_vlm()
+    for rank in (0, 1):
+        here = setup()
+        here.rank, here.world_size = rank, 2
+        loaders = make_loaders(flags, here, vlm, tokenizer(), World("text"), {}, supervise_all=True)
+        assert [(loader.next, loader.stride, loader.rows) for loader in loaders] == [(rank, 4, 2), (rank + 2, 4, 2)]
+
+
+def test_bits_per_byte_of_an_even_guess_are_the_bits_of_a_token_over_the_bytes_of_a_token():
+    # All logits equal: each of the 320 rows of the embedding is as likely, so a token costs log2(320) = 8.32 bits.
+    # "abc" as a text: three tokens of one byte, and the end, of none. The first one is given.
+    vlm = tiny_vlm()
+    vlm.gpt.embed.weight.data.zero_()
+    plain = Tokenizer.train([], 300)  # no merges: a token is a byte
+    docs = make_documents([{"id": "1", "text": "abc", "images": []}], vlm, plain, 32, supervise_all=True)
+    assert len(docs[0].ids) == 4 and docs[0].mask == [1] * 4
+    assert bits_per_byte(vlm, plain, docs, setup(), 32) == pytest.approx(3 * math.log2(320) / 2, rel=1e-5)
+
+
+def test_blind_and_shuffled_losses_are_those_of_grey_and_of_exchanged_pictures():
+    vlm = tiny_vlm()
+    docs, load = rendered(vlm), pixel_loader(vlm.config.vision)
+    pixels = {number: load(png(number), {"id": "1"}) for number in (-1, 1, 2, 3, 4)}
+    # The conversations show 1; none; 2 and 3; 4. Exchanged, each place shows the next picture, the last the first.
+    shown = {"own": [[1], [], [2, 3], [4]], "blind": [[-1], [], [-1, -1], [-1]], "shuffled": [[2], [], [3, 4], [1]]}
+    w = weights_of(vlm)
+    for image, numbers in shown.items():
+        expected = sum(plain_loss(w, vlm.config, doc, [pixels[n] for n in some]) for doc, some in zip(docs, numbers))
+        loss, tokens = held_out_loss(vlm, docs, setup(), 128, image)
+        assert loss == pytest.approx(expected.item(), rel=1e-5) and tokens == sum(sum(doc.mask) for doc in docs), image
+    assert held_out_loss(vlm, docs[:1], setup(), 128, "shuffled") == (0, 0)  # there is no other picture
+
+
+def test_auto_is_muon_from_random_weights_and_adamw_for_released_ones():
+    chosen = {model: chapter_flags("", "sft", train_sft.FLAGS, train_sft.BY_MODEL, [f"--model={model}"]).optimizer
+              for model in ("tiny", "small", "qwen2.5-0.5b", "llava-ov-0.5b", "Org/Name")}
+    assert chosen == {"tiny": "muon", "small": "muon"} | dict.fromkeys(list(chosen)[2:], "adamw")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# train_align.py
+
+def test_captions_are_written_about_their_own_pictures_to_the_end():
+    (vlm, words), records = shipped(), [World("captions", "scenes", seed=1)[i] for i in range(8)]
+    load, right = pixel_loader(vlm.config.vision), [record["messages"][-1]["content"] for record in records]
+    longest = max(len(words.encode(text)) for text in right)
+    alone = [respond(vlm, words, [one["messages"][:1]], [[load(one["images"][0], one)]], max_new_tokens=longest + 4)[0]
+             for one in records]
+    assert write_captions(vlm, words, records) == alone and sum(map(str.__eq__, alone, right)) >= 4
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# train_sft.py: scores beside their baselines, by a model that sees
+
+def test_accuracy_stands_beside_grey_and_exchanged_pictures():
+    counts = {image: sum(right_by_hand(20, image)) for image in ("own", "blind", "shuffled")}
+    assert counts["own"] > 15 and max(counts["blind"], counts["shuffled"]) < 10
+    result = evaluate_with_baselines(*shipped(), {"scenes": questions(20)}, setup())["scenes"]
+    assert (result["accuracy"], result["blind_accuracy"], result["shuffled_accuracy"]) == tuple(
+        count / 20 for count in counts.values())
+    # question i of an exam is of kind i modulo 10
+    right = right_by_hand(20, "own")
+    assert result["by_kind"] == {kind: (right[i] + right[10 + i]) / 2 for i, kind in enumerate(QUESTIONS)}
+
+
+def test_questions_are_answered_alike_in_batches_of_any_size():
+    assert answers(*shipped(), questions(7), batch=3) == answers(*shipped(), questions(7))
+
+
+def test_parts_of_a_point_count_as_parts():
+    # By DocVQA's rule a letter too few of n costs 1/n: the model says "orange", and right is "orangeX".
+    which = [i for i, right in enumerate(right_by_hand(20, "own")) if right][:4]
+    said = [questions(20)[i]["messages"][1]["content"] for i in which]
+    records = [questions(20)[i] | {"metric": "anls", "answer": text + "X"} for i, text in zip(which, said)]
+    scores = [(n / (n + 1) if n else 0) * (n / (n + 1) >= 0.5) for n in map(len, said)]
+    result = evaluate(*shipped(), records, setup())
+    assert result["right"] == pytest.approx(scores) and result["accuracy"] == pytest.approx(sum(scores) / 4)
+
+
+def test_in_samples_a_right_answer_is_green_and_a_wrong_one_red(tmp_path):
+    record = questions(20)[right_by_hand(20, "own").index(True)]
+    wrong = record | {"messages": [record["messages"][0], {"role": "assistant", "content": "elephant"}]}
+    for one, colours in ((record, {"green"}), (wrong, {"firebrick"})):
+        save_samples(tmp_path / "samples.png", *shipped(), {"scenes": [one]})
+        words = Image.open(tmp_path / "samples.png").crop((0, 240, 240, 999))  # below the picture
+        drawn = {colour for _, colour in words.getcolors(10 ** 6)}
+        assert {name for name in ("green", "firebrick") if ImageColor.getrgb(name) in drawn} == colours
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# train_rl.py: one question, four answers, two of them right
+
+QUESTION = conversation("<image>what is this?", "a cat", images=[1], answer=["a cat", "a dog"])
+FOUR = ["a cat", "one", "two three", "a dog"]  # rewards 1, 0, 0, 1; their mean is 1/2
+
+
+def asked(vlm: VLM, record: dict) -> Rendered:
+    return tokenizer().render(record["messages"][:-1], vlm.config.bridge.num_tokens, add_generation_prompt=True)
+
+
+def ended(text: str) -> list[int]:
+    return tokenizer().encode(text) + [tokenizer().im_end]
+
+
+def test_a_group_of_four_answers_becomes_the_four_gradients_of_its_advantages():
+    vlm, group = tiny_vlm(), [ended(text) for text in FOUR]
+    prompt = asked(vlm, QUESTION)
+    documents, tokens, sums = to_documents([QUESTION], [prompt], [group], tokenizer())
+    assert [doc.weight for doc in documents] == [0.5, -0.5, -0.5, 0.5]
+    assert sums == {"reward": 0.5, "teaching": 1} and tokens == sum(map(len, group))
+    for batch in pack_all(documents, 2, 64, vlm):
+        (vlm(batch) / tokens).backward()
+    # By hand: -log p of each answer alone, from its first token to its last, the one that ends it.
+    gradients = [plain_gradient(vlm, Document(0, prompt.ids + ids, [0] * len(prompt.ids) + [1] * len(ids), prompt.slots,
+                                              QUESTION)) for ids in group]
+    one, two, three, four = gradients
+    expected = {name: (one[name] - two[name] - three[name] + four[name]) / 2 / tokens for name in one}
+    assert_same_gradients(vlm, expected)
+
+
+def test_an_update_makes_right_answers_likelier_and_wrong_ones_less_likely():
+    vlm, group = tiny_vlm(), [ended(text) for text in FOUR]
+    documents, tokens, _ = to_documents([QUESTION], [asked(vlm, QUESTION)], [group], tokenizer())
+    alone = [rows_of(vlm, [doc], 1, 64) | {"loss_weights": torch.ones(1, 64)} for doc in documents]
+    before = [vlm(batch).item() for batch in alone]
+    optimizer = Optimizer(freeze_all_but(vlm, ["bridge", "decoder", "vit"]), "adamw", 1e-3)
+    train_step(vlm, pack_all(documents, 2, 64, vlm), tokens, optimizer, setup(), 1.0)
+    assert [vlm(batch).item() < loss for batch, loss in zip(alone, before)] == [True, False, False, True]
+
+
+def test_equal_answers_are_one_document_with_the_sum_of_their_advantages():
+    # Right three times of four: 1/4 each, 3/4 together, and -3/4 for the wrong one. All tokens count, merged or not.
+    vlm, group = tiny_vlm(), [ended(text) for text in ("a cat", "a cat", "one", "a cat")]
+    documents, tokens, _ = to_documents([QUESTION], [asked(vlm, QUESTION)], [group], tokenizer())
+    assert [doc.weight for doc in documents] == [0.75, -0.75] and tokens == sum(map(len, group))
+    assert [doc.ids[-len(ids):] for doc, ids in zip(documents, (group[0], group[2]))] == [group[0], group[2]]
+
+
+def test_the_readmes_advantages_ten_right_of_sixteen():
+    # The mean is 10/16 = 0.625: +0.375 for a right answer, -0.625 for a wrong one.
+    group = [[i, tokenizer().im_end] for i in range(16)]
+    documents, tokens, sums = to_documents([QUESTION], [Rendered([1], [0], [])], [group], tokenizer(),
+                                           lambda record, ids, tokenizer: float(ids[0] < 10))
+    assert [doc.weight for doc in documents] == [0.375] * 10 + [-0.625] * 6
+    assert (tokens, sums) == (32, {"reward": 0.625, "teaching": 1})
+
+
+def test_a_group_that_is_all_right_or_all_wrong_teaches_nothing_and_does_not_count_as_teaching():
+    groups = [[ended(text) for text in some] for some in (["a cat", "a dog"], ["one", "two"], ["a cat", "one"])]
+    documents, tokens, sums = to_documents([QUESTION] * 3, [Rendered([1], [0], [])] * 3, groups, tokenizer())
+    assert sums == {"reward": 1 + 0 + 0.5, "teaching": 1}
+    assert [doc.weight for doc in documents] == [0.5, -0.5] and tokens == sum(map(len, groups[2]))
+
+
+@pytest.mark.parametrize("text, end, earned", [
+    ("a cat", "<|im_end|>", 1), ("A dog.", "<|im_end|>", 1), ("a cat", "<|endoftext|>", 1),
+    ("a cat", "", 0),  # right, but it never ended: it was cut off
+    ("a cat, a dog", "<|im_end|>", 0), ("one", "<|im_end|>", 0), ("", "<|im_end|>", 0)])
+def test_a_reward_is_for_a_right_answer_that_ends(text, end, earned):
+    words = tokenizer()
+    assert reward(QUESTION, words.encode(text) + [words.special[end] for end in (end,) if end], words) == earned
+
+
+def test_rollouts_are_a_group_for_each_question_sampled_from_seeds_of_their_own():
+    vlm = tiny_vlm()
+    records = [QUESTION | {"id": "1"}, conversation("one two", "three") | {"id": "2"}]
+    flags = argparse.Namespace(seed=3, samples=4, max_new_tokens=5, temperature=1.0)
+    prompts, groups = rollout(vlm, tokenizer(), records, flags, 7)
+    assert [len(group) for group in groups] == [4, 4] and len({tuple(ids) for group in groups for ids in group}) > 5
+    for record, prompt, group in zip(records, prompts, groups):
+        assert prompt == asked(vlm, record)
+        load = pixel_loader(vlm.config.vision)
+        for k, ids in enumerate(group):  # alone, from the seed of step, question and number
+            one = Request(prompt, [load(source, record) for source in record["images"]], max_new_tokens=5,
+                          stop=set(tokenizer().stop_ids), temperature=1.0,
+                          seed=random.Random(f"3/7/{record['id']}/{k}").getrandbits(40))
+            list(Engine(vlm, [one], vocab_used=tokenizer().vocab_size).run())
+            assert ids == one.answer and max(ids) < tokenizer().vocab_size
+    assert rollout(vlm, tokenizer(), records, flags, 8)[1] != groups
+    assert rollout(vlm, tokenizer(), records[1:], flags, 7)[1] == groups[1:]  # on another rank
+    assert rollout(vlm, tokenizer(), [], flags, 7) == ([], [])
+
+
+def test_the_token_that_ends_an_answer_is_a_part_of_it():
+    # To stop is learned, too. The trained model answers in a word or two.
+    flags = argparse.Namespace(seed=0, samples=3, max_new_tokens=12, temperature=1.0)
+    _, groups = rollout(*shipped(), questions(3), flags, 0)
+    assert all(ids[-1] == shipped()[1].im_end and len(ids) < 12 for group in groups for ids in group)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# All chapters: what they train on and ask, and what they report
+
+class Caught(Exception):
+    pass
+
+
+def data_of(main, monkeypatch, *flags) -> tuple[World, dict]:
+    "The world that a chapter trains on, and those it holds out: what its main() gives to load_data."
+    def caught(spec, world, held_out_worlds, *_, **__):
+        raise Caught(world, held_out_worlds)
+    with monkeypatch.context() as patch, pytest.raises(Caught) as error:
+        patch.setattr(data, "load_data", caught)
+        call(main, "--device=cpu", *flags)
+    return error.value.args
+
+
+def test_the_curriculum_goes_by_record_number_from_captions_to_questions(monkeypatch):
+    # Of captions: 0.9 at the start, 0.9 - 6000 / 15000 = 0.5 half-way, 0.1 from record 12,000 on.
+    world, _ = data_of(train_sft.main, monkeypatch)
+    for share in (world.caption_share, World("chat").caption_share):
+        assert [share(i) for i in (0, 6000, 12_000, 10 ** 6)] == pytest.approx([0.9, 0.5, 0.1, 0.1])
+    questions = [sum(len(world[first + i]["messages"]) == 4 for i in range(200)) for first in (0, 6000, 12_000)]
+    assert questions[0] < 40 and 60 < questions[1] < 120 and 140 < questions[2]  # two questions make four messages
+
+
+@pytest.mark.parametrize("main", [train_base.main, train_align.main, train_sft.main, train_rl.main],
+                         ids=["base", "align", "sft", "rl"])
+def test_all_runs_answer_the_same_questions_which_training_never_shows(monkeypatch, main):
+    (world, held_out), (other, same) = (data_of(main, monkeypatch, f"--init={TINY}", f"--seed={seed}")
+                                          for seed in (0, 7))
+    assert world[0] != other[0] and held_out.keys() == same.keys()
+    for split, exam in held_out.items():
+        assert exam.split == split != world.split == "train"
+        assert [exam[i] for i in range(5)] == [same[split][i] for i in range(5)]
+        assert exam[1]["id"] == f"world/{split}/1/1"  # seed 1: bench.py asks them, too
+
+
+def test_a_quarter_of_the_questions_is_of_all_kinds(monkeypatch):
+    world, _ = data_of(train_rl.main, monkeypatch, f"--init={TINY}")
+    kinds = Counter(world[i]["kind"] for i in range(len(world.kinds)))
+    # Of 40, each of the ten kinds once, and the two that are trained on 15 times more.
+    assert kinds == {kind: 16 if kind in ("number", "relation") else 1 for kind in QUESTIONS}
+
+
+def test_the_policy_that_answers_is_the_one_that_learns():
+    # No ratio corrects for another: 16 answers (README) at temperature 1, one update for each rollout.
+    flags = chapter_flags("", "rl", train_rl.FLAGS, train_rl.BY_MODEL, [])
+    assert (flags.samples, flags.temperature, flags.kinds, flags.rehearse) == (16, 1.0, "number,relation", 0.25)
+
+
+def test_no_question_comes_twice(monkeypatch, tmp_path):
+    asked_for = []
+    monkeypatch.setattr(train_rl, "rollout", lambda vlm, words, records, *_: (asked_for.extend(records), ([], []))[1])
+    call(train_rl.main, f"--init={TINY}", f"--out_dir={tmp_path}", "--steps=3", "--batch_size=4", "--eval_size=2",
+         "--device=cpu")
+    assert [record["id"] for record in asked_for] == [f"world/train/0/{i}" for i in range(12)]
+
+
+@pytest.mark.parametrize("stage, task, seq_len",
+                         [("base", "text", 128), ("align", "captions", 128), ("sft", "chat", 72)])
+def test_the_first_step_has_the_mean_loss_of_the_first_rows(chapters, stage, task, seq_len):
+    # 4 rows in two passes: one takes the world's records 0, 2, 4, ... and the other 1, 3, 5, ...
+    (vlm, words), nats, tokens, pictures = shipped(), 0.0, 0, 0
+    make = partial(make_document, tokenizer=words, image_tokens=9, seq_len=seq_len, supervise_all=stage == "base")
+    for i in (0, 1):
+        loader = Loader(World(task, seed=10), make, pixel_loader(vlm.config.vision), 2, seq_len, 9, i, 2)
+        batch = next(loader)
+        nats, tokens = nats + vlm(batch).item(), tokens + int((batch["targets"] >= 0).sum())
+        pictures += 0 if batch["pixels"] is None else len(batch["pixels"])
+    told = log_of(chapters, stage)
+    assert told["loss"] == pytest.approx(nats / tokens, rel=1e-4) and told.get("images", 0) == pictures
+    # of a single step the learning rate neither rises nor falls
+    assert told["lr"] == {"base": train_base, "align": train_align, "sft": train_sft}[stage].BY_MODEL["tiny"]["lr"]
+
+
+PARTS = {"base": {"gpt"}, "align": {"vit", "bridge"}, "sft": {"vit", "bridge", "gpt"}, "rl": {"vit", "bridge", "gpt"}}
+
+
+@pytest.mark.parametrize("stage", RUNS)
+def test_a_chapter_changes_the_parts_it_trains_and_keeps_moments_of_no_other(chapters, stage):
+    start = dict(shipped()[0].named_parameters())
+    moved = {name.split(".")[0] for name, p in left_by(chapters, stage)[0].named_parameters()
+             if not torch.equal(p, start[name])}
+    moments = read_safetensors(chapters.out / "tiny" / stage / "optimizer.safetensors")
+    assert moved == {name.split(".")[0] for name in moments} == PARTS[stage]
+
+
+def test_chapter_1_reports_the_bits_per_byte_of_its_model_before_and_after(chapters):
+    vlm, words, result = left_by(chapters, "base")
+    texts = [World("text", "scenes", seed=1)[i] for i in range(4)]
+    docs = [make_document(one, 0, words, 9, 128, supervise_all=True) for one in texts]
+    assert all(all(doc.mask) for doc in docs)  # every token counts, not only what an assistant says
+    size = sum(len(words.decode_bytes(doc.ids[1:])) for doc in docs)
+    for name, model in (("bits_per_byte", vlm), ("bits_per_byte_before", shipped()[0])):
+        w = {name: p.detach() for name, p in weights_of(model).items()}
+        nats = sum(plain_loss(w, model.config, doc) for doc in docs)
+        assert result[name] == pytest.approx(nats.item() / math.log(2) / size, rel=1e-4)
+    assert result["bits_per_byte"] < result["bits_per_byte_before"]
+
+
+def test_chapter_2_reports_the_loss_of_captions_with_the_right_a_grey_and_another_picture(chapters):
+    vlm, words, result = left_by(chapters, "align")
+    records = [World("captions", "scenes", seed=1)[i] for i in range(4)]
+    docs, load = [make_document(one, 0, words, 9, 128) for one in records], pixel_loader(vlm.config.vision)
+    pixels = [load(one["images"][0], one) for one in records]
+    w = {name: p.detach() for name, p in weights_of(vlm).items()}
+    for name, shown in (("caption_loss", pixels), ("shuffled_loss", pixels[1:] + pixels[:1]),
+                        ("blind_loss", [torch.full((3, 72, 72), 128)] * 4)):
+        nats = sum(plain_loss(w, vlm.config, doc, [one]) for doc, one in zip(docs, shown))
+        assert result[name] == pytest.approx(nats.item() / sum(sum(doc.mask) for doc in docs), rel=1e-4), name
+
+
+def test_chapter_3_reports_accuracy_and_loss_of_its_model_beside_the_baselines(chapters):
+    vlm, words, result = left_by(chapters, "sft")
+    for split in ("scenes", "pairs"):
+        records = [World("exam", split, seed=1)[i] for i in range(6)]
+        expected = evaluate_with_baselines(vlm, words, {split: records}, setup())[split]
+        assert {name: result["held_out"][split][name] for name in expected} == expected | {"ci95": [*expected["ci95"]]}
+        if split == "scenes":
+            assert (result["accuracy"], result["blind_accuracy"]) == (expected["accuracy"], expected["blind_accuracy"])
+            docs = [make_document(one, 0, words, 9, 72) for one in records]
+            for name, image in (("loss", "own"), ("blind_loss", "blind"), ("shuffled_loss", "shuffled")):
+                nats, tokens = held_out_loss(vlm, docs, setup(), 72, image)
+                assert result["held_out"][split][name] == pytest.approx(nats / tokens, rel=1e-5)
+
+
+def test_chapter_4_reports_what_its_model_gained_on_all_questions_and_on_its_kinds(tmp_path):
+    result = run_chapter("rl", tmp_path, "--lr=0.1")  # a step so large that much is forgotten: a loss
+    after_it = load_checkpoint(tmp_path / "tiny" / "rl"), shipped()[1]
+    pairs, trained_on = [], ("number", "relation")
+    for split in ("scenes", "pairs"):
+        records = [World("exam", split, seed=1)[i] for i in range(6)]
+        before, after = (evaluate(*of, records, setup())["right"] for of in (shipped(), after_it))
+        told = result["held_out"][split]
+        assert (told["before"], told["accuracy"]) == (sum(before) / 6, sum(after) / 6) and sum(before) > sum(after)
+        assert told["gain"] == pytest.approx((sum(after) - sum(before)) / 6)
+        pairs += [(a, b) for a, b, record in zip(before, after, records) if record["kind"] in trained_on]
+        if split == "scenes":
+            assert (result["before"], result["accuracy"]) == (told["before"], told["accuracy"])
+    expected = gain(*zip(*pairs))
+    assert [result["trained_on"][name] for name in ("n", "before", "gain")] == [
+        expected[name] for name in ("n", "before", "gain")]
+
+
+def test_a_step_from_few_groups_that_teach_is_a_small_one(chapters):
+    # A sixteenth of the questions got right and wrong answers. From an eighth on steps are whole: this one is half.
+    told = log_of(chapters, "rl")
+    assert told["teaching"] == 2 / 32 and told["lr"] == 0.0005 / 2 and 0.5 < told["reward"] < 1
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -1915,6 +2190,165 @@ def test_continuing_from_a_trained_model_takes_a_lower_rate_and_the_curriculums_
     state = plumbing.files.read_json(tmp_path / "tiny/sft/state.json")
     assert state["flags"]["lr"] == usual  # so that --resume goes on with it
     assert run("train_sft", f"--out_dir={tmp_path}", "--resume", main=train_sft.main).code == 0
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# sample.py
+
+def test_the_checkpoint_written_last_is_the_one_that_answers(tmp_path):
+    for stage, saved in (("rl", 100), ("sft", 200), ("base", 50)):
+        vlm = tiny_vlm(seed=saved)
+        vlm.config.run = {"chapters": ["base", "align", "sft"], "stage": stage, "step": 1, "steps": 1, "saved": saved,
+                          "data": "world"}
+        save_checkpoint(tmp_path / "tiny" / stage, vlm, tokenizer())
+    with contextlib.redirect_stderr(said := io.StringIO()):
+        answers = load(sample_flags(f"--out_dir={tmp_path}", f"--image={HERE / 'cat.jpg'}"))[0]
+        named = load(sample_flags(f"--init={tmp_path / 'tiny' / 'rl'}", f"--image={HERE / 'cat.jpg'}"))[0]
+    assert torch.equal(answers.gpt.norm.weight, tiny_vlm(seed=200).gpt.norm.weight)
+    assert torch.equal(named.gpt.norm.weight, tiny_vlm(seed=100).gpt.norm.weight)
+    assert f"{tmp_path / 'tiny' / 'rl'} is older" in said.getvalue()  # though its chapter is the later one
+
+
+def test_a_chat_remembers_its_questions_answers_and_pictures(tmp_path, capsys):
+    vlm = tiny_vlm().eval()
+    for number in (1, 2):
+        (tmp_path / f"{number}.png").write_bytes(png(number))
+    talk = Chat(vlm, tokenizer(), sample_flags("--max_new_tokens=6"))
+    talk.ask("one two")
+    talk.do_image(str(tmp_path / "1.png"))
+    talk.ask("what is this?")
+    talk.do_image(str(tmp_path / "2.png"))
+    talk.ask("and this?")
+    *said, last = capsys.readouterr().out.splitlines()
+    load, turns = pixel_loader(vlm.config.vision), [
+        make_message("one two"), make_message(said[0], role="assistant"), make_message("what is this?", 1),
+        make_message(said[1], role="assistant"), make_message("and this?", 1)]
+    assert len(said) == 2 and talk.messages[:5] == turns
+    assert last.strip() == respond(vlm, tokenizer(), [turns], [[load(png(n), {"id": 1}) for n in (1, 2)]],
+                                   max_new_tokens=6)[0]
+
+
+def test_a_chat_takes_back_a_picture_or_a_question_with_what_it_showed(tmp_path):
+    (tmp_path / "1.png").write_bytes(png(1))
+    talk = Chat(tiny_vlm().eval(), tokenizer(), sample_flags("--max_new_tokens=2"))
+    talk.ask("one")
+    for _ in range(2):
+        talk.do_image(str(tmp_path / "1.png"))
+    talk.do_undo("")  # the second picture, which no question has shown
+    talk.ask("two")
+    assert (len(talk.messages), len(talk.pictures)) == (4, 1)
+    talk.do_undo("")  # "two", its answer and its picture
+    assert (len(talk.messages), len(talk.pictures)) == (2, 0)
+    talk.do_undo("")
+    with pytest.raises(ValueError, match="nothing to take back"):
+        talk.do_undo("")
+
+
+def test_a_folder_is_answered_once_and_what_is_missing_again(tmp_path):
+    folder, out, vlm = tmp_path / "photos", tmp_path / "a.jsonl", tiny_vlm().eval()
+    (folder / "sub").mkdir(parents=True)
+    for name, content in (("b.png", png(1)), ("sub/a.PNG", png(2)), ("c.jpg", b"broken"), ("notes.txt", b"x")):
+        (folder / name).write_bytes(content)
+
+    def run(question: str) -> list[dict]:
+        "-> the lines that are new"
+        before = out.read_text() if out.exists() else ""
+        with contextlib.suppress(ValueError):  # at the end, where some could not be read
+            answer_folder(vlm, tokenizer(), sample_flags(f"--images={folder}", f"--out={out}", "--max_new_tokens=4",
+                                                         f"--question={question}"))
+        assert out.read_text().startswith(before)  # nothing that was there is lost
+        return [json.loads(line) for line in out.read_text().removeprefix(before).splitlines()]
+    rows = run("what is this?")
+    assert {row["image"]: "answer" in row for row in rows} == {"b.png": True, "c.jpg": False, "sub/a.PNG": True}
+    load = pixel_loader(vlm.config.vision)
+    for row in rows:
+        if "answer" in row:
+            pixels = load(str(folder / row["image"]), {"id": 1})
+            assert row["answer"] == respond(vlm, tokenizer(), [[make_message("what is this?", 1)]], [[pixels]],
+                                            max_new_tokens=4)[0]
+    (folder / "c.jpg").write_bytes(png(3))
+    assert [row["image"] for row in run("what is this?")] == ["c.jpg"]
+    assert run("what is this?") == [] and len(run("and this?")) == 3  # another question is other work
+
+
+@pytest.mark.parametrize("chapters_of, flags, problem", [
+    (["base"], ["--image=x"], "cannot see"), (["base"], ["--chat"], "cannot see"),
+    (["base", "align"], ["--image=x"], ""), (["base", "align"], ["--image=x", "--question=Why?"], "not to answer"),
+    (["base", "align"], ["--chat"], "not to answer"), (["base", "align", "sft"], ["--image=x", "--question=Why?"], ""),
+    (["base", "align", "sft"], ["--question=Why?"], "no picture"), (["base", "align", "sft"], ["--chat"], "")])
+def test_a_model_is_not_asked_for_what_it_has_not_learned(chapters_of, flags, problem):
+    vlm = tiny_vlm()
+    vlm.config.run = {"chapters": chapters_of, "data": "world"}
+    with pytest.raises(ValueError, match=problem) if problem else contextlib.nullcontext():
+        check_ability(vlm, "out/tiny/x", sample_flags(*flags))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# bench.py
+
+def test_bench_asks_the_questions_of_the_chapters_whatever_its_seed():
+    result = call(bench.main, "--what=eval", f"--init={TINY}", "--eval_size=20", "--device=cpu", "--seed=5")
+    assert set(result["splits"]) == {"scenes", "pairs"} and result["n"] == 20
+    assert [result[name] for name in ("accuracy", "blind_accuracy", "shuffled_accuracy")] == [
+        sum(right_by_hand(20, image)) / 20 for image in ("own", "blind", "shuffled")]
+    assert result["splits"]["pairs"]["by_kind"] == evaluate(
+        *shipped(), [World("exam", "pairs", seed=1)[i] for i in range(20)], setup())["by_kind"]
+
+
+def test_every_answer_of_a_file_is_asked_for_and_two_files_of_one_name_are_two_sets(tmp_path):
+    rows = [{"id": str(i), "messages": conversation("a?", "b", "c?", "d")["messages"]} for i in range(3)]
+    paths = [tmp_path / folder / "q.json" for folder in ("one", "two")]
+    for path, some in zip(paths, (rows, rows[:1])):
+        path.parent.mkdir()
+        path.write_text(json.dumps(some))
+    flags = ["--what=eval", f"--init={TINY}", f"--data={paths[0]},{paths[1]}", "--device=cpu"]
+    assert [one["n"] for one in call(bench.main, *flags)["splits"].values()] == [6, 2]
+    assert [one["n"] for one in call(bench.main, *flags, "--eval_size=4")["splits"].values()] == [4, 2]
+
+
+def test_nothing_is_measured_of_a_model_that_was_never_trained(tmp_path):
+    with pytest.raises(ValueError, match="no trained model"):
+        call(bench.main, "--what=eval", f"--out_dir={tmp_path}", "--device=cpu")
+
+
+def test_the_work_of_a_step_by_hand():
+    # Matrices only. Decoder: qkv 64 x 32, out 32 x 32, gate and up 96 x 32, down 32 x 48, in 2 layers; head 320 x 32.
+    decoder, head = 2 * (64 * 32 + 32 * 32 + 96 * 32 + 32 * 48), 320 * 32
+    vit = 32 * 108 + 2 * (96 * 32 + 32 * 32 + 48 * 32 + 32 * 48)
+    bridge = 32 * 128 + (1 + 2 + 1 + 4 + 4) * 32 * 32 + 2 * 32 * 32  # where latents start from, a layer, the MLP
+    vlm = tiny_vlm()
+    # 100 tokens of which 10 are supervised, 3 pictures of 16 patches and 4 latents. 2 FLOP forward, 4 backward; 2 of
+    # these 4 go through a frozen decoder to the bridge; a frozen ViT runs forward only.
+    for trained, factors in ((["decoder", "bridge", "vit"], (6, 6, 6)), (["bridge", "vit"], (6, 6, 4)),
+                             (["bridge"], (2, 6, 4))):
+        assert step_flops(vlm, trained, 100, 10, 3) == {
+            "vit": factors[0] * vit * 3 * 16, "bridge": factors[1] * bridge * 3 * 4,
+            "decoder": factors[2] * (decoder * 100 + head * 10)}
+    vlm.config.pretrained_vision = "siglip2"
+    assert step_flops(vlm, ["bridge", "vit"], 100, 10, 3)["vit"] == 2 * vit * 3 * 16
+
+
+def test_a_measured_step_counts_pictures_and_supervised_tokens_but_no_padding():
+    flags = argparse.Namespace(model="tiny", batch_size=4, micro_batch_size=2, seq_len=128)
+    step = bench.Step(flags, setup(), tiny_vlm(), None, "sft")
+    docs = [step.make(None, int(name)) for batch in step.batches for name in batch["records"]]
+    assert (len(step.batches), step.images) == (2, len(docs)) and step.tokens == sum(len(doc.ids) - 1 for doc in docs)
+    assert step.supervised == sum(sum(doc.mask) for doc in docs) < step.tokens < 4 * 128
+
+
+def test_made_up_conversations_have_a_picture_and_are_half_supervised():
+    vlm = tiny_vlm()
+    for i in range(20):
+        doc = llava_like(vlm, "sft", 300)(None, i)
+        words = len(doc.ids) - 4
+        assert doc.slots == [0] and doc.ids[:4] == [0] * 4 and 32 <= words <= 296
+        assert doc.mask == [0] * (4 + words // 2) + [1] * (words - words // 2)
+    assert llava_like(vlm, "base", 300)(None, 1).mask == [1] * 301
+
+
+def test_the_clock_tells_the_median_after_three_calls_that_warm_up():
+    seconds = iter([0.0, 0.0, 0.0, 0.02, 0.06, 0.02])
+    assert 0.018 < clock(lambda: time.sleep(next(seconds)), 3, torch.device("cpu")) < 0.05 and not list(seconds)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -2328,5 +2762,8 @@ def test_the_profile_is_written_and_names_what_takes_long(tmp_path, monkeypatch)
 
 
 if __name__ == "__main__":
+    if "--mutants" in sys.argv:  # in a fresh process: it must not have imported the files that it makes worse
+        flags = [flag for flag in sys.argv[1:] if flag != "--mutants"]
+        os.execv(sys.executable, [sys.executable, str(HERE / "tests" / "mutants.py"), *flags])
     os.environ |= {"GHOSTVIS_LONG": "1"} if "--long" in sys.argv else {}
     sys.exit(pytest.main([str(HERE), *(flag for flag in sys.argv[1:] if flag != "--long")]))

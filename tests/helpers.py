@@ -46,8 +46,16 @@ import plumbing.records
 import plumbing.weights
 import plumbing.world
 import sample
+import train_align
 import train_base
-from model import GPT, VLM, GPTConfig, VLMConfig
+import train_rl
+import train_sft
+from data import Document, collate, make_document, pack, pixel_loader
+from model import GPT, VLM, GPTConfig, VLMConfig, load_checkpoint
+from plumbing.engine import respond
+from plumbing.flags import parse_flags
+from plumbing.world import World
+from sample import FLAGS as SAMPLE_FLAGS
 from tokenizer import Rendered, Tokenizer
 from vision import BridgeConfig, ViTConfig
 
@@ -191,6 +199,27 @@ def change_config(folder: Path, change) -> None:
 # tokenizer.py
 
 QWEN = SHARED / "data" / "qwen_tokenizer"
+needs_qwen = pytest.mark.skipif(not (QWEN / "vocab.json").exists(), reason=f"needs Qwen's vocab.json in {QWEN}")
+QWEN_SYSTEM = "You are Qwen, created by Alibaba Cloud. You are a helpful assistant."
+CHATS = [
+    [("user", "Hi"), ("assistant", "Hello! How can I help?")],
+    [("system", "Answer in French."), ("user", "Count to 12, please."), ("assistant", "1, 2, 3 ... 12.")],
+    [("user", "\n\n  indented, after newlines"), ("assistant", "ok"), ("user", "   leading spaces\n"),
+     ("assistant", "x")],
+    [("user", "我想在apple工作 😶‍🌫️ Cu\u031b\u0309a Việt"), ("assistant", "e\u0301te\u0301 ½ ٣ ①")],
+    [("user", ""), ("assistant", ""), ("system", "be short"), ("user", "\tdef f(x):\r\n\t\treturn 'x'")],
+    [("user", "What's 7+5?"), ("assistant", "12"), ("user", "I'LL ask: and 12345*6?"), ("assistant", "74,070\n")],
+]
+
+
+THOUGHTS = [
+    [("user", "Hi"), ("assistant", "<think>\nThey greet me.\n</think>\n\nHello!")],
+    [("user", "Hi"), ("assistant", "<think>\nA.\n\nB.\n</think>\n\nHello!"), ("user", "7+5?"),
+     ("assistant", "<think>\n\n</think>\n\n12")],
+    [("user", "Hi"), ("assistant", "no mark</think>\n\nHello!"), ("user", "7+5?"), ("assistant", "12\n")],
+    [("system", "s"), ("user", "a"), ("assistant", "<think>t</think>b"), ("assistant", "c")],
+    [("assistant", "no question"), ("assistant", "was asked")],
+]
 
 
 def chat(*turns):
@@ -200,6 +229,13 @@ def chat(*turns):
 @lru_cache
 def qwen():
     return Tokenizer.from_pretrained(QWEN)
+
+
+@lru_cache
+def qwen3(table=qwen) -> Tokenizer:
+    "Qwen3's tokenizer: another's with four more tokens."
+    special = table().special | {name: table().vocab_size + i for i, name in enumerate(QWEN3_TOKENS)}
+    return Tokenizer(table().ranks, special, thinking=True)
 
 
 @lru_cache
@@ -871,3 +907,131 @@ def served(trained):
     yield there
     there.server.shutdown()
     there.server.server_close()
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The learning mathematics: a trained model, pictures as files, conversations about them, and chapters of one step
+
+TINY = HERE / "assets" / "tiny"  # a small trained model: 88 % of new questions right, 21 % blind
+
+
+@lru_cache
+def shipped() -> tuple[VLM, Tokenizer]:
+    return load_checkpoint(TINY), Tokenizer.from_pretrained(TINY)
+
+
+def png(number: int, side: int = 24) -> bytes:
+    "A picture of noise, as a file; number -1 is grey."
+    if number == -1:
+        pixels = np.full((side, side, 3), 128, np.uint8)
+    else:
+        pixels = np.random.default_rng(number).integers(0, 256, (side, side, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(file := io.BytesIO(), "PNG")
+    return file.getvalue()
+
+
+def conversation(*turns: str, images=(), **more) -> dict:
+    messages = [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(turns)]
+    return {"id": "chat", "messages": messages, "images": [png(n) if isinstance(n, int) else n for n in images], **more}
+
+
+SHOWN = [
+    conversation("<image>what is this?", "a red cat", images=[1]),
+    conversation("one two three", "four"),
+    conversation("<image>what is this?", "a blue dog.", "and <image>this?", "a red dog", images=[2, 3]),
+    conversation("<image>a dog?", "a red cat", images=[4]),
+]
+
+
+def rendered(vlm: VLM, chats: list = SHOWN, seq_len: int = 128) -> list[Document]:
+    return [make_document(one, i, tokenizer(), vlm.config.bridge.num_tokens, seq_len) for i, one in enumerate(chats)]
+
+
+def rows_of(vlm: VLM, docs: list, rows: int = 2, seq_len: int = 128) -> dict:
+    arrays, packed, waiting = pack(docs, rows, seq_len, vlm.config.bridge.num_tokens)
+    assert not waiting
+    return collate(arrays, packed, pixel_loader(vlm.config.vision))
+
+
+def call(main, *flags) -> dict:
+    "A chapter's main() with these flags -> the JSON object that it prints last."
+    kept, out = sys.argv, io.StringIO()
+    sys.argv = ["chapter.py", *map(str, flags)]
+    try:
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(io.StringIO()):
+            main()
+    finally:
+        sys.argv = kept
+    return json.loads(out.getvalue().splitlines()[-1]) if out.getvalue() else {}
+
+
+def questions(n: int) -> list[dict]:
+    return [World("exam", "scenes", seed=1)[i] for i in range(n)]
+
+
+@lru_cache
+def right_by_hand(n: int, image: str) -> list[bool]:
+    "Which of the first n questions the small trained model answers right: own picture, a grey one, the next one's."
+    vlm, words = shipped()
+    records, load = questions(n), pixel_loader(vlm.config.vision)
+    pixels = [load(record["images"][0], record) for record in records]
+    pixels = {"own": pixels, "blind": [torch.full((3, 72, 72), 128, dtype=torch.uint8)] * n,
+              "shuffled": pixels[1:] + pixels[:1]}[image]
+    texts = respond(vlm, words, [record["messages"][:1] for record in records], [[one] for one in pixels])
+    return [text == record["messages"][1]["content"] for text, record in zip(texts, records)]
+
+
+RUNS = {"base": [train_base.main, "--seq_len=128", "--eval_size=4", "--batch_size=4"],
+        "align": [train_align.main, "--seq_len=128", "--eval_size=4", "--batch_size=4"],
+        "sft": [train_sft.main, "--eval_size=6", "--batch_size=4"],
+        "rl": [train_rl.main, "--eval_size=6", "--batch_size=32", "--samples=4"]}
+
+
+def run_chapter(stage: str, out: Path, *flags) -> dict:
+    "One step from the small trained model, with another seed than 0."
+    main, *more = RUNS[stage]
+    return call(main, f"--init={TINY}", f"--out_dir={out}", "--steps=1", "--micro_batch_size=2", "--seed=10",
+                "--device=cpu", *more, *flags)
+
+
+class Runs(dict):
+    "{stage: its result}, each run when it is first asked for."
+
+    def __init__(self, out: Path):
+        self.out = out
+
+    def __missing__(self, stage: str) -> dict:
+        self[stage] = run_chapter(stage, self.out)
+        return self[stage]
+
+
+@pytest.fixture(scope="session")
+def chapters(tmp_path_factory) -> Runs:
+    return Runs(tmp_path_factory.mktemp("chapters"))
+
+
+def left_by(chapters: Runs, stage: str) -> tuple[VLM, Tokenizer, dict]:
+    result, folder = chapters[stage], chapters.out / "tiny" / stage
+    return load_checkpoint(folder), Tokenizer.from_pretrained(folder), result
+
+
+def log_of(chapters, stage: str) -> dict:
+    "What the log says of the first step."
+    assert chapters[stage]["step"] == 1
+    rows = map(json.loads, (chapters.out / "tiny" / stage / "log.jsonl").read_text().splitlines())
+    return next(row for row in rows if "lr" in row)
+
+
+def sample_flags(*flags) -> argparse.Namespace:
+    return parse_flags("", SAMPLE_FLAGS, argv=["--device=cpu", *map(str, flags)])
+
+
+@pytest.fixture()
+def disk(monkeypatch):
+    "-> a list to which each fsync adds the file's name, and each rename the new name after ->."
+    seen = []
+    fsync, rename, replace = os.fsync, os.rename, os.replace
+    monkeypatch.setattr(os, "fsync", lambda fd: (seen.append(Path(os.readlink(f"/proc/self/fd/{fd}")).name), fsync(fd)))
+    for name, real in (("rename", rename), ("replace", replace)):
+        monkeypatch.setattr(os, name, lambda a, b, real=real: (seen.append(f"-> {Path(b).name}"), real(a, b)))
+    return seen

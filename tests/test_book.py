@@ -35,7 +35,7 @@ def names_of_tests() -> list[str]:
 
 BOOK = [HERE / "README.md", HERE / "CONTRIBUTING.md", *sorted((HERE / "docs").glob("*.md"))]
 FLAGS_OF_OTHERS = {"--nproc_per_node", "--nnodes", "--rdzv_backend", "--rdzv_endpoint", "--rdzv_id", "--shm-size",
-                   "--long", "--extra-index-url", "--help"}
+                   "--long", "--extra-index-url", "--help", "--mutants"}
 
 
 def commands(text: str):

@@ -30,8 +30,10 @@ import sample
 import train_base
 import train_sft
 from model import GPT, VLM
-from tests.helpers import (CHAPTERS, HERE, QUICK, SCRIPTS, START, Ran, change_config, fails, long_form, one_line, run,
-                           run_process, setup, shake, snapshot, starts, tiny_vlm, tokenizer, wait_until)
+from plumbing.checkpoints import save_checkpoint
+from tests.helpers import (CHAPTERS, HERE, QUICK, SCRIPTS, START, TINY, Ran, call, change_config, fails, long_form,
+                           one_line, run, run_process, setup, shake, shipped, snapshot, starts, tiny_vlm, tokenizer,
+                           wait_until)
 from tokenizer import Tokenizer
 from vision import Bridge, ViT
 
@@ -628,3 +630,30 @@ def test_a_soak_of_two_hours_leaves_memory_and_open_files_flat(tmp_path):
         print(f"round {len(readings)}: {memory:.0f} MiB, {readings[-1][1]} open files", file=sys.stderr, flush=True)
     first, last = readings[min(2, len(readings) - 1)], readings[-1]
     assert last[0] < 1.1 * first[0] + 20 and last[1] <= first[1] + 2
+
+
+def test_a_run_in_bfloat16_keeps_its_float32_weights(tmp_path):
+    flags = [f"--init={TINY}", "--steps=1", "--batch_size=1", "--seq_len=128", "--eval_size=1", "--device=cpu"]
+    call(train_base.main, *flags, "--dtype=bfloat16", f"--out_dir={tmp_path}")
+    start = dict(shipped()[0].named_parameters())
+    saved = plumbing.weights.read_safetensors(tmp_path / "tiny/base/model.safetensors")
+    moved = {name: p for name, p in saved.items() if name.startswith("gpt.") and not torch.equal(p, start[name])}
+    assert len(moved) > 20
+    for name, p in moved.items():  # not rounded: bfloat16 has 8 bits of fraction, these have 24
+        assert p.dtype == torch.float32 and (p != p.bfloat16()).any(), name
+
+
+def test_a_model_with_nan_replaces_no_checkpoint(tmp_path):
+    vlm, folder = tiny_vlm(), tmp_path / "sft"
+    save_checkpoint(folder, vlm, tokenizer())
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    vlm.gpt.norm.weight.data[3] = math.nan
+    with pytest.raises(ValueError, match="not saved.*gpt.norm.weight"):
+        save_checkpoint(folder, vlm, tokenizer())
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/fd"), reason="tells a file's name by /proc")
+def test_weights_are_on_the_disk_before_their_folder_gets_its_name(tmp_path, disk):
+    save_checkpoint(tmp_path / "sft", tiny_vlm(), tokenizer(), {"m": torch.ones(2)}, {"step": 1})
+    assert disk == ["model.safetensors", "optimizer.safetensors", "-> sft"]

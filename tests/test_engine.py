@@ -7,6 +7,7 @@ import torch
 import plumbing.engine
 import vision
 from model import VLM
+from plumbing.engine import Engine, Request
 from tests.helpers import chat_model, picture, request, say, tiny_vlm, tokenizer
 from tokenizer import Rendered
 
@@ -123,3 +124,12 @@ def test_a_picture_seen_before_is_not_encoded_again():
     assert list(engine.pictures.known) == [plumbing.engine.digest(picture(1))] and len(seen) == 2
     a, b = (vision.Tiles(torch.zeros(3, 3, 2, 2, dtype=torch.uint8), *shape, 7, 7) for shape in ((1, 2), (2, 1)))
     assert plumbing.engine.digest(a) != plumbing.engine.digest(b)
+
+
+def test_a_conversation_longer_than_the_model_was_trained_on_is_refused():
+    vlm = tiny_vlm()
+    vlm.config.decoder.max_position_embeddings = 20
+    engine = Engine(vlm, rows=1, width=256)
+    engine.submit(Request(Rendered([1] * 20, [], []), max_new_tokens=3))  # to the last position
+    with pytest.raises(ValueError, match="21 tokens.*20"):
+        engine.submit(Request(Rendered([1] * 21, [], []), max_new_tokens=3))

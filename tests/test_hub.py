@@ -1,6 +1,7 @@
 "Downloads: resumed, verified, from the hub or any server."
 import errno
 import hashlib
+import http.server
 import json
 import os
 import signal
@@ -9,6 +10,7 @@ import subprocess
 import sys
 import threading
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -25,8 +27,9 @@ import sample
 import tokenizer as tokenizer_file
 from model import GPT, VLM
 import tests.helpers
-from tests.helpers import (CHAPTERS, COMMIT, HERE, command, fails, far, needs, noise, one_line, run, save_onevision, table,
-                           wait_until)
+from plumbing.recipes import fetch_file
+from tests.helpers import (CHAPTERS, COMMIT, HERE, command, fails, far, needs, noise, one_line, run, save_onevision,
+                           table, wait_until)
 from tokenizer import Tokenizer
 from vision import ViT
 
@@ -690,3 +693,16 @@ def test_a_public_model_is_fetched_and_answers(hub, tmp_path, monkeypatch):
     for anyres in ("True", "False"):
         ran = run("sample", *flags, f"--anyres={anyres}")
         assert ran.code == 0 and ran.out, ran.err
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/fd"), reason="tells a file's name by /proc")
+def test_a_download_is_on_the_disk_before_it_gets_its_name(tmp_path, disk, monkeypatch):
+    monkeypatch.setenv("GHOSTVIS_CACHE", str(tmp_path / "cache"))
+    monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
+    (tmp_path / "a.json").write_text("[]")
+    quiet = type("Quiet", (http.server.SimpleHTTPRequestHandler,), {"log_message": lambda *_: None})
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), partial(quiet, directory=str(tmp_path))) as web:
+        threading.Thread(target=web.serve_forever, args=(0.05,), daemon=True).start()
+        got = fetch_file(f"http://127.0.0.1:{web.server_port}/a.json")
+        web.shutdown()
+    assert Path(got).read_text() == "[]" and disk == ["a.json.part", "-> a.json"]

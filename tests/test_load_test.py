@@ -1,5 +1,8 @@
 "Clients of the server."
+import pytest
+
 import extras.server
+from extras.load_test import quantiles
 from tests.helpers import one_line, run
 
 pytest_plugins = ["tests.helpers"]  # its fixtures
@@ -18,3 +21,7 @@ def test_bench_serves_clients_of_its_own(trained, monkeypatch):
     # What goes wrong at a client, in its own process, ends the measurement in one line, and it does not wait for ever.
     monkeypatch.setattr(extras.server.Handler, "do_POST", lambda self: self.send_error(507))
     one_line(run("bench", "--what=serve", f"--out_dir={trained[0]}", "--device=cpu", "--clients=1", "--steps=1"), "507")
+
+
+def test_quantiles_are_the_half_and_the_twentieth_of_the_slowest():
+    assert quantiles([i / 1000 for i in range(100, 0, -1)]) == pytest.approx([51, 96])  # milliseconds

@@ -15,6 +15,8 @@ import plumbing.optimizer
 import plumbing.weights
 import plumbing.world
 import train_base
+from model import VLM, preset
+from plumbing.optimizer import Optimizer
 from tests.helpers import SEQ_LEN, batch_of, documents, fails, far, setup, step, tiny_vlm, tokenizer
 
 pytest_plugins = ["tests.helpers"]  # its fixtures
@@ -274,3 +276,71 @@ def test_learning_rate_rises_stays_and_falls_to_zero():
     scales = [plumbing.optimizer.lr_scale(i, flags) for i in range(101)]
     assert scales[0] == 0.1 and scales[9] == 1.0 and scales[50] == 1.0 and scales[75] == 0.5 and scales[100] == 0.0
     assert max(scales) == 1.0 and scales[99] > 0
+
+
+def newton_schulz(g: torch.Tensor) -> torch.Tensor:
+    "What orthogonalize does, by a singular value decomposition: each value v, of length 1 in all, -> p(v), five times."
+    u, v, wt = torch.linalg.svd(g.double(), full_matrices=False)
+    v = v / v.norm()
+    for _ in range(5):
+        v = 3.4445 * v - 4.7750 * v ** 3 + 2.0315 * v ** 5
+    return u @ torch.diag(v) @ wt
+
+
+def test_two_muon_steps_on_a_2x3_matrix():
+    start = torch.tensor([[1.0, 2, 3], [4, 5, 6]])
+    one, two = torch.tensor([[1.0, 0, 2], [0, 3, 1]]), torch.tensor([[-2.0, 1, 0], [1, 1, 1]])
+    p, other = torch.nn.Parameter(start.clone()), torch.nn.Parameter(torch.zeros(2, 3))
+    optimizer = Optimizer({"mlp.weight": p, "out.weight": other}, "muon", 0.1)
+    p.grad, other.grad = one.clone(), two.clone()  # matrices of one shape are computed together
+    optimizer.step(0.5)
+    # Momentum 0.8: the mean is 0.2 one, and Nesterov's look ahead 0.2 one + 0.8 * 0.2 one, which has one's direction.
+    # The learning rate is 0.1 * 0.5; the entries of the update are 0.2 in root mean square: times 0.2 sqrt(3).
+    expected = start - 0.05 * 0.2 * 3 ** 0.5 * newton_schulz(one)
+    assert torch.allclose(p, expected.float(), atol=1e-5)
+    assert torch.allclose(other, (-0.05 * 0.2 * 3 ** 0.5 * newton_schulz(two)).float(), atol=1e-5)
+    p.grad = two.clone()
+    optimizer.step(1.0)
+    mean = 0.8 * 0.2 * one + 0.2 * two
+    expected = expected - 0.1 * 0.2 * 3 ** 0.5 * newton_schulz(0.2 * two + 0.8 * mean)
+    assert torch.allclose(p, expected.float(), atol=1e-5)
+
+
+def test_two_adamw_steps_by_the_formula():
+    # betas 0.9 and 0.95, eps 1e-8, no weight decay. After one step m / (1 - 0.9) = g and v / (1 - 0.95) = g^2: every
+    # entry moves by the learning rate. What has no gradient stays, however large it is.
+    start, one, two = torch.tensor([1.0, -2, 300]), torch.tensor([0.1, -5, 0]), torch.tensor([0.3, 1, 0])
+    p = torch.nn.Parameter(start.clone())
+    optimizer = Optimizer({"norm.weight": p}, "muon", 0.01)
+    p.grad = one.clone()
+    optimizer.step(1.0)
+    assert p.tolist() == pytest.approx([0.99, -1.99, 300])
+    p.grad = two.clone()
+    optimizer.step(0.5)
+    m, v = (0.9 * 0.1 * one + 0.1 * two) / (1 - 0.9 ** 2), (0.95 * 0.05 * one ** 2 + 0.05 * two ** 2) / (1 - 0.95 ** 2)
+    expected = torch.tensor([0.99, -1.99, 300]) - 0.005 * m / (v.sqrt() + 1e-8)
+    assert torch.allclose(p, expected, rtol=1e-6)
+
+
+def test_muon_is_for_matrices_and_adamw_for_tables_and_vectors():
+    vlm = VLM(preset("tiny"))
+    optimizer = Optimizer(dict(vlm.named_parameters()), "muon", 0.1)
+    adamw = {name for name, keys in optimizer.keys.items() if keys == ("step", "exp_avg", "exp_avg_sq")}
+    tables = {"gpt.embed.weight", "vit.position", "bridge.perceiver.latents"}
+    assert adamw == tables | {name for name, p in vlm.named_parameters() if p.ndim < 2}
+    assert all(keys == ("muon",) for name, keys in optimizer.keys.items() if name not in adamw)
+
+
+@pytest.mark.parametrize("name, shape", [("mlp.weight", (4, 4)), ("norm.weight", (4,))], ids=["muon", "adamw"])
+def test_bfloat16_weights_follow_their_float32_masters_through_steps_too_small_for_them(name, shape):
+    # Near 1, bfloat16 has 1, 0.996, 0.992, ...: a step of at most 0.0005 would be rounded away, a hundred are not.
+    p = torch.nn.Parameter(torch.ones(shape))
+    optimizer = Optimizer({name: p}, "muon", 5e-4)
+    p.data = p.data.bfloat16()  # as vlm.to(torch.bfloat16) does, after the optimizer has taken the float32 weights
+    for _ in range(100):
+        p.grad = torch.eye(4).bfloat16() if p.ndim == 2 else torch.ones(4).bfloat16()
+        optimizer.step(1.0)
+        master = optimizer.master_weights[name]
+        assert master.dtype == torch.float32 and torch.equal(p, master.bfloat16())
+    moved = 1 - p.float().diagonal() if p.ndim == 2 else 1 - p.float()
+    assert (moved > 0.01).all()

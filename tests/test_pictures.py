@@ -7,7 +7,8 @@ from PIL import Image
 from hypothesis import given, settings, strategies as st
 
 import plumbing.pictures
-from tests.helpers import BLACK, BLUE, GREEN, RED, SHARED, WHITE, fails, huge_png, png_chunk, saved
+from plumbing.pictures import image_finder
+from tests.helpers import BLACK, BLUE, GREEN, RED, SHARED, WHITE, fails, huge_png, png, png_chunk, saved
 
 pytest_plugins = ["tests.helpers"]  # its fixtures
 
@@ -133,3 +134,15 @@ def test_real_files_load_or_say_what_is_wrong():
     for name in ("hopper_orientation_3.jpg", "hopper_orientation_6.jpg"):
         turned = np.asarray(plumbing.pictures.load_image(PHOTOS / name), dtype=float)
         assert np.abs(turned - hopper).mean() < 8, name  # JPEG loses a little at each saving
+
+
+def test_a_link_leads_neither_out_of_the_folder_nor_into_one_whose_name_begins_alike(tmp_path):
+    for folder in ("data", "data-private"):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "a.png").write_bytes(png(1))
+    (tmp_path / "data" / "inside.png").symlink_to(tmp_path / "data" / "a.png")
+    (tmp_path / "data" / "secret.png").symlink_to(tmp_path / "data-private" / "a.png")
+    find = image_finder(str(tmp_path / "data"))
+    assert find("a.png") and find("inside.png")
+    with pytest.raises(ValueError, match="secret.png.*leads out"):
+        find("secret.png")

@@ -2,6 +2,7 @@
 import pytest
 
 import plumbing.scoring
+from plumbing.scoring import score
 from tests.helpers import fails
 
 pytest_plugins = ["tests.helpers"]  # its fixtures
@@ -77,3 +78,9 @@ def test_an_accent_of_two_letters_is_right_for_one(metric):
         choices = {"A": "tea", "B": answer}
         assert plumbing.scoring.score(metric, got, "B" if metric == "choice" else answer, choices) == 1
     assert plumbing.scoring.cider(["a caf\u00e9", "b"], [["a cafe\u0301"], ["c"]])[0] > 1
+
+
+def test_a_word_that_is_less_than_half_right_earns_nothing():
+    # DocVQA: 2 of 3 letters of "cat" must be changed to get "man": 1/3 is below a half. 1 of 2 is not.
+    assert [score("anls", text, "man") for text in ("cat", "an", "men")] == pytest.approx([0, 2 / 3, 2 / 3])
+    assert score("anls", "ab", "ax") == 0.5

@@ -1,6 +1,7 @@
 "The server: OpenAI's API, the page, hostile requests."
 import base64
 import contextlib
+import http.server
 import io
 import json
 import os
@@ -26,7 +27,10 @@ import extras.server
 import plumbing.engine
 import plumbing.world
 import sample
-from tests.helpers import HERE, Served, bytes_of, image_bytes, needs, run, tokenizer, user, wait_until
+from extras.server import Server, read_picture
+from plumbing.flags import parse_flags
+from sample import FLAGS as SAMPLE_FLAGS
+from tests.helpers import HERE, Served, bytes_of, image_bytes, needs, png, run, tiny_vlm, tokenizer, user, wait_until
 
 pytest_plugins = ["tests.helpers"]  # its fixtures
 
@@ -743,3 +747,78 @@ def test_the_page_takes_any_picture_follows_the_answer_and_shows_at_the_first_ta
         assert min(place["x"] for place in places) >= 0 and min(place["y"] for place in places) > 130
         browser.close()
     there.server.shutdown()
+
+
+@contextlib.contextmanager
+def serving(*flags):
+    "A server of the tiny model, over real sockets, until the block ends."
+    with contextlib.redirect_stderr(io.StringIO()):
+        server = Server(tiny_vlm().eval(), tokenizer(), parse_flags("", SAMPLE_FLAGS, argv=["--port=0", *flags]))
+        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True)
+        thread.start()
+        try:
+            yield server
+        finally:
+            server.shutdown()
+            server.server_close()
+
+
+def ask_server(server, path: str, body: dict | None = None, **headers) -> tuple[int, dict]:
+    connection = http.client.HTTPConnection("127.0.0.1", server.server_port, timeout=20)
+    connection.request("GET" if body is None else "POST", path, body and json.dumps(body),
+                       {"Content-Type": "application/json", **headers})
+    reply = connection.getresponse()
+    content = reply.read()
+    connection.close()
+    return reply.status, json.loads(content)
+
+
+def test_only_who_has_the_key_is_told_where_the_model_looked():
+    picture = {"type": "image_url", "image_url": {"url": "data:image/png;base64," + base64.b64encode(png(1)).decode()}}
+    body = {"messages": [{"role": "user", "content": [picture]}, {"role": "assistant", "content": "a cat"}]}
+    with serving("--api_key=sesame") as server:
+        assert ask_server(server, "/look", body)[0] == 401
+        status, told = ask_server(server, "/look", body, Authorization="Bearer sesame")
+        assert status == 200 and [word["text"] for word in told["words"]] == ["a", " cat"]
+
+
+def test_a_page_of_another_site_is_not_answered():
+    with serving() as server:
+        here = f"http://127.0.0.1:{server.server_port}"
+        for headers, status in (({}, 200), ({"Origin": here}, 200), ({"Origin": "http://evil.example"}, 403),
+                                ({"Host": "evil.example"}, 403)):
+            assert ask_server(server, "/v1/models", **headers)[0] == status
+
+
+def test_the_257th_connection_is_closed_and_the_others_are_not():
+    with serving() as server, contextlib.ExitStack() as stack:
+        began = time.monotonic()
+        held = [stack.enter_context(socket.create_connection(("127.0.0.1", server.server_port), timeout=5))
+                for _ in range(256)]
+        while len(server.connections) < 256 and time.monotonic() < began + 5:
+            time.sleep(0.01)
+        late = stack.enter_context(socket.create_connection(("127.0.0.1", server.server_port), timeout=5))
+        assert late.recv(1) == b"" and time.monotonic() < began + 15  # long before anyone has been idle for too long
+        for one in (held[0], held[-1]):
+            one.sendall(b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n")
+            assert one.recv(15) == b"HTTP/1.1 200 OK"
+
+
+def test_a_picture_of_more_than_20_million_pixels_is_refused_though_it_could_be_decoded():
+    def url(width: int, height: int) -> str:
+        Image.new("1", (width, height)).save(file := io.BytesIO(), "PNG")  # a bit a pixel: a few KB
+        return "data:image/png;base64," + base64.b64encode(file.getvalue()).decode()
+    assert read_picture(url(5000, 4000)).size == (5000, 4000)
+    with pytest.raises(ValueError, match="5000 x 4001 pixels is over the limit of 20,000,000"):
+        read_picture(url(5000, 4001))
+
+
+def test_more_than_400_000_letters_are_refused_before_they_are_cut_into_tokens():
+    def told(letters: int) -> str:
+        messages = [{"role": "user", "content": ("one two " * 25_001)[:letters - 200_000]},
+                    {"role": "assistant", "content": "one two " * 25_000}, {"role": "user", "content": ""}]
+        status, answer = ask_server(server, "/v1/chat/completions", {"messages": messages})
+        assert status == 400 and answer["error"]["code"] == "context_length_exceeded"
+        return answer["error"]["message"]
+    with serving() as server:
+        assert "letters" not in told(400_000) and "more than 400,000 letters" in told(400_001)

@@ -5,6 +5,7 @@ import random
 import resource
 import struct
 import time
+from dataclasses import asdict
 from functools import lru_cache
 from pathlib import Path
 
@@ -12,8 +13,15 @@ import pytest
 import torch
 from hypothesis import given, settings, strategies as st
 
+import extras.export
+import model
+import plumbing.hub
 import plumbing.weights
-from tests.helpers import entry, fails, long_form, needs
+import vision
+from model import GPT, VLM
+from tests.helpers import change_config, entry, fails, far, image_tokens, long_form, needs, noise_image, save_onevision
+from tokenizer import Rendered
+from vision import Bridge, BridgeConfig, ViT, ViTConfig
 
 pytest_plugins = ["tests.helpers"]  # its fixtures
 
@@ -215,3 +223,205 @@ def test_shards_that_do_not_match_their_index_are_one_line(tmp_path):
     assert fails(lambda: plumbing.weights.read_safetensors(tmp_path), tmp_path / "2.safetensors")
     plumbing.weights.write_safetensors({"c": torch.ones(1)}, tmp_path / "2.safetensors")
     assert fails(lambda: plumbing.weights.read_safetensors(tmp_path), tmp_path / "2.safetensors", "b")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# model.py: LLaVA-OneVision, and the sizes of the published files
+
+def hf_pixels(images: list, side: int = 28) -> dict:
+    "What transformers' processor makes of one picture (tiles) or of several (squares with bars)."
+    from transformers.models.llava_onevision.image_processing_pil_llava_onevision import LlavaOnevisionImageProcessorPil
+    pinpoints = [[side * a, side * b] for a in range(1, 7) for b in range(1, 7)]
+    processor = LlavaOnevisionImageProcessorPil(size={"height": side, "width": side}, image_grid_pinpoints=pinpoints,
+                                                image_mean=[0.5] * 3, image_std=[0.5] * 3)
+    return dict(processor([images], return_tensors="pt"))
+
+
+def set_pixels(theirs: dict, pixels: torch.Tensor) -> None:
+    "Their pixels, by Pillow, are ours within a level of 255. Ours take their place: so the models can be compared."
+    mine, given = vision.normalize(pixels, torch.float32), theirs["pixel_values"].flatten(0, 1)[:len(pixels)]
+    assert (mine - given).abs().max() < 1.01 / 127.5
+    given.copy_(mine)
+
+ONEVISION_SIZES = [[(28, 28)], [(20, 45)], [(150, 60)], [(61, 171)], [(100, 3)], [(200, 190)], [(30, 40), (50, 20)],
+                   [(28, 28), (9, 60), (33, 33)]]
+
+
+@needs("transformers")
+@pytest.mark.parametrize("sizes", ONEVISION_SIZES, ids=str)
+def test_onevision_equals_transformers(tmp_path, sizes):
+    reference = save_onevision(tmp_path, old_names=len(sizes) > 1)
+    vlm = model.load_checkpoint(tmp_path).eval()
+    images = [noise_image(*size, seed) for seed, size in enumerate(sizes)]
+    theirs = hf_pixels(images)
+    ours = [vision.cut_tiles(images[0], 28)] if len(images) == 1 else \
+        [vision.preprocess(image, 28, bicubic=True, pad=True) for image in images]
+    pixels = ours[0].pixels if len(images) == 1 else torch.stack(ours)
+    set_pixels(theirs, pixels)
+    ids, slots = [3, 17], []
+    for image in ours:
+        slots.append(len(ids))
+        ids += [300] * vlm.config.bridge.tokens_of(image) + [5, 6]
+    with torch.no_grad():
+        expected = reference(input_ids=torch.tensor([ids]), **theirs).logits
+        places = [slot + i for slot, image in zip(slots, ours) for i in range(vlm.config.bridge.tokens_of(image))]
+        x = vlm.embed(torch.tensor([ids]), image_tokens(vlm, ours), torch.tensor(places))
+        assert far(vlm.gpt.hidden(x) @ vlm.gpt.head_weight.t(), expected) < 1e-4
+        said = reference.generate(torch.tensor([ids]), attention_mask=torch.ones(1, len(ids), dtype=torch.long),
+                                  max_new_tokens=64, do_sample=False, eos_token_id=None, pad_token_id=0, **theirs)
+    asked = Rendered(ids, [0] * len(ids), slots)
+    assert [t for (t,) in vlm.generate([asked], ours, max_new_tokens=64)] == said[0, len(ids):].tolist()
+
+
+@needs("transformers")
+@pytest.mark.parametrize("tied, layer", [(False, -1), (True, -2), (False, 2)])
+def test_onevision_reads_the_layer_and_head_that_its_config_names(tmp_path, tied, layer):
+    reference, image = save_onevision(tmp_path, tied, layer), noise_image(50, 20)
+    vlm = model.load_checkpoint(tmp_path).eval()
+    ours, theirs = vision.cut_tiles(image, 28), hf_pixels([image])
+    set_pixels(theirs, ours.pixels)
+    with torch.no_grad():
+        ids = [300] * vlm.config.bridge.tokens_of(ours) + [3]
+        expected = reference(input_ids=torch.tensor([ids]), **theirs).logits[:, -1]
+        x = vlm.embed(torch.tensor([ids]), image_tokens(vlm, [ours]), torch.arange(len(ids) - 1))
+        assert far(vlm.gpt.hidden(x)[:, -1]
+                   @ vlm.gpt.head_weight.t(), expected) < 1e-4
+
+
+@needs("transformers")
+def test_a_llava_that_computes_otherwise_is_refused(tmp_path):
+    save_onevision(tmp_path)
+    good = (tmp_path / "config.json").read_text()
+    for key, value in (("projector_hidden_act", "relu"), ("vision_feature_select_strategy", "default"),
+                       ("vision_feature_layer", [-1, -2]), ("vision_aspect_ratio", "anyres_max_4")):
+        change_config(tmp_path, lambda config: config.update({key: value}))
+        assert fails(lambda: model.load_checkpoint(tmp_path), tmp_path, key)
+        (tmp_path / "config.json").write_text(good)
+
+    def sparse(config):  # as the hub has it: what equals a default is left out
+        for key in ("vision_feature_select_strategy", "vision_feature_layer", "projector_hidden_act"):
+            config.pop(key, None)
+    whole = model.load_checkpoint(tmp_path)
+    change_config(tmp_path, sparse)
+    assert asdict(model.load_checkpoint(tmp_path).config) == asdict(whole.config)
+
+
+def test_tiles_take_as_many_tokens_as_the_reference_counts():
+    # At 384 pixels a side: figures of transformers' own processor.
+    for (height, width), tokens in {(384, 384): 1485, (480, 640): 2929, (899, 1024): 6551, (1080, 1920): 7269}.items():
+        rows, columns = vision.best_grid(width, height, 384)
+        assert vision.Tiles(None, rows, columns, width, height).num_tokens(729) == tokens
+
+
+@given(st.integers(1, 3000), st.integers(1, 3000))
+@settings(max_examples=60, deadline=None)
+def test_tiles_cover_a_picture_of_any_shape(width, height):
+    rows, columns = vision.best_grid(width, height, 14)
+    tiles = vision.Tiles(torch.zeros(1 + rows * columns, 3, 14, 14, dtype=torch.uint8), rows, columns, width, height)
+    bridge = Bridge(BridgeConfig("mlp", vision_size=8, text_size=8, num_patches=4, newline=True))
+    with torch.no_grad():
+        assert len(bridge.stitch(torch.randn(len(tiles.pixels), 4, 8), tiles)) == tiles.num_tokens(4)
+
+
+def published_size(tensors: dict[str, torch.Tensor]) -> int:
+    "Bytes of the safetensors file that holds these, as Hugging Face writes it: names in order, one dtype."
+    header, offset = {"__metadata__": {"format": "pt"}}, 0
+    names = {dtype: name for name, dtype in plumbing.weights.DTYPES.items()}
+    for name in sorted(tensors):
+        tensor = tensors[name]
+        end = offset + tensor.numel() * tensor.element_size()
+        header[name] = {"dtype": names[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [offset, end]}
+        offset = end
+    length = len(json.dumps(header, separators=(",", ":")))
+    return 8 + length + -length % 8 + offset
+
+
+def in_dtype(tensors: dict, dtype: torch.dtype) -> dict:
+    return {name: tensor.to(dtype) for name, tensor in tensors.items()}
+
+
+@pytest.mark.parametrize("name, size", [
+    ("qwen2.5-0.5b", 988_097_824), ("qwen2.5-0.5b-instruct", 988_097_824), ("qwen2.5-1.5b", 3_087_467_144),
+    ("qwen2.5-1.5b-instruct", 3_087_467_144)])
+def test_qwen_presets_ask_for_the_published_file_to_the_byte(name, size):
+    with torch.device("meta"):
+        gpt = GPT(model.PRESETS[name].decoder)
+    assert published_size(in_dtype(extras.export.hub_tensors(gpt, plumbing.weights.QWEN_NAMES), torch.bfloat16)) == size
+    assert size in [f[0] for f in plumbing.hub.REPOSITORIES[name].files.values()]
+
+
+def test_the_qwen_3b_preset_asks_for_the_published_bytes():
+    # Two shards: 6,171,877,376 bytes of tensors, as the index says, and two headers.
+    with torch.device("meta"):
+        tensors = extras.export.hub_tensors(GPT(model.PRESETS["qwen2.5-3b"].decoder), plumbing.weights.QWEN_NAMES)
+    assert len(tensors) == 434 and sum(2 * t.numel() for t in tensors.values()) == 6_171_877_376
+    shards = [f[0] for name, f in plumbing.hub.REPOSITORIES["qwen2.5-3b"].files.items() if name.endswith(".safetensors")]
+    assert shards == [3_968_658_944, 2_203_268_048] and 0 < sum(shards) - 6_171_877_376 < 100_000
+
+
+def siglip_tensors(config: ViTConfig, words: int, length: int) -> dict[str, torch.Tensor]:
+    "All tensors of a SigLIP file, on no device: the vision tower as we ask for it, its head, and the text tower."
+    D, I = config.hidden_size, config.intermediate_size
+    shapes = {"logit_scale": [1], "logit_bias": [1],
+              "text_model.embeddings.token_embedding.weight": [words, D],
+              "text_model.embeddings.position_embedding.weight": [length, D], "text_model.head.weight": [D, D],
+              "vision_model.head.probe": [1, 1, D], "vision_model.head.attention.in_proj_weight": [3 * D, D],
+              "vision_model.head.attention.in_proj_bias": [3 * D],
+              "vision_model.head.attention.out_proj.weight": [D, D], "vision_model.head.mlp.fc1.weight": [I, D],
+              "vision_model.head.mlp.fc1.bias": [I], "vision_model.head.mlp.fc2.weight": [D, I]}
+    shapes |= {name: [D] for name in (
+        "text_model.final_layer_norm.weight", "text_model.final_layer_norm.bias", "text_model.head.bias",
+        "vision_model.head.attention.out_proj.bias", "vision_model.head.layernorm.weight",
+        "vision_model.head.layernorm.bias", "vision_model.head.mlp.fc2.bias")}
+    with torch.device("meta"):
+        tensors = extras.export.hub_tensors(ViT(config), plumbing.weights.SIGLIP_NAMES, "vision_model.")
+        tensors |= {"text_model." + name.removeprefix("vision_model."): tensor for name, tensor in tensors.items()
+                    if ".layers." in name}  # the text tower's blocks have the same form
+        return tensors | {name: torch.empty(shape) for name, shape in shapes.items()}
+
+
+@pytest.mark.parametrize("name, words, length, size", [
+    ("siglip2-large-patch16-256", 256_000, 64, 3_526_204_360), ("siglip-large-patch16-256", 32_000, 64, 2_608_699_800),
+    ("siglip2-base-patch16-224", 256_000, 64, 1_500_800_904), ("siglip-base-patch16-224", 32_000, 64, 812_672_320),
+    ("siglip-so400m-patch14-224", 32_000, 16, 3_509_549_856), ("siglip-so400m-patch14-384", 32_000, 64, 3_511_950_624)])
+def test_siglip_presets_ask_for_the_published_file_to_the_byte(name, words, length, size):
+    tensors = siglip_tensors(vision.SIGLIP[name], words, length)
+    assert published_size(tensors) == size
+    assert plumbing.hub.REPOSITORIES[name].files["model.safetensors"][0] in (size, None)
+
+
+def test_the_onevision_preset_asks_for_the_published_file_to_the_byte():
+    with torch.device("meta"):
+        tensors = in_dtype(extras.export.hub_tensors(VLM(model.preset("llava-ov-0.5b")), plumbing.weights.LLAVA_NAMES), torch.float16)
+    assert len(tensors) == 716 and published_size(tensors) == 1_787_445_680
+
+
+def decoder_tensors(name: str) -> dict[str, torch.Tensor]:
+    "A preset's tensors under the hub's names, on no device."
+    with torch.device("meta"):
+        return extras.export.hub_tensors(GPT(model.PRESETS[name].decoder), plumbing.weights.QWEN_NAMES)
+
+
+@pytest.mark.parametrize("name, count, size, shards", [
+    ("qwen2.5-3b", 434, 6_171_877_376, [3_968_658_944, 2_203_268_048]),
+    ("qwen2.5-7b-instruct", 339, 15_231_233_024, [3_945_441_440, 3_864_726_352, 3_864_726_424, 3_556_377_672])])
+def test_the_large_qwen_presets_ask_for_the_published_bytes(name, count, size, shards):
+    # Bytes of tensors, as the index says, and a header for each shard.
+    tensors = decoder_tensors(name)
+    assert len(tensors) == count and sum(2 * t.numel() for t in tensors.values()) == size
+    listed = [f[0] for file, f in plumbing.hub.REPOSITORIES[name].files.items() if file.endswith(".safetensors")]
+    assert listed == shards and 0 < sum(shards) - size < 100_000
+
+
+@pytest.mark.parametrize("name, weights", [("0.6b", 596_049_920), ("1.7b", 1_720_574_976), ("4b", 4_022_468_096),
+                                           ("8b", 8_190_735_360)])
+def test_qwen3_presets_have_the_published_weights_and_names(name, weights):
+    for kind, longest in (("", 40960), ("-base", 32768)):
+        tensors, config = decoder_tensors(f"qwen3-{name}{kind}"), model.PRESETS[f"qwen3-{name}{kind}"].decoder
+        assert sum(t.numel() for t in tensors.values()) == weights and config.max_position_embeddings == longest
+        assert ("lm_head.weight" in tensors) == (name == "8b") and not any(n.endswith("proj.bias") for n in tensors)
+        attention = "model.layers.1.self_attn"
+        assert tensors[f"{attention}.q_norm.weight"].shape == tensors[f"{attention}.k_norm.weight"].shape == (128, )
+        q = config.num_attention_heads * 128
+        assert tensors[f"{attention}.q_proj.weight"].shape == (q, config.hidden_size)
+        assert tensors[f"{attention}.o_proj.weight"].shape == (config.hidden_size, q)

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 import plumbing.world
+from plumbing.world import World
 from tests.helpers import HERE, exam, fails, texts
 
 pytest_plugins = ["tests.helpers"]  # its fixtures
@@ -226,3 +227,8 @@ def test_a_picture_shows_what_its_scene_says():
             assert image.size == (px, px) and image.mode == "RGB"
             got = np.array(image.getpixel((round(thing.x * px), round(thing.y * px))))
             assert np.abs(got - rgb).max() < 40, (px, colour, got)
+
+
+def test_held_out_scenes_are_other_scenes():
+    scenes = {split: {World("captions", split)[i]["images"][0] for i in range(200)} for split in ("train", "scenes")}
+    assert not scenes["train"] & scenes["scenes"] and len(scenes["train"]) > 190
