@@ -54,9 +54,9 @@ import train_align
 import train_base
 import train_sft
 import vision
-from hypothesis import given, settings
+from hypothesis import given, settings, strategies as st
 from PIL import Image, ImageColor
-from tests.helpers import (CHAPTERS, CHATS, HERE, QUICK, QWEN, QWEN_SYSTEM, RAGGED, RED, RUNS, SEQ_LEN, SHARED, SHOWN,
+from tests.helpers import (QWEN3_TOKENS, CHAPTERS, CHATS, HERE, QUICK, QWEN, QWEN_SYSTEM, RAGGED, RED, RUNS, SEQ_LEN, SHARED, SHOWN,
                            START, THOUGHTS, TINY, CHATS_model, Ran, about, batch_of, bytes_of, call, change_config,
                            chat, chat_model, conversation, document, documents, fails, far, image_bytes, image_tokens,
                            left_by, llava, log_of, needs, needs_qwen, one_line, picture, plain_records, png, prompts,
@@ -153,7 +153,6 @@ QWEN3_TEMPLATE = """
     {%- endif %}
 {%- endif %}
 """
-QWEN3_TOKENS = ["<tool_response>", "</tool_response>", "<think>", "</think>"]  # after Qwen2.5's special tokens
 def read_merges():
     lines = (QWEN / "merges.txt").read_text(encoding="utf-8").split("\n")
     return [line for line in lines if line and not line.startswith("#version")]

@@ -212,6 +212,7 @@ CHATS = [
 ]
 
 
+QWEN3_TOKENS = ["<tool_response>", "</tool_response>", "<think>", "</think>"]  # after Qwen2.5's special tokens
 THOUGHTS = [
     [("user", "Hi"), ("assistant", "<think>\nThey greet me.\n</think>\n\nHello!")],
     [("user", "Hi"), ("assistant", "<think>\nA.\n\nB.\n</think>\n\nHello!"), ("user", "7+5?"),

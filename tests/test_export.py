@@ -16,7 +16,7 @@ import tokenizer as tok
 import vision
 from extras.export import export
 from model import GPT, VLM, generation_config
-from tests.helpers import (CHATS, QWEN, QWEN_SYSTEM, chat, fails, far, image_tokens, needs, needs_qwen,, qwen3, THOUGHTS)
+from tests.helpers import (CHATS, QWEN, QWEN_SYSTEM, chat, fails, far, image_tokens, needs, needs_qwen, qwen3, THOUGHTS,
                            noise_image, one_line, qwen, run, save_onevision, small, tiny_vlm, tokenizer)
 from tokenizer import SPECIAL_TOKENS, Tokenizer, train_bpe
 
