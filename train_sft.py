@@ -47,7 +47,7 @@ STAGE = "sft"
 # Many small steps of short rows: a tiny model learns more from many updates than from many tokens in each. A picture
 # with two questions takes 45 to 70 tokens, so that two of them fill a row. TRAP: longer conversations of your own need a
 # longer --seq_len. Turns that do not fit are left out.
-BY_MODEL = {"tiny": {"batch_size": 80, "seq_len": 112, "steps": 1200, "lr": 0.005, "eval_size": 400},
+BY_MODEL = {"tiny": {"batch_size": 64, "seq_len": 112, "steps": 1400, "lr": 0.005, "eval_size": 400},
             "small": {"batch_size": 64, "seq_len": 1024, "steps": 800, "lr": 0.002, "eval_size": 1000},
             "released": {"batch_size": 32, "seq_len": 2048, "steps": 1000, "lr": 2e-5, "eval_size": 1000}}
 # Times the usual rate, from a model that has been through this chapter on the same data. At the full rate it forgets
@@ -185,8 +185,8 @@ def main() -> None:
     flags = chapter_flags(__doc__, STAGE, FLAGS, BY_MODEL)
     setup = Setup(flags)
     # Data. New: conversations, and a curriculum. The world starts with 90 % captions, which train the ViT word by word;
-    # from record 12,000 on 10 % are captions and 90 % questions, which teach more once the picture is understood.
-    world = World("chat", seed=flags.seed, caption_share=lambda i: max(0.1, 0.9 - i / 15_000))
+    # from record 12,750 on 5 % are captions and 95 % questions, which teach more once the picture is understood.
+    world = World("chat", seed=flags.seed, caption_share=lambda i: max(0.05, 0.9 - i / 15_000))
     # Held out are single questions, about new scenes and about pairs of colour and kind that training never shows.
     # seed=1, whatever --seed is: all runs answer the same questions.
     exams = {split: World("exam", split, seed=1) for split in ("scenes", "pairs")}

@@ -369,9 +369,9 @@ CAPTIONS = [
     (["Name the sizes."], sentence_per_thing("kind", "The {0.kind} is {0.size}."), 1),
     (["Where are the things?"], sentence_per_thing("kind", "The {0.kind} is at the {place}."), 1),
     (["Where is each one?"], sentence_per_thing("name", "The {0.name} is at the {place}."), 1),
-    (["Count everything."], list_counts, 1),
-    (["What is there, and what is not?"], list_checks, 1),
-    (["How do they stand to each other?"], list_relations, 1),
+    (["Count everything."], list_counts, 0.3),
+    (["What is there, and what is not?"], list_checks, 0.3),
+    (["How do they stand to each other?"], list_relations, 0.3),
 ]
 
 
