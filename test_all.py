@@ -1927,11 +1927,11 @@ def test_a_step_from_few_groups_that_teach_is_a_small_one(chapters):
 def test_the_three_held_out_losses_are_of_the_same_tokens(monkeypatch):
     monkeypatch.setattr(data, "pixel_loader", lambda config: picture)
     vlm, text = tiny_vlm(), CHATS_model[1]
-    chats = [CHATS_model[0], *[text] * 15, chat_model("<image>what is this?", "a dog", images=[2]), *[text] * 5]
-    docs = [render(record, i, vlm, 40) for i, record in enumerate(chats)]
-    losses = {image: train_base.held_out_loss(vlm, docs, setup(), 20, image) for image in ("own", "blind", "shuffled")}
+    chats = [CHATS_model[0], *[text] * 80, chat_model("<image>what is this?", "a dog", images=[2])]  # two batches
+    docs = [render(record, i, vlm, 48) for i, record in enumerate(chats)]
+    losses = {image: train_base.held_out_loss(vlm, docs, setup(), 48, image) for image in ("own", "blind", "shuffled")}
     assert len({tokens for _, tokens in losses.values()}) == 1 and len({loss for loss, _ in losses.values()}) == 3
-    assert train_base.held_out_loss(vlm, docs[:16], setup(), 20, "shuffled") == (0.0, 0)  # there is no other picture
+    assert train_base.held_out_loss(vlm, docs[:16], setup(), 48, "shuffled") == (0.0, 0)  # there is no other picture
 
 
 KEYS = {"base": {"bits_per_byte", "bits_per_byte_before"}, "align": {"caption_loss", "blind_loss", "shuffled_loss"},
