@@ -1,7 +1,6 @@
 "Downloads: resumed, verified, from the hub or any server."
 import errno
 import hashlib
-import http.server
 import json
 import os
 import signal
@@ -10,7 +9,6 @@ import subprocess
 import sys
 import threading
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 
 import pytest
@@ -696,13 +694,6 @@ def test_a_public_model_is_fetched_and_answers(hub, tmp_path, monkeypatch):
 
 
 @pytest.mark.skipif(not os.path.exists("/proc/self/fd"), reason="tells a file's name by /proc")
-def test_a_download_is_on_the_disk_before_it_gets_its_name(tmp_path, disk, monkeypatch):
-    monkeypatch.setenv("GHOSTVIS_CACHE", str(tmp_path / "cache"))
-    monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
-    (tmp_path / "a.json").write_text("[]")
-    quiet = type("Quiet", (http.server.SimpleHTTPRequestHandler,), {"log_message": lambda *_: None})
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), partial(quiet, directory=str(tmp_path))) as web:
-        threading.Thread(target=web.serve_forever, args=(0.05,), daemon=True).start()
-        got = fetch_file(f"http://127.0.0.1:{web.server_port}/a.json")
-        web.shutdown()
-    assert Path(got).read_text() == "[]" and disk == ["a.json.part", "-> a.json"]
+def test_a_download_is_on_the_disk_before_it_gets_its_name(web, disk):
+    web.files["/a.json"] = b"[]"
+    assert Path(fetch_file(web.url + "/a.json")).read_text() == "[]" and disk == ["a.json.part", "-> a.json"]
