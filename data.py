@@ -519,8 +519,8 @@ def download(names: str, vision: str) -> None:
 
 
 FLAGS = {
-    "data": ("world", "world, or what to check: .json, .jsonl, .csv, .tsv, .tar, .parquet, .txt, folders of pictures or "
-                      "of these, URLs, recipes; joined by commas"),
+    "data": ("world", "world, or what to check: .json, .jsonl, .csv, .tsv, .tar, .parquet, .txt, folders of pictures "
+                      "or of these, URLs, recipes; joined by commas"),
     "val": ("", "with --check: held-out records, which must not be in --data"),
     "check": (False, "open every picture, count tokens, draw check.png"),
     "model": ("tiny", "with --check: whose tokenizer, tokens per picture and rows count, as in train_sft.py"),

@@ -6,8 +6,8 @@ The model: a Qwen decoder, a vision-language model (VLM) around it, the loss, ge
       RMSNorm -> head -> logits [B, T, V]
 
 The layers compute exactly what Hugging Face's Qwen2 and Qwen3 compute (arXiv 2412.15115, 2505.09388): same weights,
-same logits. Skip at first reading: from_pretrained, gpt_config, Loading, and what is marked so, as it only saves time or
-memory.
+same logits. Skip at first reading: from_pretrained, gpt_config, Loading, and what is marked so, as it only saves time
+or memory.
 Axis letters: B rows, T tokens in a row, H the decoder's width, d a head's width, V vocabulary, n pictures, M image
 tokens of each picture. Left out: sliding windows (none of these models uses them), Qwen3's mixtures of experts,
 dropout, YaRN for very long texts.
@@ -361,8 +361,8 @@ def gpt_config(hf: dict, folder: Path) -> GPTConfig:
     H, heads, kv_heads, d = (
         config.hidden_size, config.num_attention_heads, config.num_key_value_heads, config.head_dim)
     require(heads % kv_heads == d % 2 == 0 and (hf["head_dim"] or H == heads * d),
-            f"{folder}/config.json: hidden_size {H}, {heads} heads of {d} channels and {kv_heads} key and value heads do "
-            "not divide; is the file whole?")
+            f"{folder}/config.json: hidden_size {H}, {heads} heads of {d} channels and {kv_heads} key and value heads "
+            "do not divide; is the file whole?")
     return config
 
 

@@ -10,8 +10,10 @@ import base64
 import collections
 import contextlib
 import io
+import itertools
 import json
 import queue
+import random
 import re
 import secrets
 import select
@@ -30,11 +32,11 @@ from PIL import Image
 from plumbing.engine import Request
 from plumbing.files import say
 from plumbing.pictures import load_image
-from model import VLM
+from plumbing.world import QUESTIONS, Scene, ask
+from model import FROM_SCRATCH, VLM
 from tokenizer import Rendered, Tokenizer
 from extras.answers import Answer, score_prompt
-from extras.asking import (SAMPLING, Text, about, make_message, new_scene, open_engine, options, render,
-                           scene_questions, to_pixels)
+from extras.asking import (SAMPLING, Text, make_message, new_scene, open_engine, options, render, to_pixels)
 from extras.attention_maps import latent_maps, where_it_looked, words_of
 from extras.connection import Connection
 from extras.fields import Refused, check_message, count_rivals, read_fields
@@ -69,6 +71,35 @@ FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP")  # not all that Pillow opens: EP
 DECODING, ALONE = threading.Semaphore(2), threading.Lock()
 
 PAGE = Path(__file__).parents[1] / "assets" / "page.html"
+
+
+def scene_questions(scene: Scene) -> list[str]:
+    "Four questions of different kinds that have an answer in this scene."
+    rng = random.Random(secrets.randbits(32))
+    kinds = [kind for kind in rng.sample(list(QUESTIONS), len(QUESTIONS)) if kind != "choice"]  # that one has six lines
+    asked = filter(None, (ask(kind, scene, rng) for kind in kinds))
+    return [question for question, _ in itertools.islice(asked, 4)]
+
+
+# Of any picture; a model that learned from its owner's data has the most frequent questions of those (train_sft.py).
+WORLD_QUESTIONS = ["Describe the picture.", "How many things are there?", "What is the largest thing?",
+                   "Is there a red cat?"]
+COMMON_QUESTIONS = ["Describe the picture.", "What is the most striking thing here?", "What does the text say?",
+                    "What might happen next?"]
+
+
+def about(vlm: VLM) -> dict:
+    "What the page tells of the model: its checkpoint, what it was trained on and when, questions it can answer."
+    run, scratch = vlm.config.run, vlm.config.preset in FROM_SCRATCH
+    # world,pets/train.json:2 -> world, train.json: without weights, and without the folders of this machine.
+    data = [re.sub(r":[\d.]+$", "", part).rstrip("/").split("/")[-1]
+            for part in run.get("data", "world" * scratch).split(",") if part]
+    world = "world" in data
+    known = run.get("questions") or (WORLD_QUESTIONS if data == ["world"] else COMMON_QUESTIONS[:1 if scratch else 4])
+    folder = "/".join(Path(vlm.source).parts[-2:]) if "saved" in run else ""  # of released weights: one of the cache
+    return {"checkpoint": folder, "stage": run.get("stage", ""), "step": run.get("step"), "steps": run.get("steps"),
+            "data": data, "world": world, "scratch": scratch, "questions": known,
+            "latents": vlm.config.bridge.num_tokens if vlm.vit else 0}
 
 
 class Server(socketserver.ThreadingTCPServer):

@@ -21,7 +21,8 @@ def qwen_fields(hf: dict, folder: Path) -> dict:
     hf |= hf.get("rope_parameters") or {}  # transformers 5 moved rope_theta in there
     rope = {**hf, **(hf.get("rope_scaling") or {})}
     # What we would compute differently is refused: such a model would load, and answer a little worse.
-    require(kind in FAMILIES, f"{folder}/config.json: a {kind} model; only Qwen2, Qwen2.5 and dense Qwen3 are supported")
+    require(kind in FAMILIES, f"{folder}/config.json: a {kind} model; only Qwen2, Qwen2.5 and "
+                              "dense Qwen3 are supported")
     if hf.get("use_sliding_window") or "sliding_attention" in (hf.get("layer_types") or ()) \
             or rope.get("rope_type", rope.get("type", "default")) != "default":
         raise ValueError(f"{folder}/config.json: sliding windows and scaled RoPE are not supported")

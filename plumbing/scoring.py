@@ -1,7 +1,7 @@
 """
 Is one answer right? The rules of the benchmarks' own code (VQA, ChartQA, DocVQA, multiple choice, CIDEr), odd cases
-included, so that numbers can be compared (VLMEvalKit). Called by chapter 3's evaluation and chapter 4's reward. A reader
-of the lessons need know only `score`: 0 (wrong) to 1 (right).
+included, so that numbers can be compared (VLMEvalKit). Called by chapter 3's evaluation and chapter 4's reward. A
+reader of the lessons need know only `score`: 0 (wrong) to 1 (right).
 
 A better rule would give numbers that nobody can compare. Odd cases are marked, because the model of chapter 4 will find
 them when a rule is its reward.
