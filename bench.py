@@ -438,6 +438,8 @@ def bench_ladder(flags) -> dict:
             step = Step(flags, setup, vlm, None, "sft")
             if i < 2:
                 step.batches = one_by_one(step)
+            if i < 3:  # the last block and the logits at every position, too
+                step.batches = [batch | {"supervised": None} for batch in step.batches]
             seconds = clock(step, 3, setup.device)
             rows.append({"rung": rung, "tokens_per_s": step.tokens / seconds})
             setup.print(f"{rung:<50}{step.tokens / seconds:>10,.0f} tokens/s"

@@ -533,20 +533,21 @@ def test_positions_of_patches_start_as_sines_of_column_and_row_with_base_100():
 
 
 def test_a_new_model_starts_with_these_values():
-    # tiny: H = D = 128; 4 layers in the decoder, 3 in the ViT, so 8 and 6 branches are added up in their residual
+    # tiny: H = D = 128; 4 layers in the decoder, 1 in the ViT, so 8 and 2 branches are added up in their residual
     # streams. A matrix that reads n numbers starts at 1 / sqrt(n).
     torch.manual_seed(0)
     table = {"embed.weight": 3 / 128 ** 0.5, "attention.qkv.weight": 128 ** -0.5, "gate_up.weight": 128 ** -0.5,
              "attention.out.weight": (8 * 128) ** -0.5, "mlp.down.weight": (8 * 256) ** -0.5,
              "vit.patch.weight": (3 * 12 * 12) ** -0.5, "seed.weight": (4 * 128) ** -0.5, "latents": 1.0,
-             **{f"blocks.{i}.{name}.weight": std for i in range(3) for name, std in (
-                 ("qkv", 128 ** -0.5), ("out", (6 * 128) ** -0.5), ("fc1", 128 ** -0.5), ("fc2", (6 * 512) ** -0.5))},
+             **{f"blocks.{i}.{name}.weight": std for i in range(1) for name, std in (
+                 ("qkv", 128 ** -0.5), ("out", (2 * 128) ** -0.5), ("fc1", 128 ** -0.5), ("fc2", (2 * 256) ** -0.5))},
              "layers.0.q.weight": 128 ** -0.5, "layers.0.kv.weight": 128 ** -0.5, "layers.0.fc1.weight": 128 ** -0.5,
              "layers.0.out.weight": 0, "layers.0.fc2.weight": 0,  # the resampler begins as what its latents start from
              "bridge.fc1.weight": 128 ** -0.5, "bridge.fc2.weight": 128 ** -0.5}
     for name, p in VLM(preset("tiny")).named_parameters():
         if "norm" in name or name.endswith("bias"):
-            assert (p == (1 if "norm" in name and name.endswith("weight") else 0)).all(), name
+            start = 2.5 if name == "gpt.norm.weight" else 1.0 if "norm" in name and name.endswith("weight") else 0.0
+            assert (p == start).all(), name
         elif name != "vit.position":
             std, = {std for end, std in table.items() if name.endswith(end)}
             assert p.std().item() == pytest.approx(std, rel=0.06) and p.mean().abs() < 0.1 * std + 1e-9, name
@@ -557,7 +558,7 @@ def test_small_features_are_normalised_with_the_eps_they_were_trained_with():
     vlm, x = VLM(preset("tiny")), torch.tensor([1e-3, -1e-3] * 64)
     for layer in (vlm.vit.norm, *(b.norm1 for b in vlm.vit.blocks), *(b.norm2 for b in vlm.vit.blocks), vlm.gpt.norm,
                   vlm.gpt.blocks[0].norm1, vlm.gpt.blocks[0].norm2):
-        assert layer(x)[:2].tolist() == pytest.approx([0.7071, -0.7071], abs=1e-4)
+        assert (layer(x)[:2] / layer.weight[:2]).tolist() == pytest.approx([0.7071, -0.7071], abs=1e-4)
 
 
 def test_a_frozen_vit_is_computed_without_a_graph():
@@ -1116,18 +1117,18 @@ def test_losses_and_head_gradients_are_summed_in_float32():
 def test_the_preset_tiny_has_the_readmes_numbers():
     vlm = VLM(preset("tiny"))
     millions = {name: sum(p.numel() for p in part.parameters()) / 1e6 for name, part in vlm.parts().items()}
-    assert millions == pytest.approx({"vit": 0.66, "bridge": 0.30, "decoder": 0.72}, abs=0.005)
+    assert millions == pytest.approx({"vit": 0.19, "bridge": 0.30, "decoder": 0.72}, abs=0.005)
     assert vlm.config.vision.num_patches == 36 and vlm.config.bridge.num_tokens == 9
 
 
-def test_the_first_loss_of_a_new_model_is_near_15():
-    # Logits of standard deviation 3 guess with confidence, and mostly wrong: not ln 1024 = 6.9.
+def test_the_first_loss_of_a_new_model_is_near_37():
+    # Logits of standard deviation 3 x 2.5 guess with confidence, and mostly wrong: not ln 1024 = 6.9.
     torch.manual_seed(0)
     vlm, words = VLM(preset("tiny")), shipped()[1]
     doc = make_document(World("text", seed=1)[0], 0, words, 9, 256, supervise_all=True)
     with torch.no_grad():
         loss = vlm(rows_of(vlm, [doc], 1, 256)).item() / (len(doc.ids) - 1)
-    assert 13 < loss < 17
+    assert 33 < loss < 43
 
 
 def stored_bytes(vlm: VLM, batch: dict) -> int:
@@ -1167,7 +1168,7 @@ def test_the_preset_small_is_built_and_learns_from_a_row():
     # Gradients for all, and a step of the norms: one of all 64 million would take seconds.
     norms = {name: p for name, p in freeze_all_but(vlm, list(vlm.parts())).items() if name.endswith("norm.weight")}
     first = train_step(vlm, [batch], len(batch["supervised"]), Optimizer(norms, "muon", 1e-3), setup(), 1.0)
-    assert 8 < first < 25 and len(norms) == 3 and all((p != 1).any() for p in norms.values())
+    assert 20 < first < 60 and len(norms) == 3 and all((p != 1).any() for p in norms.values())
     assert all(part.grad.any() for part in (vlm.vit.patch.weight, vlm.bridge.fc1.weight, vlm.gpt.embed.weight))
 
 
@@ -1495,10 +1496,10 @@ def test_batched_ragged_generation_equals_one_by_one(options):
 def test_samples_of_one_prompt_equal_single_runs_with_their_seeds():
     vlm = tiny_vlm()
     asked = prompts(vlm, RAGGED[1:3])
-    options = {"max_new_tokens": 10, "temperature": 1.0, "repetition_penalty": 1.1}
+    options = {"max_new_tokens": 10, "temperature": 2.5, "repetition_penalty": 1.1}
     together = say(vlm, asked, [2, 3], samples=3, seeds=list(range(6)), **options)
     alone = [say(vlm, [asked[i // 3]], RAGGED[1 + i // 3]["images"], seeds=[i], **options)[0] for i in range(6)]
-    assert together == alone and len({tuple(row) for row in together}) == 6
+    assert together == alone and len({tuple(row) for row in together}) > 3
 
 
 def test_equal_prompts_are_computed_once_and_not_mixed_up_with_other_pictures():
@@ -1580,7 +1581,8 @@ def test_nan_in_one_gradient_beside_a_finite_loss_skips_the_step():
 
 def test_a_step_has_a_loader_for_each_micro_batch_of_its_rank():
     # 8 rows a step, 2 a pass: 4 micro-batches. The first of 2 ranks computes numbers 0 and 2, the second 1 and 3.
-    flags, vlm = argparse.Namespace(batch_size=8, micro_batch_size=2, seq_len=128, steps=1), tiny_vlm()
+    flags, vlm = argparse.Namespace(
+        batch_size=8, micro_batch_size=2, seq_len=512, steps=1, resume=False), tiny_vlm()
     for rank in (0, 1):
         here = setup()
         here.rank, here.world_size = rank, 2
@@ -1746,7 +1748,7 @@ def test_a_reward_is_for_a_right_answer_that_ends(text, end, earned):
 def test_rollouts_are_a_group_for_each_question_sampled_from_seeds_of_their_own():
     vlm = tiny_vlm()
     records = [QUESTION | {"id": "1"}, conversation("one two", "three") | {"id": "2"}]
-    flags = argparse.Namespace(seed=3, samples=4, max_new_tokens=5, temperature=1.0)
+    flags = argparse.Namespace(seed=3, samples=4, max_new_tokens=5, temperature=2.5)
     prompts, groups = rollout(vlm, tokenizer(), records, flags, 7)
     assert [len(group) for group in groups] == [4, 4] and len({tuple(ids) for group in groups for ids in group}) > 5
     for record, prompt, group in zip(records, prompts, groups):
@@ -1754,7 +1756,7 @@ def test_rollouts_are_a_group_for_each_question_sampled_from_seeds_of_their_own(
         load = pixel_loader(vlm.config.vision)
         for k, ids in enumerate(group):  # alone, from the seed of step, question and number
             one = Request(prompt, [load(source, record) for source in record["images"]], max_new_tokens=5,
-                          stop=set(tokenizer().stop_ids), temperature=1.0,
+                          stop=set(tokenizer().stop_ids), temperature=2.5,
                           seed=random.Random(f"3/7/{record['id']}/{k}").getrandbits(40))
             list(Engine(vlm, [one], vocab_used=tokenizer().vocab_size).run())
             assert ids == one.answer and max(ids) < tokenizer().vocab_size
@@ -1788,10 +1790,10 @@ def data_of(main, monkeypatch, *flags) -> tuple[World, dict]:
 
 
 def test_the_curriculum_goes_by_record_number_from_captions_to_questions(monkeypatch):
-    # Of captions: 0.9 at the start, 0.9 - 6000 / 15000 = 0.5 half-way, 0.1 from record 12,000 on.
+    # Of captions: 0.9 at the start, 0.9 - 6000 / 15000 = 0.5, and 0.05 from record 12,750 on; 0.1 without chapter 3.
     world, _ = data_of(train_sft.main, monkeypatch)
-    for share in (world.caption_share, World("chat").caption_share):
-        assert [share(i) for i in (0, 6000, 12_000, 10 ** 6)] == pytest.approx([0.9, 0.5, 0.1, 0.1])
+    for share, last in ((world.caption_share, 0.05), (World("chat").caption_share, 0.1)):
+        assert [share(i) for i in (0, 6000, 12_000, 10 ** 6)] == pytest.approx([0.9, 0.5, 0.1, last])
     questions = [sum(len(world[first + i]["messages"]) == 4 for i in range(200)) for first in (0, 6000, 12_000)]
     assert questions[0] < 40 and 60 < questions[1] < 120 and 140 < questions[2]  # two questions make four messages
 
@@ -1830,20 +1832,22 @@ def test_no_question_comes_twice(monkeypatch, tmp_path):
 
 
 @pytest.mark.parametrize("stage, task, seq_len",
-                         [("base", "text", 128), ("align", "captions", 128), ("sft", "chat", 72)])
+                         [("base", "text", 128), ("align", "captions", 128), ("sft", "chat", 112)])
 def test_the_first_step_has_the_mean_loss_of_the_first_rows(chapters, stage, task, seq_len):
     # 4 rows in two passes: one takes the world's records 0, 2, 4, ... and the other 1, 3, 5, ...
     (vlm, words), nats, tokens, pictures = shipped(), 0.0, 0, 0
     make = partial(make_document, tokenizer=words, image_tokens=9, seq_len=seq_len, supervise_all=stage == "base")
     for i in (0, 1):
-        loader = Loader(World(task, seed=10), make, pixel_loader(vlm.config.vision), 2, seq_len, 9, i, 2)
+        world = World(task, seed=10, caption_share=(lambda i: 0.05) if stage == "sft" else None)  # as it goes on
+        loader = Loader(world, make, pixel_loader(vlm.config.vision), 2, seq_len, 9, i, 2)
         batch = next(loader)
         nats, tokens = nats + vlm(batch).item(), tokens + int((batch["targets"] >= 0).sum())
         pictures += 0 if batch["pixels"] is None else len(batch["pixels"])
     told = log_of(chapters, stage)
     assert told["loss"] == pytest.approx(nats / tokens, rel=1e-4) and told.get("images", 0) == pictures
     # of a single step the learning rate neither rises nor falls
-    assert told["lr"] == {"base": train_base, "align": train_align, "sft": train_sft}[stage].BY_MODEL["tiny"]["lr"]
+    usual = {"base": train_base, "align": train_align, "sft": train_sft}[stage].BY_MODEL["tiny"]["lr"]
+    assert told["lr"] == pytest.approx(usual * (train_sft.AGAIN if stage == "sft" else 1))  # it goes on with chapter 3
 
 
 PARTS = {"base": {"gpt"}, "align": {"vit", "bridge"}, "sft": {"vit", "bridge", "gpt"}, "rl": {"vit", "bridge", "gpt"}}
@@ -2178,14 +2182,14 @@ def test_continuing_from_a_trained_model_takes_a_lower_rate_and_the_curriculums_
     assert first["lr"] == usual and share > 0.8 and "been through" not in ran.err
     for start in ("sft", "rl"):
         ran, first, share = go(start)
-        assert first["lr"] == pytest.approx(usual * train_sft.AGAIN) and share == pytest.approx(0.1)
+        assert first["lr"] == pytest.approx(usual * train_sft.AGAIN) and share == pytest.approx(0.05)
         assert ran.err.count("it has been through this chapter") == 1 and f"instead of {usual:g}" in ran.err
     ran = run("train_sft", *QUICK, f"--out_dir={tmp_path}", f"--init={trained[0] / 'tiny/sft'}",
               f"--data={own_data / 'files.json'}")  # new things to learn: the usual rate, and nothing to tell
     assert ran.code == 0 and "been through" not in ran.err
     assert plumbing.files.read_json(tmp_path / "tiny/sft/state.json")["flags"]["lr"] == usual
     ran, first, share = go("sft", f"--lr={usual}")  # a rate that is given counts, also where it is the usual one
-    assert first["lr"] == usual and share == pytest.approx(0.1) and "instead of" not in ran.err
+    assert first["lr"] == usual and share == pytest.approx(0.05) and "instead of" not in ran.err
     state = plumbing.files.read_json(tmp_path / "tiny/sft/state.json")
     assert state["flags"]["lr"] == usual  # so that --resume goes on with it
     assert run("train_sft", f"--out_dir={tmp_path}", "--resume", main=train_sft.main).code == 0
@@ -2424,7 +2428,7 @@ def test_a_question_without_a_picture_gets_one_line_where_the_model_answers_abou
     answered = []
     with monkeypatch.context() as patch:
         patch.chdir(tmp_path)  # where /draw saves
-        patch.setattr(sample, "stream", lambda engine, tokenizer, request: answered.append(
+        patch.setattr(sample, "stream", lambda engine, tokenizer, request, *more: answered.append(
             len(request.images)) or "A cat.")
         ran = talk(trained, "What colour is the cat?", "/draw", "And now?", "/undo", "And now?")
     assert ran.code == 0 and ran.err.count("answers about pictures only: /image PATH") == 2 and answered == [1]
@@ -2480,7 +2484,8 @@ def test_ctrl_c_ends_an_answer_and_not_the_chat(trained, photo, monkeypatch):
             signal.raise_signal(signal.SIGINT)
         return ended
     monkeypatch.setattr(plumbing.engine.Engine, "step", interrupted)
-    ran = talk(trained, f"/image {photo}", "What is it?", "/undo", "Why?", "/undo", "What is it?")
+    ran = talk(trained, f"/image {photo}", "What is it?", "/undo", f"/image {photo}", "Why?", "/undo",
+               f"/image {photo}", "What is it?")  # /undo takes the picture back, too
     first, *_, last = ran.out.splitlines()
     assert ran.code == 0 and not stop_at and ran.err.count("took back") == 2
     assert last == whole.out.strip("\n") and last.startswith(first) and len(first) < len(last)

@@ -281,8 +281,8 @@ def draw_book(log: list[dict], init: str, load) -> list[str]:
         runs.setdefault(name, []).append(row)
     curves = {name: read_curves(rows) for name, rows in runs.items()}
     accuracy = curves.get("train_sft", {}).get("held-out accuracy")
-    if not accuracy:
-        raise ValueError(f"--what=figures --init={init}: needs a log of chapter 3 with its evaluations")
+    if not accuracy or not {"train_base", "train_align", "train_rl"} <= curves.keys():
+        raise ValueError(f"--what=figures --init={init}: needs a log of all four chapters, such as assets/tiny has")
     subject = Subject(*load())
     folder.mkdir(exist_ok=True)
     for draw in (draw_world, draw_architecture, draw_answers, draw_strange, draw_patches, draw_latents, draw_tokens,

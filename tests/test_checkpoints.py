@@ -356,8 +356,8 @@ def test_a_run_on_other_data_starts_from_the_newest_finished_model_and_when_repe
     assert starts(tmp_path, "sft", "other.json")[0] == "sft.1"  # not from the unfinished one
     assert starts(tmp_path, "rl") == ("sft", EARLIER)
     # From no checkpoint, whatever there is; and a folder that is named needs no reason.
-    assert starts(tmp_path, "sft", "my.json", "scratch") == (None, " (--init=scratch)")
-    assert starts(tmp_path, "sft", "my.json", "elsewhere/base") == ("base", "")
+    assert starts(tmp_path, "sft", "my.json", init="scratch") == (None, " (--init=scratch)")
+    assert starts(tmp_path, "sft", "my.json", init="elsewhere/base") == ("base", "")
 
 
 def test_chapter_3_alone_can_be_had_again_after_all_chapters(trained, tmp_path):
@@ -379,11 +379,11 @@ def test_a_model_that_has_only_its_own_words_starts_from_none_of_other_words(tmp
     fake_checkpoint(tmp_path, "sft", step=2, steps=2, saved=5.0, data="my.json")
     assert starts(tmp_path, "sft", "my.json", True)[0] is None      # repeated: where it started, from random weights
     assert starts(tmp_path, "sft", "other.json", True)[0] is None   # not from my.json's words
-    assert starts(tmp_path, "sft", "world", True) == ("align", "")  # and the world goes on as if nothing had been
+    assert starts(tmp_path, "sft", "world", True) == ("align", EARLIER)  # and the world goes on as if nothing had been
     assert starts(tmp_path, "rl", "my.json")[0] == "sft"            # chapter 4 takes what there is
     (tmp_path / "tiny/base").rename(tmp_path / "tiny/base.1")
     fake_checkpoint(tmp_path, "base", step=2, steps=2, saved=6.0, data="books.txt")
-    assert starts(tmp_path, "sft", "other.json", True) == ("base", "")  # an earlier chapter on one's own text
+    assert starts(tmp_path, "sft", "other.json", True) == ("base", EARLIER)  # an earlier chapter on one's own text
 
 
 def test_a_small_trained_model_comes_with_the_code_and_answers_before_anything_is_trained(tmp_path):

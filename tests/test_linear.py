@@ -92,7 +92,7 @@ def test_activation_checkpointing_changes_no_gradient():
         vlm.zero_grad()
         vlm(batch).backward()
         grads.append({name: p.grad.clone() for name, p in vlm.named_parameters()})
-    assert all(torch.equal(grads[0][name], grads[1][name]) for name in grads[0])
+    assert max(far(grads[1][name], grads[0][name]) for name in grads[0]) < 1e-6
 
 
 def test_lora_and_activation_checkpointing_through_the_chapters(trained, tmp_path):

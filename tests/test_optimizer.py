@@ -120,7 +120,7 @@ def test_bridge_and_vit_may_have_rates_of_their_own_or_stay_frozen(kind):
         moved[name] = {n: (p.detach() - before[n]) for n, p in vlm.named_parameters()}
     for n, update in moved["one"].items():
         times = 4.0 if n.startswith("bridge.") else 0.1 if n.startswith("vit.") else 1.0
-        assert torch.allclose(moved["own"][n], times * update, atol=2e-7), n
+        assert torch.allclose(moved["own"][n], times * update, rtol=1e-4, atol=4e-7), n
         assert moved["frozen"][n].any() == (update.any() and not n.startswith("bridge.")), n
     vlm.config.pretrained_vision = "released"
     flags = argparse.Namespace(lr_bridge=0.0, lr_vit=-1.0)
@@ -279,11 +279,11 @@ def test_learning_rate_rises_stays_and_falls_to_zero():
 
 
 def newton_schulz(g: torch.Tensor) -> torch.Tensor:
-    "What orthogonalize does, by a singular value decomposition: each value v, of length 1 in all, -> p(v), five times."
+    "What orthogonalize does, by a singular value decomposition: each value v, of length 1 in all, -> p(v), three times."
     u, v, wt = torch.linalg.svd(g.double(), full_matrices=False)
-    v = v / v.norm()
-    for _ in range(5):
-        v = 3.4445 * v - 4.7750 * v ** 3 + 2.0315 * v ** 5
+    v = v / (1.02 * v.norm())
+    for a, b, c in ((8.287212, -23.595887, 17.300387), (4.107059, -2.947850, 0.544843), (3.948691, -2.908902, 0.551819)):
+        v = a * v + b * v ** 3 + c * v ** 5
     return u @ torch.diag(v) @ wt
 
 
@@ -296,13 +296,14 @@ def test_two_muon_steps_on_a_2x3_matrix():
     optimizer.step(0.5)
     # Momentum 0.8: the mean is 0.2 one, and Nesterov's look ahead 0.2 one + 0.8 * 0.2 one, which has one's direction.
     # The learning rate is 0.1 * 0.5; the entries of the update are 0.2 in root mean square: times 0.2 sqrt(3).
-    expected = start - 0.05 * 0.2 * 3 ** 0.5 * newton_schulz(one)
+    # Before it, the matrix shrinks by 0.1 (the weight decay) of the learning rate.
+    expected = start * (1 - 0.05 * 0.1) - 0.05 * 0.2 * 3 ** 0.5 * newton_schulz(one)
     assert torch.allclose(p, expected.float(), atol=1e-5)
     assert torch.allclose(other, (-0.05 * 0.2 * 3 ** 0.5 * newton_schulz(two)).float(), atol=1e-5)
     p.grad = two.clone()
     optimizer.step(1.0)
     mean = 0.8 * 0.2 * one + 0.2 * two
-    expected = expected - 0.1 * 0.2 * 3 ** 0.5 * newton_schulz(0.2 * two + 0.8 * mean)
+    expected = expected * (1 - 0.1 * 0.1) - 0.1 * 0.2 * 3 ** 0.5 * newton_schulz(0.2 * two + 0.8 * mean)
     assert torch.allclose(p, expected.float(), atol=1e-5)
 
 

@@ -459,7 +459,7 @@ def test_a_browser_shows_the_page_and_talks(served, photo):
         expect(page.locator("#text")).to_have_value("What is it?")
         page.fill("#text", "What is this?")
         page.press("#text", "Enter")
-        expect(page.locator(".bot .text")).to_contain_text("a")
+        expect(page.locator(".bot .text")).to_contain_text(re.compile(r"\w"))
         page.hover(".bot .text")  # before the answer has ended, and it does not move until the words are there
         expect(page.locator(".bot .foot")).to_contain_text("tokens")
         expect(page.locator(".user .text")).to_have_text(["What is this?"])
@@ -798,19 +798,19 @@ def test_the_257th_connection_is_closed_and_the_others_are_not():
         while len(server.connections) < 256 and time.monotonic() < began + 5:
             time.sleep(0.01)
         late = stack.enter_context(socket.create_connection(("127.0.0.1", server.server_port), timeout=15))
-        assert late.recv(1) == b"" and time.monotonic() < began + 15  # long before anyone has been idle for too long
+        assert late.recv(12) == b"HTTP/1.1 503" and time.monotonic() < began + 15  # long before anyone has been idle for too long
         for one in (held[0], held[-1]):
             one.sendall(b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n")
             assert one.recv(15) == b"HTTP/1.1 200 OK"
 
 
-def test_a_picture_of_more_than_20_million_pixels_is_refused_though_it_could_be_decoded():
+def test_a_picture_of_more_than_50_million_pixels_is_refused_though_it_could_be_decoded():
     def url(width: int, height: int) -> str:
         Image.new("1", (width, height)).save(file := io.BytesIO(), "PNG")  # a bit a pixel: a few KB
         return "data:image/png;base64," + base64.b64encode(file.getvalue()).decode()
-    assert read_picture(url(5000, 4000)).size == (5000, 4000)
-    with pytest.raises(ValueError, match="5000 x 4001 pixels is over the limit of 20,000,000"):
-        read_picture(url(5000, 4001))
+    assert min(read_picture(url(8000, 6250)).size) > 1000  # decoded at half its size
+    with pytest.raises(ValueError, match="8000 x 6251 pixels is over the limit of 50,000,000"):
+        read_picture(url(8000, 6251))
 
 
 def test_more_than_400_000_letters_are_refused_before_they_are_cut_into_tokens():
