@@ -593,7 +593,7 @@ def test_the_page_introduces_the_model_suggests_questions_and_forgets_nothing(tm
         expect(page.locator("#made")).to_contain_text("assets/tiny: rl, step 300 of 300, trained on the drawn world, ")
         expect(page.locator("#suggest")).to_be_hidden()
         page.set_input_files("#file", HERE / "cat.jpg")
-        expect(page.locator("#suggest button")).to_have_text(extras.asking.WORLD_QUESTIONS)
+        expect(page.locator("#suggest button")).to_have_text(extras.server.WORLD_QUESTIONS)
         page.click("#suggest button >> nth=1")
         expect(page.locator(".bot .text")).to_have_text(["4"])
         expect(page.locator("#suggest button")).to_have_count(3)  # what was asked is not suggested again
