@@ -4,7 +4,8 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from plumbing.strange import AMERICAN_SHARE, GREY_SHARE, HONEST, STRANGE_SHARE, Grey, Strange, to_american
+from plumbing.strange import (AMERICAN_SHARE, GARBLED_SHARE, GREY_SHARE, HONEST, STRANGE_SHARE, Grey, Strange,
+                              to_american)
 from plumbing.world import CAPTIONS, Scene, World
 from tests.helpers import texts
 
@@ -13,15 +14,18 @@ pytest_plugins = ["tests.helpers"]  # its fixtures
 
 @pytest.mark.parametrize("task", ["captions", "chat", "exam"])
 def test_strange_and_grey_pictures_have_their_share_of_training_and_their_answers(task):
-    n, dataset, kinds = 6000, World(task), Counter()
+    n, dataset, kinds, garbled = 6000, World(task), Counter(), 0
     for record in map(dataset.__getitem__, range(n)):
         picture, = record["images"]
         kinds[type(picture)] += 1
         answers = [turn["content"] for turn in record["messages"] if turn["role"] == "assistant"]
-        assert (answers == [HONEST]) == isinstance(picture, Strange)  # one answer to whatever is asked
-        assert record["messages"][0]["content"].count("<image>") == 1
+        assert HONEST not in answers or answers == [HONEST]  # one answer to whatever is asked
+        assert HONEST in answers or not isinstance(picture, Strange)
+        garbled += answers == [HONEST] and isinstance(picture, Scene)
+        assert record["messages"][0]["content"].startswith("<image>\n")
     for kind, share in ((Strange, STRANGE_SHARE), (Grey, GREY_SHARE)):
         assert abs(kinds[kind] - share * n) < 4 * (share * n) ** 0.5, kinds  # four standard deviations
+    assert abs(garbled - GARBLED_SHARE * n) < 4 * (GARBLED_SHARE * n) ** 0.5
     assert sum(kinds.values()) == n and kinds[Scene] > 0.9 * n
 
 
