@@ -1,6 +1,6 @@
 """
 What training meets beside the built-in world's own records, so that a model of the world is not lost outside it:
-pictures that show something else and questions without a meaning, which get one honest answer; grey pictures; American
+pictures that show something else and questions without a meaning, each with one honest answer; grey pictures; American
 spellings. Called by world.py for every training record. A reader of the lessons need know only the shares below.
 """
 import random
@@ -16,7 +16,8 @@ STRANGE_SHARE = 0.04   # of the training records with a picture: a strange pictu
 # A grey picture and the usual answer. Without them every blind answer would be the honest one, and the blind baseline
 # would not tell how far words alone lead.
 GREY_SHARE = 0.01
-# Letters without a meaning and the honest answer. Without them "Où est le chat?" was answered by one word 100 times.
+# The same for what is asked: letters without a meaning. Without them "Où est le chat?" got one word 100 times.
+NO_WORDS = "I know few words, and do not understand these."
 GARBLED_SHARE = 0.01
 AMERICAN_SHARE = 0.2   # of the training records: the user writes color, center, gray. Answers keep their spelling.
 
@@ -62,8 +63,9 @@ class Strange(Drawing):
 def widen(record: dict, rng: random.Random) -> dict:
     "A training record of the world -> the same, or one of those that this file is about."
     american, kind = rng.random() < AMERICAN_SHARE, rng.random()
-    if "text" in record:  # chapter 1 has no pictures; it learns the answer's words
-        return record | {"text": HONEST} if kind < STRANGE_SHARE else record
+    if "text" in record:  # chapter 1 has no pictures; it learns the words of both answers
+        text = HONEST if kind < STRANGE_SHARE else NO_WORDS if kind < STRANGE_SHARE + GARBLED_SHARE else record["text"]
+        return record | {"text": text}
     messages = [turn | {"content": to_american(turn["content"])} if american and turn["role"] == "user" else turn
                 for turn in record["messages"]]
     images = record["images"]
@@ -73,7 +75,7 @@ def widen(record: dict, rng: random.Random) -> dict:
     elif images and kind < STRANGE_SHARE + GREY_SHARE:
         images = [Grey()]
     elif images and kind < STRANGE_SHARE + GREY_SHARE + GARBLED_SHARE:
-        messages = [messages[0] | {"content": f"<image>\n{garble(rng)}"}, {"role": "assistant", "content": HONEST}]
+        messages = [messages[0] | {"content": f"<image>\n{garble(rng)}"}, {"role": "assistant", "content": NO_WORDS}]
     return record | {"messages": messages, "images": images}
 
 
