@@ -1,9 +1,10 @@
 """
 What training meets beside the built-in world's own records, so that a model of the world is not lost outside it:
-pictures that show something else, which get one honest answer; grey pictures; American spellings. Called by world.py
-for every training record. A reader of the lessons need know only the shares below.
+pictures that show something else and questions without a meaning, each with one honest answer; grey pictures; American
+spellings. Called by world.py for every training record. A reader of the lessons need know only the shares below.
 """
 import random
+import string
 from dataclasses import dataclass
 
 from PIL import Image, ImageDraw, ImageEnhance, ImageFilter
@@ -15,6 +16,9 @@ STRANGE_SHARE = 0.04   # of the training records with a picture: a strange pictu
 # A grey picture and the usual answer. Without them every blind answer would be the honest one, and the blind baseline
 # would not tell how far words alone lead.
 GREY_SHARE = 0.01
+# The same for what is asked: letters without a meaning. Without them "Où est le chat?" got one word 100 times.
+NO_WORDS = "I know few words, and do not understand these."
+GARBLED_SHARE = 0.01
 AMERICAN_SHARE = 0.2   # of the training records: the user writes color, center, gray. Answers keep their spelling.
 
 
@@ -59,8 +63,9 @@ class Strange(Drawing):
 def widen(record: dict, rng: random.Random) -> dict:
     "A training record of the world -> the same, or one of those that this file is about."
     american, kind = rng.random() < AMERICAN_SHARE, rng.random()
-    if "text" in record:  # chapter 1 has no pictures; it learns the answer's words
-        return record | {"text": HONEST} if kind < STRANGE_SHARE else record
+    if "text" in record:  # chapter 1 has no pictures; it learns the words of both answers
+        text = HONEST if kind < STRANGE_SHARE else NO_WORDS if kind < STRANGE_SHARE + GARBLED_SHARE else record["text"]
+        return record | {"text": text}
     messages = [turn | {"content": to_american(turn["content"])} if american and turn["role"] == "user" else turn
                 for turn in record["messages"]]
     images = record["images"]
@@ -69,7 +74,15 @@ def widen(record: dict, rng: random.Random) -> dict:
         images = [Strange(record["id"], *images)]
     elif images and kind < STRANGE_SHARE + GREY_SHARE:
         images = [Grey()]
+    elif images and kind < STRANGE_SHARE + GREY_SHARE + GARBLED_SHARE:
+        messages = [messages[0] | {"content": f"<image>\n{garble(rng)}"}, {"role": "assistant", "content": NO_WORDS}]
     return record | {"messages": messages, "images": images}
+
+
+def garble(rng: random.Random) -> str:
+    """"kqeu Tr 4? üoщ": words of letters that mean nothing, most of them ASCII."""
+    letters = string.ascii_letters + string.ascii_lowercase * 3 + string.digits + ".,;:?!-+=()'äöüéèßñçøшщияلж日本語🙂"
+    return " ".join("".join(rng.choices(letters, k=rng.randint(1, 9))) for _ in range(rng.randint(0, 12)))
 
 
 def to_american(text: str) -> str:

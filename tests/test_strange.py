@@ -4,7 +4,8 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from plumbing.strange import AMERICAN_SHARE, GREY_SHARE, HONEST, STRANGE_SHARE, Grey, Strange, to_american
+from plumbing.strange import (AMERICAN_SHARE, GARBLED_SHARE, GREY_SHARE, HONEST, NO_WORDS, STRANGE_SHARE, Grey,
+                              Strange, to_american)
 from plumbing.world import CAPTIONS, Scene, World
 from tests.helpers import texts
 
@@ -13,15 +14,17 @@ pytest_plugins = ["tests.helpers"]  # its fixtures
 
 @pytest.mark.parametrize("task", ["captions", "chat", "exam"])
 def test_strange_and_grey_pictures_have_their_share_of_training_and_their_answers(task):
-    n, dataset, kinds = 6000, World(task), Counter()
+    n, dataset, kinds, garbled = 6000, World(task), Counter(), 0
     for record in map(dataset.__getitem__, range(n)):
         picture, = record["images"]
         kinds[type(picture)] += 1
         answers = [turn["content"] for turn in record["messages"] if turn["role"] == "assistant"]
         assert (answers == [HONEST]) == isinstance(picture, Strange)  # one answer to whatever is asked
-        assert record["messages"][0]["content"].count("<image>") == 1
+        garbled += answers == [NO_WORDS]
+        assert record["messages"][0]["content"].startswith("<image>\n")
     for kind, share in ((Strange, STRANGE_SHARE), (Grey, GREY_SHARE)):
         assert abs(kinds[kind] - share * n) < 4 * (share * n) ** 0.5, kinds  # four standard deviations
+    assert abs(garbled - GARBLED_SHARE * n) < 4 * (GARBLED_SHARE * n) ** 0.5
     assert sum(kinds.values()) == n and kinds[Scene] > 0.9 * n
 
 
@@ -30,7 +33,7 @@ def test_strange_and_grey_pictures_have_their_share_of_training_and_their_answer
 def test_what_is_held_out_is_the_world_alone(task, split):
     for record in map(World(task, split, seed=1).__getitem__, range(1500)):
         assert all(isinstance(picture, Scene) for picture in record["images"])
-        assert HONEST not in texts(record) and "olor" not in texts(record) and "enter" not in texts(record)
+        assert not any(one in texts(record) for one in (HONEST, NO_WORDS, "olor", "enter"))
 
 
 def test_chapter_1_learns_the_words_of_the_honest_answer():
