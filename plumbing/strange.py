@@ -23,10 +23,7 @@ AMERICAN_SHARE = 0.2   # of the training records: the user writes color, center,
 
 
 class Drawing:
-    "A picture that code draws, at any size: a Scene of the world, or one of those below."
-
-    def draw(self, px: int) -> Image.Image:
-        raise NotImplementedError
+    "A picture that code draws, by its method draw(px) -> RGB, px x px pixels: the world's Scene, or one of these two."
 
 
 @dataclass(frozen=True)
