@@ -193,6 +193,7 @@ def main() -> None:
     # Held out are questions of all kinds: what is not trained on may be forgotten, and that should show.
     exams = {split: World("exam", split, seed=1) for split in ("scenes", "pairs")}
     world = World("exam", seed=flags.seed, kinds=with_rehearsal(kinds, flags.rehearse))
+    captions = World("captions", seed=flags.seed) if flags.data == "world" and flags.rehearse > 0 else None
     dataset, held_out = data.load_data(flags.data, world, exams, flags.seed, flags.eval_size, flags.val,
                                        max_bad=flags.max_bad)
 
@@ -226,6 +227,10 @@ def main() -> None:
         # New: rollouts, rewards, and advantages as token weights.
         prompts, groups = rollout(vlm, tokenizer, records, flags, step)
         documents, tokens, sums = to_documents(records, prompts, groups, tokenizer)
+        # No code can say whether a description is good. What is not rewarded may be forgotten, so the right words are
+        # taught as in chapter 3, one description for every eight questions.
+        documents += [data.make_document(captions[i], i, tokenizer, vlm.config.bridge.num_tokens, flags.seq_len)
+                      for i in mine if captions and i % 8 == 0]
         batches = pack_all(documents, rows, flags.seq_len, vlm)
         # One update per rollout: the model that is updated is the one that answered, so no ratio is needed. Divided by
         # all tokens: a long answer's tokens count as much as a short one's (DAPO, arXiv 2503.14476).
