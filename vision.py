@@ -208,8 +208,8 @@ def llava_vision(hf: dict, folder: Path) -> tuple[ViTConfig, "BridgeConfig"]:
     if tiled:  # a missing key: up to 6 x 6 tiles
         grids = {(h // S, w // S) for h, w in hf.get("image_grid_pinpoints", [])} or {*grids_of(MOST_TILES ** 2)}
         vision.tiles = max(rows * columns for rows, columns in grids)
-        require(grids == {*grids_of(vision.tiles)}, f"{folder}/config.json: image_grid_pinpoints is not supported, only "
-                f"all grids of up to {MOST_TILES} x {MOST_TILES} tiles, or those of at most so many tiles")
+        require(grids == {*grids_of(vision.tiles)}, f"{folder}/config.json: image_grid_pinpoints is not supported, "
+                f"only all grids of up to {MOST_TILES} x {MOST_TILES} tiles, or those of at most so many tiles")
     require(type(layer) is int,
                     f"{folder}/config.json: vision_feature_layer {layer} is not supported, only a single number")
     # Hugging Face counts the embeddings as layer 0, so its layer 26 of 26 is our -1, and its -1 too.
@@ -259,10 +259,8 @@ class BridgeConfig:
 
     def most_tokens(self, tiles: int) -> int:
         "The same for the largest picture, cut into so many tiles."
-        if not (tiles and self.newline):
-            return (1 + tiles) * self.num_tokens
-        # Up to 1.21 * MOST_TOKENS times N tokens and some newlines.
-        return (2 + MOST_TOKENS * 5 // 4) * self.num_patches
+        joined = tiles and self.newline  # LLaVA-OneVision: up to 1.21 * MOST_TOKENS times N tokens and some newlines
+        return (2 + MOST_TOKENS * 5 // 4) * self.num_patches if joined else (1 + tiles) * self.num_tokens
 
     @property
     def norm(self) -> bool:

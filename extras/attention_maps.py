@@ -75,7 +75,7 @@ def where_it_looked(vlm: VLM, prompt, images: list, answer: list[int]) -> list[t
     maps = []
     for image, at in zip(images, columns):
         seen, tiled = total[:, at], isinstance(image, Tiles)                                         # [R, K]
-        if tiled and bridge.newline is not None:  # the whole picture's tokens, and its parts', a newline behind each row
+        if tiled and bridge.newline is not None:  # the whole, and its parts, a newline behind each row
             h, w = image.layout(n)[2]
             parts = F.interpolate(seen[:, n * n:].view(-1, 1, h, w + 1)[..., :-1], (n, n), mode="area")[:, 0]
             grid = seen[:, :n * n].view(-1, n, n) + parts

@@ -111,7 +111,7 @@ def check_data(flags) -> dict:
     if lengths:
         print(f"tokens of a record: median {int(np.median(lengths))}, longest {max(lengths)}; {counts['cut']} of "
               f"{len(lengths)} are longer than --seq_len={flags.seq_len} and lose their last turns, another "
-              f"{counts['left_out']} do not fit at all" + f"; pictures in up to --tiles={flags.tiles}" * bool(flags.tiles))
+              f"{counts['left_out']} do not fit at all" + f"; pictures in --tiles={flags.tiles}" * bool(flags.tiles))
     return {**counts, "bad": len(bad)}
 
 

@@ -30,7 +30,7 @@ def export(folder, vlm: VLM, tokenizer, decoder_only: bool = False, dtype=torch.
                          "or export the decoder alone by --decoder_only")
     if not decoder_only and bool(config.vision.tiles) != config.bridge.newline:
         # Hugging Face's LLaVA never cuts a picture, its LLaVA-OneVision always does.
-        say(f"note: this model was trained with --tiles={config.vision.tiles}, but other programs will show it pictures "
+        say(f"note: trained with --tiles={config.vision.tiles}, but other programs will show it pictures "
             + ("in tiles" if config.bridge.newline else "in one piece"))
     tokenizer.save_hub(folder, config.decoder.max_position_embeddings)
     decoder = asdict(config.decoder)

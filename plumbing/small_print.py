@@ -49,7 +49,8 @@ class Print(Drawing):
 def small_print() -> Records:
     "The same records on every machine, each with a picture of its own."
     def make(i: int) -> dict:
-        return {"id": f"print/{i}", "messages": to_messages(("<image>\nWhich number is printed here?", Print(i).number)),
-                "images": [Print(i)], "kind": "print", "metric": "exact"}
+        turn = "<image>\nWhich number is printed here?", Print(i).number
+        return {"id": f"print/{i}", "messages": to_messages(turn), "images": [Print(i)], "kind": "print",
+                "metric": "exact"}
     keys = [hash_keys({"images": [Print(i)]})[0] for i in range(RECORDS)]
     return Records(make, np.arange(RECORDS)[:, None], np.array(keys, np.uint64), np.ones(RECORDS, int))
