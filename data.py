@@ -363,8 +363,9 @@ def pack(documents: list[Document], rows: int, seq_len: int,
         loss_weights[row, at:at + n] = doc.weight
         positions[row, at:at + n] = np.arange(n)
         document_ids[row, at:at + n] = count[row]
-        counts = doc.counts or (image_tokens(doc.record) if callable(image_tokens) else [image_tokens] * len(doc.slots))
-        image_positions += [np.arange(k) + row * seq_len + at + slot for slot, k in zip(doc.slots, counts)]
+        if doc.counts is None:
+            doc.counts = image_tokens(doc.record) if callable(image_tokens) else [image_tokens] * len(doc.slots)
+        image_positions += [np.arange(k) + row * seq_len + at + slot for slot, k in zip(doc.slots, doc.counts)]
         packed.append(doc)
     batch = {"ids": ids, "targets": targets, "positions": positions, "document_ids": document_ids,
              "loss_weights": loss_weights,
@@ -392,10 +393,10 @@ def cumulative_lengths(document_ids: np.ndarray) -> np.ndarray:
 
 def collate(arrays: dict, packed: list[Document], load_pixels=None) -> dict:
     """pack's arrays as tensors, and the pictures' pixels. load_pixels(source, record) -> uint8 [3, S, S] or Tiles."""
-    # {source: (its index in pixels, a document, which of its pictures it is)}. A picture that several documents share,
-    # as all answers to one question do in chapter 4, is decoded and later encoded once.
+    # {(source, image tokens): (its index in pixels, a document, which of its pictures it is)}. A picture that several
+    # documents share, as all answers to one question do in chapter 4, is decoded and later encoded once.
     sources = {}
-    image_index = [sources.setdefault(source, (len(sources), doc, k))[0]
+    image_index = [sources.setdefault((source, *doc.counts[k:k + 1]), (len(sources), doc, k))[0]
                    for doc in packed for k, source in enumerate(doc.record["images"])]
     # The last chance to notice: after this, a picture in another's place trains without any error.
     assert len(image_index) == sum(len(doc.slots) for doc in packed), \
@@ -405,7 +406,7 @@ def collate(arrays: dict, packed: list[Document], load_pixels=None) -> dict:
     def pixels_of(place: tuple) -> torch.Tensor:
         _, doc, k = place
         return load_pixels(doc.record["images"][k], doc.record) if doc.pixels is None else doc.pixels[k]
-    closed = load_pixels and not isinstance(next(iter(sources), None), Drawing)
+    closed = load_pixels and not isinstance(next(iter(sources), [None])[0], Drawing)
     pixels = list((threads("pictures").map if closed else map)(pixels_of, sources.values()))  # as in Documents below
     batch["tiles"] = None
     if any(isinstance(one, Tiles) for one in pixels):  # some are several squares, of which each slot shows a whole run

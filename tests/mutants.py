@@ -125,7 +125,7 @@ MUTANTS = {
         ("row * seq_len + at + slot for slot", "row * seq_len + slot for slot", PLAIN),
         ("if used[r] + n <= seq_len), None)", "if used[r] + n < seq_len), None)",
          "test_two_documents_that_fill_a_row_to_the_last_token_share_it"),
-        ("sources.setdefault(source, (len", "sources.setdefault(k, (len", PLAIN),
+        ("sources.setdefault((source, *doc.counts", "sources.setdefault((k, *doc.counts", PLAIN),
         ("if len(ids) <= seq_len + 1 or len(messages) <= 3:", "if len(ids) <= seq_len or len(messages) <= 3:",
          "test_a_document_is_cut_only_where_its_pictures_stay"),
         ("[1] * len(ids) if supervise_all else mask", "mask",

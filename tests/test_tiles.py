@@ -226,6 +226,7 @@ def test_a_llava_onevision_trains_on_the_logits_of_transformers_and_of_its_answe
     reference = save_onevision(tmp_path)
     vlm, words = model.load_checkpoint(tmp_path).eval(), onevision_tokenizer()
     assert vlm.config.vision.tiles == 36
+    vlm.config.vision.bicubic = True  # as hf_pixels does it
     record = conversation("<image>\nwhat?", "a cat", images=[png_of(*size)])
     logits, doc = logits_in_training(vlm, record, words)
     tiles = to_pixels(open_source(record["images"][0]), vlm.config.vision)
@@ -244,6 +245,7 @@ def test_a_llava_onevision_trains_on_the_logits_of_transformers_and_of_its_answe
 def test_a_llava_onevision_learns_small_print_in_tiles_and_is_exported_as_it_is(tmp_path):
     # The whole way: a folder of transformers', check, training, an answer, export, and transformers again.
     from transformers import LlavaOnevisionForConditionalGeneration
+    from transformers.models.llava_onevision.image_processing_pil_llava_onevision import LlavaOnevisionImageProcessorPil
     save_onevision(tmp_path / "ov")
     onevision_tokenizer().save_hub(tmp_path / "ov")
     rows = []
@@ -273,8 +275,8 @@ def test_a_llava_onevision_learns_small_print_in_tiles_and_is_exported_as_it_is(
     again = model.load_checkpoint(tmp_path / "hf").eval()
     assert again.config.vision.tiles == 6  # its grids are in the exported files
     record = conversation("<image>\nWhich number?", "21", images=[(tmp_path / "1.png").read_bytes()])
-    pinpoints = json.loads((tmp_path / "hf/preprocessor_config.json").read_text())["image_grid_pinpoints"]
-    theirs = hf_pixels([open_source(record["images"][0])], pinpoints=pinpoints)
+    processor = LlavaOnevisionImageProcessorPil.from_pretrained(tmp_path / "hf")
+    theirs = dict(processor([[open_source(record["images"][0])]], return_tensors="pt"))
     set_pixels(theirs, tiles.pixels)
     with torch.no_grad():
         logits, doc = logits_in_training(again, record, words)

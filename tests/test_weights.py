@@ -228,10 +228,10 @@ def test_shards_that_do_not_match_their_index_are_one_line(tmp_path):
 # ----------------------------------------------------------------------------------------------------------------------
 # model.py: LLaVA-OneVision, and the sizes of the published files
 
-def hf_pixels(images: list, side: int = 28, pinpoints: list = ()) -> dict:
+def hf_pixels(images: list, side: int = 28) -> dict:
     "What transformers' processor makes of one picture (tiles) or of several (squares with bars)."
     from transformers.models.llava_onevision.image_processing_pil_llava_onevision import LlavaOnevisionImageProcessorPil
-    pinpoints = pinpoints or [[side * a, side * b] for a in range(1, 7) for b in range(1, 7)]
+    pinpoints = [[side * a, side * b] for a in range(1, 7) for b in range(1, 7)]
     processor = LlavaOnevisionImageProcessorPil(size={"height": side, "width": side}, image_grid_pinpoints=pinpoints,
                                                 image_mean=[0.5] * 3, image_std=[0.5] * 3)
     return dict(processor([images], return_tensors="pt"))
