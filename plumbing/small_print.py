@@ -21,28 +21,23 @@ DIGITS = ("111101101101111", "010110010010111", "111001111100111", "111001011001
 
 @dataclass(frozen=True)
 class Print(Drawing):
-    "A picture with a white label, on which there is a number of two digits."
+    "A picture with a white label, on which there is a digit."
     seed: int
     sides = 2  # in the encoder's square a dot is half a pixel
 
     @property
     def number(self) -> str:
-        return str(random.Random(f"number {self.seed}").randrange(10, 100))
+        return str(random.Random(f"number {self.seed}").randrange(10))
 
     def draw(self, px: int) -> Image.Image:
         rng = random.Random(f"print {self.seed}")
         image = draw_background(rng.choice(list(BACKGROUNDS)), rng.randrange(4), px).copy()
-        # one pixel a dot; the digits at any place of the label
-        label = Image.new("L", (10, 8), 255)
-        x, y = rng.randint(1, 2), rng.randint(1, 2)
-        for digit in self.number:
-            ink = bytes(255 - 255 * int(dot) for dot in DIGITS[int(digit)])
-            label.paste(Image.frombytes("L", (3, 5), ink), (x, y))
-            x += 4
-        dot, cell = px / DOTS, px / CELLS
-        label = label.resize((round(10 * dot), round(8 * dot)), Image.Resampling.BOX).convert("RGB")
-        corner = (rng.randrange(CELLS) * cell + dot, rng.randrange(CELLS) * cell + 2 * dot)
-        image.paste(label, tuple(map(round, corner)))
+        ink = bytes(255 - 255 * int(dot) for dot in DIGITS[int(self.number)])
+        label = Image.new("L", (8, 8), 255)
+        label.paste(Image.frombytes("L", (3, 5), ink), (rng.randint(2, 3), rng.randint(1, 2)))
+        size, cell = round(8 * px / DOTS), px / CELLS
+        label = label.resize((size, size), Image.Resampling.BOX).convert("RGB")
+        image.paste(label, tuple(round((rng.randrange(CELLS) + 1 / 6) * cell) for _ in "xy"))
         return image
 
 
