@@ -127,7 +127,11 @@ def preset(name: str, bridge: str = "", changes: str = "", vision: str = "") -> 
     config = copy.deepcopy(PRESETS[name])
     config.preset, config.bridge.kind = name, bridge or config.bridge.kind
     parts = ("bridge", "decoder") if vision else ("vision", "bridge", "decoder")
+    d = config.decoder
+    if d.head_dim * d.num_attention_heads == d.hidden_size:
+        d.head_dim = 0  # H / heads, also of the new H and heads
     set_fields(config, changes, parts, f"the encoder is --vision={vision}, as it was released")
+    d.__post_init__()
     connect(config)
     check_shapes(config, f"--set={changes}" if changes else f"PRESETS[{name!r}] in model.py")
     return config

@@ -48,7 +48,7 @@ STAGE = "sft"
 # Many small steps of short rows: a tiny model learns more from many updates than from many tokens in each. A picture
 # with two questions takes 45 to 70 tokens, so that two of them fill a row. TRAP: longer conversations of your own need
 # longer rows. Without --seq_len they get them (plumbing/fitting.py); with it, turns that do not fit are left out.
-BY_MODEL = {"tiny": {"batch_size": 72, "seq_len": 112, "steps": 1200, "lr": 0.005, "eval_size": 400},
+BY_MODEL = {"tiny": {"batch_size": 72, "seq_len": 112, "steps": 1050, "lr": 0.005, "eval_size": 400},
             "small": {"batch_size": 64, "seq_len": 1024, "steps": 800, "lr": 0.002, "eval_size": 1000},
             "released": {"batch_size": 32, "seq_len": 2048, "steps": 1000, "lr": 2e-5, "eval_size": 1000}}
 # Times the usual rate, from a model that has been through this chapter on the same data. At the full rate it forgets

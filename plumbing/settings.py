@@ -81,7 +81,8 @@ def check_shapes(config, where: str) -> None:
         (v.hidden_size, v.num_attention_heads, "vision.num_attention_heads"),
         (v.hidden_size, 4, "as sincos_positions needs"), (v.hidden_size, b.num_heads, "bridge.num_heads"),
         (d.num_attention_heads, d.num_key_value_heads, "decoder.num_key_value_heads"),
-        (d.hidden_size, 2 * d.num_attention_heads, "twice decoder.num_attention_heads (RoPE turns pairs of channels)"),
+        (d.hidden_size, d.num_attention_heads, "decoder.num_attention_heads"),
+        (d.head_dim, 2, "decoder.head_dim (RoPE turns pairs of channels)"),
     ):
         if whole_ % n:
             raise ValueError(f"{where}: {whole_} is not a multiple of {n}, {what}")

@@ -25,6 +25,7 @@ pytest_plugins = ["tests.helpers"]  # its fixtures
     ("bridge.num_patches=4", ["follows from vision.image_size and vision.patch_size"]),
     ("bridge.kind=mlp", ["follows from --bridge="]), ("decoder.num_key_value_heads=3", ["not a multiple of 3"]),
     ("vision.hidden_size=130", ["not a multiple of 4"]), ("decoder.num_attention_heads=128", ["RoPE"]),
+    ("decoder.num_attention_heads=12", ["not a multiple of 12"]), ("decoder.head_dim=33", ["decoder.head_dim", "RoPE"]),
     ("vision.patch_size=200", ["at least one patch"])])
 def test_set_checks_names_and_values_in_one_line(text, parts):
     fails(lambda: model.preset("tiny", "", text), "--set=", *parts)
@@ -35,6 +36,8 @@ def test_set_changes_what_it_names_and_what_follows_from_it():
                           "bridge.seeded=False")
     assert (config.bridge.num_latents, config.bridge.num_patches, config.bridge.seeded) == (16, 64, False)
     assert config.decoder.rope_theta == 1e4 and model.PRESETS["tiny"].bridge.num_latents == 9
+    for text, d in (("num_attention_heads=8", 16), ("hidden_size=256", 64), ("head_dim=48", 48)):
+        assert model.preset("tiny", "", "decoder." + text).decoder.head_dim == d  # H / heads, unless it is named
     with pytest.raises(ValueError, match="--set=vision.image_size=96: the encoder is --vision=siglip"):
         model.preset("tiny", "", "vision.image_size=96", "siglip-base-patch16-224")
 
