@@ -6,11 +6,9 @@ The model: a Qwen decoder, a vision-language model (VLM) around it, the loss, ge
       RMSNorm -> head -> logits [B, T, V]
 
 The layers compute exactly what Hugging Face's Qwen2 and Qwen3 compute (arXiv 2412.15115, 2505.09388): same weights,
-same logits. Skip at first reading: from_pretrained, gpt_config, Loading, and what is marked so, as it only saves time
-or memory.
+same logits. Skip at first reading: from_pretrained, gpt_config, Loading, and what is marked so: all for time or memory.
 Axis letters: B rows, T tokens in a row, H the decoder's width, d a head's width, V vocabulary, n pictures, M image
-tokens of each picture. Left out: sliding windows (none of these models uses them), Qwen3's mixtures of experts,
-dropout, YaRN for very long texts.
+tokens of each. Left out: sliding windows (none of these models uses them), mixtures of experts, dropout, YaRN.
 """
 import contextlib
 import copy
@@ -486,16 +484,14 @@ class VLM(nn.Module):
 
     def place_images(self, batch: dict) -> torch.Tensor | None:
         "A packed batch -> the image tokens of all its slots, one after another [K, H]."
-        if batch["pixels"] is None:
-            return None
-        # image_index [m]: which of the n pictures each slot shows. A picture that several documents share is encoded
-        # once. One in tiles is several of the n, and its slot shows them all in turn.
-        if not batch.get("tiles") or self.bridge.newline is None:
-            return self.encode_images(batch["pixels"])[batch["image_index"]].flatten(0, 1)           # [m * M, H]
+        pixels, index, tiles = batch["pixels"], batch["image_index"], batch.get("tiles")
+        # index [m]: which of the n pictures each slot shows. A picture that several documents share is encoded once.
+        # One in tiles is several of the n, all of them shown in turn.
+        if pixels is None or not tiles or self.bridge.newline is None:
+            return None if pixels is None else self.encode_images(pixels)[index].flatten(0, 1)       # [m * M, H]
+        features = self.vit_features(pixels)[index].split([one.squares if one else 1 for one in tiles])
         # LLaVA-OneVision joins a picture's tiles before they become tokens.
-        sizes = [tiles.squares if tiles else 1 for tiles in batch["tiles"]]
-        features = self.vit_features(batch["pixels"])[batch["image_index"]].split(sizes)
-        return torch.cat(list(map(self.bridge.stitch, features, batch["tiles"])))
+        return torch.cat(list(map(self.bridge.stitch, features, tiles)))
 
     def forward(self, batch: dict) -> torch.Tensor:
         "A packed batch (data.pack, data.collate) -> the summed loss over its supervised tokens."

@@ -194,7 +194,7 @@ MUTANTS = {
         ("    columns = (starts[:, None] + torch.arange", "    columns = (0 * starts[:, None] + torch.arange",
          "test_continued_logits_equal_fresh_ones_bit_for_bit"),
         ("y = F.silu(gate) * up\n", "y = F.silu(up) * gate\n", PLAIN),
-        ('self.vit_features(batch["pixels"])[batch["image_index"]].split', 'self.vit_features(batch["pixels"]).split',
+        ("self.vit_features(pixels)[index].split(", "self.vit_features(pixels).split(",
          TILES),
         ("return TokenLoss.apply(x, head, targets", "return TokenLoss.apply(x, head.detach(), targets",
          "test_a_tied_head_teaches_the_embedding_of_words_that_only_could_have_come"),
