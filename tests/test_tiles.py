@@ -331,9 +331,9 @@ def test_without_tiles_nothing_is_cut_and_with_them_the_evaluation_sees_them(pri
     shown = [[load(record["images"][0], record)] for record in records]
     assert all(one.squares == 5 for one, in shown)
     asked = [record["messages"][:1] for record in records]
-    assert train_sft.answers(vlm, words, records) == respond(vlm, words, asked, shown, max_new_tokens=6)
+    assert train_sft.answers(vlm, words, records) == respond(vlm, words, asked, shown, max_new_tokens=5)
     assert train_sft.answers(vlm, words, records, blind=True) == respond(
-        vlm, words, asked, [[vision.blank(one)] for one, in shown], max_new_tokens=6)
+        vlm, words, asked, [[vision.blank(one)] for one, in shown], max_new_tokens=5)
     assert vision.blank(shown[0][0]).pixels.unique().tolist() == [128] and shown[0][0].pixels.unique().numel() > 1
     vlm.config.vision.tiles = 0
     assert isinstance(data.pixel_loader(vlm.config.vision)(*records[0]["images"], records[0]), torch.Tensor)
@@ -431,6 +431,6 @@ def test_small_print_is_drawn_alike_everywhere_and_its_answers_are_even():
     first, again = (read_records("print@.05") for _ in range(2))
     assert len(first) == 1000 and np.array_equal(first.keys, again.keys)
     numbers = [record["messages"][1]["content"] for record in first]
-    assert numbers == [record["images"][0].number for record in again] and len(set(numbers)) == 90
-    assert max(map(numbers.count, set(numbers))) < 40
+    assert numbers == [record["images"][0].number for record in again]
+    assert len(set(numbers)) == 10 and max(map(numbers.count, numbers)) < 140
     assert np.array_equal(np.asarray(Print(3).draw(144)), np.asarray(Print(3).draw(144)))
