@@ -24,6 +24,7 @@ import random
 import re
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 
 from plumbing.flags import parse_flags, run  # before torch: see plumbing/files.py
@@ -37,7 +38,7 @@ import sample
 import train_rl
 from plumbing.checkpoints import newest_checkpoint
 from plumbing.engine import Engine, Request
-from plumbing.files import say
+from plumbing.files import require, say
 from plumbing.fitting import largest_micro_batch
 from plumbing.optimizer import Optimizer
 from plumbing.ranks import Setup
@@ -48,6 +49,7 @@ from model import FROM_SCRATCH, PRESETS, VLM, preset
 from tokenizer import Tokenizer
 from train_base import chapter_flags, count_supervised, freeze_all_but, load_start, make_loaders, train_step
 from train_sft import evaluate_with_baselines
+from vision import Tiles, layout_of
 from extras.benchmarks import Answers, evaluate_file
 from extras.compare import compare, read_log
 from extras.figures import draw_book, draw_ladder
@@ -64,6 +66,7 @@ FLAGS = {
     "vision": ("", "speed: encoder in place of the preset's"),
     "bridge": ("", "speed: perceiver, pixelshuffle or mlp, in place of the preset's"),
     "set": ("", "speed, memory: as in training"),
+    "tiles": (int, "as in training, with pictures as large as that; not given: 0, but for accuracy the model's own"),
     "init": ("", "checkpoint folder; empty: the latest stage under --out_dir, for speed else random weights; "
                  "compare: several, comma-separated"),
     "out_dir": ("out", "where the stages keep their checkpoints"),
@@ -117,15 +120,17 @@ def bench_eval(flags) -> dict:
 
 def bench_data(flags) -> dict:
     "The loader alone: records, pictures and tokens a second, padding, memory. No model, and no GPU."
-    config, M = preset(flags.model, flags.bridge), preset(flags.model, flags.bridge).bridge.num_tokens
+    config = preset(flags.model, flags.bridge)
+    config.vision.tiles = flags.tiles or 0
+    image_tokens = data.token_counter(config)
     # A tokenizer of these data's own, so that nothing must be downloaded; its tokens are about as long as Qwen's.
     tokenizer = Tokenizer.train(data.tokenizer_texts(flags.data, 0, 3_000_000), min(config.decoder.vocab_size, 8192))
     started = time.perf_counter()
     dataset, _ = data.load_data(flags.data, World("chat"), {}, flags.seed, 1, max_bad=0.01)
     opened = time.perf_counter() - started
     workers, = share_workers(flags.workers, "cuda" if torch.cuda.is_available() else "cpu", 1, 1)
-    make = functools.partial(data.make_document, tokenizer=tokenizer, image_tokens=M, seq_len=flags.seq_len)
-    loader = data.Loader(dataset, make, data.pixel_loader(config.vision), flags.batch_size, flags.seq_len, M,
+    make = functools.partial(data.make_document, tokenizer=tokenizer, image_tokens=image_tokens, seq_len=flags.seq_len)
+    loader = data.Loader(dataset, make, data.pixel_loader(config.vision), flags.batch_size, flags.seq_len, image_tokens,
                          workers=workers)
     for _ in range(3):  # until the workers are busy and their queues are full
         next(loader)
@@ -133,7 +138,8 @@ def bench_data(flags) -> dict:
     while len(batches) < flags.steps or times[-1] - times[0] < 5:
         batch = next(loader)
         times.append(time.perf_counter())
-        batches.append((len(batch["records"]), len(batch["image_index"]), int((batch["document_ids"] > 0).sum())))
+        shown = len(batch["tiles"] or batch["image_index"])
+        batches.append((len(batch["records"]), shown, int((batch["document_ids"] > 0).sum())))
     # What was ready in the queues when the clock began is not paid for here: with few batches, that would flatter.
     seconds = times[-1] - times[0]
     records, pictures, tokens = (sum(column) for column in zip(*batches))
@@ -212,22 +218,36 @@ def llava_like(vlm: VLM, stage: str, seq_len: int):
     A function (record, index) -> Document of random words, as long as LLaVA's conversations are: a picture and words
     whose number has the median 200, half of them supervised. Stage base: plain text, a row each.
     """
+    M = picture_tokens(vlm)
+    require(stage == "base" or M + 32 <= seq_len, f"--tiles={vlm.config.vision.tiles}: a picture takes {M} tokens, "
+            f"which leaves too few of --seq_len={seq_len}")
+
     def make(record, index) -> data.Document:
-        rng, M = random.Random(index), vlm.config.bridge.num_tokens
+        rng = random.Random(index)
         words = seq_len + 1 if stage == "base" else round(min(max(200 * math.exp(rng.gauss(0, 0.7)), 32), seq_len - M))
         ids = [rng.randrange(vlm.config.decoder.vocab_size) for _ in range(words)]
         if stage == "base":
             return data.Document(index, ids, [1] * words, [], record)
         return data.Document(index, [0] * M + ids, [0] * (M + words // 2) + [1] * (words - words // 2), [0],
-                             {"id": str(index), "images": [index]})
+                             {"id": str(index), "images": [index]}, counts=[M])
     return make
 
 
 def noise(vlm: VLM):
     # How long a picture takes does not depend on what it shows. Seeded: whichever thread draws it, it is the same one.
-    size = vlm.config.vision.image_size
-    return lambda source, record: torch.randint(0, 256, (3, size, size), dtype=torch.uint8,
-                                                generator=torch.Generator().manual_seed(int(source)))
+    config, S = vlm.config.vision, vlm.config.vision.image_size
+    rows = math.isqrt(max(1, config.tiles))
+    tiles = layout_of(config.tiles // rows * S, rows * S, config, alone=True)
+
+    def draw(source, record) -> torch.Tensor | Tiles:
+        squares = torch.randint(0, 256, (tiles.squares if tiles else 1, 3, S, S), dtype=torch.uint8,
+                                generator=torch.Generator().manual_seed(int(source)))
+        return replace(tiles, pixels=squares) if tiles else squares[0]
+    return draw
+
+
+def picture_tokens(vlm: VLM) -> int:
+    return vlm.config.bridge.tokens_of(noise(vlm)(0, None))
 
 
 # No kernel looks at the values that it multiplies, so a step takes as long with random weights. Accuracy needs real
@@ -236,7 +256,7 @@ def noise(vlm: VLM):
 def random_model(flags, setup) -> VLM:
     "A preset of random weights, made on the device."
     config = preset(flags.model, flags.bridge, flags.set)
-    config.lora_rank = flags.lora_rank
+    config.lora_rank, config.vision.tiles = flags.lora_rank, flags.tiles or 0
     with setup.device:
         vlm = VLM(config)
     vlm.gpt.activation_checkpointing = flags.activation_checkpointing
@@ -273,8 +293,8 @@ class Step:
             endless = [{"images": []}] * 10 ** 6  # make needs no more than a record's number
 
             def loader(rows: int, micro_batch: int = 0, micro_batches: int = 1) -> data.Loader:
-                return data.Loader(endless, self.make, noise(vlm), rows, flags.seq_len, vlm.config.bridge.num_tokens,
-                                   micro_batch, micro_batches, prefetch=False, pin=setup.device.type == "cuda")
+                return data.Loader(endless, self.make, noise(vlm), rows, flags.seq_len, None, micro_batch,
+                                   micro_batches, prefetch=False, pin=setup.device.type == "cuda")
             micro = flags.micro_batch_size or largest_micro_batch(vlm, setup, share, lambda rows: next(loader(rows)))
             self.loaders = [loader(micro, i, share // micro) for i in range(share // micro)]
         else:
@@ -353,7 +373,7 @@ def bench_rl(flags, setup, vlm: VLM, tokenizer: Tokenizer) -> dict:
 
 def bench_decode(flags, setup, vlm: VLM) -> dict:
     "After a picture and 40 words: time to the first token, and tokens per second after it."
-    rows, M, new = {}, vlm.config.bridge.num_tokens, 128
+    rows, M, new = {}, picture_tokens(vlm), 128
     # How long words take does not depend on what they say; but equal prompts and pictures would be computed once.
     prompts = [data.Document(0, [1] * (M + 39) + [2 + i], [], [0], {}) for i in range(flags.batch_size)]
     pictures = [noise(vlm)(i, None) for i in range(len(prompts))]
@@ -406,15 +426,16 @@ def plain_loss(x, head, targets, loss_weights=None, supervised=None, chunk=0, cr
 
 def one_by_one(step: Step) -> list[dict]:
     "The documents of a step, each in a row of its own, in passes of four rows that are padded to the longest of them."
-    M, out = step.vlm.config.bridge.num_tokens, []
+    out = []
     documents = [step.make(None, int(name)) for batch in step.batches for name in batch["records"]]
     for four in (documents[i:i + 4] for i in range(0, len(documents), 4)):
         width = max(len(document.ids) for document in four) - 1
         # A batch of one row for each, and then these are joined: `pack` alone would lay two short ones into one row.
-        rows = [data.collate(*data.pack([document], 1, width, M)[:2], noise(step.vlm)) for document in four]
+        rows = [data.collate(*data.pack([document], 1, width, None)[:2], noise(step.vlm)) for document in four]
         out.append({name: torch.cat([row[name] for row in rows]) for name in rows[0] if torch.is_tensor(rows[0][name])})
         out[-1] |= {"image_positions": torch.cat([row["image_positions"] + j * width for j, row in enumerate(rows)]),
-                    "image_index": torch.arange(len(rows)), "cu_seqlens": None, "supervised": None, "records": []}
+                    "image_index": torch.arange(len(out[-1]["pixels"])), "tiles": rows[0]["tiles"] and sum(
+                        (row["tiles"] for row in rows), []), "cu_seqlens": None, "supervised": None, "records": []}
     return out
 
 
@@ -476,7 +497,7 @@ def bench_serve(flags) -> dict:
     R = min(max(counts), server.engine.rows)
 
     def answer_all(lengths: list[int]) -> None:
-        prompts = [data.Document(0, [1] * (vlm.config.bridge.num_tokens + 59) + [i], [], [0], {})
+        prompts = [data.Document(0, [1] * (picture_tokens(vlm) + 59) + [i], [], [0], {})
                    for i in range(len(lengths))]
         requests = [Request(prompt, [noise(vlm)(i, None)], max_new_tokens=n)
                     for i, (prompt, n) in enumerate(zip(prompts, lengths))]

@@ -30,7 +30,7 @@ import signal
 import weakref
 import zlib
 from array import array
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from pathlib import Path
 
@@ -43,14 +43,14 @@ from plumbing.drawing import draw_records
 from plumbing.files import attempt, require, say
 from plumbing.folders import holds_pictures
 from plumbing.hub import REPOSITORIES, fetch, find_repository
-from plumbing.pictures import PICTURES, open_source
+from plumbing.pictures import PICTURES, open_source, picture_size
 from plumbing.recipes import RECIPES, locate, read_records
 from plumbing.records import Records, images_in, text_of
 from plumbing.text import read_text
 from plumbing.workers import Documents, start_worker, threads
 from plumbing.strange import Drawing
 from plumbing.world import QUESTIONS, World
-from vision import DEFAULT_VISION, ViTConfig, preprocess
+from vision import DEFAULT_VISION, Tiles, ViTConfig, layout_of, to_pixels
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -266,46 +266,65 @@ class Document:
     slots: list[int]         # per picture: where its run of image tokens starts in ids
     record: dict
     weight: float = 1.0      # of each of its tokens in the loss; in reinforcement learning the advantage
-    pixels: list | None = None  # of its pictures, uint8 [3, S, S] each, where the loader opened them
+    pixels: list | None = None  # of its pictures, uint8 [3, S, S] or Tiles each, where the loader opened them
+    counts: list | None = None  # image tokens of each picture; None: see image_tokens in pack
 
 
-def make_document(record: dict, index: int, tokenizer, image_tokens: int, seq_len: int,
+def token_counter(config):
+    """
+    A VLM's configuration -> how many image tokens a picture has: one number for all, or, where large ones are cut into
+    tiles, a function: a record -> the number of each of its pictures.
+    """
+    vision, bridge = config.vision, config.bridge
+
+    def count(record: dict) -> list[int]:
+        sizes = [picture_size(source, vision.image_size) for source in record["images"]]
+        return [bridge.tokens_of(layout_of(*size, vision, alone=len(sizes) == 1)) for size in sizes]
+    return count if vision.tiles else bridge.num_tokens
+
+
+def make_document(record: dict, index: int, tokenizer, image_tokens, seq_len: int,
                   supervise_all: bool = False) -> Document | None:
     """
-    A record -> its document, or None if it does not fit into a row of seq_len tokens. image_tokens: per picture.
+    A record -> its document, or None if it does not fit into a row of seq_len tokens. image_tokens: see token_counter.
     supervise_all: next-token prediction on everything, as in chapter 1, instead of on the assistant's words.
     """
     if "ids" in record or "text" in record:
         # Plain text: every token is supervised, also the one that ends the document.
         ids = record.get("ids") or tokenizer.encode(record["text"])[:seq_len] + [tokenizer.endoftext]
         return Document(index, ids, [1] * len(ids), [], record)
-    try:
-        ids, mask, slots = tokenizer.render(record["messages"], image_tokens=image_tokens)
-    except ValueError as error:
-        raise ValueError(f"record {record['id']}: {error}") from None
+    messages, counts = record["messages"], image_tokens
     # Of a long conversation the last turns are left out; if even the first is too long, its end is cut off. + 1: the
     # last id is only ever a target, it takes no position in the row.
-    messages = record["messages"]
-    while len(ids) > seq_len + 1 and len(messages) > 3:
+    while True:
+        try:
+            if callable(image_tokens):  # of the pictures that are left, since it may count how many there are
+                shown = sum(images_in(turn["content"]) for turn in messages)
+                counts = image_tokens(record | {"images": record["images"][:shown]})
+            ids, mask, slots = tokenizer.render(messages, image_tokens=counts)
+        except ValueError as error:
+            raise ValueError(f"record {record['id']}: {error}") from None
+        if len(ids) <= seq_len + 1 or len(messages) <= 3:
+            break
         messages = messages[:-2]
-        ids, mask, slots = tokenizer.render(messages, image_tokens=image_tokens)
     record = record | {"images": record["images"][:len(slots)]}  # those of the turns that are left
     ids, mask = ids[:seq_len + 1], mask[:seq_len + 1]
+    counts = counts if callable(image_tokens) else [counts] * len(slots)
     # Not without any supervised token (mask[1:]: the first id has nothing before it to be predicted from), and not with
     # a picture that is cut off.
-    if not any(mask[1:]) or (slots and slots[-1] + image_tokens > seq_len):
+    if not any(mask[1:]) or (slots and slots[-1] + counts[-1] > seq_len):
         return None
-    return Document(index, ids, [1] * len(ids) if supervise_all else mask, slots, record)
+    return Document(index, ids, [1] * len(ids) if supervise_all else mask, slots, record, counts=counts)
 
 
 def pixel_loader(config: ViTConfig):
-    "-> a function (source, record) -> uint8 [3, S, S], as this ViT needs it; its errors name the record."
-    def load_pixels(source, record: dict) -> torch.Tensor:
+    "-> a function (source, record) -> uint8 [3, S, S] or Tiles, as this ViT needs it; its errors name the record."
+    def load_pixels(source, record: dict) -> torch.Tensor | Tiles:
         try:
             image = open_source(source, config.image_size)
         except ValueError as error:
             raise ValueError(f"record {record['id']}: {error}") from None  # one of a million: say which
-        return preprocess(image, config.image_size, config.bicubic, config.pad)
+        return to_pixels(image, config, alone=len(record.get("images", [source])) == 1)
     return load_pixels
 
 
@@ -320,8 +339,11 @@ def pixel_loader(config: ViTConfig):
 #   loss_weights   1     1     1     0    factors in the loss, where there is a target
 
 def pack(documents: list[Document], rows: int, seq_len: int,
-         image_tokens: int) -> tuple[dict, list[Document], list[Document]]:
-    """-> (the arrays above, each [rows, seq_len], and three index lists; documents packed; documents without room)."""
+         image_tokens) -> tuple[dict, list[Document], list[Document]]:
+    """
+    -> (the arrays above, each [rows, seq_len], and three index lists; documents packed; documents without room).
+    image_tokens: see token_counter; of documents that do not say it themselves.
+    """
     ids, positions, document_ids = (np.zeros((rows, seq_len), dtype=np.int64) for _ in range(3))
     targets, loss_weights = np.full((rows, seq_len), -100, dtype=np.int64), np.zeros((rows, seq_len), dtype=np.float32)
     used, count, packed, waiting, image_positions = [0] * rows, [0] * rows, [], [], []
@@ -341,11 +363,13 @@ def pack(documents: list[Document], rows: int, seq_len: int,
         loss_weights[row, at:at + n] = doc.weight
         positions[row, at:at + n] = np.arange(n)
         document_ids[row, at:at + n] = count[row]
-        image_positions += [np.arange(image_tokens) + row * seq_len + at + slot for slot in doc.slots]
+        if doc.counts is None:
+            doc.counts = image_tokens(doc.record) if callable(image_tokens) else [image_tokens] * len(doc.slots)
+        image_positions += [np.arange(k) + row * seq_len + at + slot for slot, k in zip(doc.slots, doc.counts)]
         packed.append(doc)
     batch = {"ids": ids, "targets": targets, "positions": positions, "document_ids": document_ids,
              "loss_weights": loss_weights,
-             # where image tokens go in ids.flatten(), for all rows in one operation [images * image_tokens]
+             # where image tokens go in ids.flatten(), for all rows in one operation [K]
              "image_positions": np.concatenate(image_positions or [np.zeros(0, dtype=np.int64)]),
              # supervised positions in targets.flatten(): the loss computes logits for these only
              "supervised": np.flatnonzero(targets >= 0),
@@ -368,11 +392,11 @@ def cumulative_lengths(document_ids: np.ndarray) -> np.ndarray:
 
 
 def collate(arrays: dict, packed: list[Document], load_pixels=None) -> dict:
-    """pack's arrays as tensors, and the pictures' pixels. load_pixels(source, record) -> uint8 [3, S, S]."""
-    # {source: (its index in pixels, a document, which of its pictures it is)}. A picture that several documents share,
-    # as all answers to one question do in chapter 4, is decoded and later encoded once.
+    """pack's arrays as tensors, and the pictures' pixels. load_pixels(source, record) -> uint8 [3, S, S] or Tiles."""
+    # {(source, image tokens): (its index in pixels, a document, which of its pictures it is)}. A picture that several
+    # documents share, as all answers to one question do in chapter 4, is decoded and later encoded once.
     sources = {}
-    image_index = [sources.setdefault(source, (len(sources), doc, k))[0]
+    image_index = [sources.setdefault((source, *doc.counts[k:k + 1]), (len(sources), doc, k))[0]
                    for doc in packed for k, source in enumerate(doc.record["images"])]
     # The last chance to notice: after this, a picture in another's place trains without any error.
     assert len(image_index) == sum(len(doc.slots) for doc in packed), \
@@ -382,8 +406,15 @@ def collate(arrays: dict, packed: list[Document], load_pixels=None) -> dict:
     def pixels_of(place: tuple) -> torch.Tensor:
         _, doc, k = place
         return load_pixels(doc.record["images"][k], doc.record) if doc.pixels is None else doc.pixels[k]
-    closed = load_pixels and not isinstance(next(iter(sources), None), Drawing)
+    closed = load_pixels and not isinstance(next(iter(sources), [None])[0], Drawing)
     pixels = list((threads("pictures").map if closed else map)(pixels_of, sources.values()))  # as in Documents below
+    batch["tiles"] = None
+    if any(isinstance(one, Tiles) for one in pixels):  # some are several squares, of which each slot shows a whole run
+        runs = np.cumsum([0] + [one.squares if isinstance(one, Tiles) else 1 for one in pixels])
+        shapes = [replace(one, pixels=None) if isinstance(one, Tiles) else None for one in pixels]
+        batch["tiles"] = [shapes[i] for i in image_index]
+        image_index = [at for i in image_index for at in range(runs[i], runs[i + 1])]
+        pixels = [square for one in pixels for square in (one.pixels if isinstance(one, Tiles) else [one])]
     batch["pixels"] = torch.stack(pixels) if pixels else None   # uint8 [n, 3, S, S]: a quarter of float32 to transfer
     batch["image_index"] = torch.tensor(image_index, dtype=torch.long)  # [m]: which of the n each slot shows
     batch["records"] = [doc.record["id"] for doc in packed]  # for messages
@@ -475,7 +506,8 @@ class Loader:
                 self.bad.leave_out(item)
             # A few records that are too long are normal; if none fits, this loop would never end.
             skipped += 1
-            require(skipped <= 1000, f"{skipped} records in a row do not fit into --seq_len={self.seq_len}; raise it")
+            require(skipped <= 1000, f"{skipped} records in a row do not fit into --seq_len={self.seq_len}; raise it"
+                    + ", or cut pictures into fewer --tiles" * callable(self.image_tokens))
         # Those that waited go first: sorted among the others, a short one could wait without end. Then long before
         # short, since short ones still fit into the gaps that long ones leave.
         documents = self.waiting + sorted(new, key=lambda document: -len(document.ids))
@@ -524,6 +556,7 @@ FLAGS = {
     "val": ("", "with --check: held-out records, which must not be in --data"),
     "check": (False, "open every picture, count tokens, draw check.png"),
     "model": ("tiny", "with --check: whose tokenizer, tokens per picture and rows count, as in train_sft.py"),
+    "tiles": (int, "with --check: as in training"),
     "seq_len": (int, "with --check: tokens per row, to count what does not fit; not given: as the training takes"),
     "image_tokens": (int, "with --check: tokens per picture; not given: the model's"),
     "tokenizer": ("", "with --check: a folder with a tokenizer; empty: the model's, or one that is trained on --data"),

@@ -6,11 +6,9 @@ The model: a Qwen decoder, a vision-language model (VLM) around it, the loss, ge
       RMSNorm -> head -> logits [B, T, V]
 
 The layers compute exactly what Hugging Face's Qwen2 and Qwen3 compute (arXiv 2412.15115, 2505.09388): same weights,
-same logits. Skip at first reading: from_pretrained, gpt_config, Loading, and what is marked so, as it only saves time
-or memory.
+same logits. Skip at first reading: from_pretrained, gpt_config, Loading, and what is marked so: all for time or memory.
 Axis letters: B rows, T tokens in a row, H the decoder's width, d a head's width, V vocabulary, n pictures, M image
-tokens of each picture. Left out: sliding windows (none of these models uses them), Qwen3's mixtures of experts,
-dropout, YaRN for very long texts.
+tokens of each. Left out: sliding windows (none of these models uses them), mixtures of experts, dropout, YaRN.
 """
 import contextlib
 import copy
@@ -110,7 +108,7 @@ PRESETS |= {_name: VLMConfig(SIGLIP[DEFAULT_VISION], BridgeConfig(), _decoder,
                              pretrained_vision=DEFAULT_VISION) for _name, _decoder in QWEN.items()}
 # A finished public model: SigLIP so400m without its last layer, an MLP, Qwen2-0.5B with a few more rows of padding.
 PRESETS["llava-ov-0.5b"] = VLMConfig(
-    replace(SIGLIP["siglip-so400m-patch14-384"], num_hidden_layers=26, pad=True),
+    replace(SIGLIP["siglip-so400m-patch14-384"], num_hidden_layers=26, pad=True, tiles=36),
     BridgeConfig(kind="mlp", newline=True), replace(QWEN["qwen2.5-0.5b"], vocab_size=152000),
     pretrained_vision="llava-ov-0.5b")
 
@@ -484,14 +482,20 @@ class VLM(nn.Module):
         # index_copy, not an assignment in place: gradients flow to the image tokens.
         return x.flatten(0, 1).index_copy(0, image_positions, image_tokens.to(x.dtype)).view_as(x)
 
+    def place_images(self, batch: dict) -> torch.Tensor | None:
+        "A packed batch -> the image tokens of all its slots, one after another [K, H]."
+        pixels, index, tiles = batch["pixels"], batch["image_index"], batch.get("tiles")
+        # index [m]: which of the n pictures each slot shows. A picture that several documents share is encoded once.
+        # One in tiles is several of the n, all of them shown in turn.
+        if pixels is None or not tiles or self.bridge.newline is None:
+            return None if pixels is None else self.encode_images(pixels)[index].flatten(0, 1)       # [m * M, H]
+        features = self.vit_features(pixels)[index].split([one.squares if one else 1 for one in tiles])
+        # LLaVA-OneVision joins a picture's tiles before they become tokens.
+        return torch.cat(list(map(self.bridge.stitch, features, tiles)))
+
     def forward(self, batch: dict) -> torch.Tensor:
         "A packed batch (data.pack, data.collate) -> the summed loss over its supervised tokens."
-        image_tokens = None
-        if batch["pixels"] is not None:
-            # image_index [m]: which of the n pictures each slot shows. A picture that several documents share is
-            # encoded once.
-            image_tokens = self.encode_images(batch["pixels"])[batch["image_index"]].flatten(0, 1)   # [m * M, H]
-        x = self.embed(batch["ids"], image_tokens, batch["image_positions"])                         # [B, T, H]
+        x = self.embed(batch["ids"], self.place_images(batch), batch["image_positions"])             # [B, T, H]
         if batch["cu_seqlens"] is None:  # one document in each row: plain causal attention
             documents = None
         elif x.is_cuda and x.dtype == torch.bfloat16:  # what FlashAttention needs; elsewhere a mask means the same

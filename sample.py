@@ -39,9 +39,8 @@ from plumbing.files import named_errors, say
 from plumbing.pictures import load_image
 from model import FROM_SCRATCH, PRESETS, VLM, check_name, load_checkpoint, load_pretrained
 from tokenizer import Tokenizer
-from vision import MOST_TOKENS
-from extras.asking import (draw_scene, make_completion, make_message, make_request, only_pictures, open_engine, stream,
-                           to_pixels)
+from extras.asking import (draw_scene, make_completion, make_message, make_request, only_pictures, open_engine,
+                           open_pixels, stream)
 from extras.attention_maps import draw_attention
 from extras.export import export, slim
 from extras.server import check_port, serve
@@ -71,8 +70,8 @@ FLAGS = {  # name: (default, meaning); a type instead of a default: not given
     "init": ("", "checkpoint folder; empty: the one written last under OUT_DIR/MODEL"),
     "model": ("", f"{', '.join(PRESETS)}, or a hub id, Org/Name; empty: tiny"),
     "out_dir": ("out", "where the stages keep their checkpoints"),
-    "anyres": ("auto", "True: cut a large picture into tiles, ten times the tokens, and small print becomes legible "
-                       "(only models like llava-ov-0.5b can); False; or auto: on a GPU"),
+    "tiles": (int, "cut a large picture into so many squares at most: small print becomes legible, and each takes as "
+                   "many tokens; not given: as the model was trained (llava-ov-0.5b as it comes: 36, on a CPU 0)"),
     "max_new_tokens": (256, "longest answer, in tokens"),
     # No numbers here: each released model has its publisher's (generation_config.json), ours are greedy.
     "temperature": (float, "0: always the most likely token; not given: the model's own, else 0 (with --prompt 0.7)"),
@@ -104,7 +103,6 @@ def check_flags(flags) -> None:
         (len(works) > 1, f"{' and '.join(works)}: give one of them at a time"),
         (flags.prompt and (flags.image or flags.question != FLAGS["question"][0]),
          "--prompt: continues a text alone; about a picture, ask a --question"),
-        (flags.anyres not in ("auto", "True", "False"), f"--anyres={flags.anyres}: choose auto, True or False"),
         *((not Path(path).is_file(), f"{path}: no such image file") for path in flags.image),
         (flags.images and not Path(flags.images).is_dir(), f"--images={flags.images}: no such folder"),
         (flags.attention and not (flags.image and flags.attention.endswith(".png")),
@@ -137,6 +135,7 @@ def load(flags) -> tuple[VLM, Tokenizer]:
         raise ValueError(f"{folder}: {broken[0]} holds NaN or infinity, so every answer would be noise; take another "
                          "checkpoint, or fetch this one again")
     vlm.source = str(folder)
+    choose_tiles(vlm, flags)
     # The tokenizer is in the folder of the weights: with another one's ids the same weights would write noise.
     tokenizer = Tokenizer.from_pretrained(folder)
     if flags.think and not tokenizer.thinking:
@@ -153,6 +152,18 @@ def load(flags) -> tuple[VLM, Tokenizer]:
             say(f"({older} is older: it did not start from this one; --init={older} asks it)")
     check_ability(vlm, folder, flags)
     return vlm.eval(), tokenizer
+
+
+def choose_tiles(vlm: VLM, flags) -> None:
+    "Those of --tiles, else those that the model was trained with."
+    config, published = vlm.config.vision, "stage" not in vlm.config.run
+    if not config:
+        return
+    if flags.tiles is not None:
+        config.tiles = flags.tiles
+    elif config.tiles and published and not (vlm.gpt.embed.weight.is_cuda or flags.export or flags.slim):
+        config.tiles = 0  # of a model that was trained here they stay
+        say("(on a CPU pictures are not cut into tiles; --tiles=36 makes small print legible, and takes minutes)")
 
 
 def check_ability(vlm: VLM, folder, flags) -> None:
@@ -209,7 +220,7 @@ class Chat:
 
     def do_image(self, rest: str) -> None:
         path = typed_path(rest)
-        self.pictures.append((path, to_pixels(self.vlm, path, self.flags, alone=False)))
+        self.pictures.append((path, open_pixels(self.vlm, path, alone=False)))
         say("(picture loaded; ask about it)")
 
     def do_draw(self, rest: str) -> None:
@@ -318,9 +329,7 @@ def answer_folder(vlm: VLM, tokenizer: Tokenizer, flags) -> None:
     names, failed = [name for name in names if (name, flags.question) not in done], 0
     if not names:
         return say(f"{out} answers all of them already")
-    bridge = vlm.config.bridge
-    # A picture in tiles has up to 1.21 * MOST_TOKENS times N tokens and some newlines.
-    most = bridge.num_tokens if not bridge.newline else (2 + MOST_TOKENS * 5 // 4) * bridge.num_patches
+    most = vlm.config.bridge.most_tokens(vlm.config.vision.tiles if vlm.config.vision else 0)
     width = most + len(tokenizer.encode(flags.question)) + 100 + flags.max_new_tokens
     engine = Engine(vlm, rows=flags.batch_size, width=width, vocab_used=tokenizer.vocab_size)
     # Append, never rewrite: nothing that goes wrong later can harm the answers that are there.
@@ -336,7 +345,7 @@ def answer_folder(vlm: VLM, tokenizer: Tokenizer, flags) -> None:
             nonlocal failed
             for name in names:
                 try:
-                    pixels = to_pixels(vlm, root / name, flags)
+                    pixels = open_pixels(vlm, root / name)
                 except ValueError as error:
                     # One broken file among thousands must not end the run; its line says what is wrong with it.
                     failed += 1
@@ -366,7 +375,7 @@ def ask(vlm: VLM, tokenizer: Tokenizer, flags) -> None:
     if flags.prompt:
         request = make_completion(vlm, tokenizer, flags.prompt, flags)
     else:
-        pixels = [to_pixels(vlm, path, flags, alone=len(flags.image) == 1) for path in flags.image]
+        pixels = [open_pixels(vlm, path, alone=len(flags.image) == 1) for path in flags.image]
         request = make_request(vlm, tokenizer, [make_message(flags.question, len(pixels))], pixels, flags)
     if not stream(Engine(vlm, [request], vocab_used=tokenizer.vocab_size), tokenizer, request,
                   flags.think).strip():

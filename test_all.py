@@ -2361,7 +2361,7 @@ def test_the_clock_tells_the_median_after_three_calls_that_warm_up():
 def ask(trained: Path, question: str, image: Path | None = None, new: int = 12) -> str:
     "What the model under `trained` says, by the library and not by the script."
     vlm, tokenizer = model.load_checkpoint(trained / "tiny/rl").eval(), Tokenizer.from_pretrained(trained / "tiny/rl")
-    pixels = [extras.asking.to_pixels(vlm, image, plumbing.flags.parse_flags("", sample.FLAGS, argv=[]))] if image else []
+    pixels = [extras.asking.open_pixels(vlm, image)] if image else []
     return plumbing.engine.respond(vlm, tokenizer, [[extras.asking.make_message(question, len(pixels))]], [pixels],
                          max_new_tokens=new)[0]
 

@@ -13,9 +13,12 @@ At the end the model continues three prompts: a number does not show whether it 
 Left out: epochs (the loader never ends: it shuffles a file anew for every pass over it). The optimizer, the log and the
 checkpoints are in plumbing/, which can be trusted unread.
 """
+import itertools
 import math
 import shlex
 import time
+from collections import Counter
+from dataclasses import replace
 from functools import partial
 
 from plumbing.flags import RUN_FLAGS, given, parse_flags, run  # before torch: see plumbing/files.py
@@ -137,6 +140,9 @@ def load_start(flags, setup: Setup, stage: str) -> tuple[VLM, Tokenizer, dict, d
                           "texts": start.get("texts", "sft" in before and start.get("data") != "world")}
     if told := check_asked(flags, source, vlm.config, today):
         setup.print(told)
+    # Not given: as the model was trained; llava-ov as it was published. From here on the model says it, to all that
+    # open pictures, and so does its checkpoint.
+    vlm.config.vision.tiles = flags.tiles = vlm.config.vision.tiles if flags.tiles is None else flags.tiles
     if flags.lora_rank and not vlm.config.lora_rank:
         vlm.add_lora(flags.lora_rank)
     vlm.gpt.activation_checkpointing = flags.activation_checkpointing
@@ -170,12 +176,12 @@ def freeze_all_but(vlm: VLM, trained: list[str], flags=None) -> dict[str, torch.
 
 def make_loaders(flags, setup: Setup, vlm: VLM, tokenizer: Tokenizer, dataset, state: dict, **options) -> list:
     "-> one data.Loader for each micro-batch of this rank. options: of data.make_document. See also fit_rows."
-    M = vlm.config.bridge.num_tokens
-    make_document = partial(data.make_document, tokenizer=tokenizer, image_tokens=M, **options)
+    image_tokens = data.token_counter(vlm.config)
+    make_document = partial(data.make_document, tokenizer=tokenizer, image_tokens=image_tokens, **options)
     fit_rows(flags, setup, vlm, dataset, make_document)
     make_document = partial(make_document, seq_len=flags.seq_len)
     make = partial(data.Loader, dataset, make_document, data.pixel_loader(vlm.config.vision), seq_len=flags.seq_len,
-                   image_tokens=M, pin=setup.device.type == "cuda")
+                   image_tokens=image_tokens, pin=setup.device.type == "cuda")
     # batch_size 32, micro_batch_size 8 -> 4 micro-batches a step. Each reads its own share of the records, whichever
     # rank computes it, so that 1 GPU x 4 micro-batches and 4 GPUs x 1 train on the same rows.
     saved, micro = state.get("data") or [], flags.micro_batch_size  # saved: each micro-batch's position in the data
@@ -213,6 +219,7 @@ def record_names(batches: list[dict]) -> str:
 
 
 def count_images(batches: list[dict], setup: Setup) -> int:
+    "How many squares the ViT sees; a picture in tiles is several."
     return int(setup.all_reduce(sum(len(batch["pixels"]) for batch in batches if batch["pixels"] is not None)))
 
 
@@ -259,31 +266,45 @@ def train_step(vlm: VLM, batches: list[dict], tokens: float, optimizer: Optimize
 
 def make_documents(records: list[dict], vlm: VLM, tokenizer: Tokenizer, seq_len: int, **options) -> list:
     "Held-out records -> the documents that fit into a row, for held_out_loss."
-    documents = (data.make_document(record, i, tokenizer, vlm.config.bridge.num_tokens, seq_len, **options)
+    count = data.token_counter(vlm.config)
+    documents = (data.make_document(record, i, tokenizer, count, seq_len, **options)
                  for i, record in enumerate(records))
     return [document for document in documents if document]
+
+
+def pictures_of(documents: list) -> list[tuple]:
+    "The different pictures in documents, each as (source, its number of image tokens)."
+    return list(dict.fromkeys(pair for doc in documents for pair in zip(doc.record["images"], doc.counts or ())))
+
+
+def exchange(packed: list, pictures: list[tuple]) -> list:
+    "The same documents, each picture replaced by the next other one of the batch, or else by one of `pictures`."
+    own, other = pictures_of(packed), {}
+    for i, (source, k) in enumerate(own):  # only one of as many image tokens, which tiles make different, fits there
+        others = itertools.chain(own[i + 1:], own[:i], pictures)
+        other[source, k] = next((one for one, n in others if n == k and one != source), source)
+    return [replace(doc, record=doc.record | {
+        "images": [other[pair] for pair in zip(doc.record["images"], doc.counts or ())]}) for doc in packed]
 
 
 @torch.no_grad()
 def held_out_loss(vlm: VLM, documents: list, setup: Setup, seq_len: int, image: str = "own") -> tuple[float, int]:
     "Documents -> (summed loss in nats, supervised tokens). image: own, blind (grey pictures) or shuffled (exchanged)."
     total, tokens, waiting = 0.0, 0, documents[setup.rank::setup.world_size]
-    sources = list(dict.fromkeys(source for document in documents for source in document.record["images"]))
-    if image == "shuffled" and len(sources) == 1:  # there is no other picture
-        return 0.0, 0
+    pictures = pictures_of(documents)
+    if image == "shuffled" and (stay := sum(n == 1 for n in Counter(k for _, k in pictures).values())):
+        if stay == len(pictures):  # there is no other picture
+            return 0.0, 0
+        setup.print(f"shuffled: {stay} of {len(pictures)} pictures stay: no other is cut into as many --tiles")
     # TRAP: ranks may need different numbers of rounds. An all_reduce inside this loop would wait for one that is done.
     while waiting:
         # 16 rows at a time. No document waits for ever: make_document leaves out those that are longer than a row.
-        arrays, packed, waiting = data.pack(waiting, 16, seq_len, vlm.config.bridge.num_tokens)
+        arrays, packed, waiting = data.pack(waiting, 16, seq_len, data.token_counter(vlm.config))
+        if image == "shuffled":
+            packed = exchange(packed, pictures)
         batch = data.collate(arrays, packed, data.pixel_loader(vlm.config.vision))
         if image == "blind" and batch["pixels"] is not None:
             batch["pixels"] = torch.full_like(batch["pixels"], 128)
-        if image == "shuffled" and batch["pixels"] is not None:
-            own = {source for document in packed for source in document.record["images"]}
-            if len(own) == 1:  # it changes places with one of another batch: all three losses are of the same texts
-                other = next(source for source in sources if source not in own)
-                batch["pixels"] = data.pixel_loader(vlm.config.vision)(other, packed[0].record)[None]
-            batch["image_index"] = (batch["image_index"] + 1) % len(batch["pixels"])
         total += vlm(setup.to_device(batch)).item()
         tokens += len(batch["supervised"])
     return setup.all_reduce(total), int(setup.all_reduce(tokens))

@@ -68,12 +68,13 @@ FLAGS = SHARED_FLAGS | {
 def rollout(vlm, tokenizer, records: list, flags, step: int) -> tuple[list, list[list[list[int]]]]:
     "-> (prompts, for each question a group of answers as ids). Picture and prompt are computed once for a group."
     # The same render as in training and in sample.py: it opens the assistant's turn, and the model continues it.
-    prompts = [tokenizer.render(record["messages"][:-1], image_tokens=vlm.config.bridge.num_tokens,
-                                add_generation_prompt=True) for record in records]
+    load_pixels = data.pixel_loader(vlm.config.vision)
+    shown = [[load_pixels(source, record) for source in record["images"]] for record in records]
+    prompts = [tokenizer.render(record["messages"][:-1], list(map(vlm.config.bridge.tokens_of, images)),
+                                add_generation_prompt=True) for record, images in zip(records, shown)]
     if not prompts:
         return [], []  # all of this rank's questions were bad records
-    load_pixels = data.pixel_loader(vlm.config.vision)
-    pixels = [load_pixels(source, record) for record in records for source in record["images"]]
+    pixels = list(itertools.chain.from_iterable(shown))
     n = len(prompts) * flags.samples
     # A seed for each answer: it depends neither on its neighbours in the batch nor on the number of ranks. Not Python's
     # hash(), which differs from process to process.
@@ -127,10 +128,10 @@ def pack_all(documents: list, rows: int, seq_len: int, vlm) -> list[dict]:
     "Documents -> as many micro-batches as they need. Answers to one question share its picture (data.collate)."
     batches = []
     while documents:
-        arrays, packed, waiting = data.pack(documents, rows, seq_len, vlm.config.bridge.num_tokens)
+        arrays, packed, waiting = data.pack(documents, rows, seq_len, data.token_counter(vlm.config))
         if len(waiting) == len(documents):
-            raise ValueError(f"a question with its answer has {len(documents[0].ids)} tokens; "
-                             f"raise --seq_len={seq_len}")
+            raise ValueError(f"a question with its answer has {len(documents[0].ids)} tokens; raise --seq_len={seq_len}"
+                             + f", or lower --tiles={vlm.config.vision.tiles}" * bool(vlm.config.vision.tiles))
         # The pictures are encoded again, now with gradients: rollouts store none, and the ViT learns from rewards, too.
         batches.append(data.collate(arrays, packed, data.pixel_loader(vlm.config.vision)))
         documents = waiting
@@ -139,14 +140,14 @@ def pack_all(documents: list, rows: int, seq_len: int, vlm) -> list[dict]:
 
 def full_batch(rows: int, dataset, flags, vlm, tokenizer, bad: data.BadRecords) -> dict:
     "The largest micro-batch possible: questions with a picture and the longest answer, until the rows are full."
-    documents, M = [], vlm.config.bridge.num_tokens
+    documents, count = [], data.token_counter(vlm.config)
     good = (record for i in itertools.count() for record in data.keep_good([dataset[i]], bad))
     while sum(len(doc.ids) for doc in documents) < rows * flags.seq_len:
         record = next(good)
-        prompt = tokenizer.render(record["messages"][:-1], image_tokens=M, add_generation_prompt=True)
+        prompt = tokenizer.render(record["messages"][:-1], count(record) if callable(count) else count, True)
         documents.append(data.Document(0, prompt.ids + [0] * flags.max_new_tokens,
                                        [0] * len(prompt.ids) + [1] * flags.max_new_tokens, prompt.slots, record))
-    arrays, packed, _ = data.pack(documents, rows, flags.seq_len, M)
+    arrays, packed, _ = data.pack(documents, rows, flags.seq_len, count)
     return data.collate(arrays, packed, data.pixel_loader(vlm.config.vision))
 
 

@@ -42,6 +42,7 @@ from plumbing.world import World
 from model import FROM_SCRATCH
 from train_base import (SHARED_FLAGS, chapter_flags, count_images, count_supervised, freeze_all_but, held_out_loss,
                         load_start, make_documents, make_loaders, train_step)
+from vision import blank
 
 STAGE = "sft"
 # Many small steps of short rows: a tiny model learns more from many updates than from many tokens in each. A picture
@@ -85,8 +86,8 @@ def answers(vlm, tokenizer, records: list, blind: bool = False, batch: int = 100
     for at in range(0, len(records), batch):
         rows = records[at:at + batch]
         pixels = [[load_pixels(source, record) for source in record["images"]] for record in rows]
-        if blind:  # mid-grey, which normalises to about 0
-            pixels = [[torch.full_like(p, 128) for p in group] for group in pixels]
+        if blind:
+            pixels = [[blank(p) for p in group] for group in pixels]
         out += respond(vlm, tokenizer, [r["messages"][:-1] for r in rows], pixels, max_new_tokens=min(128, length + 4))
     vlm.train()
     return out

@@ -10,13 +10,13 @@ Vision: from a picture to the few vectors that the language model receives.
 
 For SigLIP2-L/16 at 256 pixels in front of Qwen2.5-1.5B: S = 256, P = 16, N = 256, D = 1024, M = 64, H = 1536.
 The ViT computes exactly what SigLIP computes (arXiv 2303.15343, 2502.14786), so its released weights load into it. The
-last section cuts a large picture into tiles, as the public model LLaVA-OneVision does (arXiv 2408.03326).
+last section cuts a large picture into tiles (--tiles), as the public model LLaVA-OneVision does (arXiv 2408.03326).
 
 Left out: SigLIP's text tower and its pooling head (we need every patch, not one vector), dropout (the encoder is frozen
 or small), and NaFlex's variable shapes.
 """
 import math
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from functools import lru_cache
 from pathlib import Path
 
@@ -77,7 +77,8 @@ class ViTConfig:
     patch_size: int = 16              # P, pixels; N = (S // P) ** 2 [16, so N = 256]
     layer_norm_eps: float = 1e-6      # TRAP: PyTorch's own default is 1e-5
     bicubic: bool = False             # how pictures are resized; from preprocessor_config.json
-    pad: bool = False                 # grey bars instead of squeezing; LLaVA-OneVision
+    pad: bool = False                 # grey bars instead of squeezing, and the tiles' rules; LLaVA-OneVision
+    tiles: int = 0                    # --tiles: how many a larger picture is cut into at most; 0: it is not cut
 
     @property
     def num_patches(self) -> int:
@@ -203,7 +204,12 @@ def llava_vision(hf: dict, folder: Path) -> tuple[ViTConfig, "BridgeConfig"]:
         require(hf.get(key, ours) == ours,
                         f"{folder}/config.json: {key} {hf.get(key)!r} is not supported, only {ours!r}")
     vision, layer = vit_config(hf["vision_config"], folder), hf["vision_feature_layer"]
-    vision.pad = tiled
+    vision.pad, S = tiled, vision.image_size
+    if tiled:  # a missing key: up to 6 x 6 tiles
+        grids = {(h // S, w // S) for h, w in hf.get("image_grid_pinpoints", [])} or {*grids_of(MOST_TILES ** 2)}
+        vision.tiles = max(rows * columns for rows, columns in grids)
+        require(grids == {*grids_of(vision.tiles)}, f"{folder}/config.json: image_grid_pinpoints is not supported, "
+                f"only all grids of up to {MOST_TILES} x {MOST_TILES} tiles, or those of at most so many tiles")
     require(type(layer) is int,
                     f"{folder}/config.json: vision_feature_layer {layer} is not supported, only a single number")
     # Hugging Face counts the embeddings as layer 0, so its layer 26 of 26 is our -1, and its -1 too.
@@ -247,7 +253,14 @@ class BridgeConfig:
 
     def tokens_of(self, image) -> int:
         "The same for one picture: uint8 [3, S, S], or Tiles, of which large pictures have more."
-        return image.num_tokens(self.num_patches) if isinstance(image, Tiles) else self.num_tokens
+        if not isinstance(image, Tiles):
+            return self.num_tokens
+        return image.num_tokens(self.num_patches) if self.newline else image.squares * self.num_tokens
+
+    def most_tokens(self, tiles: int) -> int:
+        "The same for the largest picture, cut into so many tiles."
+        joined = tiles and self.newline  # LLaVA-OneVision: up to 1.21 * MOST_TOKENS times N tokens and some newlines
+        return (2 + MOST_TOKENS * 5 // 4) * self.num_patches if joined else (1 + tiles) * self.num_tokens
 
     @property
     def norm(self) -> bool:
@@ -396,11 +409,14 @@ class Bridge(nn.Module):
         return x
 
     # Skip at first reading: see the last section.
-    def stitch(self, features: torch.Tensor, tiles: "Tiles") -> torch.Tensor:
+    def stitch(self, features: torch.Tensor, tiles: "Tiles | None") -> torch.Tensor:
         """
         One picture's features [1 + rows * columns, N, D] -> tokens [K, H]: those of the whole picture, then those of
-        the tiles, put together as one large grid, without the bars around it, a newline at the end of every row.
+        its tiles, row by row. LLaVA-OneVision's tiles are put together as one large grid, without the bars around it,
+        a newline at the end of every row. tiles: None for a picture that is not cut [1, N, D].
         """
+        if tiles is None or self.newline is None:
+            return self(features).flatten(0, 1)
         n = math.isqrt(self.config.num_patches)
         whole, x = self.project(features).tensor_split([1])                       # [1, N, H], [rows * columns, N, H]
         x = x.view(tiles.rows, tiles.columns, n, n, -1).permute(4, 0, 2, 1, 3)              # [H, rows, n, columns, n]
@@ -415,19 +431,24 @@ class Bridge(nn.Module):
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Any resolution: a large picture as several tiles of the size that the ViT knows (LLaVA-NeXT, LLaVA-OneVision)
-# Skip at first reading: tiny, small and the Qwens see a picture as one square.
+# Skip at first reading: without --tiles, tiny, small and the Qwens see a picture as one square.
 
 MOST_TILES = 6     # a side: the grids are 1 x 1 to 6 x 6
-MOST_TOKENS = 9    # times N: a grid with more tokens is made coarser ("anyres_max_9")
+MOST_TOKENS = 9    # times N: LLaVA-OneVision makes a grid with more tokens coarser ("anyres_max_9")
 
 
 @dataclass
 class Tiles:
-    pixels: torch.Tensor  # uint8 [1 + rows * columns, 3, S, S]: the whole picture, squeezed, then its tiles row by row
+    pixels: torch.Tensor | None  # uint8 [1 + rows * columns, 3, S, S]: the whole, squeezed, then its tiles row by row
     rows: int
     columns: int
     width: int            # of the picture as it was, pixels
     height: int
+
+    @property
+    def squares(self) -> int:
+        "How many the ViT sees: the tiles, and the whole picture in small."
+        return 1 + self.rows * self.columns
 
     def layout(self, n: int) -> tuple[tuple[int, int], tuple[int, int], tuple[int, int]]:
         "n x n tokens a tile -> (first row, rows) and (first column, columns) that show the picture, (h, w) in the end."
@@ -444,24 +465,50 @@ class Tiles:
         return (top, h), (left, w), (int(h // ratio), int(w // ratio)) if ratio > 1.1 else (h, w)
 
     def num_tokens(self, num_patches: int) -> int:
-        "The length of what Bridge.stitch gives."
+        "The length of what Bridge.stitch gives with newlines."
         h, w = self.layout(math.isqrt(num_patches))[2]
         return num_patches + h * (w + 1)
 
 
-def best_grid(width: int, height: int, side: int) -> tuple[int, int]:
+def grids_of(most: int) -> list[tuple[int, int]]:
+    "(rows, columns) of all grids of at most so many tiles."
+    return [(r, c) for r in range(1, MOST_TILES + 1) for c in range(1, MOST_TILES + 1) if r * c <= most]
+
+
+def best_grid(width: int, height: int, side: int, most: int = MOST_TILES ** 2) -> tuple[int, int]:
     "(rows, columns) of tiles, side pixels each, that keep most of a picture's pixels; of those, the fewest."
     def kept(grid):
         scale = min(grid[1] * side / width, grid[0] * side / height)
         # enlarging adds no detail, so the picture's own size is the most there is to keep
         pixels = min(int(width * scale) * int(height * scale), width * height)
         return pixels, pixels - grid[0] * grid[1] * side * side  # most kept, then least wasted
-    return max(((r, c) for r in range(1, MOST_TILES + 1) for c in range(1, MOST_TILES + 1)), key=kept)
+    return max(grids_of(most), key=kept)
 
 
-def cut_tiles(image: Image.Image, side: int, bicubic: bool = True) -> Tiles:
+def layout_of(width: int, height: int, config: ViTConfig, alone: bool) -> Tiles | None:
+    "Into which tiles a picture is cut, still without their pixels; None: into none. alone: no other is shown with it."
+    # LLaVA-OneVision was trained on tiles of single pictures only, and of small ones, too.
+    if not config.tiles or (not alone if config.pad else max(width, height) <= config.image_size):
+        return None
+    grid = best_grid(width, height, config.image_size, config.tiles)
+    return Tiles(None, *grid, width, height) if config.pad or grid != (1, 1) else None
+
+
+def to_pixels(image: Image.Image, config: ViTConfig, alone: bool = True) -> torch.Tensor | Tiles:
+    "RGB image -> what the ViT gets of it, in training and everywhere else: uint8 [3, S, S], or Tiles."
+    if layout_of(*image.size, config, alone):
+        return cut_tiles(image, config.image_size, config.bicubic, config.tiles)
+    return preprocess(image, config.image_size, config.bicubic, config.pad)
+
+
+def blank(image: torch.Tensor | Tiles) -> torch.Tensor | Tiles:
+    "A grey picture of the same size: mid-grey, which normalises to about 0."
+    return replace(image, pixels=blank(image.pixels)) if isinstance(image, Tiles) else torch.full_like(image, 128)
+
+
+def cut_tiles(image: Image.Image, side: int, bicubic: bool = True, most: int = MOST_TILES ** 2) -> Tiles:
     "RGB image -> its tiles. The aspect ratio is kept; black bars fill what the picture does not cover."
-    rows, columns = best_grid(*image.size, side)
+    rows, columns = best_grid(*image.size, side, most)
     width, height = columns * side, rows * side
     scale = min(width / image.width, height / image.height)
     w, h = min(math.ceil(image.width * scale), width), min(math.ceil(image.height * scale), height)

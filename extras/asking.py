@@ -12,7 +12,7 @@ from plumbing.pictures import load_image
 from plumbing.world import Scene, World
 from model import FROM_SCRATCH, VLM
 from tokenizer import Rendered, Tokenizer
-from vision import cut_tiles, preprocess
+from vision import to_pixels
 
 CONTEXT = 8192  # tokens of a conversation with its answer, at most
 
@@ -29,17 +29,13 @@ def options(vlm: VLM, flags) -> dict:
     return {"max_new_tokens": most, **vlm.config.generation, **given}
 
 
-def to_pixels(vlm: VLM, path, flags, alone: bool = True):
+def open_pixels(vlm: VLM, path, alone: bool = True):
     "-> uint8 [3, S, S], or Tiles. alone: the conversation has no other picture."
     if vlm.vit is None:
         raise ValueError(f"{vlm.config.preset} cannot see: it is a language model, and its bridge is not trained; run "
                          f"`python train_align.py --model={vlm.config.preset}` and train_sft.py, or ask llava-ov-0.5b")
-    # Size and filter belong to the checkpoint: its ViT was trained on pixels made in this way.
-    config, image = vlm.config.vision, load_image(path)
-    anyres = flags.anyres == "True" or (flags.anyres == "auto" and vlm.gpt.embed.weight.is_cuda)
-    if anyres and alone and vlm.config.bridge.newline:  # LLaVA-OneVision was trained on tiles of single pictures only
-        return cut_tiles(image, config.image_size, config.bicubic)
-    return preprocess(image, config.image_size, config.bicubic, config.pad)
+    # Size, filter and tiles belong to the checkpoint: its ViT was trained on pixels made in this way.
+    return to_pixels(load_image(path), vlm.config.vision, alone)
 
 
 def make_message(text: str, images: int = 0, role: str = "user") -> dict:

@@ -45,9 +45,12 @@ def patch_shares(bridge: Bridge, features: torch.Tensor) -> torch.Tensor:
 
 @torch.no_grad()
 def latent_maps(vlm: VLM, pixels: torch.Tensor) -> torch.Tensor:
-    "uint8 [3, S, S] -> [M, n, n], 0 to 1: what each image token took from each patch, beside what it took most from."
-    n = math.isqrt(vlm.config.vision.num_patches)
-    features = vlm.vit_features(pixels[None].to(vlm.gpt.embed.weight.device))[0]                     # [N, D]
+    """
+    uint8 [3, S, S], or Tiles, of which the whole -> [M, n, n], 0 to 1: what each image token took from each patch,
+    beside what it took most from.
+    """
+    n, whole = math.isqrt(vlm.config.vision.num_patches), pixels.pixels[0] if isinstance(pixels, Tiles) else pixels
+    features = vlm.vit_features(whole[None].to(vlm.gpt.embed.weight.device))[0]                      # [N, D]
     shares = patch_shares(vlm.bridge, features)                                                      # [M, N]
     return (shares / shares.amax(1, keepdim=True)).view(-1, n, n).cpu()
 
@@ -72,14 +75,20 @@ def where_it_looked(vlm: VLM, prompt, images: list, answer: list[int]) -> list[t
     maps = []
     for image, at in zip(images, columns):
         seen, tiled = total[:, at], isinstance(image, Tiles)                                         # [R, K]
-        if tiled:  # the whole picture's tokens, and those of its parts, a newline behind each row
+        if tiled and bridge.newline is not None:  # the whole, and its parts, a newline behind each row
             h, w = image.layout(n)[2]
             parts = F.interpolate(seen[:, n * n:].view(-1, 1, h, w + 1)[..., :-1], (n, n), mode="area")[:, 0]
             grid = seen[:, :n * n].view(-1, n, n) + parts
         else:
-            features = vlm.vit_features(image[None].to(device))[0]
-            shares = patch_shares(bridge, features)
-            grid = (seen[:, :len(shares)] @ shares).view(-1, n, n)
+            features = vlm.vit_features((image.pixels if tiled else image[None]).to(device))         # [squares, N, D]
+            grid, *parts = (part[:, :len(shares)] @ shares for part, shares in zip(
+                seen.tensor_split(len(features), dim=1), (patch_shares(bridge, one) for one in features)))
+            grid = grid.view(-1, n, n)
+            if tiled:  # the tiles side by side, without the bars around the picture, as coarse as the whole
+                parts = torch.stack(parts, 1).view(-1, image.rows, image.columns, n, n).transpose(2, 3)
+                (top, h), (left, w), _ = image.layout(n)
+                parts = parts.reshape(len(grid), 1, image.rows * n, image.columns * n)[..., top:top + h, left:left + w]
+                grid = grid + F.interpolate(parts, (n, n), mode="area")[:, 0]
         # Every token looks everywhere a little, at some places always. What tells is where it looks more than the mean.
         grid = (grid - grid.mean(0)).clamp(min=0)[-len(answer):]
         # Words that look nowhere in particular stay dark, but not as dark as they are: their own maximum counts half.

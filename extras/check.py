@@ -13,27 +13,35 @@ from PIL import Image
 from tqdm import tqdm
 
 from plumbing.drawing import draw_records
-from plumbing.files import attempt, require, say
+from plumbing.files import attempt, read_json, require, say
 from plumbing.hub import fetch
 from plumbing.fitting import row_length
 from plumbing.pictures import open_source
 from plumbing.records import Records, text_of, turns_of
 from plumbing.world import World
-from data import make_document, parse_mixture, read_any, tokenizer_texts
-from model import FROM_SCRATCH, PRESETS, check_name, preset
+from data import make_document, parse_mixture, read_any, token_counter, tokenizer_texts
+from model import FROM_SCRATCH, LLAVA, PRESETS, check_name, connect, preset
 from tokenizer import Tokenizer
 from train_sft import BY_MODEL
+from vision import llava_vision
 
 
 def as_in_training(flags) -> Tokenizer:
     "The tokenizer that train_sft.py --model= would take; its rows and image tokens go into flags that are not given."
     check_name(flags.model)
     config = preset(flags.model if flags.model in PRESETS else "qwen2.5-1.5b")  # a hub's Qwen gets the same bridge
-    if flags.tokenizer or flags.model not in FROM_SCRATCH:
-        tokenizer = Tokenizer.from_pretrained(flags.tokenizer or fetch(flags.model))
-    else:
+    if flags.tokenizer:
+        tokenizer = Tokenizer.from_pretrained(flags.tokenizer)
+    elif flags.model in FROM_SCRATCH:
         tokenizer = Tokenizer.train(tokenizer_texts(flags.data, 0), config.decoder.vocab_size)
-    flags.image_tokens = flags.image_tokens or config.bridge.num_tokens
+    else:
+        folder = Path(flags.model) if Path(flags.model).is_dir() else fetch(flags.model)
+        tokenizer, hf = Tokenizer.from_pretrained(folder), read_json(folder / "config.json")
+        if hf.get("model_type") in LLAVA:  # which brings its own bridge
+            config.vision, config.bridge = llava_vision(hf, folder)
+            connect(config)
+    config.vision.tiles = flags.tiles = config.vision.tiles if flags.tiles is None else flags.tiles
+    flags.image_tokens = flags.image_tokens or token_counter(config)
     lengths = []
     for name, _ in parse_mixture(flags.data):
         records = read_any(name, World("chat"), 500)
@@ -103,7 +111,7 @@ def check_data(flags) -> dict:
     if lengths:
         print(f"tokens of a record: median {int(np.median(lengths))}, longest {max(lengths)}; {counts['cut']} of "
               f"{len(lengths)} are longer than --seq_len={flags.seq_len} and lose their last turns, another "
-              f"{counts['left_out']} do not fit at all")
+              f"{counts['left_out']} do not fit at all" + f"; pictures in --tiles={flags.tiles}" * bool(flags.tiles))
     return {**counts, "bad": len(bad)}
 
 

@@ -11,12 +11,12 @@ from pathlib import Path
 import torch
 import torch.nn as nn
 
-from plumbing.files import replace_folder
+from plumbing.files import replace_folder, say
 from plumbing.linear import LoRALinear
 from plumbing.weights import LLAVA_NAMES, QWEN_NAMES, hub_names, write_safetensors
 from model import VLM, Attention, VLMConfig
 from tokenizer import Tokenizer
-from vision import MOST_TILES, MOST_TOKENS
+from vision import MOST_TILES, MOST_TOKENS, grids_of
 
 
 def export(folder, vlm: VLM, tokenizer, decoder_only: bool = False, dtype=torch.bfloat16) -> None:
@@ -28,6 +28,10 @@ def export(folder, vlm: VLM, tokenizer, decoder_only: bool = False, dtype=torch.
     if not decoder_only and config.bridge.kind != "mlp":
         raise ValueError(f"Hugging Face has no model with a {config.bridge.kind} bridge: train with --bridge=mlp, "
                          "or export the decoder alone by --decoder_only")
+    if not decoder_only and bool(config.vision.tiles) != config.bridge.newline:
+        # Hugging Face's LLaVA never cuts a picture, its LLaVA-OneVision always does.
+        say(f"note: trained with --tiles={config.vision.tiles}, but other programs will show it pictures "
+            + ("in tiles" if config.bridge.newline else "in one piece"))
     tokenizer.save_hub(folder, config.decoder.max_position_embeddings)
     decoder = asdict(config.decoder)
     kind = "qwen3" if decoder.pop("use_qk_norm") else "qwen2"  # neither has our field; the type says it
@@ -79,7 +83,7 @@ def llava_files(config: VLMConfig, text: dict, image_pad: int) -> dict[str, dict
     # With tiles it is a LLaVA-OneVision, which brings its own image processor; without, a LLaVA with SigLIP's.
     vision, tiled, mean = config.vision, config.bridge.newline, [0.5, 0.5, 0.5]
     side, name = vision.image_size, "LlavaOnevision" if config.bridge.newline else "Llava"
-    pinpoints = [[h * side, w * side] for h in range(1, MOST_TILES + 1) for w in range(1, MOST_TILES + 1)]
+    pinpoints = [[h * side, w * side] for h, w in grids_of(vision.tiles or MOST_TILES ** 2)]
     layout = {"image_grid_pinpoints": pinpoints, "vision_aspect_ratio": f"anyres_max_{MOST_TOKENS}"} if tiled else {}
     return {
         "config.json": {
@@ -90,7 +94,7 @@ def llava_files(config: VLMConfig, text: dict, image_pad: int) -> dict[str, dict
             "torch_dtype": text["torch_dtype"], "text_config": text, **layout,
             "vision_config": {
                 "model_type": "siglip_vision_model", "vision_use_head": False, "hidden_act": "gelu_pytorch_tanh",
-                **{name: value for name, value in asdict(vision).items() if name not in ("bicubic", "pad")}}},
+                **{name: value for name, value in asdict(vision).items() if name not in ("bicubic", "pad", "tiles")}}},
         "preprocessor_config.json": {
             "image_processor_type": f"{name}ImageProcessor" if tiled else "SiglipImageProcessor",
             "processor_class": f"{name}Processor", "do_resize": True, "size": {"height": side, "width": side},

@@ -260,7 +260,7 @@ def draw_cache(s: Subject) -> Image.Image:
 
 def draw_memory(s: Subject) -> Image.Image:
     "What chapter 3 of qwen2.5-1.5b needs, predicted."
-    flags = argparse.Namespace(model="qwen2.5-1.5b", bridge="", set="", batch_size=32, seq_len=2048, gpus=1)
+    flags = argparse.Namespace(model="qwen2.5-1.5b", bridge="", set="", batch_size=32, seq_len=2048, gpus=1, tiles=0)
     colours = dict(zip(("weights", "gradients", "master weights", "optimizer", "activations", "loss"),
                        (GREY, RED, BLUE, GREEN, ORANGE, "#9a7bc0")))
     with torch.enable_grad():  # measured is what autograd stores

@@ -56,6 +56,7 @@ def predict(flags, stage: str, lora: int):
     """
     config = preset(flags.model, flags.bridge, flags.set)
     config.lora_rank, decoder, vision = lora, config.decoder, config.vision
+    vision.tiles = flags.tiles or 0
     with torch.device("meta"):
         vlm = VLM(config)
     learn = sum(p.numel() for p in freeze_all_but(vlm, STAGES[stage][1]).values())
@@ -82,7 +83,8 @@ def predict(flags, stage: str, lora: int):
 
     def parts(micro: int, thrift: bool) -> dict[str, float]:
         tokens = micro * flags.seq_len
-        pictures = tokens / (config.bridge.num_tokens + 256)  # LLaVA's conversations
+        # LLaVA's conversations; with --tiles all pictures are large ones, each of 1 + tiles squares
+        pictures = (1 + vision.tiles) * tokens / (config.bridge.most_tokens(vision.tiles) + 256)
         one = per_token * tokens
         # With checkpointing each layer stores only its input; the backward pass computes the rest, layer by layer.
         stored = layers * fixed + layers * (tokens * H * 2 if thrift else one) + bridge + per_picture * pictures

@@ -36,7 +36,7 @@ from plumbing.world import QUESTIONS, Scene, ask
 from model import FROM_SCRATCH, VLM
 from tokenizer import Rendered, Tokenizer
 from extras.answers import Answer, score_prompt
-from extras.asking import (SAMPLING, Text, make_message, new_scene, open_engine, options, render, to_pixels)
+from extras.asking import (SAMPLING, Text, make_message, new_scene, open_engine, open_pixels, options, render)
 from extras.attention_maps import latent_maps, where_it_looked, words_of
 from extras.connection import Connection
 from extras.fields import Refused, check_message, count_rivals, read_fields
@@ -283,7 +283,7 @@ def read_messages(server: Server, messages) -> tuple[list, list]:
             raise Refused(400, f"messages[{i}]: {error}", f"messages[{i}]") from None
     if sum(len(part.get("text", "")) for message in out for part in message["content"]) > LETTERS:
         raise Refused(400, f"more than {LETTERS:,} letters of text", "messages", "context_length_exceeded")
-    return out, [to_pixels(server.vlm, image, server.flags, alone=len(images) == 1) for image in images]
+    return out, [open_pixels(server.vlm, image, alone=len(images) == 1) for image in images]
 
 
 def read_sampling(server: Server, fields: dict, length: int) -> dict:
@@ -487,7 +487,7 @@ class Handler(Connection):
         server, url = self.server, self.read_json().get("image")
         if not isinstance(url, str) or not server.vlm.vit or server.vlm.config.bridge.num_tokens > LATENTS:
             raise Refused(400, f"image must be a data URI, and the model have at most {LATENTS} image tokens", "image")
-        pixels = to_pixels(server.vlm, read_picture(url), server.flags, alone=False)
+        pixels = open_pixels(server.vlm, read_picture(url), alone=False)
         with server.paused():
             maps = latent_maps(server.vlm, pixels)
         self.send({"latents": (maps * 255).int().tolist()})

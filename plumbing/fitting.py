@@ -4,6 +4,7 @@ is tried, not computed. Called where the chapters make their loaders. A reader o
 CPU all rows of a step are computed at once.
 """
 import math
+from functools import partial
 
 import torch
 
@@ -55,7 +56,9 @@ def fit_rows(flags, setup, vlm, dataset, make_document) -> None:
     fewer, so that a step has as many tokens as before: flags.seq_len and flags.batch_size change.
     """
     first = (attempt(dataset.__getitem__, i) for i in range(500))
-    whole = [make_document(one, 0, seq_len=10 ** 9) for one in first if isinstance(one, dict) and "messages" in one]
+    make = partial(make_document, seq_len=10 ** 9)
+    whole = [attempt(make, one, 0) for one in first if isinstance(one, dict) and "messages" in one]
+    whole = [one for one in whole if not isinstance(one, Exception)]  # the loader will name it
     lengths = [len(document.ids) - 1 for document in whole if document]
     length = row_length(lengths, flags.seq_len, vlm.config.decoder.max_position_embeddings)
     if length > flags.seq_len and "seq_len" not in given() and not flags.resume:
@@ -72,7 +75,9 @@ def fit_rows(flags, setup, vlm, dataset, make_document) -> None:
             if one and len(one.ids) - 1 > flags.seq_len]
     if long:
         setup.print(f"{len(long) - long.count(None)} of {len(whole)} conversations are longer than --seq_len="
-                    f"{flags.seq_len} and are cut: their last turns are left out; {long.count(None)} do not fit at all")
+                    f"{flags.seq_len} and are cut: their last turns are left out; {long.count(None)} do not fit at all"
+                    + f" (with --tiles={flags.tiles} a picture has up to {vlm.config.bridge.most_tokens(flags.tiles)} "
+                      "tokens)" * bool(flags.tiles))
     sets = getattr(dataset, "sets", [])
     if lengths and len(sets) == 1 and hasattr(sets[0], "records"):
         n, tokens = len(sets[0].records), max(1, sum(lengths) / len(lengths))

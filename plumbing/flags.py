@@ -20,6 +20,9 @@ RUN_FLAGS = {
     "bridge": ("", "perceiver, pixelshuffle or mlp, in place of the preset's; only with mlp can the trained model be "
                    "exported for other engines (sample.py --export)"),
     "set": ("", "fields of the preset's configuration, --set=bridge.num_latents=16,decoder.num_hidden_layers=6"),
+    "tiles": (int, "cut a picture larger than the encoder's square into so many squares at most, beside the whole in "
+                   "small: small print becomes legible, and each square takes as many tokens; not given: as the model "
+                   "was trained, llava-ov 36, others 0"),
     "init": ("", "checkpoint folder to start from; scratch: none, so random or released weights; empty: the newest "
                  "earlier stage under --out_dir, else as scratch"),
     "out_dir": ("out", "checkpoints go to OUT_DIR/MODEL/STAGE"),
@@ -69,7 +72,8 @@ MAY_CHANGE = ("init", "out_dir", "micro_batch_size", "activation_checkpointing",
 POSITIVE = ("batch_size", "seq_len", "steps", "lr", "eval_size", "samples", "max_new_tokens", "gpus", "keep",
             "max_bad_steps", "max_requests", "image_tokens")
 
-NOT_NEGATIVE = ("max_bad", "micro_batch_size", "lora_rank", "temperature", "warmup", "cooldown", "top_k", "rehearse")
+NOT_NEGATIVE = ("max_bad", "micro_batch_size", "lora_rank", "temperature", "warmup", "cooldown", "top_k", "rehearse",
+                "tiles")
 
 
 class Parser(argparse.ArgumentParser):
@@ -141,6 +145,8 @@ def parse_flags(doc: str, flags: dict, by_model: dict[str, dict] = {}, argv=None
         value = getattr(out, name, None)
         if value is not None and (value < 0 or value == 0 and name in POSITIVE):
             raise ValueError(f"--{name}={value}: must {'be above' if name in POSITIVE else 'not be below'} 0")
+    tiles = getattr(out, "tiles", None) or 0
+    require(tiles <= 36, f"--tiles={tiles}: 36 at most, a grid of 6 x 6")
     compiled = getattr(out, "compile", "auto")
     require(compiled in ("auto", "True", "False"), f"--compile={compiled}: choose auto, True or False")
     return out

@@ -84,9 +84,24 @@ def fetch_picture(url: str, folder: Path, most: int, check) -> bytes:
 
 
 def open_source(source, px: int = 256) -> Image.Image:
-    "A source -> an RGB image, a Drawing px pixels wide. ValueError names what cannot be opened."
+    "A source -> an RGB image, a Drawing px pixels wide, or a multiple. ValueError names what cannot be opened."
     if isinstance(source, Drawing):
-        return source.draw(px)  # at the size needed: no resizing blurs it
+        return source.draw(px * source.sides)  # at the size needed: no resizing blurs it
+    return load_image(*file_of(source))
+
+
+def picture_size(source, px: int) -> tuple[int, int]:
+    "(width, height) of what open_source gives. Of a file the header alone is read, where that is enough."
+    if isinstance(source, Drawing):
+        return px * source.sides, px * source.sides
+    with contextlib.suppress(Exception), Image.open(file_of(source)[0]) as image:
+        on_its_side = image.getexif().get(ExifTags.Base.Orientation, 1) in (5, 6, 7, 8)  # see load_image
+        return image.size[::-1] if on_its_side else image.size
+    return open_source(source, px).size  # which says what is wrong with it
+
+
+def file_of(source) -> tuple:
+    "-> (a path, or a file in memory, that holds the picture; its name for messages)."
     name = source if isinstance(source, str) else "picture"
     if isinstance(source, tuple):
         name = " in ".join(reversed(source))  # "7.jpg in images.zip"
@@ -95,7 +110,7 @@ def open_source(source, px: int = 256) -> Image.Image:
     elif name.startswith(("http://", "https://")):
         source = fetch_picture(name, cache("pictures"), MAX_PICTURE,
                                    check=lambda content: load_image(io.BytesIO(content), name))
-    return load_image(io.BytesIO(source) if isinstance(source, bytes) else source, name)
+    return io.BytesIO(source) if isinstance(source, bytes) else source, name
 
 
 MAX_PIXELS = 100_000_000  # 300 MB once decoded as RGB: above this a small file may well be an attack on our memory

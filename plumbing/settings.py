@@ -11,7 +11,8 @@ from plumbing.files import require
 # These are not free: {name: what decides it}.
 KIND = "bridge.kind"
 FOLLOWS = {KIND: "--bridge=", "bridge.vision_size": "vision.hidden_size",
-           "bridge.text_size": "decoder.hidden_size", "bridge.num_patches": "vision.image_size and vision.patch_size"}
+           "bridge.text_size": "decoder.hidden_size", "bridge.num_patches": "vision.image_size and vision.patch_size",
+           "vision.tiles": "--tiles="}
 
 KINDS = {int: "a whole number", float: "a number", bool: "True or False"}
 
@@ -65,8 +66,9 @@ def check_sizes(config, where, remedy: str = "is this the right file?") -> None:
     for f in fields(config):
         value, most = getattr(config, f.name), 1000 if f.name.endswith("layers") else 2 ** 24
         fine = type(value) in ((int, float) if f.type is float else (f.type, ))
-        if f.type is int:  # bridge.layer alone may be negative: -1 is the last one
-            fine = fine and (0 < value <= most or f.name == "layer" and -most < value < 0)
+        if f.type is int:  # bridge.layer alone may be negative: -1 is the last one; vision.tiles may be 0
+            fine = fine and (0 < value <= most or f.name == "layer" and -most < value < 0
+                             or f.name == "tiles" and value == 0)
         require(fine, f"{where}: {f.name} {str(value)[:50]!r} cannot be; {remedy}")
 
 

@@ -3,10 +3,12 @@ Threads and processes that make documents and open their pictures while the GPU 
 A reader of the lessons need know only that the batches are the same for any number of workers.
 """
 import ctypes
+import itertools
 import os
 import signal
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from functools import lru_cache, partial
 
 import numpy as np
@@ -79,9 +81,12 @@ class Documents(torch.utils.data.Dataset):
         items = self.chunk(first)
         documents = [item for item in items if is_document(item)]
         tokens = [np.array([document.ids, document.mask], dtype=np.int32) for document in documents]  # [2, n] each
-        pixels = [picture for document in documents for picture in document.pixels]
+        # A picture in tiles is several squares; what is left of it here tells how many.
+        pixels = [square for document in documents for picture in document.pixels
+                  for square in getattr(picture, "pixels", [picture])]
         for document in documents:
-            document.ids = document.mask = document.pixels = None
+            document.ids = document.mask = None
+            document.pixels = [None if torch.is_tensor(one) else replace(one, pixels=None) for one in document.pixels]
         return (items, np.cumsum([part.shape[1] for part in tokens]), np.concatenate(tokens or [[]], axis=-1),
                 torch.stack(pixels) if pixels else torch.zeros(0))
 
@@ -90,10 +95,11 @@ class Documents(torch.utils.data.Dataset):
         try:
             for items, ends, tokens, pixels in chunks:
                 documents = [item for item in items if is_document(item)]
-                pictures = iter(pixels.unbind())
+                squares = iter(pixels.unbind())
                 for document, (ids, mask) in zip(documents, np.split(tokens, ends, axis=-1)):
                     document.ids, document.mask = ids, mask
-                    document.pixels = [next(pictures) for _ in document.record["images"]]
+                    document.pixels = [next(squares) if one is None else replace(one, pixels=torch.stack(
+                        list(itertools.islice(squares, one.squares)))) for one in document.pixels]
                 yield from items
         except RuntimeError:
             for number, process in enumerate(chunks._workers):

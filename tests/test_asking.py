@@ -5,7 +5,7 @@ import pytest
 import torch
 from PIL import Image
 
-from extras.asking import Text, make_message, make_request, options, to_pixels
+from extras.asking import Text, make_message, make_request, open_pixels, options
 from tests.helpers import png, sample_flags, tiny_vlm, tokenizer
 from vision import Tiles, preprocess
 
@@ -32,11 +32,10 @@ def test_a_picture_is_resized_as_the_model_was_trained(tmp_path):
     vlm.config.vision.bicubic = vlm.config.vision.pad = True
     padded = Image.new("RGB", (60, 60), (127, 127, 127))
     padded.paste(picture, (0, 15))
-    assert torch.equal(to_pixels(vlm, picture, sample_flags()), preprocess(padded, 24, bicubic=True))
-    vlm.config.bridge.newline = True  # it can do tiles: of a single picture, where they are wanted
-    for flag, alone in (("True", True), ("True", False), ("False", True), ("auto", True)):
-        pixels = to_pixels(vlm, picture, sample_flags(f"--anyres={flag}"), alone)
-        assert isinstance(pixels, Tiles) == (flag == "True" and alone)
+    assert torch.equal(open_pixels(vlm, picture), preprocess(padded, 24, bicubic=True))
+    vlm.config.bridge.newline = True  # a LLaVA-OneVision cuts a single picture into tiles, where they are wanted
+    for vlm.config.vision.tiles, alone in ((36, True), (36, False), (0, True)):
+        assert isinstance(open_pixels(vlm, picture, alone), Tiles) == (vlm.config.vision.tiles == 36 and alone)
 
 
 def test_a_long_conversation_leaves_room_for_an_answer():

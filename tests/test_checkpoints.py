@@ -120,7 +120,7 @@ def test_the_next_save_after_a_crash_does_not_begin_by_deleting_the_only_copy(tm
 
 def resume_flags(out_dir: Path) -> argparse.Namespace:
     return argparse.Namespace(out_dir=str(out_dir), model="tiny", init="", resume=True, vision="", bridge="",
-                              set="", lora_rank=0, activation_checkpointing=False, float8=False)
+                              set="", tiles=None, lora_rank=0, activation_checkpointing=False, float8=False)
 
 
 def test_resume_works_after_a_crash_between_the_renames(tmp_path, monkeypatch):

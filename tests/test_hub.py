@@ -688,8 +688,8 @@ def test_a_public_model_is_fetched_and_answers(hub, tmp_path, monkeypatch):
     Tokenizer({bytes([b]): b for b in range(256)}, special).save_hub(tmp_path / "ov")
     hub.files["llava-hf/ov"] = {p.name: p.read_bytes() for p in (tmp_path / "ov").iterdir()}
     monkeypatch.setitem(plumbing.hub.REPOSITORIES, "llava-ov-0.5b", plumbing.hub.Repository("llava-hf/ov", "main", {}, ""))
-    for anyres in ("True", "False"):
-        ran = run("sample", *flags, f"--anyres={anyres}")
+    for tiles in (36, 0):
+        ran = run("sample", *flags, f"--tiles={tiles}")
         assert ran.code == 0 and ran.out, ran.err
 
 
