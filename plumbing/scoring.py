@@ -226,11 +226,10 @@ def options_of(row: dict) -> dict:
     options = row.get("choices") or row.get("options")
     if isinstance(options, str):  # MMMU: "['red', 'green']", and "[]" of an open question
         options = attempt(ast.literal_eval, options)
-    if not options and "question" not in row:
-        return {}
     columns = sorted(filter(OPTION, row)) if not options else []
-    if len(columns) > 1:
-        options = [row[key] for key in columns if row[key] not in (None, "")]
+    if len(columns) > 1:  # an option that is empty keeps its letter from the others: B of "", "red", "green" is red
+        options = {key[-1].upper() if key[-1].isalpha() else letter: row[key]
+                   for letter, key in zip(ascii_uppercase, columns) if row[key] not in (None, "")}
     if isinstance(options, dict) and options.keys() == {"label", "text"}:  # ARC: two lists
         options = dict(zip(options["label"], options["text"]))
     if isinstance(options, (list, tuple)) and len(options) <= 26:
