@@ -33,7 +33,8 @@ def what_is_there(names: list) -> str:
 def give(paths: list) -> str:
     "The flags that give the first of them to training, and the second to be held out; that of training comes first."
     paths = sorted(paths, key=lambda path: not os.path.basename(path).lower().startswith("train"))
-    return "; give " + " ".join(map("=".join, zip(("--data", "--val"), paths)))
+    return "; give " + " ".join(f"{flag}='{path}'" if "*" in path else f"{flag}={path}"
+                                for flag, path in zip(("--data", "--val"), paths))
 
 
 def look_into(path: str) -> tuple[list, list, dict]:
@@ -84,25 +85,29 @@ def read_folder(path: str):
 def not_kinds(path: str, names: list, pictures: list, captions: dict) -> str:
     "Why the sub-folders are not one for each kind, and the command that would be right; else empty."
     kinds = list(dict.fromkeys(name.split("/")[0] for name in pictures if "/" in name))
-    stems = {os.path.splitext(name)[0] for name in pictures} | {"state", "dataset_info", "dataset_dict"}
-    listings = ".json", ".jsonl", ".csv", ".tsv", ".tar", ".parquet"
-    files = sorted((name for name in names if name.lower().endswith(listings)
-                    and os.path.splitext(name)[0] not in stems), key=lambda name: "caption" not in name)
+    others = {os.path.splitext(name)[0] for name in pictures} | {"state", "dataset_info", "dataset_dict"}
+    shards = {}  # files of records: {"train-*.tar": ["train-000.tar", "train-001.tar"]}
+    for name in names:
+        stem, end = os.path.splitext(name)
+        if end.lower() in (".json", ".jsonl", ".csv", ".tsv", ".tar", ".parquet") and stem not in others:
+            shards.setdefault(re.sub(r"\d+", "*", name), []).append(name)
+    files = [some[0] if len(some) == 1 else shape for shape, some in shards.items()]
+    files = [os.path.join(path, name) for name in sorted(files, key=lambda name: "caption" not in name)[:1]]
     if not kinds:
         return ("no metadata.jsonl here, and no sub-folders (one for each kind) with pictures in them, nor captions "
-                "(7.txt beside 7.jpg)") + (give([os.path.join(path, files[0])]) if files else what_is_there(names))
+                "(7.txt beside 7.jpg)") + (give(files) if files else what_is_there(names))
     splits = [kind for kind in kinds if SPLIT.fullmatch(kind.lower())]
     own = [kind for kind in kinds if any(f"{kind}/{name}" in names for name in LISTINGS)
            or any(name.startswith(kind + "/") for name in captions)]
     if len(kinds) > 1 and len(splits) < 2 and not own:
         return ""
-    why = "hold sets of their own" if own else "are splits of a set" if splits else "is a single kind"
+    why = "sets of their own" if own else "splits of a set" if splits else "a single kind"
     own = own or [kind for kind in kinds if any(re.match(re.escape(kind) + "/.*/", name) for name in pictures)]
-    if good := [os.path.join(path, one) for one in own or files[:1]]:
-        return f"{', '.join(kinds[:9])} {why}, so nothing tells kinds apart{give(good)}"
+    if good := [os.path.join(path, kind) for kind in own] or files:
+        return f"{', '.join(kinds[:9])}: {why}, so nothing tells kinds apart{give(good)}"
     if kinds == ["images"]:
         return "all its pictures are in images/, as those of a .json or .jsonl are; give that file"
-    return (f"{', '.join(kinds[:9])} {why}, so nothing tells kinds apart; give a folder with one sub-folder for each "
+    return (f"{', '.join(kinds[:9])}: {why}, so nothing tells kinds apart; give a folder with one sub-folder for each "
             "kind, or write what they show in a metadata.jsonl")
 
 
@@ -112,5 +117,5 @@ def parquets_of(folder: str) -> list[str]:
                    if one.name.lower().endswith(".parquet") and one.name != "metadata.parquet")
     splits = list(dict.fromkeys(re.split(r"[-_.]\d|\.", os.path.basename(path))[0] for path in paths))
     require(sum(map(bool, map(SPLIT.fullmatch, splits))) < 2, f"{folder}: several splits, {', '.join(splits)}" + give(
-        [f"'{os.path.dirname(paths[0])}/{split}-*'" for split in splits]))
+        [f"{os.path.dirname(paths[0])}/{split}-*" for split in splits]))
     return paths

@@ -110,7 +110,7 @@ def rows_of_object(whole: dict, path: str):
             captions.setdefault(row["image_id"], []).append(row["caption"])
         for row in whole["images"]:
             picture = f"{year}/{row['file_name']}".lstrip("/")
-            yield {"id": row["id"], "image": picture, "captions": captions.get(row["id"])}
+            yield {"id": row["id"], "image": picture, "captions": captions.get(row["id"], [])}
     elif items.keys() & {*TURNS, "texts"} or not items and not all(isinstance(one, dict) for one in whole.values()):
         yield whole
     else:

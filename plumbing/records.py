@@ -128,8 +128,8 @@ def flatten(content: list, images: list):
         if part["type"] in ("text", "input_text", "output_text"):
             parts.append({"type": "text", "text": part["text"]})
             continue
-        require(part["type"] in ("image_url", "image", "input_image"), f"a part of type {part['type']!r}; text and "
-                "image_url are read")
+        require(part["type"] in ("image_url", "image", "input_image"), f"a part of type {part['type']!r}, which is "
+                "not read; use text or image_url, or remove the record")
         url = part.get("image_url") or part.get("image") or part.get("source")  # as Anthropic's
         images += [url] if url else []
         parts.append({"type": "image"})
