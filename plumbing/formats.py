@@ -24,7 +24,7 @@ from plumbing.files import (BROKEN, attempt, cache, fingerprint, named_errors, n
                             say)
 from plumbing.folders import LISTINGS, read_folder, what_is_there
 from plumbing.pictures import LEADS_OUT, MEDIA, PICTURES, UNREAD, image_finder
-from plumbing.records import QUESTIONS, TURNS, Records, hash_keys, instances_of, read_row
+from plumbing.records import QUESTIONS, TURNS, Records, hash_keys, instances_of, kind_of, read_row
 from plumbing.scoring import benchmark_row
 
 # A reader is a generator of (start, end, row): the bytes of the file from which the row can be read again (0, 0 where
@@ -111,7 +111,8 @@ def rows_of_object(whole: dict, path: str):
         for row in whole["images"]:
             picture = f"{year}/{row['file_name']}".lstrip("/")
             yield {"id": row["id"], "image": picture, "captions": captions.get(row["id"], [])}
-    elif items.keys() & {*TURNS, "texts"} or not items and not all(isinstance(one, dict) for one in whole.values()):
+    elif whole.keys() & {*TURNS, *QUESTIONS, "texts"} or not items and not all(
+            isinstance(one, dict) for one in whole.values()):
         yield whole
     else:
         place = f"[{next(iter(items))!r}]" if items else ".values()"
@@ -134,8 +135,16 @@ def read_table(path: str):
         head = file.readline()
         mark = max(",;|\t", key=head.count)
         file.seek(0)
-        rows = list(csv.reader(file, delimiter=mark, quoting=csv.QUOTE_NONE if mark == "|" else csv.QUOTE_MINIMAL))
+        # strict: else a lost quote makes one text of all rows up to the next one
+        quoting = csv.QUOTE_NONE if mark == "|" else csv.QUOTE_MINIMAL
+        reader = csv.reader(file, delimiter=mark, quoting=quoting, strict=True)
+        try:
+            rows = list(reader)
+        except csv.Error as error:
+            raise ValueError(f"{path}, line {reader.line_num}: {error}; put a text with quotes in it in quotes, and "
+                             "double its own") from None
     names = [name.strip() for name in rows.pop(0)] if rows else []
+    require(not any(map(kind_of, names)), f"{path}: its first line must hold the columns' names, such as image,caption")
     again = [name for name in names if name and names.count(name) > 1]
     require(not again, f"{path}: several columns are called {again[:1]}; give each a name of its own")
     if mark == "\t" and {"index", "question"} <= {*names}:

@@ -47,7 +47,7 @@ SAYS_MEDIA = re.compile(r"video|audio|speech|(^|_)sounds?(_|$)|mp[34]|(^|_)wav(_
 NUMBERED = re.compile(r"<image[ _](\d+)>")
 # how other formats mark the place of a picture, and of what is not read
 FOREIGN = re.compile(r"<img>[^<]*</img>|<\|(?:image|vision|video|audio)\w*\|>|^\s*<(?:video|audio)>|"
-                     r"<(?:video|audio)>\s*$")
+                     r"<(?:video|audio)>\s*$|<(?:image_placeholder|image_soft_token|ImageHere)>|^<I(?:mage|MAGE)>\n")
 PICTURE, MOVING = "a picture", "video or sound"
 
 
@@ -193,8 +193,8 @@ def to_messages(row: dict, images: list, extra: dict) -> list[dict]:
         answer = sorted(answer, key=lambda one: -answer.count(one))
     require(answer != [], f"{key} is an empty list; nothing could be learned from it")
     extra |= {"answer": answer} if key in ("answers", *CHOSEN) else {}
-    words = words + "\n\n" + row["input"] if alpaca and row.get("input") else words
-    words = row["hint"] + "\n" + words if row.get("hint") else words
+    words = "\n\n".join(filter(None, (words, row["input"]))) if alpaca and row.get("input") else words
+    words = "\n".join((row["hint"], words)) if row.get("hint") else words
     return ask(words, answer[0] if isinstance(answer, list) else answer)  # of several right answers, the first
 
 
@@ -308,6 +308,7 @@ def check_scoring(extra: dict) -> None:
         texts = value if isinstance(value, list) and key != "kind" else [value]
         require(texts and all(isinstance(text, str) and (text.strip() or key == "kind") for text in texts),
                 f"the {key} must be a text, or a list of texts, and not empty; found {str(value)[:40]!r}")
+        require(key != "captions" or "<image>" not in "".join(texts), "<image> in a caption: the model cannot draw")
     metric = extra.get("metric", "exact")
     require(metric in METRICS, f"unknown metric {str(metric)[:40]!r}; choose from {', '.join(METRICS)}")
 
