@@ -19,9 +19,8 @@ SPLIT = re.compile(r"(train|val|test|dev|eval|valid|trainval)(ing|idation)?[ _-]
 OTHERS = {  # what people also give: the end of a name -> what to do
     ".arrow": "of save_to_disk; write it anew by datasets.load_from_disk(FOLDER).to_parquet('x.parquet')",
     ".zip": "an archive; unpack it, and give the file of records (a .zip of pictures may stay beside that)",
-    ".gz": "compressed; unpack it: gunzip, or tar -xf", ".tgz": "compressed; unpack it: tar -xf",
-    ".bz2": "compressed; unpack it", ".xz": "compressed; unpack it", ".zst": "compressed; unpack it",
-    ".7z": "an archive; unpack it", ".rar": "an archive; unpack it", ".xlsx": "a table; save it as .csv",
+    (".gz", ".tgz"): "compressed; unpack it: gunzip, or tar -xf",
+    (".bz2", ".xz", ".zst", ".7z", ".rar"): "compressed; unpack it", (".xls", ".xlsx"): "a table; save it as .csv",
     ".xml": "no records; write them as .jsonl", ".txt": "a text; conversations are .json or .jsonl"}
 
 

@@ -36,6 +36,9 @@ UNREAD = (".heic", ".heif", ".avif", ".tif", ".tiff")  # pictures, too, but not 
 
 MEDIA = (".mp4", ".avi", ".mov", ".mkv", ".webm", ".mp3", ".wav", ".flac", ".m4a", ".ogg")  # not read at all
 
+# A picture in letters: data:image/png;base64,iVBORw0KG..., or only how a PNG, JPEG, GIF or WebP begins in base64
+INLINE = re.compile(r"data:(video|audio)?[^,\s]*;base64,|(?:iVBORw0KGgo|/9j/|R0lGOD|UklGR)[\w+/=\s]{50}")
+
 LEADS_OUT = re.compile(r"^[/\\]|^[A-Za-z]:|(^|[/\\])\.\.($|[/\\])|\0")  # /etc/passwd, C:x, ../x
 
 MAX_PICTURE = 200 * 2 ** 20  # bytes of one picture's file; a larger one is a mistake or an attack (a zip bomb)
@@ -147,10 +150,6 @@ def to_rgb(image: Image.Image) -> Image.Image:
     return image if image.mode == "RGB" else image.convert("RGB")  # convert copies in any case
 
 
-# A picture in letters: data:image/png;base64,iVBORw0KG..., or only how a PNG, JPEG, GIF or WebP begins in base64
-INLINE = re.compile(r"data:(video|audio)?[^,\s]*;base64,|(?:iVBORw0KGgo|/9j/|R0lGOD|UklGR)[\w+/=\s]{50}")
-
-
 def bytes_or_name(picture) -> bytes | str:
     "A picture as a row has it -> its bytes, or where they are."
     if isinstance(picture, dict):  # {"bytes", "path"} of Hugging Face, {"url"} of OpenAI, {"data"} of Anthropic
@@ -158,21 +157,20 @@ def bytes_or_name(picture) -> bytes | str:
     # A name may be a bare number in JSON, but is no list and no object.
     if type(picture) not in (str, int, bytes):
         raise ValueError("an image is no name, but a list or an object")
-    if isinstance(picture, bytes) or not INLINE.match(name := str(picture)):
-        return picture if isinstance(picture, bytes) else name
+    if isinstance(picture, bytes) or not INLINE.match(picture := str(picture)):
+        return picture
     try:
-        return base64.b64decode("".join(name.rpartition(",")[2].split()), validate=True)
+        return base64.b64decode("".join(picture.rpartition(",")[2].split()), validate=True)
     except ValueError:
-        raise ValueError(f"image {name[:40]!r} is not base64") from None
+        raise ValueError(f"image {picture[:40]!r} is not base64") from None
 
 
 def zips_in(place: str) -> list[tuple]:
     "A folder's zips -> (path, members, the folders that all members lie in, \"\" first) of each."
     # A zip stays packed: half a million small files take hours to unpack, and many disks run out of inodes.
     # The directory at the zip's end gives each member's position, so one picture is read without the others.
-    names = [name for name in os.listdir(place) if name.endswith(".zip")] if os.path.isdir(place) else []
     out = []
-    for path in (os.path.join(place, name) for name in sorted(names, key=lambda one: (one != "images.zip", one))):
+    for path in map(str, sorted(Path(place).glob("*.zip"), key=lambda path: (path.name != "images.zip", path))):
         with named_errors(path):
             members = open_zip(path, os.getpid()).NameToInfo
         # macOS adds a hidden companion of each file. It has the name of a picture, but is none.
@@ -230,16 +228,15 @@ def image_finder(folder: str, places: dict = {}):
         return find_in(os.path.join(place, first), rest) if rest else None
 
     def find(picture):
-        name = given = bytes_or_name(picture)
+        name = bytes_or_name(picture)
         if isinstance(name, bytes) or name.startswith(("http://", "https://")):
             return name
-        if name.startswith("file://"):
-            name = re.sub("^file://(localhost)?", "", unquote(name))
+        name = re.sub("^file://(localhost)?", "", unquote(name)) if name.startswith("file://") else name
         if name.startswith("/"):
             name = next((os.path.relpath(name, root) for root in (folder, true_path(folder))
                          if os.path.normpath(name).startswith(os.path.join(root, ""))), name)
         if LEADS_OUT.search(name):
-            raise ValueError(f"image {given[:100]!r} leads out of the data's folder {folder}; name it relative to the "
+            raise ValueError(f"image {str(picture)[:100]!r} leads out of the data's folder {folder}; name it relative to the "
                              "folder")
         for start, place in [("", folder), *places.items()]:
             for one in spellings_of(name):
