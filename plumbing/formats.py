@@ -24,8 +24,8 @@ from plumbing.files import (BROKEN, attempt, cache, fingerprint, named_errors, n
                             say)
 from plumbing.folders import LISTINGS, read_folder, what_is_there
 from plumbing.pictures import LEADS_OUT, MEDIA, PICTURES, UNREAD, image_finder
-from plumbing.records import QUESTIONS, TURNS, Records, hash_keys, instances_of, kind_of, read_row
-from plumbing.scoring import benchmark_row
+from plumbing.records import TURNS, Records, hash_keys, instances_of, kind_of, read_row
+from plumbing.scoring import QUESTIONS, benchmark_row
 
 # A reader is a generator of (start, end, row): the bytes of the file from which the row can be read again (0, 0 where
 # rows stay in memory). In place of a row there may be a ValueError: it is bad, the others go on.

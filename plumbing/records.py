@@ -12,7 +12,7 @@ import numpy as np
 
 from plumbing.files import attempt, require
 from plumbing.pictures import INLINE, MEDIA, PICTURES, UNREAD, picture_key
-from plumbing.scoring import METRICS, letter_of, options_of, with_options
+from plumbing.scoring import METRICS, QUESTIONS, letter_of, options_of, with_options
 
 # Whatever the file, one record per conversation:
 #   {"id": "7", "messages": [{"role": "user", "content": "<image>\nWhat is it?"}, {"role": "assistant", ...}],
@@ -21,7 +21,6 @@ from plumbing.scoring import METRICS, letter_of, options_of, with_options
 
 # The keys of a row, the likeliest first; of each sort the first that is not null is used.
 TURNS = "messages", "conversations", "conversation"
-QUESTIONS = "instruction", "question", "query", "prompt", "problem"
 CHOSEN = "correct_choice_idx", "answerkey", "correct_answer", "answer_idx", "answer_index", "label"  # of options
 ANSWERS = "answer", "answers", "output", "response", "completion", "solution", *CHOSEN
 CAPTIONS = "text", "caption", "captions", "sentences", "sentence", "comment", "description"
@@ -189,6 +188,7 @@ def to_messages(row: dict, images: list, extra: dict) -> list[dict]:
     words, key = row[question or "question"], first_of(("output",) * alpaca + ANSWERS, row) or "answer"
     answer = row[key]
     if key == "answers":  # what most people said is learned, each of them is right
+        answer = answer if isinstance(answer, list) else [answer]  # TRAP: the letters of a text would be answers, too
         answer = [one["answer"] if isinstance(one, dict) else one for one in answer]
         answer = sorted(answer, key=lambda one: -answer.count(one))
     require(answer != [], f"{key} is an empty list; nothing could be learned from it")

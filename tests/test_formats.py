@@ -458,6 +458,8 @@ def test_an_empty_option_leaves_the_others_their_letters_and_any_question_has_op
     row = {"query": "Colour?", "A": "", "B": "red", "C": "green", "response": "B"}
     record, = plumbing.recipes.read_records(write(tmp_path / "d.json", [row]))
     assert said(record)[0].startswith("Colour?\nB. red\nC. green\n") and said(record)[1] == "B"
+    record, = plumbing.recipes.read_records(write(tmp_path / "d.json", [llava(None, "q") | {"A": 1, "B": 2}]))
+    assert "choices" not in record  # columns are options where they stand beside a question
 
 
 def test_options_that_the_question_has_are_not_written_twice(tmp_path):
@@ -475,6 +477,7 @@ READ = {  # a row, or a file -> what is said in its record
     "conversations of role and content": ({"conversations": [TURN, REPLY]}, ["q", "a"]),
     "messages of from and value": ({"messages": llava()["conversations"], "image": "a.png"}, ["<image>\nWhat colour?", "red"]),
     "boxes are no instances": (llava(instances=[{"bbox": [1]}, {"bbox": [2]}]), ["<image>\nWhat colour?", "red"]),
+    "answers that are one": ({"question": "q", "answers": "aye"}, ["q", "aye"]),
     "an instruction that is all input": ({"instruction": "", "input": "q", "output": "a"}, ["q", "a"]),
     "answers": ({"question": "q", "answers": ["x", "a", "a"]}, ["q", "a"]),
     "a kind": ({"image": "a.png", "label": "cat"}, ["<image>\nWhat is this?", "cat"]),
