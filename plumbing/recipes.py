@@ -20,10 +20,10 @@ from plumbing.files import new_file, read_json, require, say
 from plumbing.folders import parquets_of
 from plumbing.formats import read_file, read_json_rows
 from plumbing.hub import ANY, Repository, fetch, folders, missing_files
+from plumbing.mural import murals
 from plumbing.pictures import read_member
 from plumbing.records import Records
 from plumbing.scoring import benchmark_row
-from plumbing.small_print import small_print
 
 RECIPES = read_json(Path(__file__).parents[1] / "assets" / "recipes.json")
 
@@ -112,8 +112,8 @@ def read_records(name, max_bad: float = 0.0) -> Records:
     A file, folder, URL, recipe, or name-{000..127}.tar -> its records. Rows that are no records are left out and named,
     if they are at most the share max_bad of all; else the first of them is an error.
     """
-    if re.fullmatch(r"print(@0?\.\d+)?", str(name)):
-        parts = [small_print()]
+    if re.fullmatch(r"mural(@0?\.\d+)?", str(name)):
+        parts = [murals()]
     else:
         paths, places = locate(str(name))
         parts = [read_file(path, places) for path in paths]

@@ -27,7 +27,7 @@ from extras.attention_maps import latent_maps, where_it_looked
 from plumbing.engine import PictureCache, respond
 from plumbing.pictures import open_source, picture_size
 from plumbing.recipes import read_records
-from plumbing.small_print import Print
+from plumbing.mural import QUARTERS, mural
 from tests.helpers import (conversation, fails, far, needs, noise_image, run, sample_flags, save_onevision, setup,
                            tiny_vlm, tokenizer)
 from tests.test_weights import hf_pixels, set_pixels
@@ -35,7 +35,7 @@ from tokenizer import Tokenizer
 from vision import Tiles, layout_of, to_pixels
 
 pytest_plugins = ["tests.helpers"]  # its fixtures
-S = 24  # the square of tiny_vlm
+S, MURAL = 24, mural(3)["images"][0]  # S: the square of tiny_vlm
 
 
 def png_of(width: int, height: int, seed: int = 0) -> bytes:
@@ -171,7 +171,7 @@ def test_a_pictures_size_is_that_of_the_opened_picture(tmp_path):
         image.save(path := tmp_path / f"{orientation}.jpg", exif=exif)
         for source in (str(path), path.read_bytes()):
             assert picture_size(source, 24) == open_source(source, 24).size
-    assert picture_size(Print(3), 24) == open_source(Print(3), 24).size == (48, 48)
+    assert picture_size(MURAL, 24) == open_source(MURAL, 24).size == (48, 48)
     fails(lambda: picture_size(str(tmp_path / "none.png"), 24), "none.png", "no such image file")
     assert fails(lambda: documents(tiled_vlm("mlp"), [conversation("<image>", "b", images=[b"broken"], id="r7")]), "r7")
 
@@ -193,12 +193,12 @@ def test_a_picture_whose_tiles_do_not_fit_is_left_out_and_told_with_the_flags(tm
     vlm = tiled_vlm("perceiver")
     one, = documents(vlm, CHATS[:1])
     assert documents(vlm, CHATS[:1], one.slots[0] + 27) == [None]
-    flags = ["--data=print", "--tiles=4", "--seq_len=48", "--steps=1", "--batch_size=2", "--device=cpu",
+    flags = ["--data=mural", "--tiles=4", "--seq_len=48", "--steps=1", "--batch_size=2", "--device=cpu",
              "--eval_size=4", f"--out_dir={tmp_path}"]
     ran = run("train_sft", *flags)
     assert ran.code == 1 and "--tiles" in ran.err.splitlines()[-1] and "--seq_len=48" in ran.err.splitlines()[-1]
     assert "with --tiles=4 a picture has up to 45 tokens" in ran.err
-    ran = run("data", "--check", "--data=print@.001", "--tiles=4", "--seq_len=48", f"--out={tmp_path / 'a.png'}")
+    ran = run("data", "--check", "--data=mural@.001", "--tiles=4", "--seq_len=48", f"--out={tmp_path / 'a.png'}")
     assert ran.code == 0 and ran.result["left_out"] == 20 and "--tiles=4" in ran.out
 
 
@@ -250,8 +250,8 @@ def test_a_llava_onevision_learns_small_print_in_tiles_and_is_exported_as_it_is(
     onevision_tokenizer().save_hub(tmp_path / "ov")
     rows = []
     for i in range(8):
-        Print(i).draw(112).resize((112, 84)).save(tmp_path / f"{i}.png")  # 4 x 3 squares of 28 pixels
-        rows.append({"image": f"{i}.png", "question": "<image>\nWhich number?", "answer": Print(i).number})
+        mural(i)["images"][0].draw(112).resize((112, 84)).save(tmp_path / f"{i}.png")  # 4 x 3 squares of 28 pixels
+        rows.append({"image": f"{i}.png", "question": "<image>\nWhat is it?", "answer": "cat"})
     (tmp_path / "d.json").write_text(json.dumps(rows))
     given = [f"--data={tmp_path / 'd.json'}", f"--model={tmp_path / 'ov'}", "--tiles=6"]
     ran = run("data", "--check", *given, f"--out={tmp_path / 'check.png'}")
@@ -263,18 +263,18 @@ def test_a_llava_onevision_learns_small_print_in_tiles_and_is_exported_as_it_is(
     folder = tmp_path / "out/ov/sft"
     vlm, words = model.load_checkpoint(folder).eval(), Tokenizer.from_pretrained(folder)
     assert vlm.config.vision.tiles == json.loads((folder / "state.json").read_text())["flags"]["tiles"] == 6
-    ran = run("sample", f"--init={folder}", f"--image={tmp_path / '1.png'}", "--question=Which number?",
+    ran = run("sample", f"--init={folder}", f"--image={tmp_path / '1.png'}", "--question=What is it?",
               "--device=cpu", "--max_new_tokens=4")
     tiles = to_pixels(open_source(str(tmp_path / "1.png")), vlm.config.vision)
     assert tiles.squares == 1 + 6 and vlm.config.bridge.tokens_of(tiles) == told
-    assert ran.out.strip() == respond(vlm, words, [[make_message("Which number?", 1)]], [[tiles]], max_new_tokens=4)[0]
+    assert ran.out.strip() == respond(vlm, words, [[make_message("What is it?", 1)]], [[tiles]], max_new_tokens=4)[0]
     assert run("sample", f"--init={folder}", f"--export={tmp_path / 'hf'}", "--device=cpu").code == 0
     reference, info = LlavaOnevisionForConditionalGeneration.from_pretrained(
         tmp_path / "hf", output_loading_info=True, dtype=torch.float32)
     assert not info["missing_keys"] and not info["unexpected_keys"]
     again = model.load_checkpoint(tmp_path / "hf").eval()
     assert again.config.vision.tiles == 6  # its grids are in the exported files
-    record = conversation("<image>\nWhich number?", "21", images=[(tmp_path / "1.png").read_bytes()])
+    record = conversation("<image>\nWhat is it?", "cat", images=[(tmp_path / "1.png").read_bytes()])
     processor = LlavaOnevisionImageProcessorPil.from_pretrained(tmp_path / "hf")
     theirs = dict(processor([[open_source(record["images"][0])]], return_tensors="pt"))
     set_pixels(theirs, tiles.pixels)
@@ -292,7 +292,7 @@ def test_grids_that_are_not_ours_are_refused(tmp_path):
     fails(lambda: model.load_checkpoint(tmp_path), tmp_path, "image_grid_pinpoints")
 
 
-QUICK = ["--data=print", "--device=cpu", "--batch_size=2", "--eval_size=4", "--steps=1"]
+QUICK = ["--data=mural", "--device=cpu", "--batch_size=2", "--eval_size=4", "--steps=1"]
 
 
 @pytest.fixture(scope="module")
@@ -308,7 +308,7 @@ def test_a_model_keeps_the_tiles_that_it_was_trained_with(printed, tmp_path, mon
     folder = printed / "tiny/sft"
     assert json.loads((folder / "config.json").read_text())["vision"]["tiles"] == 4
     assert json.loads((folder / "log.jsonl").read_text().splitlines()[0])["flags"]["tiles"] == 4
-    Print(5).draw(144).save(tmp_path / "a.png")
+    mural(5)["images"][0].draw(144).save(tmp_path / "a.png")
     seen = []
     monkeypatch.setattr(sample, "open_pixels", lambda vlm, path, alone=True: seen.append(
         to_pixels(open_source(str(path)), vlm.config.vision, alone)) or seen[-1])
@@ -326,14 +326,15 @@ def test_a_model_keeps_the_tiles_that_it_was_trained_with(printed, tmp_path, mon
 
 def test_without_tiles_nothing_is_cut_and_with_them_the_evaluation_sees_them(printed):
     vlm, words = model.load_checkpoint(printed / "tiny/sft"), Tokenizer.from_pretrained(printed / "tiny/sft")
-    records = read_records("print@.001")[:3]
+    records = read_records("mural@.001")[:3]
     load = data.pixel_loader(vlm.config.vision)
     shown = [[load(record["images"][0], record)] for record in records]
     assert all(one.squares == 5 for one, in shown)
-    asked = [record["messages"][:1] for record in records]
-    assert train_sft.answers(vlm, words, records) == respond(vlm, words, asked, shown, max_new_tokens=5)
+    asked = [record["messages"][:-1] for record in records]
+    most = 4 + max(len(words.encode(record["messages"][-1]["content"])) for record in records)
+    assert train_sft.answers(vlm, words, records) == respond(vlm, words, asked, shown, max_new_tokens=most)
     assert train_sft.answers(vlm, words, records, blind=True) == respond(
-        vlm, words, asked, [[vision.blank(one)] for one, in shown], max_new_tokens=5)
+        vlm, words, asked, [[vision.blank(one)] for one, in shown], max_new_tokens=most)
     assert vision.blank(shown[0][0]).pixels.unique().tolist() == [128] and shown[0][0].pixels.unique().numel() > 1
     vlm.config.vision.tiles = 0
     assert isinstance(data.pixel_loader(vlm.config.vision)(*records[0]["images"], records[0]), torch.Tensor)
@@ -427,10 +428,13 @@ def test_where_the_model_looked_is_told_of_a_picture_in_tiles():
     assert torch.equal(latent_maps(vlm, tiles), latent_maps(vlm, tiles.pixels[0]))
 
 
-def test_small_print_is_drawn_alike_everywhere_and_its_answers_are_even():
-    first, again = (read_records("print@.05") for _ in range(2))
+def test_a_mural_is_the_same_everywhere_and_says_what_is_in_each_quarter():
+    first, again = (read_records("mural@.05") for _ in range(2))
     assert len(first) == 1000 and np.array_equal(first.keys, again.keys)
-    numbers = [record["messages"][1]["content"] for record in first]
-    assert numbers == [record["images"][0].number for record in again]
-    assert len(set(numbers)) == 10 and max(map(numbers.count, numbers)) < 140
-    assert np.array_equal(np.asarray(Print(3).draw(144)), np.asarray(Print(3).draw(144)))
+    for record, other in zip(first[:50], again):
+        said = {one["content"].removeprefix("<image>\n"): two["content"] for one, two in zip(
+            record["messages"][::2], record["messages"][1::2])}
+        assert said == {f"What is at the {place}?": scene.things[0].kind
+                        for place, scene in zip(QUARTERS, other["images"][0].scenes)}
+    image = first[3]["images"][0]
+    assert image.draw(144).crop((72, 0, 144, 72)).tobytes() == image.scenes[1].draw(72).tobytes()  # the top right
