@@ -57,6 +57,8 @@ MUTANTS = {
          "test_parts_and_marked_string_render_alike_and_text_parts_stay_plain"),
         ("self.stop_ids = (self.im_end, self.endoftext)", "self.stop_ids = (self.im_end, )",
          "test_a_reward_is_for_a_right_answer_that_ends"),
+        ("put(self.think_block(thoughts), bool(thoughts) and learned)", "put(self.think_block(thoughts), learned)",
+         "test_of_a_qwen3s_answer_all_but_the_empty_thoughts_is_learned"),
         ("put([self.im_end], learned)", "put([self.im_end])",
          "test_mask_marks_the_answers_and_their_ends_and_nothing_else"),
         ('turns.insert(0, ("system", [self.default_system], False))',
@@ -294,6 +296,9 @@ MUTANTS = {
          "test_the_first_step_has_the_mean_loss_of_the_first_rows"),
         ("caption_share=lambda i: max(0.05, 0.9 - i / 15_000))", "caption_share=lambda i: 0.9)",
          "test_the_curriculum_goes_by_record_number_from_captions_to_questions"),
+        ('== flags.data and "lr" not in given():', "== flags.data:",
+         "test_continuing_from_a_trained_model_takes_a_lower_rate_and_the_curriculums_end"),
+        ("len(records) < 50", "len(records) < 2", "test_few_held_out_questions_are_told_as_few"),
         ('params = freeze_all_but(vlm, ["bridge", "decoder", "vit"], flags)',
          'params = freeze_all_but(vlm, ["bridge", "decoder"], flags)',
          "test_a_chapter_changes_the_parts_it_trains_and_keeps_moments_of_no_other"),
@@ -425,6 +430,10 @@ MUTANTS = {
          "test_resume_refuses_files_of_different_steps"),
         ("tensors = dict(vlm.named_parameters()) | (master_weights or {})", "tensors = dict(vlm.named_parameters())",
          "test_a_run_in_bfloat16_keeps_its_float32_weights"),
+        ("    for i in range(free, 0, -1):", "    for i in range(1, free + 1):",
+         "test_a_run_keeps_the_runs_before_it_and_their_logs"),
+        ('"data": positions,', '"data": [],',
+         "test_a_stopped_and_resumed_run_equals_one_never_stopped_bit_for_bit"),
     ],
     "plumbing/engine.py": [
         ("        if len(request) > limit:", "        if len(request) > limit + 1:",
@@ -443,9 +452,18 @@ MUTANTS = {
         ("self.keys[slot] = digest(image)", "pass",
          "test_equal_prompts_are_computed_once_and_not_mixed_up_with_other_pictures"),
     ],
+    "plumbing/drawing.py": [
+        ('if "step" not in row or "stage" in row:', 'if "step" not in row:', "test_curves_show_what_the_log_says"),
+    ],
     "plumbing/files.py": [
         ("    if not place.exists() and old.exists():", "    if False:",
          "test_a_crash_while_saving_leaves_a_whole_checkpoint"),
+    ],
+    "plumbing/flags.py": [
+        ('if "=" in word and near:', "if False:", "test_a_word_without_its_flag_gets_a_suggestion"),
+    ],
+    "plumbing/formats.py": [
+        ("with (gzip.open if path", "with (open if path", "test_the_same_conversations_come_out_of_every_container"),
     ],
     "plumbing/hub.py": [
         ("            os.fsync(file.fileno())  # before the rename: else", "            # before the rename: else",
@@ -457,6 +475,12 @@ MUTANTS = {
          "test_lora_adds_nothing_at_first_and_then_learns_alone"),
         ("return self.weight + self.lora_b @ self.lora_a", "return self.weight",
          "test_lora_goes_through_checkpoints_and_is_merged_on_export"),
+    ],
+    "plumbing/log.py": [
+        ("if self.interrupted and not self.steps:", "if False:",
+         "test_ctrl_c_before_the_first_step_leaves_the_run_before_as_it_was"),
+        ("if many > 1.5 * one:", "if many < 1.5 * one:",
+         "test_where_threads_wait_for_each_other_one_line_names_the_remedy"),
     ],
     "plumbing/optimizer.py": [
         ("MOMENTUM = 0.8", "MOMENTUM = 0.95", "test_two_muon_steps_on_a_2x3_matrix"),
@@ -542,6 +566,10 @@ MUTANTS = {
         ("if len(letters) == 1 and words.index(letters[0]) > len(words) - 5:",
          "if letters and words.index(letters[0]) > len(words) - 5:", "test_a_letter_is_found_as_vlmevalkit_does"),
     ],
+    "plumbing/settings.py": [
+        ('near = [one for one in known if one.endswith(f".{name}")] or near', "near = list(near)",
+         "test_set_checks_names_and_values_in_one_line"),
+    ],
     "plumbing/text.py": [
         ("np.minimum(at + seq_len + 1, ends[document])", "np.minimum(at + seq_len, ends[document])",
          "test_a_long_text_is_cut_into_the_same_pieces_from_memory_and_from_the_disk"),
@@ -555,7 +583,11 @@ MUTANTS = {
          "test_a_bad_safetensors_file_is_one_line_that_names_it"),
         ("        value = torch.cat(parts) if len(parts) > 1 else parts[0]",
          "        value = torch.cat(parts[::-1]) if len(parts) > 1 else parts[0]",
-         "test_any_exported_decoder_is_a_qwen_to_transformers"),
+         "test_any_exported_decoder_is_a_qwen_to_transformers test_gpt_equals_qwen2_and_qwen3_of_transformers"),
+    ],
+    "plumbing/workers.py": [
+        ("np.split(tokens, ends, axis=-1)", "np.split(tokens, ends - 1, axis=-1)",
+         "test_the_batches_are_the_same_for_any_number_of_workers_and_from_any_state"),
     ],
     "plumbing/world.py": [
         ("HELD_OUT = {pair for i, pair in enumerate(PAIRS) if (i // 7 * 3 + i % 7) % 7 == 0}",
@@ -618,6 +650,14 @@ MUTANTS = {
         ('self.known[tuple(row[name] for name in self.KEY)] = row["text"]',
          'self.known[tuple(row[name] for name in self.KEY)] = ""', "test_answers_that_were_kept_are_not_asked_again"),
     ],
+    "extras/check.py": [
+        ("if min(image.size) < 4 or max(image.size) > 100 * min(image.size):", "if min(image.size) < 1:",
+         "test_the_check_finds_the_planted_fault"),
+    ],
+    "extras/compare.py": [
+        ('gain(one["right"], other["right"])', 'gain(other["right"], one["right"])',
+         "test_runs_are_compared_on_the_same_questions_with_all_that_differs"),
+    ],
     "extras/export.py": [
         ('"do_sample": config.generation.get("temperature", 0) > 0, **config', '"do_sample": True, **config',
          "test_an_exported_model_says_how_it_samples_and_when_it_stops"),
@@ -625,6 +665,12 @@ MUTANTS = {
          "test_an_exported_model_says_how_it_samples_and_when_it_stops"),
         ('"eos_token_id": tokenizer.im_end, "pad_token_id"', '"eos_token_id": None, "pad_token_id"',
          "test_an_exported_model_says_how_it_samples_and_when_it_stops"),
+    ],
+    "extras/fields.py": [
+        ("and type(value) is int and value == -1:", "and type(value) is int and value == -2:",
+         "test_what_changes_nothing_is_accepted"),
+        ("if type(value) not in (int, kind) or not least <= value or", "if type(value) not in (int, kind) or",
+         "test_a_wrong_request_is_told_what_is_wrong"),
     ],
     "extras/load_test.py": [
         ("for share in (0.5, 0.95)]", "for share in (0.5, 0.5)]",

@@ -27,7 +27,7 @@ pytest_plugins = ["tests.helpers"]  # its fixtures
     ("vision.hidden_size=130", ["not a multiple of 4"]), ("decoder.num_attention_heads=128", ["RoPE"]),
     ("vision.patch_size=200", ["at least one patch"])])
 def test_set_checks_names_and_values_in_one_line(text, parts):
-    fails(lambda: model.preset("tiny", "", text), "--set=", *parts)
+    assert fails(lambda: model.preset("tiny", "", text), "--set=", *parts)
 
 
 def test_set_changes_what_it_names_and_what_follows_from_it():
@@ -98,7 +98,7 @@ def test_beside_released_weights_only_the_new_bridge_can_be_set(tmp_path, monkey
     vlm, *_ = train_base.without_checkpoint(flags, setup())
     assert vlm.bridge(torch.ones(1, 16, 32)).shape == (1, 6, 32) and len(vlm.bridge.perceiver.layers) == 2
     flags.set = "decoder.num_hidden_layers=1"
-    fails(lambda: train_base.without_checkpoint(flags, setup()), "--set=decoder.num_hidden_layers=1",
-          "released weights have their shape", "bridge.*")
+    assert fails(lambda: train_base.without_checkpoint(flags, setup()), "--set=decoder.num_hidden_layers=1",
+                 "released weights have their shape", "bridge.*")
     finished, flags.set = ["base", "align", "sft"], "bridge.num_latents=6"  # a LLaVA
-    fails(lambda: train_base.without_checkpoint(flags, setup()), "--set=bridge.num_latents=6", "released weights")
+    assert fails(lambda: train_base.without_checkpoint(flags, setup()), "--set=bridge.num_latents=6", "released")
