@@ -1807,11 +1807,12 @@ def test_a_chapter_evaluates_on_the_way_and_learns_the_same(trained, tmp_path, m
     asked, real = [], train_sft.evaluate
     monkeypatch.setattr(train_sft, "evaluate", lambda vlm, tokenizer, records, *rest, **more: asked.append(
         len(records)) or real(vlm, tokenizer, records, *rest, **more))
-    for out, flags in (("with", []), ("without", ["--eval_every=0"])):
-        ran = run("train_sft", "--steps=3", *QUICK[1:], f"--out_dir={tmp_path / out}", *flags, "--init=scratch",
-                  main=train_sft.main)
+    for out, flags in (("with", []), ("own", ["--eval_every=2"]), ("without", ["--eval_every=0"])):
+        ran = run("train_sft", "--steps=3", *QUICK[1:], "--eval_size=4", f"--out_dir={tmp_path / out}", *flags,
+                  f"--init={TINY}", main=train_sft.main)
         assert ran.code == 0
-    assert asked == [3, 3, *[10] * 6, *[10] * 6]  # twice on the way; at the end two sets, own, blind and shuffled
+    # On the way twice, then once, where it was asked for of all; at the end two sets: own, blind and shuffled.
+    assert asked == [3, 3, *[4] * 6, 4, *[4] * 6, *[4] * 6]
     rows = [json.loads(line) for line in (tmp_path / "with/tiny/sft/log.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows if "accuracy_by_kind" in row] == [1, 2, 3]
     one, two = ((tmp_path / out / "tiny/sft/model.safetensors").read_bytes() for out in ("with", "without"))
@@ -2076,6 +2077,15 @@ def test_standard_output_holds_the_answer_alone(trained, photo):
     several = run("sample", *flags, f"--image={photo}", "--temperature=1", "--seed=3", "--top_k=9", "--top_p=0.9",
                   "--repetition_penalty=1.2")
     assert several.code == 0 and several.out
+
+
+def test_only_a_single_picture_may_be_cut_into_tiles(photo, tmp_path, monkeypatch):
+    alone, real = [], sample.to_pixels
+    monkeypatch.setattr(sample, "to_pixels", lambda *args, **more: alone.append(more["alone"]) or real(*args))
+    for images in ([photo], [photo, photo]):
+        flags = [f"--out_dir={tmp_path}", *(f"--image={image}" for image in images), "--max_new_tokens=1"]
+        assert run("sample", *flags, "--device=cpu", main=sample.main).code == 0
+    assert alone == [True, False, False]
 
 
 def test_a_huge_longest_answer_takes_no_more_memory_than_the_model_can_fill(photo, tmp_path):

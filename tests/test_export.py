@@ -255,7 +255,7 @@ def test_chat_template_of_save_hub_gives_what_render_renders(name, messages, tmp
 
 @needs("transformers")
 @settings(max_examples=100, deadline=None)
-@given@given(st.lists(st.lists(st.sampled_from(["<image>", *"a \n\r'\"\\<é我", "{{", "%}"])).map("".join), min_size=1,
+@given(st.lists(st.lists(st.sampled_from(["<image>", *"a \n\r'\"\\<é我", "{{", "%}"])).map("".join), min_size=1,
                 max_size=4), st.booleans())
 def test_chat_template_of_save_hub_renders_any_text_as_it_is(tmp_path_factory, contents, system):
     name = "own_system" if system else "own"
