@@ -1941,8 +1941,8 @@ def test_continuing_from_a_trained_model_takes_a_lower_rate_and_the_curriculums_
 
     def go(start: str, *flags) -> tuple[Ran, dict, float]:
         shares.clear()
-        ran = run("train_sft", *QUICK, f"--out_dir={tmp_path}", f"--init={trained[0] / 'tiny' / start}", *flags,
-                  main=train_sft.main)
+        ran = run("train_sft", *QUICK, "--eval_size=2", f"--out_dir={tmp_path}",
+                  f"--init={trained[0] / 'tiny' / start}", *flags, main=train_sft.main)
         assert ran.code == 0
         first = json.loads((tmp_path / "tiny/sft/log.jsonl").read_text().splitlines()[0])["flags"]
         return ran, first, max(shares)
@@ -1953,7 +1953,7 @@ def test_continuing_from_a_trained_model_takes_a_lower_rate_and_the_curriculums_
         ran, first, share = go(start)
         assert first["lr"] == pytest.approx(usual * train_sft.AGAIN) and share == pytest.approx(0.05)
         assert ran.err.count("it has been through this chapter") == 1 and f"instead of {usual:g}" in ran.err
-    ran = run("train_sft", *QUICK, f"--out_dir={tmp_path}", f"--init={trained[0] / 'tiny/sft'}",
+    ran = run("train_sft", *QUICK, "--eval_size=2", f"--out_dir={tmp_path}", f"--init={trained[0] / 'tiny/sft'}",
               f"--data={own_data / 'files.json'}")  # new things to learn: the usual rate, and nothing to tell
     assert ran.code == 0 and "been through" not in ran.err
     assert read_json(tmp_path / "tiny/sft/state.json")["flags"]["lr"] == usual

@@ -71,7 +71,8 @@ def test_two_ranks_learn_what_one_learns_from_two_micro_batches(chapters, two_ra
         assert torch.allclose(ours[name], theirs[name], rtol=1e-3, atol=1e-6), name
     # the places in the data, too: a run may be resumed on another number of processes
     assert read_json(chapters.out / "tiny" / stage / "state.json") == read_json(folder / "tiny" / stage / "state.json")
-    told = {"base": ["bits_per_byte"], "align": ["caption_loss", "blind_loss"], "sft": ["blind_accuracy"], "rl": ["before"]}[stage]
+    told = {"base": ["bits_per_byte"], "align": ["caption_loss", "blind_loss"], "sft": ["blind_accuracy"],
+            "rl": ["before"]}[stage]
     for name in told:
         assert first[stage][name] == pytest.approx(result[name], rel=1e-3)
     if stage == "sft":
