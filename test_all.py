@@ -2,7 +2,7 @@
 What the lessons promise, one test for each promise, named after it, in the order of the lessons. The promises of
 plumbing/ and extras/ are in tests/, in a file for each room.
 
-    python -m pytest -n 2                     # all, offline, in two processes: under three minutes on two cores
+    python -m pytest -n 2                     # all, offline, in two processes: three to four minutes on two idle cores
     python -m pytest -k packed                # those with "packed" in their name
     python test_all.py --long                 # also the full form of some: 10,000 files, 50 kills; an hour
     python test_all.py --mutants              # small faults, put into a copy one by one: would a test notice?

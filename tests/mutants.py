@@ -103,6 +103,8 @@ MUTANTS = {
         ("latents if self.seed is None else latents + self.seed(self.places(features))", "latents", PLAIN),
     ],
     "data.py": [
+        ("Shuffled(train, seed), weight", "Shuffled(train, 0), weight",
+         "test_load_data_holds_out_new_scenes_and_new_pairs_or_a_share_of_a_file"),
         ("train = np.bincount(owner[np.isin(keys, keys[held[owner]])], minlength=n) == 0",
          "train = np.bincount(owner[np.isin(keys, keys[chosen])], minlength=n) == 0",
          "test_a_record_that_shares_a_held_out_records_second_picture_does_not_train"),
@@ -189,6 +191,8 @@ MUTANTS = {
          "test_a_tied_head_teaches_the_embedding_of_words_that_only_could_have_come"),
     ],
     "train_base.py": [
+        ("log.write(step=step, bits_per_byte=now)", "log.write(step=step, bits_per_byte=before)",
+         "test_what_a_chapter_logs_on_the_way_is_what_it_reports_at_the_end"),
         ("return nats / math.log(2) / size", "return nats / size",
          "test_bits_per_byte_of_an_even_guess_are_the_bits_of_a_token_over_the_bytes_of_a_token"),
         ("tokenizer.decode_bytes(doc.ids[1:])) for doc", "tokenizer.decode_bytes(doc.ids)) for doc",
@@ -238,6 +242,9 @@ MUTANTS = {
          "test_a_pretrained_vit_stays_frozen_whatever_a_chapter_asks_for"),
     ],
     "train_align.py": [
+        ('caption_loss=losses["own"], blind_loss=losses["blind"])\n        if',
+         'caption_loss=losses["blind"], blind_loss=losses["own"])\n        if',
+         "test_what_a_chapter_logs_on_the_way_is_what_it_reports_at_the_end"),
         ("nats, tokens = held_out_loss(vlm, documents, setup, seq_len, image)",
          "nats, tokens = held_out_loss(vlm, documents, setup, seq_len)",
          "test_chapter_2_reports_the_loss_of_captions_with_the_right_a_grey_and_another_picture"),
@@ -266,6 +273,8 @@ MUTANTS = {
          "test_a_chapter_changes_the_parts_it_trains_and_keeps_moments_of_no_other"),
     ],
     "train_sft.py": [
+        ("first[:FEW] if flags.eval_every < 0 else first", "first[:FEW]",
+         "test_a_chapter_evaluates_on_the_way_and_learns_the_same"),
         ('{split: World("exam", split, seed=1) for split', '{split: World("exam", split, seed=flags.seed) for split',
          "test_all_runs_answer_the_same_questions_which_training_never_shows"),
         ("pixels = [[torch.full_like(p, 128) for p in group] for group in pixels]", "pass",
@@ -304,6 +313,12 @@ MUTANTS = {
          "test_a_chapter_changes_the_parts_it_trains_and_keeps_moments_of_no_other"),
     ],
     "train_rl.py": [
+        ("/ max(questions, 1) for name, value", "/ flags.batch_size for name, value",
+         "test_a_step_of_chapter_4_divides_by_its_questions_and_by_all_tokens_of_groups_that_teach"),
+        ("train_step(vlm, batches, max(tokens, 1), optimizer", "train_step(vlm, batches, max(len(groups), 1), optimizer",
+         "test_a_step_of_chapter_4_divides_by_its_questions_and_by_all_tokens_of_groups_that_teach"),
+        ("        if flags.eval_every > 0 and step % flags.eval_every == 0:", "        if False:",
+         "test_what_a_chapter_logs_on_the_way_is_what_it_reports_at_the_end"),
         ("advantages.get(tuple(ids), 0.0) + r - mean", "advantages.get(tuple(ids), 0.0) + r",
          "test_a_group_of_four_answers_becomes_the_four_gradients_of_its_advantages"),
         ("advantages[tuple(ids)] = advantages.get(tuple(ids), 0.0) + r - mean", "advantages[tuple(ids)] = r - mean",
@@ -359,6 +374,7 @@ MUTANTS = {
          "test_a_chapter_changes_the_parts_it_trains_and_keeps_moments_of_no_other"),
     ],
     "sample.py": [
+        ("alone=len(flags.image) == 1)", "alone=True)", "test_only_a_single_picture_may_be_cut_into_tiles"),
         ("folder = flags.init or (found[0][0] if found else", "folder = flags.init or (found[-1][0] if found else",
          "test_the_checkpoint_written_last_is_the_one_that_answers"),
         ('self.messages += [question, make_message(answer, role="assistant")]',
@@ -390,6 +406,10 @@ MUTANTS = {
          "    if not (shows or other_work) and not asks:", "test_a_model_is_not_asked_for_what_it_has_not_learned"),
     ],
     "bench.py": [
+        ("speed = batch * new / (all_ - first)", "speed = batch * new / all_",
+         "test_bench_says_how_fast_this_machine_is"),
+        ('"images_per_s": step.images / seconds', '"images_per_s": step.tokens / seconds',
+         "test_bench_says_how_fast_this_machine_is"),
         ("[0] * M + ids, [0] * (M + words // 2) + [1]", "[0] * M + ids, [1] * (M + words // 2) + [1]",
          "test_made_up_conversations_have_a_picture_and_are_half_supervised"),
         ('for world in [World("exam", split, seed=1)]}', 'for world in [World("exam", split, seed=flags.seed)]}',
