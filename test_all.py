@@ -1742,6 +1742,17 @@ def test_a_step_of_chapter_4_divides_by_its_questions_and_by_all_tokens_of_group
     assert told["teaching"] == len(teach) / 22
 
 
+def test_a_resumed_chapter_4_compares_with_where_it_began(chapters, tmp_path):
+    assert chapters["rl"]["before"] > 0
+    shutil.copytree(chapters.out / "tiny/rl", tmp_path / "tiny/rl")
+    state = read_json(path := tmp_path / "tiny/rl/state.json")
+    for one in state["before"].values():
+        one["right"] = [0.0] * 6  # as if it had begun with nothing right
+    path.write_text(json.dumps(state))
+    result = call(train_rl.main, f"--out_dir={tmp_path}", "--resume", "--device=cpu")
+    assert all(one["before"] == 0 < one["accuracy"] for one in result["held_out"].values())
+
+
 @pytest.mark.parametrize("stage", ["base", "align", "rl"])
 def test_what_a_chapter_logs_on_the_way_is_what_it_reports_at_the_end(chapters, stage):
     # After the only step the weights are those of the end. (Chapter 3 evaluates before its last step alone.)
@@ -1919,12 +1930,16 @@ def test_alignment_goes_on_where_a_step_shows_no_picture(trained, tmp_path):
 
 
 def test_the_first_chapter_learns_from_text(trained, tmp_path):
-    (tmp_path / "a.txt").write_text("<|endoftext|>".join(f"The number after {i} is {i + 1}. " * 4 for i in range(60)))
-    ran = run("train_base", *QUICK, f"--out_dir={tmp_path / 'out'}", f"--data={tmp_path / 'a.txt'}")
+    (tmp_path / "a.txt").write_text("<|endoftext|>".join(f"The number after {i} is {i + 1}. " + "Then come others. " * 9
+                                                      for i in range(60)))
+    ran = run("train_base", *QUICK, "--seq_len=24", f"--out_dir={tmp_path / 'out'}", f"--data={tmp_path / 'a.txt'}")
     assert ran.code == 0 and "random weights" in ran.err and ran.result["bits_per_byte"] > 0
     tokenizer = Tokenizer.from_pretrained(tmp_path / "out/tiny/base")
     assert len(tokenizer.encode(" number")) == 1  # the tokenizer has learned from the same file
-    assert "48 of 60 pieces of text train, 10 are held out, of 10 other documents" in ran.err
+    # Each document is in several pieces, and those of one are on one side.
+    train, all_, held, documents = map(int, re.search(
+        r"(\d+) of (\d+) pieces of text train, (\d+) are held out, of (\d+) other documents", ran.err).groups())
+    assert all_ > 120 and train + held <= all_ and held == 10 >= 2 * documents
     # What it writes at the end begins as held-out documents do, and so does the command that asks it for more.
     samples = re.findall(r"^  (The number after .*)$", ran.err, re.M)
     assert len(samples) == 3 and ran.err.splitlines()[-1].endswith("'") and "--prompt='The number after" in ran.err

@@ -191,6 +191,8 @@ MUTANTS = {
          "test_a_tied_head_teaches_the_embedding_of_words_that_only_could_have_come"),
     ],
     "train_base.py": [
+        ("for document in reversed(documents)}", "for document in documents}",
+         "test_the_first_chapter_learns_from_text"),
         ("log.write(step=step, bits_per_byte=now)", "log.write(step=step, bits_per_byte=before)",
          "test_what_a_chapter_logs_on_the_way_is_what_it_reports_at_the_end"),
         ("return nats / math.log(2) / size", "return nats / size",
@@ -313,6 +315,8 @@ MUTANTS = {
          "test_a_chapter_changes_the_parts_it_trains_and_keeps_moments_of_no_other"),
     ],
     "train_rl.py": [
+        ('before = state.get("before") or {name', "before = {name",
+         "test_a_resumed_chapter_4_compares_with_where_it_began"),
         ("/ max(questions, 1) for name, value", "/ flags.batch_size for name, value",
          "test_a_step_of_chapter_4_divides_by_its_questions_and_by_all_tokens_of_groups_that_teach"),
         ("train_step(vlm, batches, max(tokens, 1), optimizer", "train_step(vlm, batches, max(len(groups), 1), optimizer",
