@@ -1939,7 +1939,7 @@ def test_the_first_chapter_learns_from_text(trained, tmp_path):
     # Each document is in several pieces, and those of one are on one side.
     train, all_, held, documents = map(int, re.search(
         r"(\d+) of (\d+) pieces of text train, (\d+) are held out, of (\d+) other documents", ran.err).groups())
-    assert all_ > 120 and train + held <= all_ and held == 10 >= 2 * documents
+    assert all_ >= 120 and train + held <= all_ and held == 10 >= documents
     # What it writes at the end begins as held-out documents do, and so does the command that asks it for more.
     samples = re.findall(r"^  (The number after .*)$", ran.err, re.M)
     assert len(samples) == 3 and ran.err.splitlines()[-1].endswith("'") and "--prompt='The number after" in ran.err
