@@ -319,7 +319,7 @@ MUTANTS = {
          "test_a_resumed_chapter_4_compares_with_where_it_began"),
         ("/ max(questions, 1) for name, value", "/ flags.batch_size for name, value",
          "test_a_step_of_chapter_4_divides_by_its_questions_and_by_all_tokens_of_groups_that_teach"),
-        ("train_step(vlm, batches, max(tokens, 1), optimizer", "train_step(vlm, batches, max(len(groups), 1), optimizer",
+        ("batches, max(tokens, 1), optimizer", "batches, max(len(groups), 1), optimizer",
          "test_a_step_of_chapter_4_divides_by_its_questions_and_by_all_tokens_of_groups_that_teach"),
         ("        if flags.eval_every > 0 and step % flags.eval_every == 0:", "        if False:",
          "test_what_a_chapter_logs_on_the_way_is_what_it_reports_at_the_end"),
