@@ -6,14 +6,12 @@ import argparse
 import base64
 import contextlib
 import csv
-import gzip
 import hashlib
 import http.server
 import importlib.util
 import io
 import json
 import os
-import random
 import re
 import runpy
 import signal
@@ -37,12 +35,10 @@ from PIL import Image
 
 import data
 import extras.server
-import plumbing.checkpoints
 import plumbing.engine
 import plumbing.flags
 import plumbing.hub
 import plumbing.ranks
-import plumbing.records
 import plumbing.weights
 import plumbing.world
 import sample
@@ -54,7 +50,8 @@ from data import Document, collate, make_document, pack, pixel_loader
 from model import GPT, VLM, GPTConfig, VLMConfig, load_checkpoint
 from plumbing.engine import respond
 from plumbing.flags import parse_flags
-from plumbing.world import World
+from plumbing.records import Records, hash_keys
+from plumbing.world import COLOURS, World
 from sample import FLAGS as SAMPLE_FLAGS
 from tokenizer import Rendered, Tokenizer
 from vision import BridgeConfig, ViTConfig
@@ -206,7 +203,8 @@ CHATS = [
     [("system", "Answer in French."), ("user", "Count to 12, please."), ("assistant", "1, 2, 3 ... 12.")],
     [("user", "\n\n  indented, after newlines"), ("assistant", "ok"), ("user", "   leading spaces\n"),
      ("assistant", "x")],
-    [("user", "我想在apple工作 😶‍🌫️ Cu\u031b\u0309a Việt"), ("assistant", "e\u0301te\u0301 ½ ٣ ①")],
+    [("user", "我想在apple工作 😶‍🌫️ Cu\u031b\u0309a Việt"),
+     ("assistant", "e\u0301te\u0301 ½ ٣ ①")],
     [("user", ""), ("assistant", ""), ("system", "be short"), ("user", "\tdef f(x):\r\n\t\treturn 'x'")],
     [("user", "What's 7+5?"), ("assistant", "12"), ("user", "I'LL ask: and 12345*6?"), ("assistant", "74,070\n")],
 ]
@@ -242,13 +240,6 @@ def qwen3(table=qwen) -> Tokenizer:
 @lru_cache
 def small():
     return Tokenizer.train(["the cat sat on the mat. the cat, it's the cat that sat! été 12 12"] * 2, 300)
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# weights.py: safetensors
-
-def entry(dtype="I32", shape=(2, 2), offsets=(0, 16)) -> dict:
-    return {"a": {"dtype": dtype, "shape": shape, "data_offsets": offsets}}
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -394,43 +385,12 @@ def hub(tmp_path, monkeypatch):
     server.close()
 
 
-def noise(size: int, seed: int = 0) -> bytes:
-    return random.Random(seed).randbytes(size)
-
-
-def table(hub, monkeypatch, repo="Org/Name", short="short", **more):
-    "The repository as an entry of the table, with the true size and hash of its weights."
-    content = hub.files[repo]["model.safetensors"]
-    pair = len(content), hashlib.sha256(content).hexdigest()
-    small = {name: plumbing.hub.ANY for name in hub.files[repo] if name != "model.safetensors"}
-    files = small | {"model.safetensors": more.pop("pair", pair)}
-    entry = plumbing.hub.Repository(repo, COMMIT, files, **{"licence": "Apache-2.0"} | more)
-    monkeypatch.setitem(plumbing.hub.REPOSITORIES, short, entry)
-    return entry
-
-
 def wait_until(condition, seconds=20.0):  # a busy machine may need that long
     end = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < end, "waited in vain"
         time.sleep(0.002)
 
-
-# ----------------------------------------------------------------------------------------------------------------------
-# weights.py: the table; data.py: --download
-
-def command(*flags):
-    "python data.py FLAGS, in this process -> (exit code or its line, standard output, standard error)."
-    out, err, kept = io.StringIO(), io.StringIO(), sys.argv
-    sys.argv = ["data.py", *flags]
-    try:
-        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-            runpy.run_path(str(HERE / "data.py"), run_name="__main__")
-        return 0, out.getvalue(), err.getvalue()
-    except SystemExit as end:
-        return end.code, out.getvalue(), err.getvalue()
-    finally:
-        sys.argv = kept
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -439,10 +399,6 @@ def command(*flags):
 def texts(record: dict) -> str:
     return record.get("text", "") + "\n".join(m["content"] for m in record.get("messages", []))
 
-
-def exam(record: dict) -> tuple[str, str, list]:
-    question, answer = (message["content"] for message in record["messages"])
-    return question.removeprefix("<image>\n"), answer, list(record["images"][0].things)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -455,7 +411,6 @@ def saved(image: Image.Image, kind: str, **options) -> io.BytesIO:
     return file
 
 RED, GREEN, BLUE, WHITE, BLACK = (255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 255), (0, 0, 0)
-
 
 def png_chunk(kind: bytes, body: bytes) -> bytes:
     return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
@@ -494,14 +449,33 @@ def write_tsv(path: Path, rows: list[dict]) -> Path:
     return path
 
 
-def split(rows: list[dict], *options, **more):
-    "data.split_by_image of records that lie in no file."
-    keys = [plumbing.records.hash_keys(row) for row in rows]
-    return data.split_by_image(plumbing.records.Records(rows.__getitem__, np.arange(len(rows))[:, None], np.array(
-        sum(keys, []), np.uint64), np.array([len(one) for one in keys])), *options, **more)
+def records_of(rows: list[dict]) -> Records:
+    "Records that lie in no file."
+    keys = [hash_keys(row) for row in rows]
+    return Records(rows.__getitem__, np.arange(len(rows))[:, None], np.array(sum(keys, []), np.uint64),
+                   np.array([len(one) for one in keys]))
 
-# The same four conversations, in every container.
-COLOURS_4 = {"red": (255, 0, 0), "blue": (0, 0, 255), "lime": (0, 255, 0), "white": (255, 255, 255)}
+
+@pytest.fixture()
+def own_data(tmp_path):
+    "Pictures as files, in a zip beside them, and within the records; 24 records each."
+    folder = tmp_path / "own"
+    (folder / "images").mkdir(parents=True)
+    rows = []
+    for i in range(24):
+        colour = list(COLOURS)[i % 7]
+        rows.append(llava(f"{i}.png", id=f"r{i}", answer=colour))
+        (folder / "images" / f"{i}.png").write_bytes(image_bytes((*COLOURS[colour][:2], i)))
+    (folder / "zip").mkdir()
+    with zipfile.ZipFile(folder / "zip" / "images.zip", "w") as file:
+        for path in (folder / "images").iterdir():
+            file.write(path, path.name)
+    write(folder / "files.json", rows)
+    write(folder / "zip" / "zip.json", rows)
+    write_tsv(folder / "table.tsv", [
+        {"index": i, "image": base64.b64encode((folder / "images" / f"{i}.png").read_bytes()).decode(),
+         "question": "What colour?", "answer": row["conversations"][1]["value"]} for i, row in enumerate(rows)])
+    return folder
 
 
 def add_to_tar(tar, member: str, content: bytes, **fields) -> None:
@@ -510,68 +484,6 @@ def add_to_tar(tar, member: str, content: bytes, **fields) -> None:
     for field, value in fields.items():
         setattr(info, field, value)
     tar.addfile(info, io.BytesIO(content))
-
-
-def build(folder: Path, kind: str) -> str:
-    "-> what --data= says for the four conversations in this form."
-    pictures = {f"{name}.png": image_bytes(colour) for name, colour in COLOURS_4.items()}
-    rows = [llava(f"{name}.png", id=name, answer=name) for name in COLOURS_4]
-    if kind in ("files", "lines", "linked", "gzip"):
-        (folder / "p" if kind == "linked" else folder / "images").mkdir()
-        for name, content in pictures.items():
-            (folder / ("p" if kind == "linked" else "images") / name).write_bytes(content)
-        if kind == "linked":  # the folder of pictures itself may be elsewhere
-            (folder / "own").mkdir()
-            (folder / "own" / "images").symlink_to(folder / "p")
-            return str(write(folder / "own" / "d.json", rows))
-        path = write(folder / "d.jsonl", rows, lines=kind != "files")
-        if kind == "gzip":
-            (folder / "d.jsonl.gz").write_bytes(gzip.compress(path.read_bytes()))
-            return str(folder / "d.jsonl.gz")
-        return str(path)
-    if kind == "zips":
-        for number, names in enumerate((["red.png", "blue.png"], ["lime.png", "white.png"])):
-            with zipfile.ZipFile(folder / f"part{number}.zip", "w") as file:
-                for name in names:
-                    file.writestr(f"some/folder/{name}", pictures[name])
-        return str(write(folder / "d.json", rows))
-    if kind == "zip of a part":  # coco/red.png is red.png in coco/train.zip
-        (folder / "coco").mkdir()
-        with zipfile.ZipFile(folder / "coco" / "train.zip", "w") as file:
-            for name, content in pictures.items():
-                file.writestr(name, content)
-        return str(write(folder / "d.json", [row | {"image": f"coco/{row['image']}"} for row in rows]))
-    if kind in ("data URIs", "openai"):
-        uris = {n: "data:image/png;base64," + base64.b64encode(c).decode() for n, c in pictures.items()}
-        if kind == "data URIs":
-            return str(write(folder / "d.json", [row | {"image": uris[row["image"]]} for row in rows]))
-        return str(write(folder / "d.json", [{"id": name, "messages": [
-            {"role": "user", "content": [{"type": "image_url", "image_url": {"url": uris[f"{name}.png"]}},
-                                         {"type": "text", "text": "\nWhat colour?"}]},
-            {"role": "assistant", "content": name}]} for name in COLOURS_4]))
-    if kind == "metadata":
-        for name, content in pictures.items():
-            (folder / name).write_bytes(content)
-        write(folder / "metadata.jsonl", [{"file_name": f"{name}.png", "id": name, "question": "What colour?",
-                                           "answer": name} for name in COLOURS_4], lines=True)
-        return str(folder)
-    if kind == "shards":
-        for number, names in enumerate((["red", "blue"], ["lime", "white"])):
-            with tarfile.open(folder / f"s-{number:03}.tar", "w", format=tarfile.PAX_FORMAT) as tar:
-                for name in names:
-                    add_to_tar(tar, f"x/{name}.png", pictures[f"{name}.png"])
-                    add_to_tar(tar, f"x/{name}.json", json.dumps(llava(None, id=name, answer=name)).encode())
-        return str(folder / "s-{000..001}.tar")
-    pyarrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
-    picture = {name: {"bytes": content, "path": name} for name, content in pictures.items()}
-    if kind == "FineVision":
-        table = {"id": list(COLOURS_4), "images": [[picture[f"{name}.png"]] for name in COLOURS_4],
-                 "texts": [[{"user": "What colour?", "assistant": name}] for name in COLOURS_4]}
-    else:
-        table = {"id": list(COLOURS_4), "image": [picture[f"{name}.png"] for name in COLOURS_4],
-                 "conversations": [row["conversations"] for row in rows]}
-    parquet.write_table(pyarrow.table(table), folder / "d.parquet", row_group_size=3)
-    return str(folder / "d.parquet")
 
 
 def nested(depth: int = 200_000) -> str:
@@ -665,6 +577,10 @@ def plain_records(n: int) -> list[dict]:
 # ----------------------------------------------------------------------------------------------------------------------
 # data.py: the loader
 
+def equal_batches(a: dict, b: dict) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[n], b[n]) if torch.is_tensor(a[n]) else a[n] == b[n] for n in a)
+
+
 def seen(loader: data.Loader, batches: int) -> list[int]:
     out = []
     for _ in range(batches):
@@ -721,13 +637,6 @@ def request(vlm: VLM, number: int, **more) -> plumbing.engine.Request:
     options = [{}, {"temperature": 0.9, "top_k": 30}, {"repetition_penalty": 1.3}, {"temperature": 1.2}][number % 4]
     return plumbing.engine.Request(prompts(vlm, [chat])[0], [picture(i) for i in chat["images"]],
                          **{"max_new_tokens": 5 + number, "seed": number, **options, **more})
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# training.py: steps and the optimizer
-
-def step(vlm: VLM, batches: list[dict], optimizer) -> float:
-    return train_base.train_step(vlm, batches, train_base.count_supervised(batches, setup()), optimizer, setup(), 1.0)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -799,32 +708,21 @@ def trained(tmp_path_factory):
     return out, ran
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# The stage scripts: stop and resume, several processes
-
 START = {"base": "base", "align": "base", "sft": "align", "rl": "sft"}
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# The stage scripts: which model answers and which one is trained further; nothing good is lost
-
-def starts(out: Path, stage: str, source: str = "world", own_words: bool = False, init: str = ""):
-    folder, why = plumbing.checkpoints.find_start(argparse.Namespace(
-        out_dir=out, model="tiny", data=source, init=init), stage, own_words)
-    return folder and folder.name, why
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # All scripts: help, and bad input
 
-def one_line(ran: Ran, *parts) -> None:
-    "It stopped with exactly one line that says error: and contains these parts."
+def one_line(ran: Ran, *parts) -> str:
+    "It stopped with exactly one line that says error: and contains these parts. Returns the line."
     assert ran.code not in (0, None) and ran.out == ""
     lines = [line for line in ran.err.splitlines() if line.startswith("error:")]
     assert len(lines) == 1 and ran.err.count("error:") == 1 and "Traceback" not in ran.err, ran.err
     assert ran.err.rstrip("\n").endswith(lines[0])  # the last thing that is said
     for part in parts:
         assert str(part) in lines[0], lines[0]
+    return lines[0]
 
 
 def bytes_of(kind: str) -> bytes:
@@ -833,11 +731,6 @@ def bytes_of(kind: str) -> bytes:
         return huge_png(30_000)  # 900 MB once it is decoded as RGB
     whole = saved(Image.effect_noise((64, 64), 50).convert("RGB"), "JPEG").getvalue()
     return whole[:len(whole) // 2]
-
-
-def empty(folder: Path, name: str) -> tuple[str, str]:
-    (folder / name).write_text("")
-    return f"--data={folder / name}", f"{folder / name}: the file is empty"
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -932,8 +825,7 @@ def png(number: int, side: int = 24) -> bytes:
 
 
 def conversation(*turns: str, images=(), **more) -> dict:
-    messages = [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(turns)]
-    return {"id": "chat", "messages": messages, "images": [png(n) if isinstance(n, int) else n for n in images], **more}
+    return chat_model(*turns, images=[png(n) if isinstance(n, int) else n for n in images]) | more
 
 
 SHOWN = [
@@ -992,7 +884,7 @@ def run_chapter(stage: str, out: Path, *flags) -> dict:
     "One step from the small trained model, with another seed than 0."
     main, *more = RUNS[stage]
     return call(main, f"--init={TINY}", f"--out_dir={out}", "--steps=1", "--micro_batch_size=2", "--seed=10",
-                "--device=cpu", *more, *flags)
+                "--device=cpu", "--eval_every=1", *more, *flags)
 
 
 class Runs(dict):

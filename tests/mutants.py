@@ -58,6 +58,8 @@ MUTANTS = {
          "test_parts_and_marked_string_render_alike_and_text_parts_stay_plain"),
         ("self.stop_ids = (self.im_end, self.endoftext)", "self.stop_ids = (self.im_end, )",
          "test_a_reward_is_for_a_right_answer_that_ends"),
+        ("put(self.think_block(thoughts), bool(thoughts) and learned)", "put(self.think_block(thoughts), learned)",
+         "test_of_a_qwen3s_answer_all_but_the_empty_thoughts_is_learned"),
         ("put([self.im_end], learned)", "put([self.im_end])",
          "test_mask_marks_the_answers_and_their_ends_and_nothing_else"),
         ('turns.insert(0, ("system", [self.default_system], False))',
@@ -109,6 +111,8 @@ MUTANTS = {
          "test_a_llava_onevision_cuts_single_pictures_alone_and_small_ones_too"),
     ],
     "data.py": [
+        ("Shuffled(train, seed), weight", "Shuffled(train, 0), weight",
+         "test_load_data_holds_out_new_scenes_and_new_pairs_or_a_share_of_a_file"),
         ("train = np.bincount(owner[np.isin(keys, keys[held[owner]])], minlength=n) == 0",
          "train = np.bincount(owner[np.isin(keys, keys[chosen])], minlength=n) == 0",
          "test_a_record_that_shares_a_held_out_records_second_picture_does_not_train"),
@@ -200,6 +204,10 @@ MUTANTS = {
          "test_a_tied_head_teaches_the_embedding_of_words_that_only_could_have_come"),
     ],
     "train_base.py": [
+        ("for document in reversed(documents)}", "for document in documents}",
+         "test_the_first_chapter_learns_from_text"),
+        ("log.write(step=step, bits_per_byte=now)", "log.write(step=step, bits_per_byte=before)",
+         "test_what_a_chapter_logs_on_the_way_is_what_it_reports_at_the_end"),
         ("return nats / math.log(2) / size", "return nats / size",
          "test_bits_per_byte_of_an_even_guess_are_the_bits_of_a_token_over_the_bytes_of_a_token"),
         ("tokenizer.decode_bytes(doc.ids[1:])) for doc", "tokenizer.decode_bytes(doc.ids)) for doc",
@@ -253,6 +261,9 @@ MUTANTS = {
          "test_a_pretrained_vit_stays_frozen_whatever_a_chapter_asks_for"),
     ],
     "train_align.py": [
+        ('caption_loss=losses["own"], blind_loss=losses["blind"])\n        if',
+         'caption_loss=losses["blind"], blind_loss=losses["own"])\n        if',
+         "test_what_a_chapter_logs_on_the_way_is_what_it_reports_at_the_end"),
         ("nats, tokens = held_out_loss(vlm, documents, setup, seq_len, image)",
          "nats, tokens = held_out_loss(vlm, documents, setup, seq_len)",
          "test_chapter_2_reports_the_loss_of_captions_with_the_right_a_grey_and_another_picture"),
@@ -281,6 +292,8 @@ MUTANTS = {
          "test_a_chapter_changes_the_parts_it_trains_and_keeps_moments_of_no_other"),
     ],
     "train_sft.py": [
+        ("first[:FEW] if flags.eval_every < 0 else first", "first[:FEW]",
+         "test_a_chapter_evaluates_on_the_way_and_learns_the_same"),
         ('{split: World("exam", split, seed=1) for split', '{split: World("exam", split, seed=flags.seed) for split',
          "test_all_runs_answer_the_same_questions_which_training_never_shows"),
         ("pixels = [[blank(p) for p in group] for group in pixels]", "pass",
@@ -311,11 +324,22 @@ MUTANTS = {
          "test_the_first_step_has_the_mean_loss_of_the_first_rows"),
         ("caption_share=lambda i: max(0.05, 0.9 - i / 15_000))", "caption_share=lambda i: 0.9)",
          "test_the_curriculum_goes_by_record_number_from_captions_to_questions"),
+        ('== flags.data and "lr" not in given():', "== flags.data:",
+         "test_continuing_from_a_trained_model_takes_a_lower_rate_and_the_curriculums_end"),
+        ("len(records) < 50", "len(records) < 2", "test_few_held_out_questions_are_told_as_few"),
         ('params = freeze_all_but(vlm, ["bridge", "decoder", "vit"], flags)',
          'params = freeze_all_but(vlm, ["bridge", "decoder"], flags)',
          "test_a_chapter_changes_the_parts_it_trains_and_keeps_moments_of_no_other"),
     ],
     "train_rl.py": [
+        ('before = state.get("before") or {name', "before = {name",
+         "test_a_resumed_chapter_4_compares_with_where_it_began"),
+        ("/ max(questions, 1) for name, value", "/ flags.batch_size for name, value",
+         "test_a_step_of_chapter_4_divides_by_its_questions_and_by_all_tokens_of_groups_that_teach"),
+        ("batches, max(tokens, 1), optimizer", "batches, max(len(groups), 1), optimizer",
+         "test_a_step_of_chapter_4_divides_by_its_questions_and_by_all_tokens_of_groups_that_teach"),
+        ("        if flags.eval_every > 0 and step % flags.eval_every == 0:", "        if False:",
+         "test_what_a_chapter_logs_on_the_way_is_what_it_reports_at_the_end"),
         ("advantages.get(tuple(ids), 0.0) + r - mean", "advantages.get(tuple(ids), 0.0) + r",
          "test_a_group_of_four_answers_becomes_the_four_gradients_of_its_advantages"),
         ("advantages[tuple(ids)] = advantages.get(tuple(ids), 0.0) + r - mean", "advantages[tuple(ids)] = r - mean",
@@ -373,6 +397,7 @@ MUTANTS = {
          "test_a_chapter_changes_the_parts_it_trains_and_keeps_moments_of_no_other"),
     ],
     "sample.py": [
+        ("alone=len(flags.image) == 1)", "alone=True)", "test_only_a_single_picture_may_be_cut_into_tiles"),
         ("folder = flags.init or (found[0][0] if found else", "folder = flags.init or (found[-1][0] if found else",
          "test_the_checkpoint_written_last_is_the_one_that_answers"),
         ('self.messages += [question, make_message(answer, role="assistant")]',
@@ -404,6 +429,10 @@ MUTANTS = {
          "    if not (shows or other_work) and not asks:", "test_a_model_is_not_asked_for_what_it_has_not_learned"),
     ],
     "bench.py": [
+        ("speed = batch * new / (all_ - first)", "speed = batch * new / all_",
+         "test_bench_says_how_fast_this_machine_is"),
+        ('"images_per_s": step.images / seconds', '"images_per_s": step.tokens / seconds',
+         "test_bench_says_how_fast_this_machine_is"),
         ("[0] * M + ids, [0] * (M + words // 2) + [1]", "[0] * M + ids, [1] * (M + words // 2) + [1]",
          "test_made_up_conversations_have_a_picture_and_are_half_supervised"),
         ('for world in [World("exam", split, seed=1)]}', 'for world in [World("exam", split, seed=flags.seed)]}',
@@ -444,6 +473,10 @@ MUTANTS = {
          "test_resume_refuses_files_of_different_steps"),
         ("tensors = dict(vlm.named_parameters()) | (master_weights or {})", "tensors = dict(vlm.named_parameters())",
          "test_a_run_in_bfloat16_keeps_its_float32_weights"),
+        ("    for i in range(free, 0, -1):", "    for i in range(1, free + 1):",
+         "test_a_run_keeps_the_runs_before_it_and_their_logs"),
+        ('"data": positions,', '"data": [],',
+         "test_a_stopped_and_resumed_run_equals_one_never_stopped_bit_for_bit"),
     ],
     "plumbing/engine.py": [
         ("        if len(request) > limit:", "        if len(request) > limit + 1:",
@@ -462,9 +495,18 @@ MUTANTS = {
         ("self.keys[slot] = digest(image)", "pass",
          "test_equal_prompts_are_computed_once_and_not_mixed_up_with_other_pictures"),
     ],
+    "plumbing/drawing.py": [
+        ('if "step" not in row or "stage" in row:', 'if "step" not in row:', "test_curves_show_what_the_log_says"),
+    ],
     "plumbing/files.py": [
         ("    if not place.exists() and old.exists():", "    if False:",
          "test_a_crash_while_saving_leaves_a_whole_checkpoint"),
+    ],
+    "plumbing/flags.py": [
+        ('if "=" in word and near:', "if False:", "test_a_word_without_its_flag_gets_a_suggestion"),
+    ],
+    "plumbing/formats.py": [
+        ("with (gzip.open if path", "with (open if path", "test_the_same_conversations_come_out_of_every_container"),
     ],
     "plumbing/hub.py": [
         ("            os.fsync(file.fileno())  # before the rename: else", "            # before the rename: else",
@@ -476,6 +518,12 @@ MUTANTS = {
          "test_lora_adds_nothing_at_first_and_then_learns_alone"),
         ("return self.weight + self.lora_b @ self.lora_a", "return self.weight",
          "test_lora_goes_through_checkpoints_and_is_merged_on_export"),
+    ],
+    "plumbing/log.py": [
+        ("if self.interrupted and not self.steps:", "if False:",
+         "test_ctrl_c_before_the_first_step_leaves_the_run_before_as_it_was"),
+        ("if many > 1.5 * one:", "if many < 1.5 * one:",
+         "test_where_threads_wait_for_each_other_one_line_names_the_remedy"),
     ],
     "plumbing/optimizer.py": [
         ("MOMENTUM = 0.8", "MOMENTUM = 0.95", "test_two_muon_steps_on_a_2x3_matrix"),
@@ -561,6 +609,10 @@ MUTANTS = {
         ("if len(letters) == 1 and words.index(letters[0]) > len(words) - 5:",
          "if letters and words.index(letters[0]) > len(words) - 5:", "test_a_letter_is_found_as_vlmevalkit_does"),
     ],
+    "plumbing/settings.py": [
+        ('near = [one for one in known if one.endswith(f".{name}")] or near', "near = list(near)",
+         "test_set_checks_names_and_values_in_one_line"),
+    ],
     "plumbing/text.py": [
         ("np.minimum(at + seq_len + 1, ends[document])", "np.minimum(at + seq_len, ends[document])",
          "test_a_long_text_is_cut_into_the_same_pieces_from_memory_and_from_the_disk"),
@@ -574,7 +626,11 @@ MUTANTS = {
          "test_a_bad_safetensors_file_is_one_line_that_names_it"),
         ("        value = torch.cat(parts) if len(parts) > 1 else parts[0]",
          "        value = torch.cat(parts[::-1]) if len(parts) > 1 else parts[0]",
-         "test_any_exported_decoder_is_a_qwen_to_transformers"),
+         "test_any_exported_decoder_is_a_qwen_to_transformers test_gpt_equals_qwen2_and_qwen3_of_transformers"),
+    ],
+    "plumbing/workers.py": [
+        ("np.split(tokens, ends, axis=-1)", "np.split(tokens, ends - 1, axis=-1)",
+         "test_the_batches_are_the_same_for_any_number_of_workers_and_from_any_state"),
     ],
     "plumbing/world.py": [
         ("HELD_OUT = {pair for i, pair in enumerate(PAIRS) if (i // 7 * 3 + i % 7) % 7 == 0}",
@@ -635,6 +691,14 @@ MUTANTS = {
         ('self.known[tuple(row[name] for name in self.KEY)] = row["text"]',
          'self.known[tuple(row[name] for name in self.KEY)] = ""', "test_answers_that_were_kept_are_not_asked_again"),
     ],
+    "extras/check.py": [
+        ("if min(image.size) < 4 or max(image.size) > 100 * min(image.size):", "if min(image.size) < 1:",
+         "test_the_check_finds_the_planted_fault"),
+    ],
+    "extras/compare.py": [
+        ('gain(one["right"], other["right"])', 'gain(other["right"], one["right"])',
+         "test_runs_are_compared_on_the_same_questions_with_all_that_differs"),
+    ],
     "extras/export.py": [
         ('"do_sample": config.generation.get("temperature", 0) > 0, **config', '"do_sample": True, **config',
          "test_an_exported_model_says_how_it_samples_and_when_it_stops"),
@@ -642,6 +706,12 @@ MUTANTS = {
          "test_an_exported_model_says_how_it_samples_and_when_it_stops"),
         ('"eos_token_id": tokenizer.im_end, "pad_token_id"', '"eos_token_id": None, "pad_token_id"',
          "test_an_exported_model_says_how_it_samples_and_when_it_stops"),
+    ],
+    "extras/fields.py": [
+        ("and type(value) is int and value == -1:", "and type(value) is int and value == -2:",
+         "test_what_changes_nothing_is_accepted"),
+        ("if type(value) not in (int, kind) or not least <= value or", "if type(value) not in (int, kind) or",
+         "test_a_wrong_request_is_told_what_is_wrong"),
     ],
     "extras/load_test.py": [
         ("for share in (0.5, 0.95)]", "for share in (0.5, 0.5)]",

@@ -61,8 +61,8 @@ def test_the_book_names_commands_that_parse(path):
         if script == "test_all.py":
             continue
         module = importlib.import_module(script.removesuffix(".py"))
-        flags = plumbing.flags.parse_flags("", getattr(module, "FLAGS", train_base.SHARED_FLAGS), getattr(module, "BY_MODEL", {}),
-                                 argv=arguments)  # an unknown flag ends the test by SystemExit
+        known_here = getattr(module, "FLAGS", train_base.SHARED_FLAGS)  # an unknown flag ends the test by SystemExit
+        flags = plumbing.flags.parse_flags("", known_here, getattr(module, "BY_MODEL", {}), argv=arguments)
         model_ = getattr(flags, "model", "") or "tiny"
         model.check_name(model_)
         if script == "bench.py":
@@ -233,7 +233,8 @@ def test_imports_point_downwards_in_the_house_and_never_in_a_circle():
 
 def test_importing_any_file_is_silent_and_touches_no_device():
     names = [file.removesuffix(".py").replace("/", ".") for file, *_ in rooms()]
-    code = f"import importlib, torch; [importlib.import_module(n) for n in {names}]; assert not torch.cuda.is_initialized()"
+    code = f"import importlib, torch; [importlib.import_module(n) for n in {names}]\n" \
+           "assert not torch.cuda.is_initialized()"
     ran = subprocess.run([sys.executable, "-c", code], cwd=HERE, text=True, capture_output=True)
     assert (ran.returncode, ran.stdout, ran.stderr) == (0, "", "")
 
@@ -242,3 +243,22 @@ def test_the_book_names_tests_that_exist():
     tests = " ".join(names_of_tests())
     for row in re.findall(r"^\| [^|]+ \| ([^|]*`[^|]*) \|", (HERE / "docs/tests.md").read_text(), re.M):
         assert all(name in tests for name in re.findall(r"`(\w+)`", row)), row
+
+
+def faults() -> list[tuple[str, str, str]]:
+    "Those of tests/mutants.py, which itself imports a lot: (line, worse form, names of tests)."
+    source = (HERE / "tests/mutants.py").read_text(encoding="utf-8")
+    exec(source[source.index("PLAIN = "):source.index("def find_tests")], names := {})
+    return [fault for of_a_file in names["MUTANTS"].values() for fault in of_a_file]
+
+
+def test_the_book_names_for_each_promise_a_fault_that_its_tests_notice():
+    text, rows = (HERE / "docs/tests.md").read_text(encoding="utf-8"), 0
+    assert f"{len(faults())} small faults" in text, len(faults())
+    for promise, tests, proof in re.findall(r"^\| ([^|]+) \| ([^|]*`[^|]*) \| ([^|]+) \|", text, re.M):
+        shown, words, rows = re.findall(r"`([^`]+)`", proof), re.findall(r"`(\w+)`", tests), rows + 1
+        assert shown or proof.startswith("none"), promise
+        for part in shown:
+            noticed = " ".join(names for line, worse, names in faults() if part in line or part in worse)
+            assert any(word in noticed for word in words), f"{promise}: no fault with {part} is noticed by its tests"
+    assert rows > 30

@@ -138,7 +138,9 @@ TRICKY_SYSTEM = "It's \"brief\", {{ x }} {% if y %} {# z #} <b>:\n\t\\n é 我 �
 HARD_TEXTS = [
     "", " ", "  \n\n  \t x", "\r\n\r\n\n", "a \u00a0\u3000b\u2028c\x85d\x1ce", "I'm I'LL we\u017fve 'S 'ſ don''t",
     "e\u0301 Cu\u031b\u0309a \u1112\u1161\u11ab \u0340 \u212b \ufb01 \u2126 \u0338x", "1234567890 ٣½① 3.14e-10",
-    "😶‍🌫️👩‍👩‍👧🏽 🇩🇪 ☺️", "我想在apple工作，你好。 日本語テキスト 한국어 ภาษาไทย हिन्दी", "\U0001f9ff\U00020bb7\ufeff\ufffd\x00\x7f\u200b",
+    "😶‍🌫️👩‍👩‍👧🏽 🇩🇪 ☺️",
+    "我想在apple工作，你好。 日本語テキスト 한국어 ภาษาไทย हिन्दी",
+    "\U0001f9ff\U00020bb7\ufeff\ufffd\x00\x7f\u200b",
     "def f(x):\n    return {'a': x**2}  # done\n\n\n", "# # #version ## http://a.b/c?d=e&f=%20 ...!!?!\n//",
     " " * 300 + "." * 300, "the cat sat on the mat, it's the cat that sat! été", "<b>|im_end|</b> < image > <|im_en",
 ]  # fmt: skip
@@ -164,7 +166,8 @@ def hub_tables() -> dict[str, Tokenizer]:
         tables["qwen"] = Tokenizer(qwen().ranks, qwen().special, default_system=QWEN_SYSTEM)
     return tables
 
-HUB_TABLES = ["own", "own_system", "bytes_only", "gaps", "llava_ov", "own_qwen3", pytest.param("qwen", marks=needs_qwen)]
+HUB_TABLES = ["own", "own_system", "bytes_only", "gaps", "llava_ov", "own_qwen3",
+              pytest.param("qwen", marks=needs_qwen)]
 
 
 def hub_folder(name: str, tmp_path_factory) -> Path:
@@ -252,8 +255,8 @@ def test_chat_template_of_save_hub_gives_what_render_renders(name, messages, tmp
 
 @needs("transformers")
 @settings(max_examples=100, deadline=None)
-@given(st.lists(st.lists(st.sampled_from(["<image>", "a", " ", "\n", "\r", "{{", "%}", "'", '"', "\\", "<", "é", "我"]))
-                .map("".join), min_size=1, max_size=4), st.booleans())
+@given(st.lists(st.lists(st.sampled_from(["<image>", *"a \n\r'\"\\<é我", "{{", "%}"])).map("".join), min_size=1,
+                max_size=4), st.booleans())
 def test_chat_template_of_save_hub_renders_any_text_as_it_is(tmp_path_factory, contents, system):
     name = "own_system" if system else "own"
     t, theirs = hub_tables()[name], auto_tokenizer(hub_folder(name, tmp_path_factory))

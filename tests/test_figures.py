@@ -7,8 +7,8 @@ import numpy as np
 from PIL import Image
 
 import extras.memory
-import plumbing.drawing
 import sample
+from plumbing.drawing import draw_curves, draw_lines, read_curves
 from tests.helpers import CHAPTERS, HERE, QUICK, run
 
 pytest_plugins = ["tests.helpers"]  # its fixtures
@@ -20,12 +20,12 @@ def test_curves_show_what_the_log_says(tmp_path):
             {"step": 8, "accuracy": 0.75, "accuracy_by_kind": {"colour": 1.0, "count": 0.5}},
             {"step": 2, "loss": 1.0, "lr": 1.0},  # again, after a crash
             {"stage": "sft", "step": 8, "accuracy": 0.1}]  # the result is no point of a curve
-    charts = plumbing.drawing.read_curves(rows)
+    charts = read_curves(rows)
     assert charts["loss, nats per token"] == {"loss": [(i, 1.0 if i == 2 else 4.0 / i) for i in range(1, 9)]}
     assert charts["held-out accuracy"] == {"accuracy": [(4, 0.25), (8, 0.75)], "colour": [(4, 0.5), (8, 1.0)],
                                            "count": [(4, 0.0), (8, 0.5)]}
-    assert set(plumbing.drawing.read_curves([{"step": 1, "reward": 0.5, "teaching": 0.8}])["reward"]) == {"reward", "teaching"}
-    plumbing.drawing.draw_lines(tmp_path / "a.png", {"up": {"one": [(0, 0.0), (10, 1.0)]}, "loss": {"two": [(0, 9.0), (9, 1)]}})
+    assert read_curves([{"step": 1, "reward": 0.5, "teaching": 0.8}])["reward"].keys() == {"reward", "teaching"}
+    draw_lines(tmp_path / "a.png", {"up": {"one": [(0, 0.0), (10, 1.0)]}, "loss": {"two": [(0, 9.0), (9, 1)]}})
     picture = np.asarray(Image.open(tmp_path / "a.png").convert("RGB")).astype(int)
     blue = (abs(picture - (0, 114, 178)).sum(-1) < 30) & (np.arange(800) < 580)  # the lines, without their names
     (upper, lower), across = (blue[:420], blue[420:]), np.arange(800)
@@ -33,16 +33,16 @@ def test_curves_show_what_the_log_says(tmp_path):
         heights = [np.argwhere(chart[:, x]).mean() for x in across[chart.any(0)]]
         assert np.sign(np.diff(heights[::40])).tolist() == [sign] * len(heights[::40][1:]) and len(heights) > 400
     # One point, one value, no step yet, and values of zero are no errors.
-    plumbing.drawing.draw_lines(tmp_path / "b.png", {"loss": {"x": [(1, 0.0)]}, "other": {"x": [(1, 0.0)], "y": [(3, 0.0)]}})
+    draw_lines(tmp_path / "b.png", {"loss": {"x": [(1, 0.0)]}, "other": {"x": [(1, 0.0)], "y": [(3, 0.0)]}})
     (tmp_path / "log.jsonl").write_text(json.dumps(rows[0]) + "\n")
-    plumbing.drawing.draw_curves(tmp_path / "log.jsonl")
+    draw_curves(tmp_path / "log.jsonl")
     assert not (tmp_path / "curves.png").exists()
 
 
 def test_every_stage_draws_its_curves(trained, tmp_path):
     for stage in CHAPTERS:
         folder = trained[0] / "tiny" / stage
-        expected = plumbing.drawing.read_curves([json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()])
+        expected = read_curves(map(json.loads, (folder / "log.jsonl").read_text().splitlines()))
         assert expected and Image.open(folder / "curves.png").size == (800, 420 * len(expected))
     ran = run("train_sft", *QUICK, f"--out_dir={tmp_path}", "--eval_every=1", f"--init={trained[0] / 'tiny/align'}")
     assert ran.code == 0 and Image.open(tmp_path / "tiny/sft/curves.png").size == (800, 840)  # accuracy by kind, too
@@ -51,7 +51,7 @@ def test_every_stage_draws_its_curves(trained, tmp_path):
 def test_the_figures_are_those_that_the_checkpoint_gives(tmp_path, monkeypatch):
     import bench
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(extras.memory, "saved_bytes", lambda module, compiled, *inputs: inputs[0].nbytes)  # tested above
+    monkeypatch.setattr(extras.memory, "saved_bytes", lambda module, compiled, *inputs: inputs[0].nbytes)
     shutil.copy(HERE / "README.md", "README.md")
     ran = run("bench", "--what=figures", f"--init={sample.TINY}", "--device=cpu", main=bench.main)
     assert ran.code == 0, ran.err

@@ -3,6 +3,7 @@ import errno
 import hashlib
 import json
 import os
+import random
 import signal
 import struct
 import subprocess
@@ -14,20 +15,18 @@ from pathlib import Path
 import pytest
 import torch
 
-import extras.asking
 import model
 import plumbing.files
-import plumbing.flags
 import plumbing.hub
 import plumbing.recipes
 import plumbing.weights
-import sample
 import tokenizer as tokenizer_file
-from model import GPT, VLM
 import tests.helpers
+from extras.asking import options
+from model import GPT, VLM
 from plumbing.recipes import fetch_file
-from tests.helpers import (CHAPTERS, COMMIT, HERE, command, fails, far, needs, noise, one_line, run, save_onevision,
-                           table, wait_until)
+from tests.helpers import (CHAPTERS, COMMIT, HERE, fails, far, needs, one_line, run, sample_flags, save_onevision,
+                           wait_until)
 from tokenizer import Tokenizer
 from vision import ViT
 
@@ -38,6 +37,21 @@ pytest_plugins = ["tests.helpers"]  # its fixtures
 # weights.py: downloads
 
 TABLE = plumbing.hub.REPOSITORIES  # the real one; the fixture `hub` empties it
+
+
+def noise(size: int, seed: int = 0) -> bytes:
+    return random.Random(seed).randbytes(size)
+
+
+def table(hub, monkeypatch, repo="Org/Name", short="short", **more):
+    "The repository as an entry of the table, with the true size and hash of its weights."
+    content = hub.files[repo]["model.safetensors"]
+    pair = len(content), hashlib.sha256(content).hexdigest()
+    small = {name: plumbing.hub.ANY for name in hub.files[repo] if name != "model.safetensors"}
+    files = small | {"model.safetensors": more.pop("pair", pair)}
+    entry = plumbing.hub.Repository(repo, COMMIT, files, **{"licence": "Apache-2.0"} | more)
+    monkeypatch.setitem(plumbing.hub.REPOSITORIES, short, entry)
+    return entry
 
 
 def serve(hub, name="Org/Name", size=60_000, **files) -> bytes:
@@ -226,7 +240,8 @@ def test_five_failures_in_a_row_are_one_line_and_the_next_run_goes_on(hub, monke
     content, hub.faults = serve(hub), ["cut 20000"] + ["status 503"] * 5
     message = fails(lambda: plumbing.hub.fetch("Org/Name"), "Org/Name, model.safetensors", "503", "run again")
     assert no_weights(hub) and "5 times" in message
-    assert slept == [plumbing.hub.BACKOFF * 2 ** n for n in range(5)]  # 0: after progress; then 1 to 4, each twice as long
+    # 0: after progress; then 1 to 4, each twice as long
+    assert slept == [plumbing.hub.BACKOFF * 2 ** n for n in range(5)]
     assert capsys.readouterr().err.count("next attempt") == 5
     assert (plumbing.hub.fetch("Org/Name") / "model.safetensors").read_bytes() == content and hub.sent < 65_000
 
@@ -434,7 +449,7 @@ def test_of_siglip_only_the_vision_tower_is_fetched(hub, monkeypatch, tmp_path):
     table(hub, monkeypatch, "google/siglip", prefix="vision_model.")
     folder = plumbing.hub.fetch("short")
     (tmp_path / "whole.safetensors").write_bytes(file)
-    whole, ours = plumbing.weights.read_safetensors(tmp_path / "whole.safetensors"), plumbing.weights.read_safetensors(folder)
+    whole, ours = map(plumbing.weights.read_safetensors, (tmp_path / "whole.safetensors", folder))
     assert set(ours) == {name for name in whole if name.startswith("vision_model.")} and len(ours) == 2
     assert all(torch.equal(tensor.view(torch.int32), whole[name].view(torch.int32)) for name, tensor in ours.items())
     entries, metadata, start = plumbing.weights.read_header(folder / "model.safetensors")
@@ -523,36 +538,36 @@ def test_the_table_is_complete():
 
 def test_an_unknown_name_shows_the_known_ones():
     for name in "qwen", "Org/Name/more", "../evil", "Org/../x@main":
-        fails(lambda: plumbing.hub.fetch(name), repr(name), "qwen2.5-0.5b", "llava-ov-0.5b", "Org/Name@revision")
-    code, out, err = command("--download=Org/Name,qwen")
-    assert code.startswith("error: 'qwen': no such repository") and "\n" not in code and not out and not err
-    assert command("--downlod=x")[0] == 2
+        assert fails(lambda: plumbing.hub.fetch(name), repr(name), "qwen2.5-0.5b", "llava-ov-0.5b", "Org/Name@revision")
+    ran = run("data", "--download=Org/Name,qwen")
+    one_line(ran, "'qwen': no such repository")
+    assert len(ran.err.splitlines()) == 1 and run("data", "--downlod=x").code == 2
 
 
 def test_download_list_names_all():
-    code, out, err = command("--download=list")
-    assert code == 0 and [line.split()[0] for line in out.splitlines()] == [*plumbing.hub.REPOSITORIES, *plumbing.recipes.RECIPES]
-    assert out.count("non-commercial") == 2
+    ran = run("data", "--download=list")
+    names = [line.split()[0] for line in ran.out.splitlines()]
+    assert ran.code == 0 and names == [*plumbing.hub.REPOSITORIES, *plumbing.recipes.RECIPES]
+    assert ran.out.count("non-commercial") == 2
 
 
 def test_download_prints_the_folder_of_each(hub):
     serve(hub)
     serve(hub, "Org/Other")
-    code, out, err = command("--download=Org/Name, Org/Other,Org/Name")
-    assert code == 0 and out.splitlines() == [f"{name} {hub.folder / name.replace('/', '--')}@main" for name in
+    ran = run("data", "--download=Org/Name, Org/Other,Org/Name")
+    assert ran.code == 0 and ran.out.splitlines() == [f"{name} {hub.folder / name.replace('/', '--')}@main" for name in
                                               ("Org/Name", "Org/Other")]
-    assert "model.safetensors: complete" in err and "%|" not in err  # no progress bar where nobody looks
+    assert "model.safetensors: complete" in ran.err and "%|" not in ran.err  # no progress bar where nobody looks
 
 
 def test_qwen_comes_with_a_vision_tower_and_3b_with_its_licence(hub, monkeypatch, capsys):
     """Its real entry of the table: the server here has none of it, and that is said after the licence."""
     hub.files["Qwen/Qwen2.5-3B"] = {}
     monkeypatch.setattr(plumbing.hub, "REPOSITORIES", TABLE)
-    code, out, err = command("--download=qwen2.5-3b", "--vision=nothing")
-    assert "'nothing'" in code and not hub.log
+    one_line(run("data", "--download=qwen2.5-3b", "--vision=nothing"), "'nothing'")
+    assert not hub.log
     serve(hub)
-    code, out, err = command("--download=Org/Name", "--vision=nothing")  # only a Qwen needs eyes
-    assert code == 0
+    assert run("data", "--download=Org/Name", "--vision=nothing").code == 0  # only a Qwen needs eyes
     folder = hub.folder / "x"
     folder.mkdir(parents=True)
     plumbing.hub.announce([plumbing.hub.RemoteFile(TABLE["qwen2.5-3b"], "config.json")], folder)
@@ -591,7 +606,8 @@ def serve_models(hub, tmp_path, qwen3: bool = False) -> Tokenizer:
         "image_size": 32, "patch_size": 8}))
     siglip.save_pretrained(tmp_path / "siglip")
     path = tmp_path / "siglip" / "model.safetensors"
-    plumbing.weights.write_safetensors({n: t.clone() for n, t in plumbing.weights.read_safetensors(path).items()}, path, {"format": "pt"})
+    tensors = {n: t.clone() for n, t in plumbing.weights.read_safetensors(path).items()}
+    plumbing.weights.write_safetensors(tensors, path, {"format": "pt"})
     (tmp_path / "siglip" / "preprocessor_config.json").write_text('{"resample": 2}')
     for name in ("qwen", "siglip"):
         hub.files[f"Org/{name}"] = {p.name: p.read_bytes() for p in (tmp_path / name).iterdir()}
@@ -663,9 +679,8 @@ def test_a_decoder_without_eyes_talks_and_says_so_when_shown_a_picture(hub, tmp_
     one_line(run("sample", *flags, f"--image={HERE / 'cat.jpg'}"), "qwen", "train_align.py")
     vlm, folder = model.load_pretrained("Org/qwen", text_only=True)
     assert vlm.config.generation == {"temperature": 0.7, "top_p": 0.8, "top_k": 20, "repetition_penalty": 1.1}
-    asked = plumbing.flags.parse_flags("", sample.FLAGS, argv=[])
-    assert extras.asking.options(vlm, asked) == {"max_new_tokens": 256, **vlm.config.generation}
-    assert extras.asking.options(vlm, plumbing.flags.parse_flags("", sample.FLAGS, argv=["--temperature=0", "--top_k=3"]))["top_k"] == 3
+    assert options(vlm, sample_flags()) == {"max_new_tokens": 256, **vlm.config.generation}
+    assert options(vlm, sample_flags("--temperature=0", "--top_k=3"))["top_k"] == 3
     assert Tokenizer.from_pretrained(folder).default_system == "You are a helpful assistant."
     greedy = {"do_sample": False, "temperature": 0.7, "repetition_penalty": 1.05}
     (folder / "generation_config.json").write_text(json.dumps(greedy))
@@ -676,10 +691,11 @@ def test_a_decoder_without_eyes_talks_and_says_so_when_shown_a_picture(hub, tmp_
 
 @needs("transformers")
 def test_a_public_model_is_fetched_and_answers(hub, tmp_path, monkeypatch):
+    entry = plumbing.hub.Repository("llava-hf/ov", "main", {}, "")
     flags = [f"--image={HERE / 'cat.jpg'}", f"--out_dir={tmp_path / 'out'}", "--device=cpu", "--max_new_tokens=4",
              "--model=llava-ov-0.5b"]
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    monkeypatch.setitem(plumbing.hub.REPOSITORIES, "llava-ov-0.5b", plumbing.hub.Repository("llava-hf/ov", "main", {}, ""))
+    monkeypatch.setitem(plumbing.hub.REPOSITORIES, "llava-ov-0.5b", entry)
     one_line(run("sample", *flags), "llava-hf--ov", "HF_HUB_OFFLINE")
     monkeypatch.delenv("HF_HUB_OFFLINE")
     save_onevision(tmp_path / "ov")
@@ -687,7 +703,7 @@ def test_a_public_model_is_fetched_and_answers(hub, tmp_path, monkeypatch):
     special |= {"<|endoftext|>": 297, "<|im_start|>": 298, "<|im_end|>": 299, "<image>": 300}
     Tokenizer({bytes([b]): b for b in range(256)}, special).save_hub(tmp_path / "ov")
     hub.files["llava-hf/ov"] = {p.name: p.read_bytes() for p in (tmp_path / "ov").iterdir()}
-    monkeypatch.setitem(plumbing.hub.REPOSITORIES, "llava-ov-0.5b", plumbing.hub.Repository("llava-hf/ov", "main", {}, ""))
+    monkeypatch.setitem(plumbing.hub.REPOSITORIES, "llava-ov-0.5b", entry)
     for tiles in (36, 0):
         ran = run("sample", *flags, f"--tiles={tiles}")
         assert ran.code == 0 and ran.out, ran.err

@@ -108,4 +108,5 @@ def test_lora_and_activation_checkpointing_through_the_chapters(trained, tmp_pat
     assert run("train_rl", *QUICK, *flags).code == 0
     assert model.load_checkpoint(tmp_path / "tiny/rl").config.lora_rank == 4
     one_line(run("train_rl", *QUICK, *flags, "--lora_rank=8"), "--lora_rank=8", "4")
-    assert run("sample", f"--out_dir={tmp_path}", f"--image={HERE / 'cat.jpg'}", "--device=cpu").code == 0
+    ran = run("sample", f"--out_dir={tmp_path}", f"--image={HERE / 'cat.jpg'}", "--device=cpu", "--max_new_tokens=2")
+    assert ran.code == 0

@@ -12,17 +12,21 @@ import data
 import plumbing.fitting
 import plumbing.log
 import plumbing.optimizer
-import plumbing.weights
 import plumbing.world
 import train_base
 from model import VLM, preset
 from plumbing.optimizer import Optimizer
-from tests.helpers import SEQ_LEN, batch_of, documents, fails, far, setup, step, tiny_vlm, tokenizer
+from plumbing.weights import read_safetensors, write_safetensors
+from tests.helpers import SEQ_LEN, batch_of, documents, fails, far, setup, tiny_vlm, tokenizer
 
 pytest_plugins = ["tests.helpers"]  # its fixtures
 
 STAGES = {"base": ["decoder"], "align": ["bridge", "vit"], "align_pretrained": ["bridge"],
           "sft": ["bridge", "decoder", "vit"], "sft_pretrained": ["bridge", "decoder"]}
+
+
+def step(vlm: VLM, batches: list[dict], optimizer) -> float:
+    return train_base.train_step(vlm, batches, train_base.count_supervised(batches, setup()), optimizer, setup(), 1.0)
 
 
 @pytest.mark.parametrize("kind", ["muon", "adamw"])
@@ -32,7 +36,7 @@ def test_frozen_parts_stay_and_trained_parts_learn(stage, kind):
     params = train_base.freeze_all_but(vlm, STAGES[stage])
     assert {name.split(".")[0].replace("gpt", "decoder") for name in params} == set(STAGES[stage])
     before = {name: p.detach().clone() for name, p in vlm.named_parameters()}
-    step(vlm, [batch_of(vlm, documents(vlm))], plumbing.optimizer.Optimizer(params, kind, 1e-3))
+    step(vlm, [batch_of(vlm, documents(vlm))], Optimizer(params, kind, 1e-3))
     for name, p in vlm.named_parameters():
         assert torch.equal(p, before[name]) == (name not in params), name
         assert p.grad is None  # a frozen one has none at all, a trained one's is used up
@@ -64,7 +68,7 @@ def test_micro_batches_give_the_gradient_of_one_large_batch():
 def test_loss_falls_on_a_batch_seen_again_and_again():
     vlm = tiny_vlm()
     params, batch = train_base.freeze_all_but(vlm, ["vit", "bridge", "decoder"]), batch_of(vlm, documents(vlm))
-    optimizer = plumbing.optimizer.Optimizer(params, "muon", 5e-3)
+    optimizer = Optimizer(params, "muon", 5e-3)
     losses = [step(vlm, [batch], optimizer) for _ in range(30)]
     assert losses[-1] < 0.2 * losses[0]
 
@@ -93,7 +97,7 @@ def test_a_rounds_coefficients_hold_what_the_round_before_gives():
 def test_matrices_shrink_a_little_each_step_and_nothing_else_does():
     p, norm = torch.nn.Parameter(torch.full((4, 4), 2.0)), torch.nn.Parameter(torch.full((4,), 2.0))
     p.grad, norm.grad = torch.zeros(4, 4), torch.zeros(4)
-    plumbing.optimizer.Optimizer({"blocks.0.mlp.down.weight": p, "norm.weight": norm}, "muon", 0.01).step(0.5)
+    Optimizer({"blocks.0.mlp.down.weight": p, "norm.weight": norm}, "muon", 0.01).step(0.5)
     decay = 0.01 * 0.5 * plumbing.optimizer.WEIGHT_DECAY
     assert torch.allclose(p, torch.full((4, 4), 2 * (1 - decay))) and (norm == 2).all()
 
@@ -115,7 +119,7 @@ def test_bridge_and_vit_may_have_rates_of_their_own_or_stay_frozen(kind):
         vlm.config.pretrained_vision = "released" * (name == "own")  # its rate is given, so it is trained
         params = train_base.freeze_all_but(vlm, ["bridge", "decoder", "vit"], flags)
         before = {n: p.detach().clone() for n, p in vlm.named_parameters()}
-        optimizer = plumbing.optimizer.Optimizer(params, kind, 1e-3, bridge=flags.lr_bridge, vit=flags.lr_vit)
+        optimizer = Optimizer(params, kind, 1e-3, bridge=flags.lr_bridge, vit=flags.lr_vit)
         step(vlm, [batch_of(vlm, documents(vlm))], optimizer)
         moved[name] = {n: (p.detach() - before[n]) for n, p in vlm.named_parameters()}
     for n, update in moved["one"].items():
@@ -134,7 +138,7 @@ def test_query_key_and_value_get_updates_of_one_size_whatever_their_gradients():
     p.grad = torch.randn(16, 8) * torch.tensor([1e-4] * 12 + [1.0] * 4)[:, None]
     out = torch.nn.Parameter(torch.zeros(8, 8))  # it reads the 8 query channels
     params = {"blocks.0.attention.qkv.weight": p, "blocks.0.attention.out.weight": out}
-    plumbing.optimizer.Optimizer(params, "muon", 1.0).step(1.0)
+    Optimizer(params, "muon", 1.0).step(1.0)
     query, key, value = (part.detach().square().mean().sqrt() for part in p.split([8, 4, 4]))
     assert 0.7 < key / value < 1.4 and 0.7 < query / value < 2  # a square matrix of rank 8 has larger entries
     assert plumbing.optimizer.row_blocks("blocks.0.attention.qkv.weight", params) == [8, 4, 4]
@@ -190,14 +194,14 @@ def test_one_ranks_ctrl_c_is_heard_by_all():
 def test_an_optimizer_that_was_saved_goes_on_bit_for_bit(tmp_path, kind):
     one = tiny_vlm()
     params, batch = train_base.freeze_all_but(one, ["bridge", "decoder"]), batch_of(one, documents(one))
-    optimizer = plumbing.optimizer.Optimizer(params, kind, 3e-3)
+    optimizer = Optimizer(params, kind, 3e-3)
     for _ in range(2):
         step(one, [batch], optimizer)
-    plumbing.weights.write_safetensors(optimizer.state()[0], tmp_path / "o.safetensors")
+    write_safetensors(optimizer.state()[0], tmp_path / "o.safetensors")
     two = tiny_vlm(seed=9)
     two.load_state_dict(one.state_dict())
     params_two = train_base.freeze_all_but(two, ["bridge", "decoder"])
-    again = plumbing.optimizer.Optimizer(params_two, kind, 3e-3, plumbing.weights.read_safetensors(tmp_path / "o.safetensors"))
+    again = Optimizer(params_two, kind, 3e-3, read_safetensors(tmp_path / "o.safetensors"))
     for _ in range(3):
         assert step(one, [batch], optimizer) == step(two, [batch], again)
     assert all(torch.equal(p, params_two[name]) for name, p in params.items())
@@ -211,7 +215,7 @@ def test_each_rank_stores_master_weights_and_moments_of_its_share_alone(kind, mo
     monkeypatch.setattr(plumbing.optimizer.dist, "get_world_size", lambda: ranks)
     for rank in range(ranks):
         monkeypatch.setattr(plumbing.optimizer.dist, "get_rank", lambda: rank)
-        optimizer = plumbing.optimizer.Optimizer(params, kind, 1e-3)
+        optimizer = Optimizer(params, kind, 1e-3)
         assert optimizer.master_weights.keys() == optimizer.moments.keys()
         for group in optimizer.adamw.param_groups:
             assert {id(p) for p in group["params"]} <= {id(p) for p in optimizer.master_weights.values()}
@@ -224,7 +228,7 @@ def test_each_rank_stores_master_weights_and_moments_of_its_share_alone(kind, mo
 def test_a_parameter_that_no_row_used_stays_where_it_is():
     vlm = tiny_vlm()
     params = train_base.freeze_all_but(vlm, ["bridge", "decoder"])
-    optimizer, batch = plumbing.optimizer.Optimizer(params, "muon", 1e-3), batch_of(vlm, documents(vlm))
+    optimizer, batch = Optimizer(params, "muon", 1e-3), batch_of(vlm, documents(vlm))
     step(vlm, [batch], optimizer)  # now the bridge's moments would move it on, were they asked
     before = {name: p.detach().clone() for name, p in params.items()}
     step(vlm, [batch_of(vlm, [doc for doc in documents(vlm) if not doc.slots])], optimizer)
@@ -265,10 +269,10 @@ def test_a_micro_batch_has_as_many_rows_as_fit_into_a_gpus_memory(monkeypatch, c
 def test_moments_of_another_version_are_refused_in_one_line(spoil):
     vlm = tiny_vlm()
     params = train_base.freeze_all_but(vlm, ["bridge"])
-    moments, name = plumbing.optimizer.Optimizer(params, "adamw", 1e-3).state()[0], "bridge.fc1.weight.exp_avg"
+    moments, name = Optimizer(params, "adamw", 1e-3).state()[0], "bridge.fc1.weight.exp_avg"
     assert name in moments
     spoil(moments, name)
-    assert fails(lambda: plumbing.optimizer.Optimizer(params, "adamw", 1e-3, moments), name, "without --resume")
+    assert fails(lambda: Optimizer(params, "adamw", 1e-3, moments), name, "without --resume")
 
 
 def test_learning_rate_rises_stays_and_falls_to_zero():
@@ -279,10 +283,11 @@ def test_learning_rate_rises_stays_and_falls_to_zero():
 
 
 def newton_schulz(g: torch.Tensor) -> torch.Tensor:
-    "What orthogonalize does, by a singular value decomposition: each value v, of length 1 in all, -> p(v), three times."
+    "orthogonalize by a singular value decomposition: each value v, of length 1 in all, -> p(v), three times."
     u, v, wt = torch.linalg.svd(g.double(), full_matrices=False)
     v = v / (1.02 * v.norm())
-    for a, b, c in ((8.287212, -23.595887, 17.300387), (4.107059, -2.947850, 0.544843), (3.948691, -2.908902, 0.551819)):
+    for a, b, c in ((8.287212, -23.595887, 17.300387), (4.107059, -2.947850, 0.544843),
+                    (3.948691, -2.908902, 0.551819)):
         v = a * v + b * v ** 3 + c * v ** 5
     return u @ torch.diag(v) @ wt
 

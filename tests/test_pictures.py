@@ -8,20 +8,14 @@ from hypothesis import given, settings, strategies as st
 
 import plumbing.pictures
 from plumbing.pictures import image_finder
-from tests.helpers import BLACK, BLUE, GREEN, RED, SHARED, WHITE, fails, huge_png, png, png_chunk, saved
+from tests.helpers import SHARED, fails, huge_png, png, png_chunk, saved
 
 pytest_plugins = ["tests.helpers"]  # its fixtures
 
-
-# ----------------------------------------------------------------------------------------------------------------------
-# tokenizer.py
-
 PHOTOS = SHARED / "data" / "photos"
 needs_photos = pytest.mark.skipif(not PHOTOS.is_dir(), reason=f"no photos at {PHOTOS}")
+RED, GREEN, BLUE, WHITE, BLACK = (255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 255), (0, 0, 0)
 
-
-# ----------------------------------------------------------------------------------------------------------------------
-# vision.py: pictures of all sorts
 
 def of_mode(mode: str, left, right) -> Image.Image:
     "Two pixels side by side."

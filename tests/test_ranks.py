@@ -9,16 +9,17 @@ import pytest
 import torch
 
 from model import load_checkpoint
+from plumbing.files import read_json
 from plumbing.weights import read_safetensors
 from plumbing.workers import threads
-from tests.helpers import left_by, questions, right_by_hand, run_chapter, setup, shipped
+from tests.helpers import RUNS, left_by, questions, right_by_hand, run_chapter, setup, shipped
 from train_sft import evaluate
 
 pytest_plugins = ["tests.helpers"]  # its fixtures
 
 
 def rank_of_two(rank: int, port: int, folder: Path) -> None:
-    "What each of two processes does: it meets the other, then runs three chapters with it."
+    "What each of two processes does: it meets the other, then runs the four chapters with it."
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     torch.set_num_threads(1)
     threads.cache_clear()  # a fork has no copy of the threads that prepare batches
@@ -26,7 +27,7 @@ def rank_of_two(rank: int, port: int, folder: Path) -> None:
     results = {"gathered": here.gather([10 * n for n in range(7)[rank::2]]), "none": here.gather([]),
                "sum": here.all_reduce(rank + 1.5), "exact": here.all_reduce(2.0 ** 24 + 1),
                "blind": evaluate(*shipped(), questions(20), here, blind=True)["right"]}
-    results |= {stage: run_chapter(stage, folder) for stage in ("base", "align", "rl")}
+    results |= {stage: run_chapter(stage, folder) for stage in RUNS}
     (folder / f"{rank}.json").write_text(json.dumps(results))
 
 
@@ -56,7 +57,7 @@ def test_answers_of_two_ranks_are_gathered_in_the_order_of_the_questions(two_ran
         assert rank["blind"] == right_by_hand(20, "blind")  # each answer is scored with its own question
 
 
-@pytest.mark.parametrize("stage", ["base", "align", "rl"])
+@pytest.mark.parametrize("stage", RUNS)
 def test_two_ranks_learn_what_one_learns_from_two_micro_batches(chapters, two_ranks, stage):
     folder, first, second = two_ranks
     (one, _, result), two = left_by(chapters, stage), load_checkpoint(folder / "tiny" / stage)
@@ -68,6 +69,13 @@ def test_two_ranks_learn_what_one_learns_from_two_micro_batches(chapters, two_ra
     assert ours.keys() == theirs.keys()
     for name in ours:
         assert torch.allclose(ours[name], theirs[name], rtol=1e-3, atol=1e-6), name
-    for name in {"base": ["bits_per_byte"], "align": ["caption_loss", "blind_loss"], "rl": ["before"]}[stage]:
+    # the places in the data, too: a run may be resumed on another number of processes
+    assert read_json(chapters.out / "tiny" / stage / "state.json") == read_json(folder / "tiny" / stage / "state.json")
+    told = {"base": ["bits_per_byte"], "align": ["caption_loss", "blind_loss"], "sft": ["blind_accuracy"],
+            "rl": ["before"]}[stage]
+    for name in told:
         assert first[stage][name] == pytest.approx(result[name], rel=1e-3)
+    if stage == "sft":
+        ours, theirs = (one["held_out"]["scenes"] for one in (result, first[stage]))
+        assert all(ours[name] == pytest.approx(theirs[name], rel=1e-3) for name in ("loss", "blind_loss"))
     assert second[stage] == {}  # one line of JSON, from the main process

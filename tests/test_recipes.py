@@ -7,10 +7,11 @@ import zipfile
 from pathlib import Path
 
 import data
-import plumbing.formats
-import plumbing.pictures
 import plumbing.recipes
-from tests.helpers import CHAT, COMMIT, add_to_tar, build, fails, image_bytes, llava, write
+from plumbing.formats import benchmark_row
+from plumbing.pictures import fetch_picture, open_source
+from plumbing.recipes import locate, read_records, recipe_rows
+from tests.helpers import CHAT, COMMIT, add_to_tar, fails, image_bytes, llava, write
 
 pytest_plugins = ["tests.helpers"]  # its fixtures
 
@@ -18,41 +19,43 @@ pytest_plugins = ["tests.helpers"]  # its fixtures
 def test_pictures_named_by_urls_are_fetched_when_they_are_used_and_only_once(web, tmp_path):
     web.files["/a.png"] = image_bytes()
     rows = [llava(f"{web.url}/a.png"), llava(f"{web.url}/none.png", id="r2")]
-    one, two = plumbing.recipes.read_records(write(tmp_path / "d.json", rows))
+    one, two = read_records(write(tmp_path / "d.json", rows))
     assert not web.log
     web.faults = ["break", "503", "stall"]
     for _ in range(2):
-        assert plumbing.pictures.open_source(one["images"][0]).getpixel((0, 0)) == (255, 0, 0)
+        assert open_source(one["images"][0]).getpixel((0, 0)) == (255, 0, 0)
     assert len(web.log) == 4  # three failures, and the one that succeeded
-    assert fails(lambda: plumbing.pictures.open_source(two["images"][0]), "/none.png", "404")
+    assert fails(lambda: open_source(two["images"][0]), "/none.png", "404")
     web.faults = ["503"] * 9
     web.files["/b.png"] = image_bytes()
-    assert fails(lambda: plumbing.pictures.open_source(f"{web.url}/b.png"), "/b.png", "503", "5 times")
+    assert fails(lambda: open_source(f"{web.url}/b.png"), "/b.png", "503", "5 times")
     web.faults = []
     web.files["/big.png"] = b"\0" * 5000
-    assert fails(lambda: plumbing.pictures.fetch_picture(f"{web.url}/big.png", tmp_path / "c", 4000, bytes), "4,000 bytes")
+    assert fails(lambda: fetch_picture(f"{web.url}/big.png", tmp_path / "c", 4000, bytes), "4,000 bytes")
     web.redirects = {"/there.png": "/a.png", "/circle.png": "/circle.png"}
-    assert plumbing.pictures.open_source(f"{web.url}/there.png").getpixel((0, 0)) == (255, 0, 0)
+    assert open_source(f"{web.url}/there.png").getpixel((0, 0)) == (255, 0, 0)
     web.files["/later.png"] = b"<html>please log in</html>"
-    assert fails(lambda: plumbing.pictures.open_source(f"{web.url}/later.png"), "/later.png", "not a readable image")
+    assert fails(lambda: open_source(f"{web.url}/later.png"), "/later.png", "not a readable image")
     web.files["/later.png"] = image_bytes()  # the page was not kept in the picture's place
-    assert plumbing.pictures.open_source(f"{web.url}/later.png").getpixel((0, 0)) == (255, 0, 0)
+    assert open_source(f"{web.url}/later.png").getpixel((0, 0)) == (255, 0, 0)
     for url in f"{web.url}/circle.png", "http://[::1/a.png", "http:///a.png":
-        assert fails(lambda: plumbing.pictures.open_source(url), url)
+        assert fails(lambda: open_source(url), url)
 
 
 def test_a_file_of_records_and_tar_shards_come_from_a_url(web, tmp_path):
-    spec = build(tmp_path, "shards")
-    for path in tmp_path.glob("s-*.tar"):
+    for number in range(2):
+        with tarfile.open(path := tmp_path / f"s-00{number}.tar", "w") as tar:
+            for i in range(2):
+                add_to_tar(tar, f"{i}.json", json.dumps(CHAT | {"id": f"{number}{i}"}).encode())
         web.files[f"/x/{path.name}"] = path.read_bytes()
     web.faults = ["break", "stall"]
-    records = plumbing.recipes.read_records(f"{web.url}/x/s-{{000..001}}.tar")
-    assert [r["messages"] for r in records] == [r["messages"] for r in plumbing.recipes.read_records(spec)]
+    records = read_records(f"{web.url}/x/s-{{000..001}}.tar")
+    assert [record["id"] for record in records] == ["00", "01", "10", "11"]
     asked = len(web.log)
-    assert len(plumbing.recipes.read_records(f"{web.url}/x/s-{{000..001}}.tar")) == 4 and len(web.log) == asked  # from the cache
+    assert len(read_records(f"{web.url}/x/s-{{000..001}}.tar")) == 4 and len(web.log) == asked  # from the cache
     assert data.parse_mixture(f"{web.url}/a.jsonl:2,{web.url}/b.jsonl,C:\\a.json") == [
         (f"{web.url}/a.jsonl", 2), (f"{web.url}/b.jsonl", 1), ("C:\\a.json", 1)]
-    assert fails(lambda: plumbing.recipes.read_records(f"{web.url}/none.json"), "none.json", "404")
+    assert fails(lambda: read_records(f"{web.url}/none.json"), "none.json", "404")
 
 
 def test_what_follows_the_question_mark_of_an_address_reaches_the_server(web, tmp_path, capsys):
@@ -61,11 +64,11 @@ def test_what_follows_the_question_mark_of_an_address_reaches_the_server(web, tm
         web.files[f"/d{number}.jsonl?end=9:30Z&sig=secret"] = json.dumps(CHAT | {"id": str(number)}).encode()
     spec = f"{web.url}/d{{0..1}}.jsonl?end=9:30Z&sig=secret"
     assert data.parse_mixture(f"{spec},{spec}:2") == [(spec, 1), (spec, 2)]
-    assert [record["id"] for record in plumbing.recipes.read_records(spec)] == ["0", "1"]
+    assert [record["id"] for record in read_records(spec)] == ["0", "1"]
     assert {method for method, _ in web.log} == {"GET"} and "secret" not in capsys.readouterr().err
     asked = len(web.log)
-    assert len(plumbing.recipes.read_records(spec)) == 2 and len(web.log) == asked  # from the cache
-    assert fails(lambda: plumbing.recipes.read_records(f"{web.url}/d0.jsonl?sig=other"), "d0.jsonl", "404")  # no copy
+    assert len(read_records(spec)) == 2 and len(web.log) == asked  # from the cache
+    assert fails(lambda: read_records(f"{web.url}/d0.jsonl?sig=other"), "d0.jsonl", "404")  # no copy
 
 
 def test_a_recipe_says_its_size_and_licence_and_is_checked_by_its_hash(web, monkeypatch, capsys):
@@ -76,15 +79,15 @@ def test_a_recipe_says_its_size_and_licence_and_is_checked_by_its_hash(web, monk
     monkeypatch.setitem(plumbing.recipes.RECIPES, "sums", recipe)
     web.files["/t.jsonl"] = content
     web.faults = ["lie"]
-    assert fails(lambda: plumbing.recipes.read_records("sums"), "t.jsonl", "expected", "run again")
-    records = plumbing.recipes.read_records("sums")
+    assert fails(lambda: read_records("sums"), "t.jsonl", "expected", "run again")
+    records = read_records("sums")
     said = capsys.readouterr().err
     assert "MIT, of course" in said and " MB  t.jsonl" in said and "python data.py --download=sums" in said
     assert [r["messages"][1]["content"] for r in records] == [f"100{i}" for i in range(8)]
     assert records[0]["metric"] == "exact"
-    assert len(plumbing.recipes.read_records("sums@0.25")) == 2
+    assert len(read_records("sums@0.25")) == 2
     web.files["/t.jsonl"] = content + b"x"  # another file now, but ours is here
-    assert len(plumbing.recipes.read_records("sums")) == 8
+    assert len(read_records("sums")) == 8
 
 
 def test_a_recipe_whose_server_is_gone_comes_from_its_mirror_with_the_same_hash(hub, monkeypatch, capsys):
@@ -93,14 +96,14 @@ def test_a_recipe_whose_server_is_gone_comes_from_its_mirror_with_the_same_hash(
     recipe = {"stage": "rl", "about": "a sum", "licence": "MIT", "rows": "gsm8k", "hub": "http://127.0.0.1:9/gone",
               "revision": "", "files": {"t.jsonl": [len(content), hashlib.md5(content).hexdigest()]}}
     monkeypatch.setitem(plumbing.recipes.RECIPES, "sums", recipe)
-    assert fails(lambda: plumbing.recipes.read_records("sums"), "127.0.0.1:9", "5 times")
+    assert fails(lambda: read_records("sums"), "127.0.0.1:9", "5 times")
     monkeypatch.setitem(plumbing.recipes.RECIPES, "sums", recipe | {"mirror": f"Org/Mirror@{COMMIT}"})
-    assert len(plumbing.recipes.read_records("sums")) == 1 and "trying its mirror, Org/Mirror" in capsys.readouterr().err
-    (file,), asked = plumbing.recipes.locate("sums")[0], len(hub.log)
-    assert len(plumbing.recipes.read_records("sums")) == 1 and len(hub.log) == asked  # from the cache
+    assert len(read_records("sums")) == 1 and "trying its mirror, Org/Mirror" in capsys.readouterr().err
+    (file,), asked = locate("sums")[0], len(hub.log)
+    assert len(read_records("sums")) == 1 and len(hub.log) == asked  # from the cache
     shutil.rmtree(Path(file).parent)
     hub.files["Org/Mirror"]["t.jsonl"] = content.replace(b"2", b"3")  # of the same size, but another file
-    assert fails(lambda: plumbing.recipes.read_records("sums"), "t.jsonl", "expected", hashlib.md5(content).hexdigest())
+    assert fails(lambda: read_records("sums"), "t.jsonl", "expected", hashlib.md5(content).hexdigest())
 
 
 def test_a_recipes_pictures_come_from_where_it_says(web, monkeypatch, tmp_path):
@@ -112,9 +115,9 @@ def test_a_recipes_pictures_come_from_where_it_says(web, monkeypatch, tmp_path):
     monkeypatch.setitem(plumbing.recipes.RECIPES, "mix", {
         "stage": "sft", "about": "", "licence": "", "hub": web.url, "revision": "", "files": {"d.json": [None, None]},
         "images": {"coco/": f"{web.url}/", "vg/": f"{web.url}/vg/images.zip"}})
-    one, two = plumbing.recipes.read_records("mix")
-    assert plumbing.pictures.open_source(one["images"][0]).getpixel((0, 0)) == (255, 0, 0)
-    assert plumbing.pictures.open_source(two["images"][0]).getpixel((0, 0)) == (0, 0, 255)
+    one, two = read_records("mix")
+    assert open_source(one["images"][0]).getpixel((0, 0)) == (255, 0, 0)
+    assert open_source(two["images"][0]).getpixel((0, 0)) == (0, 0, 255)
 
 
 def test_rows_of_public_sets_become_questions_that_can_be_scored(tmp_path):
@@ -123,15 +126,15 @@ def test_rows_of_public_sets_become_questions_that_can_be_scored(tmp_path):
                                                  "question_id": 7}]))
         file.writestr("CLEVR_v1.0/scenes/CLEVR_train_scenes.json", json.dumps(
             {"scenes": [{"image_filename": "CLEVR_train_000000.png", "objects": [{}, {}, {}]}]}))
-    row, = (plumbing.formats.benchmark_row(*parts) for parts in plumbing.recipes.recipe_rows("tallyqa", str(tmp_path / "t.zip")))
+    row, = (benchmark_row(*parts) for parts in recipe_rows("tallyqa", str(tmp_path / "t.zip")))
     assert (row["answer"], row["images"], row["metric"]) == ("2", "VG_100K/1.jpg", "exact")
-    row, = (plumbing.formats.benchmark_row(*parts) for parts in plumbing.recipes.recipe_rows("clevr", str(tmp_path / "t.zip")))
+    row, = (benchmark_row(*parts) for parts in recipe_rows("clevr", str(tmp_path / "t.zip")))
     assert (row["answer"], row["images"]) == ("3", "images/train/CLEVR_train_000000.png")
     with tarfile.open(tmp_path / "a.tar.gz", "w:gz") as tar:
         add_to_tar(tar, "aokvqa_v1p0_train.json", json.dumps([
             {"image_id": 299207, "question": "What?", "question_id": "x", "choices": ["nine", "two"],
              "correct_choice_idx": 1}]).encode())
-    row, = (plumbing.formats.benchmark_row(*parts) for parts in plumbing.recipes.recipe_rows("aokvqa", str(tmp_path / "a.tar.gz")))
+    row, = (benchmark_row(*parts) for parts in recipe_rows("aokvqa", str(tmp_path / "a.tar.gz")))
     assert (row["answer"], row["images"], row["choices"]) == ("B", "000000299207.jpg", {"A": "nine", "B": "two"})
 
 

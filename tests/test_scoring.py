@@ -84,3 +84,17 @@ def test_a_word_that_is_less_than_half_right_earns_nothing():
     # DocVQA: 2 of 3 letters of "cat" must be changed to get "man": 1/3 is below a half. 1 of 2 is not.
     assert [score("anls", text, "man") for text in ("cat", "an", "men")] == pytest.approx([0, 2 / 3, 2 / 3])
     assert score("anls", "ab", "ax") == 0.5
+
+
+CAPTIONS = [["a cat is sitting on the table", "a cat on a table"],
+            ["two dogs play on the grass", "dogs running on grass"], ["a red car is parked", "red car on a street"]]
+WRITTEN = ["a cat sits on a table", "two dogs run on grass", "a red car"]
+
+
+def test_captions_score_what_the_reference_implementation_gives():
+    # computed with pycocoevalcap 1.2 (CiderScorer, n=4, sigma=6)
+    assert plumbing.scoring.cider(WRITTEN, CAPTIONS) == pytest.approx([3.15658748, 2.27989102, 3.92219775])
+    assert plumbing.scoring.cider(["", "cat"], [["a cat"], ["a dog", "dogs"]]) == [0, 0]
+    # its tokenizer's words, without marks
+    grams = plumbing.scoring.caption_ngrams("The dog doesn't run. It's a T-shirt, at 6:55!")
+    assert [gram[0] for gram in grams if len(gram) == 1] == "the dog does n't run it 's a t-shirt at 6:55".split()

@@ -30,7 +30,8 @@ import sample
 from extras.server import Server, read_picture
 from plumbing.flags import parse_flags
 from sample import FLAGS as SAMPLE_FLAGS
-from tests.helpers import HERE, Served, bytes_of, image_bytes, needs, png, run, tiny_vlm, tokenizer, user, wait_until
+from tests.helpers import (HERE, Served, bytes_of, image_bytes, needs, png, run, tiny_vlm, tokenizer, uri, user,
+                           wait_until)
 
 pytest_plugins = ["tests.helpers"]  # its fixtures
 
@@ -87,8 +88,9 @@ def test_choices_seeds_and_stop_texts(served, photo):
 
 def test_pictures_between_texts_keep_their_places_and_others_come_first():
     text = {"type": "text", "text": "a"}
-    shown = {"type": "image_url", "image_url": {"url": "data:image/png;base64," + base64.b64encode(image_bytes()).decode()}}
-    for content, kinds in ([text, shown, text, shown], "titi"), ([shown, text], "it"), ([text, shown], "it"), ([text], "t"):
+    shown = {"type": "image_url", "image_url": {"url": uri(image_bytes())}}
+    for content, kinds in (([text, shown, text, shown], "titi"),
+                           ([shown, text], "it"), ([text, shown], "it"), ([text], "t")):
         images = []
         message = extras.server.read_message({"role": "user", "content": content}, images)
         assert "".join(part["type"][0] for part in message["content"]) == kinds and len(images) == kinds.count("i")
@@ -774,8 +776,8 @@ def ask_server(server, path: str, body: dict | None = None, **headers) -> tuple[
 
 
 def test_only_who_has_the_key_is_told_where_the_model_looked():
-    picture = {"type": "image_url", "image_url": {"url": "data:image/png;base64," + base64.b64encode(png(1)).decode()}}
-    body = {"messages": [{"role": "user", "content": [picture]}, {"role": "assistant", "content": "a cat"}]}
+    body = {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": uri(png(1))}}]},
+                         {"role": "assistant", "content": "a cat"}]}
     with serving("--api_key=sesame") as server:
         assert ask_server(server, "/look", body)[0] == 401
         status, told = ask_server(server, "/look", body, Authorization="Bearer sesame")
@@ -798,7 +800,8 @@ def test_the_257th_connection_is_closed_and_the_others_are_not():
         while len(server.connections) < 256 and time.monotonic() < began + 5:
             time.sleep(0.01)
         late = stack.enter_context(socket.create_connection(("127.0.0.1", server.server_port), timeout=15))
-        assert late.recv(12) == b"HTTP/1.1 503" and time.monotonic() < began + 15  # long before anyone has been idle for too long
+        assert late.recv(12) == b"HTTP/1.1 503"
+        assert time.monotonic() < began + 15  # long before anyone has been idle for too long
         for one in (held[0], held[-1]):
             one.sendall(b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n")
             assert one.recv(15) == b"HTTP/1.1 200 OK"

@@ -28,7 +28,7 @@ pytest_plugins = ["tests.helpers"]  # its fixtures
     ("decoder.num_attention_heads=12", ["not a multiple of 12"]), ("decoder.head_dim=33", ["decoder.head_dim", "RoPE"]),
     ("vision.patch_size=200", ["at least one patch"])])
 def test_set_checks_names_and_values_in_one_line(text, parts):
-    fails(lambda: model.preset("tiny", "", text), "--set=", *parts)
+    assert fails(lambda: model.preset("tiny", "", text), "--set=", *parts)
 
 
 def test_set_changes_what_it_names_and_what_follows_from_it():
@@ -44,7 +44,7 @@ def test_set_changes_what_it_names_and_what_follows_from_it():
 
 def test_a_run_is_changed_by_set_and_says_so_in_log_and_checkpoint(trained, tmp_path):
     changed = "--set=bridge.num_latents=12,decoder.num_hidden_layers=3"
-    ran = run("train_sft", *QUICK, f"--out_dir={tmp_path}", changed)
+    ran = run("train_sft", *QUICK, "--eval_size=2", f"--out_dir={tmp_path}", changed)
     assert ran.code == 0
     folder = tmp_path / "tiny/sft"
     vlm = model.load_checkpoint(folder)
@@ -63,16 +63,16 @@ def test_a_run_is_changed_by_set_and_says_so_in_log_and_checkpoint(trained, tmp_
 def test_an_edit_of_presets_is_never_ignored_in_silence(trained, tmp_path, monkeypatch):
     import train_sft
     start = f"--init={trained[0] / 'tiny/align'}"
-    ran = run("train_sft", *QUICK, f"--out_dir={tmp_path}", start, main=train_sft.main)
+    ran = run("train_sft", *QUICK, "--eval_size=2", f"--out_dir={tmp_path}", start, main=train_sft.main)
     assert ran.code == 0 and "PRESETS" not in ran.err
     monkeypatch.setattr(model.PRESETS["tiny"].bridge, "num_latents", 16)
     monkeypatch.setattr(model.PRESETS["tiny"].decoder, "intermediate_size", 300)
-    ran = run("train_sft", *QUICK, f"--out_dir={tmp_path}", start, main=train_sft.main)
+    ran = run("train_sft", *QUICK, "--eval_size=2", f"--out_dir={tmp_path}", start, main=train_sft.main)
     line, = (line for line in ran.err.splitlines() if "PRESETS" in line)
     assert ran.code == 0 and "bridge.num_latents is 9 there and 16" in line and "--init=scratch" in line
     assert "decoder.intermediate_size is 256 there and 300" in line
     assert model.load_checkpoint(tmp_path / "tiny/sft").config.bridge.num_latents == 9
-    ran = run("train_sft", *QUICK, f"--out_dir={tmp_path}", "--init=scratch", main=train_sft.main)
+    ran = run("train_sft", *QUICK, "--eval_size=2", f"--out_dir={tmp_path}", "--init=scratch", main=train_sft.main)
     assert ran.code == 0 and model.load_checkpoint(tmp_path / "tiny/sft").config.bridge.num_latents == 16
 
 
@@ -101,7 +101,7 @@ def test_beside_released_weights_only_the_new_bridge_can_be_set(tmp_path, monkey
     vlm, *_ = train_base.without_checkpoint(flags, setup())
     assert vlm.bridge(torch.ones(1, 16, 32)).shape == (1, 6, 32) and len(vlm.bridge.perceiver.layers) == 2
     flags.set = "decoder.num_hidden_layers=1"
-    fails(lambda: train_base.without_checkpoint(flags, setup()), "--set=decoder.num_hidden_layers=1",
-          "released weights have their shape", "bridge.*")
+    assert fails(lambda: train_base.without_checkpoint(flags, setup()), "--set=decoder.num_hidden_layers=1",
+                 "released weights have their shape", "bridge.*")
     finished, flags.set = ["base", "align", "sft"], "bridge.num_latents=6"  # a LLaVA
-    fails(lambda: train_base.without_checkpoint(flags, setup()), "--set=bridge.num_latents=6", "released weights")
+    assert fails(lambda: train_base.without_checkpoint(flags, setup()), "--set=bridge.num_latents=6", "released")

@@ -13,13 +13,15 @@ import pytest
 import torch
 from hypothesis import given, settings, strategies as st
 
-import extras.export
 import model
 import plumbing.hub
-import plumbing.weights
 import vision
+from extras.export import hub_tensors
 from model import GPT, VLM
-from tests.helpers import change_config, entry, fails, far, image_tokens, long_form, needs, noise_image, save_onevision
+from plumbing.weights import (DTYPES, LLAVA_NAMES, QWEN_NAMES, SIGLIP_NAMES, hub_names, load_tensors, read_header,
+                              read_safetensors, write_safetensors)
+from tests.helpers import (change_config, fails, far, image_tokens, long_form, needs, noise_image, save_onevision,
+                           tiny_vlm)
 from tokenizer import Rendered
 from vision import Bridge, BridgeConfig, ViT, ViTConfig
 
@@ -28,7 +30,7 @@ pytest_plugins = ["tests.helpers"]  # its fixtures
 
 def every_dtype() -> dict[str, torch.Tensor]:
     generator, tensors = torch.Generator().manual_seed(0), {}
-    for name, dtype in plumbing.weights.DTYPES.items():
+    for name, dtype in DTYPES.items():
         for shape in [(3, 5), (), (0, 4), (1,)]:  # a matrix, a single number, nothing at all
             top = 2 if dtype == torch.bool else 256
             raw = torch.randint(0, top, (math.prod(shape) * dtype.itemsize,), generator=generator).to(torch.uint8)
@@ -46,22 +48,26 @@ def same_bytes(ours: dict, theirs: dict) -> bool:
 def test_safetensors_round_trip(tmp_path):
     path, tensors = tmp_path / "a.safetensors", every_dtype()
     tensors["transposed"] = torch.arange(6).view(2, 3).t()  # not contiguous
-    plumbing.weights.write_safetensors(tensors, path, {"step": "7"})
-    assert same_bytes(plumbing.weights.read_safetensors(path), tensors)
-    assert plumbing.weights.read_header(path)[1] == {"step": "7"}
-    plumbing.weights.write_safetensors({}, path)
-    assert plumbing.weights.read_safetensors(path) == {}
+    write_safetensors(tensors, path, {"step": "7"})
+    assert same_bytes(read_safetensors(path), tensors)
+    assert read_header(path)[1] == {"step": "7"}
+    write_safetensors({}, path)
+    assert read_safetensors(path) == {}
 
 
 @needs("safetensors")
 def test_safetensors_library_reads_ours_and_we_read_its(tmp_path):
     import safetensors.torch
     ours, theirs, tensors = tmp_path / "ours.safetensors", tmp_path / "theirs.safetensors", every_dtype()
-    plumbing.weights.write_safetensors(tensors, ours, {"format": "pt"})
+    write_safetensors(tensors, ours, {"format": "pt"})
     assert same_bytes(safetensors.torch.load_file(ours), tensors)
     safetensors.torch.save_file(tensors, theirs, {"format": "pt"})
-    assert same_bytes(plumbing.weights.read_safetensors(theirs), tensors)
-    assert plumbing.weights.read_header(theirs)[1] == {"format": "pt"}
+    assert same_bytes(read_safetensors(theirs), tensors)
+    assert read_header(theirs)[1] == {"format": "pt"}
+
+
+def entry(dtype="I32", shape=(2, 2), offsets=(0, 16)) -> dict:
+    return {"a": {"dtype": dtype, "shape": shape, "data_offsets": offsets}}
 
 
 def framed(header, body: bytes = b"", pad: bytes = b"") -> bytes:
@@ -117,16 +123,16 @@ def test_a_bad_safetensors_file_is_one_line_that_names_it(tmp_path, name):
     path = tmp_path / "bad.safetensors"
     path.write_bytes(BAD_FILES[name])
     start = time.process_time()
-    assert len(fails(lambda: plumbing.weights.read_safetensors(path), path)) < 1000
+    assert len(fails(lambda: read_safetensors(path), path)) < 1000
     assert time.process_time() - start < 3  # seconds; a header of 2,000 giant numbers once took minutes
 
 
-def test_300_000_empty_tensors_do_not_hang_the_safetensors_reader(tmp_path):
+def test_many_empty_tensors_do_not_hang_the_safetensors_reader(tmp_path):
     (tmp_path / "a.safetensors").write_bytes(framed(
-        {f"t{i}": {"dtype": "F32", "shape": [0], "data_offsets": [0, 0]} for i in range(300_000)}))
+        {f"t{i}": {"dtype": "F32", "shape": [0], "data_offsets": [0, 0]} for i in range(40_000)}))
     start = time.process_time()
-    assert len(plumbing.weights.read_safetensors(tmp_path / "a.safetensors")) == 300_000
-    assert time.process_time() - start < 10
+    assert len(read_safetensors(tmp_path / "a.safetensors")) == 40_000
+    assert time.process_time() - start < 4  # seconds; with a search among all for each it would be minutes
 
 
 @long_form
@@ -149,14 +155,14 @@ def test_10_000_mutated_files_are_read_or_refused(tmp_path):
 
 def test_safetensors_header_may_be_padded_at_its_end(tmp_path):
     (tmp_path / "a.safetensors").write_bytes(framed(entry(), bytes(16), pad=b" \r\n\t "))
-    assert plumbing.weights.read_safetensors(tmp_path / "a.safetensors")["a"].tolist() == [[0, 0], [0, 0]]
+    assert read_safetensors(tmp_path / "a.safetensors")["a"].tolist() == [[0, 0], [0, 0]]
 
 
 def read_or_refuse(path: Path, raw: bytes) -> bool:
     "Either every byte of every tensor can be touched, or it is one line that names the file."
     path.write_bytes(raw)
     try:
-        for tensor in plumbing.weights.read_safetensors(path).values():
+        for tensor in read_safetensors(path).values():
             tensor.flatten().view(torch.uint8).sum()
     except ValueError as error:
         return str(path) in str(error) and "\n" not in str(error)
@@ -167,7 +173,7 @@ def read_or_refuse(path: Path, raw: bytes) -> bool:
 def fuzz_file(folder: str) -> bytes:
     path = Path(folder) / "valid.safetensors"
     tensors = {"w": torch.ones(3, 2), "b": torch.ones(2, dtype=torch.bfloat16), "e": torch.ones(0, 2)}
-    plumbing.weights.write_safetensors(tensors, path, {"k": "v"})
+    write_safetensors(tensors, path, {"k": "v"})
     return path.read_bytes()
 
 
@@ -200,29 +206,29 @@ def test_no_header_crashes_the_safetensors_reader(tmp_path_factory, header):
 def test_loaded_weights_are_copies_and_the_mapped_file_is_let_go(tmp_path):
     # Else a file that is replaced while the model runs would pull its weights away, and training would write to it.
     linear = torch.nn.Linear(3, 2)
-    plumbing.weights.write_safetensors(dict(linear.named_parameters()), tmp_path / "a.safetensors")
-    tensors = plumbing.weights.read_safetensors(tmp_path / "a.safetensors")
+    write_safetensors(dict(linear.named_parameters()), tmp_path / "a.safetensors")
+    tensors = read_safetensors(tmp_path / "a.safetensors")
     mapped = {tensor.data_ptr() for tensor in tensors.values()}
-    plumbing.weights.load_tensors(linear, tensors, {"weight": ["weight"], "bias": ["bias"]}, "", "here")
+    load_tensors(linear, tensors, {"weight": ["weight"], "bias": ["bias"]}, "", "here")
     assert not tensors and not mapped & {p.data_ptr() for p in linear.parameters()}
 
 
 def test_shards_that_do_not_match_their_index_are_one_line(tmp_path):
     index = tmp_path / "model.safetensors.index.json"
-    assert fails(lambda: plumbing.weights.read_safetensors(tmp_path), index)
+    assert fails(lambda: read_safetensors(tmp_path), index)
     for content in ("{", "[]", "{}", '{"weight_map": []}', '{"weight_map": {"a": 1}}', '{"weight_map": {"a": "."}}',
                     '{"weight_map": {"a": ""}}', '{"weight_map": {"a": "../b"}}', '{"weight_map": ' + "[" * 200_000,
                     '{"weight_map": ' + "9" * 5000 + "}", '{"weight_map": {"a": "/etc/passwd"}}'):
         index.write_text(content)
-        assert fails(lambda: plumbing.weights.read_safetensors(tmp_path), index)
+        assert fails(lambda: read_safetensors(tmp_path), index)
     (tmp_path / "again").symlink_to(tmp_path)  # a folder in place of a shard would be read as a model, without end
     index.write_text(json.dumps({"weight_map": {"a": "again"}}))
-    assert fails(lambda: plumbing.weights.read_safetensors(tmp_path), tmp_path / "again", "no such file")
+    assert fails(lambda: read_safetensors(tmp_path), tmp_path / "again", "no such file")
     index.write_text(json.dumps({"weight_map": {"a": "1.safetensors", "b": "2.safetensors"}}))
-    plumbing.weights.write_safetensors({"a": torch.ones(1)}, tmp_path / "1.safetensors")
-    assert fails(lambda: plumbing.weights.read_safetensors(tmp_path), tmp_path / "2.safetensors")
-    plumbing.weights.write_safetensors({"c": torch.ones(1)}, tmp_path / "2.safetensors")
-    assert fails(lambda: plumbing.weights.read_safetensors(tmp_path), tmp_path / "2.safetensors", "b")
+    write_safetensors({"a": torch.ones(1)}, tmp_path / "1.safetensors")
+    assert fails(lambda: read_safetensors(tmp_path), tmp_path / "2.safetensors")
+    write_safetensors({"c": torch.ones(1)}, tmp_path / "2.safetensors")
+    assert fails(lambda: read_safetensors(tmp_path), tmp_path / "2.safetensors", "b")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -326,7 +332,7 @@ def test_tiles_cover_a_picture_of_any_shape(width, height):
 def published_size(tensors: dict[str, torch.Tensor]) -> int:
     "Bytes of the safetensors file that holds these, as Hugging Face writes it: names in order, one dtype."
     header, offset = {"__metadata__": {"format": "pt"}}, 0
-    names = {dtype: name for name, dtype in plumbing.weights.DTYPES.items()}
+    names = {dtype: name for name, dtype in DTYPES.items()}
     for name in sorted(tensors):
         tensor = tensors[name]
         end = offset + tensor.numel() * tensor.element_size()
@@ -346,17 +352,8 @@ def in_dtype(tensors: dict, dtype: torch.dtype) -> dict:
 def test_qwen_presets_ask_for_the_published_file_to_the_byte(name, size):
     with torch.device("meta"):
         gpt = GPT(model.PRESETS[name].decoder)
-    assert published_size(in_dtype(extras.export.hub_tensors(gpt, plumbing.weights.QWEN_NAMES), torch.bfloat16)) == size
+    assert published_size(in_dtype(hub_tensors(gpt, QWEN_NAMES), torch.bfloat16)) == size
     assert size in [f[0] for f in plumbing.hub.REPOSITORIES[name].files.values()]
-
-
-def test_the_qwen_3b_preset_asks_for_the_published_bytes():
-    # Two shards: 6,171,877,376 bytes of tensors, as the index says, and two headers.
-    with torch.device("meta"):
-        tensors = extras.export.hub_tensors(GPT(model.PRESETS["qwen2.5-3b"].decoder), plumbing.weights.QWEN_NAMES)
-    assert len(tensors) == 434 and sum(2 * t.numel() for t in tensors.values()) == 6_171_877_376
-    shards = [f[0] for name, f in plumbing.hub.REPOSITORIES["qwen2.5-3b"].files.items() if name.endswith(".safetensors")]
-    assert shards == [3_968_658_944, 2_203_268_048] and 0 < sum(shards) - 6_171_877_376 < 100_000
 
 
 def siglip_tensors(config: ViTConfig, words: int, length: int) -> dict[str, torch.Tensor]:
@@ -374,7 +371,7 @@ def siglip_tensors(config: ViTConfig, words: int, length: int) -> dict[str, torc
         "vision_model.head.attention.out_proj.bias", "vision_model.head.layernorm.weight",
         "vision_model.head.layernorm.bias", "vision_model.head.mlp.fc2.bias")}
     with torch.device("meta"):
-        tensors = extras.export.hub_tensors(ViT(config), plumbing.weights.SIGLIP_NAMES, "vision_model.")
+        tensors = hub_tensors(ViT(config), SIGLIP_NAMES, "vision_model.")
         tensors |= {"text_model." + name.removeprefix("vision_model."): tensor for name, tensor in tensors.items()
                     if ".layers." in name}  # the text tower's blocks have the same form
         return tensors | {name: torch.empty(shape) for name, shape in shapes.items()}
@@ -392,14 +389,15 @@ def test_siglip_presets_ask_for_the_published_file_to_the_byte(name, words, leng
 
 def test_the_onevision_preset_asks_for_the_published_file_to_the_byte():
     with torch.device("meta"):
-        tensors = in_dtype(extras.export.hub_tensors(VLM(model.preset("llava-ov-0.5b")), plumbing.weights.LLAVA_NAMES), torch.float16)
+        vlm = VLM(model.preset("llava-ov-0.5b"))
+        tensors = in_dtype(hub_tensors(vlm, LLAVA_NAMES), torch.float16)
     assert len(tensors) == 716 and published_size(tensors) == 1_787_445_680
 
 
 def decoder_tensors(name: str) -> dict[str, torch.Tensor]:
     "A preset's tensors under the hub's names, on no device."
     with torch.device("meta"):
-        return extras.export.hub_tensors(GPT(model.PRESETS[name].decoder), plumbing.weights.QWEN_NAMES)
+        return hub_tensors(GPT(model.PRESETS[name].decoder), QWEN_NAMES)
 
 
 @pytest.mark.parametrize("name, count, size, shards", [
@@ -425,3 +423,19 @@ def test_qwen3_presets_have_the_published_weights_and_names(name, weights):
         q = config.num_attention_heads * 128
         assert tensors[f"{attention}.q_proj.weight"].shape == (q, config.hidden_size)
         assert tensors[f"{attention}.o_proj.weight"].shape == (config.hidden_size, q)
+
+
+def test_vit_weights_that_do_not_fit_are_one_line(tmp_path):
+    vit, hub = tiny_vlm().vit, {}  # our tensors under the hub's names
+    for ours, theirs in hub_names(vit, SIGLIP_NAMES, "vision_model.").items():
+        hub |= dict(zip(theirs, vit.get_parameter(ours).detach().chunk(len(theirs))))
+    fields = {name: value for name, value in asdict(vit.config).items() if isinstance(value, int)}
+    (tmp_path / "config.json").write_text(json.dumps(fields))
+    write_safetensors(hub, tmp_path / "model.safetensors")
+    pixels = torch.randint(0, 256, (1, 3, 24, 24), dtype=torch.uint8)
+    assert torch.equal(ViT.from_pretrained(tmp_path)(pixels), vit(pixels))
+    name = "vision_model.encoder.layers.1.self_attn.v_proj.bias"
+    for broken in ({n: t for n, t in hub.items() if n != name}, hub | {name: torch.zeros(7)},
+                   hub | {"vision_model.new": torch.zeros(1)}):
+        write_safetensors(broken, tmp_path / "model.safetensors")
+        assert fails(lambda: ViT.from_pretrained(tmp_path), tmp_path, "vision_model.")

@@ -9,10 +9,9 @@ from collections import Counter
 import numpy as np
 import pytest
 
-import plumbing.world
 from plumbing.strange import HONEST, NO_WORDS, Grey
-from plumbing.world import World
-from tests.helpers import HERE, exam, fails, texts
+from plumbing.world import (CAPTIONS, COLOURS, HELD_OUT, KINDS, QUESTIONS, SIZES, Scene, Thing, World, plural)
+from tests.helpers import HERE, fails, texts
 
 pytest_plugins = ["tests.helpers"]  # its fixtures
 
@@ -20,40 +19,45 @@ TASKS = ["text", "captions", "chat", "exam"]
 
 
 def test_a_record_is_the_same_every_time_and_in_another_process():
-    code = ("from plumbing.world import World; import sys; print([World(t, s, seed=3)[i] for t in ('text', 'captions', 'chat', 'exam') "
-            "for s in ('train', 'pairs') for i in (0, 7, 10**6)])")
-    here = str([plumbing.world.World(task, split, seed=3)[i] for task in TASKS for split in ("train", "pairs")
+    code = ("from plumbing.world import World; print([World(t, s, seed=3)[i] "
+            f"for t in {TASKS} for s in ('train', 'pairs') for i in (0, 7, 10**6)])")
+    here = str([World(task, split, seed=3)[i] for task in TASKS for split in ("train", "pairs")
                 for i in (0, 7, 10**6)])
     there = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True,
                            env={**os.environ, "PYTHONHASHSEED": "7"}, cwd=HERE, check=True).stdout.strip()
     assert there == here
-    assert str(plumbing.world.World("exam", seed=4)[0]) != str(plumbing.world.World("exam", seed=3)[0])
-    assert str(plumbing.world.World("exam", "scenes", seed=3)[0]["images"]) != str(plumbing.world.World("exam", seed=3)[0]["images"])
+    assert str(World("exam", seed=4)[0]) != str(World("exam", seed=3)[0])
+    assert str(World("exam", "scenes", seed=3)[0]["images"]) != str(World("exam", seed=3)[0]["images"])
 
 
 def test_every_kind_lacks_one_colour_in_training():
-    assert Counter(kind for _, kind in plumbing.world.HELD_OUT) == Counter(plumbing.world.KINDS)
-    assert {colour for colour, _ in plumbing.world.HELD_OUT} == set(plumbing.world.COLOURS)  # and no colour is new as a whole
+    assert Counter(kind for _, kind in HELD_OUT) == Counter(KINDS)
+    assert {colour for colour, _ in HELD_OUT} == set(COLOURS)  # and no colour is new as a whole
 
 
 @pytest.mark.parametrize("task", TASKS)
 def test_training_never_shows_or_tells_a_held_out_pair(task):
     # "red cats" counts as well, "red catfish" would not.
-    tell = re.compile(r"\b(" + "|".join(f"{colour} {kind}" for colour, kind in plumbing.world.HELD_OUT) + r")(s|es)?\b",
+    tell = re.compile(r"\b(" + "|".join(f"{colour} {kind}" for colour, kind in HELD_OUT) + r")(s|es)?\b",
                       re.IGNORECASE)
-    dataset = plumbing.world.World(task)
+    dataset = World(task)
     for i in [*range(2500), *range(10**6, 10**6 + 500)]:
         record = dataset[i]
         assert not (found := tell.search(texts(record))), (i, found)
         for picture in record["images"]:
             scene = getattr(picture, "scene", picture)  # parts of a scene may be in a strange picture
-            assert not {(t.colour, t.kind) for t in getattr(scene, "things", ())} & plumbing.world.HELD_OUT, i
+            assert not {(t.colour, t.kind) for t in getattr(scene, "things", ())} & HELD_OUT, i
+
+
+def exam(record: dict) -> tuple[str, str, list]:
+    question, answer = (message["content"] for message in record["messages"])
+    return question.removeprefix("<image>\n"), answer, list(record["images"][0].things)
 
 
 def singular(words: str) -> str:
     "\"red things\" -> \"red\", \"cats\" -> \"cat\"."
     words = words.removesuffix(" things")
-    return words if words in plumbing.world.COLOURS or words in plumbing.world.KINDS else words.removesuffix("s")
+    return words if words in COLOURS or words in KINDS else words.removesuffix("s")
 
 
 def solve(question: str, things: list) -> str:
@@ -113,7 +117,7 @@ def solve(question: str, things: list) -> str:
 
 @pytest.mark.parametrize("split", ["train", "scenes", "pairs"])
 def test_every_answer_agrees_with_a_second_reading_of_question_and_scene(split):
-    dataset, kinds = plumbing.world.World("exam", split, seed=1), Counter()
+    dataset, kinds = World("exam", split, seed=1), Counter()
     for i in range(400):
         record = dataset[i]
         kinds[record["kind"]] += 1
@@ -121,18 +125,18 @@ def test_every_answer_agrees_with_a_second_reading_of_question_and_scene(split):
         if answer not in (HONEST, NO_WORDS) and record["images"] != [Grey()]:  # not one of the few beside the world's
             question, answer, things = exam(record)
             assert solve(question.replace("color", "colour"), things) == answer, (i, question)
-    assert kinds == Counter({kind: 40 for kind in plumbing.world.QUESTIONS})
+    assert kinds == Counter({kind: 40 for kind in QUESTIONS})
 
 
 def test_the_chats_answers_agree_too():
-    dataset, checked = plumbing.world.World("chat", seed=5), 0
+    dataset, checked = World("chat", seed=5), 0
     for record in map(dataset.__getitem__, range(30_000, 30_300)):
         scene, = record["images"]
         if record["messages"][-1]["content"] in (HONEST, NO_WORDS) or scene == Grey():
             continue
         turns = [m["content"].removeprefix("<image>\n").replace("olor", "olour") for m in record["messages"]]
         for question, answer in zip(turns[::2], turns[1::2]):
-            if question not in [prompt for prompts, *_ in plumbing.world.CAPTIONS for prompt in prompts]:
+            if question not in [prompt for prompts, *_ in CAPTIONS for prompt in prompts]:
                 assert solve(question, scene.things) == answer
                 checked += 1
     assert checked > 300
@@ -140,13 +144,13 @@ def test_the_chats_answers_agree_too():
 
 def test_things_stand_apart_and_inside_the_picture():
     for i in range(500):
-        things = plumbing.world.World("exam", "pairs")[i]["images"][0].things
+        things = World("exam", "pairs")[i]["images"][0].things
         for t in things:
-            half = plumbing.world.SIZES[t.size] / 2
+            half = SIZES[t.size] / 2
             assert half <= t.x <= 1 - half and half <= t.y <= 1 - half
         for t in things:
             for u in things:
-                reach = (plumbing.world.SIZES[t.size] + plumbing.world.SIZES[u.size]) / 2
+                reach = (SIZES[t.size] + SIZES[u.size]) / 2
                 assert t is u or max(abs(t.x - u.x), abs(t.y - u.y)) >= reach - 1e-9
 
 # Kind: the highest share that the likeliest answer may have among questions of one form. Chance is between a half and a
@@ -154,13 +158,13 @@ def test_things_stand_apart_and_inside_the_picture():
 BALANCE = {"count": 0.30, "number": 0.40, "colour": 0.25, "kind": 0.15, "exists": 0.60, "relation": 0.60, "place": 0.20,
            "compare": 0.60, "size": 0.25, "choice": 0.45}
 
-NAMES = {*plumbing.world.KINDS, *plumbing.world.COLOURS, *map(plumbing.world.plural, plumbing.world.KINDS)}
+NAMES = {*KINDS, *COLOURS, *map(plural, KINDS)}
 
 
 @pytest.mark.parametrize("split", ["scenes", "pairs"])
-@pytest.mark.parametrize("kind", plumbing.world.QUESTIONS)
+@pytest.mark.parametrize("kind", QUESTIONS)
 def test_the_form_of_a_question_does_not_give_its_answer_away(kind, split):
-    dataset, forms = plumbing.world.World("exam", split, seed=1, kinds=[kind]), {}
+    dataset, forms = World("exam", split, seed=1, kinds=[kind]), {}
     for i in range(1500):
         question, answer, _ = exam(dataset[i])
         if kind == "compare":
@@ -175,39 +179,39 @@ def test_the_form_of_a_question_does_not_give_its_answer_away(kind, split):
 
 def test_a_new_name_does_not_give_the_answer_away():
     # If "no" were said of familiar pairs only, who knows what training showed would need no picture.
-    dataset, answers = plumbing.world.World("exam", "pairs", seed=1, kinds=["exists"]), {True: [], False: []}
+    dataset, answers = World("exam", "pairs", seed=1, kinds=["exists"]), {True: [], False: []}
     for i in range(1500):
         question, answer, _ = exam(dataset[i])
-        answers[tuple(question.rstrip("?").split()[-2:]) in plumbing.world.HELD_OUT].append(answer)
+        answers[tuple(question.rstrip("?").split()[-2:]) in HELD_OUT].append(answer)
     for group in answers.values():
         assert len(group) < 150 or 0.4 < group.count("yes") / len(group) < 0.6
 
 
 def test_in_the_split_of_new_pairs_questions_are_about_a_new_pair():
-    dataset = plumbing.world.World("exam", "pairs", seed=1)
+    dataset = World("exam", "pairs", seed=1)
     for i in range(1500):
         question, answer, things = exam(dataset[i])
-        kind, new = dataset.kinds[i % 10], [t for t in things if (t.colour, t.kind) in plumbing.world.HELD_OUT]
+        kind, new = dataset.kinds[i % 10], [t for t in things if (t.colour, t.kind) in HELD_OUT]
         assert new, i
         kinds, colours = Counter(t.kind for t in things), Counter(t.colour for t in things)
         if kind == "colour" and any(kinds[t.kind] == 1 for t in new):
-            assert (answer, *re.findall("|".join(plumbing.world.KINDS), question)) in plumbing.world.HELD_OUT, question
+            assert (answer, *re.findall("|".join(KINDS), question)) in HELD_OUT, question
         if kind == "kind" and any(colours[t.colour] == 1 for t in new):
-            assert (*re.findall("|".join(plumbing.world.COLOURS), question), answer) in plumbing.world.HELD_OUT, question
+            assert (*re.findall("|".join(COLOURS), question), answer) in HELD_OUT, question
         if kind == "exists" and answer == "yes":
-            assert tuple(question.rstrip("?").split()[-2:]) in plumbing.world.HELD_OUT, question
+            assert tuple(question.rstrip("?").split()[-2:]) in HELD_OUT, question
         if kind == "choice":
-            assert tuple(question.split(f"\n{answer}. ")[1].split("\n")[0].split()) in plumbing.world.HELD_OUT, question
+            assert tuple(question.split(f"\n{answer}. ")[1].split("\n")[0].split()) in HELD_OUT, question
 
 
 def test_kinds_can_be_chosen_and_a_wrong_one_is_named():
-    dataset = plumbing.world.World("exam", kinds=["count", "place"])
+    dataset = World("exam", kinds=["count", "place"])
     assert [dataset[i]["kind"] for i in range(4)] == ["count", "place", "count", "place"]
-    assert fails(lambda: plumbing.world.World("exam", kinds=["counting"]), "'counting'", "count, number")
+    assert fails(lambda: World("exam", kinds=["counting"]), "'counting'", "count, number")
 
 
 def test_a_drawing_is_the_same_twice_and_quick():
-    scenes = [plumbing.world.World("captions", "scenes")[i]["images"][0] for i in range(40)]
+    scenes = [World("captions", "scenes")[i]["images"][0] for i in range(40)]
     first = [scene.draw(72).tobytes() for scene in scenes]
     assert len(first[0]) == 72 * 72 * 3 and len(set(first)) == len(first)
     times = []
@@ -222,10 +226,10 @@ def test_a_drawing_is_the_same_twice_and_quick():
 def test_a_picture_shows_what_its_scene_says():
     # The middle of a square has the square's colour, whatever its size, at any resolution.
     for px in (14, 72, 240):
-        for i, (colour, rgb) in enumerate(plumbing.world.COLOURS.items()):
-            thing = plumbing.world.Thing(colour, "square", list(plumbing.world.SIZES)[i % 3], i, (i % 3 + 0.5) / 3, (i // 3 + 0.5) / 3,
+        for i, (colour, rgb) in enumerate(COLOURS.items()):
+            thing = Thing(colour, "square", list(SIZES)[i % 3], i, (i % 3 + 0.5) / 3, (i // 3 + 0.5) / 3,
                                False)
-            image = plumbing.world.Scene((thing,), "plain", 0).draw(px)
+            image = Scene((thing,), "plain", 0).draw(px)
             assert image.size == (px, px) and image.mode == "RGB"
             got = np.array(image.getpixel((round(thing.x * px), round(thing.y * px))))
             assert np.abs(got - rgb).max() < 40, (px, colour, got)
