@@ -7,7 +7,7 @@ Chapter 1: a language model from nothing. It reads text and learns to predict th
     torchrun --nproc_per_node=8 train_base.py --model=small    # several GPUs: each takes a share of the rows
 
 What it teaches: next-token prediction, the training loop that all four chapters share, and bits per byte, a measure of
-language models that does not depend on the tokenizer. On the laptop run it falls from 5.72 to 0.28 on held-out text.
+language models that does not depend on the tokenizer. On the laptop run it falls from 13.7 to 0.28 on held-out text.
 At the end the model continues three prompts: a number does not show whether it writes nonsense.
 
 Left out: epochs (the loader never ends: it shuffles a file anew for every pass over it). The optimizer, the log and the

@@ -13,10 +13,10 @@ model samples a group of answers, at temperature 1. An answer's advantage is its
 group: no value network, the group is the baseline. The update is the ordinary loss of chapter 3 on the model's own
 answers, with the advantage as the weight of each token.
 
-Prints the accuracy on held-out questions of all kinds before and after (on the laptop run 60.2 and 71.0 % of the two
+Prints the accuracy on held-out questions of all kinds before and after (on the laptop run 83.8 and 90.4 % of the two
 kinds trained on), with 95 % intervals, and the interval of the difference, which is narrower because both times the
 questions are the same. What is not rewarded may be forgotten: trained on two kinds alone, "How many things are there?"
-fell from 100 to 75 %. With a quarter of the questions of all kinds (--rehearse) it stays.
+fell from 100 to 75 %. With a quarter of the questions of all kinds, and a few descriptions (--rehearse), both stay.
 
 New in this chapter: rollouts with the picture in the prompt, rewards, advantages as token weights.
 Left out:
@@ -194,6 +194,7 @@ def main() -> None:
     # Held out are questions of all kinds: what is not trained on may be forgotten, and that should show.
     exams = {split: World("exam", split, seed=1) for split in ("scenes", "pairs")}
     world = World("exam", seed=flags.seed, kinds=with_rehearsal(kinds, flags.rehearse))
+    captions = World("captions", seed=flags.seed) if flags.data == "world" and flags.rehearse > 0 else None
     dataset, held_out = data.load_data(flags.data, world, exams, flags.seed, flags.eval_size, flags.val,
                                        max_bad=flags.max_bad)
 
@@ -227,6 +228,10 @@ def main() -> None:
         # New: rollouts, rewards, and advantages as token weights.
         prompts, groups = rollout(vlm, tokenizer, records, flags, step)
         documents, tokens, sums = to_documents(records, prompts, groups, tokenizer)
+        # No code can say whether a description is good. What is not rewarded may be forgotten, so the right words are
+        # taught as in chapter 3, one description for every eight questions.
+        documents += [data.make_document(captions[i], i, tokenizer, vlm.config.bridge.num_tokens, flags.seq_len)
+                      for i in mine if captions and i % 8 == 0]
         batches = pack_all(documents, rows, flags.seq_len, vlm)
         # One update per rollout: the model that is updated is the one that answered, so no ratio is needed. Divided by
         # all tokens: a long answer's tokens count as much as a short one's (DAPO, arXiv 2503.14476).

@@ -91,7 +91,7 @@ def cache(*parts: str) -> Path:
 def fingerprint(*paths: str) -> str:
     "A name for the present content of files: it changes with their place, size or time."
     stats = [(os.path.abspath(path), s.st_size, s.st_mtime_ns) for path in paths for s in [os.stat(path)]]
-    return hashlib.sha1(repr((2, stats)).encode()).hexdigest()[:24]  # 2: raise it if what is kept changes
+    return hashlib.sha1(repr((3, stats)).encode()).hexdigest()[:24]  # 3: raise it if what is kept changes
 
 
 @contextlib.contextmanager

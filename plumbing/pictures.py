@@ -15,7 +15,7 @@ import unicodedata
 import warnings
 import zipfile
 import zlib
-from functools import lru_cache, partial
+from functools import lru_cache
 from pathlib import Path
 from urllib.parse import unquote
 
@@ -35,6 +35,9 @@ PICTURES = (".jpg", ".jpeg", ".jfif", ".png", ".webp", ".gif", ".bmp")
 UNREAD = (".heic", ".heif", ".avif", ".tif", ".tiff")  # pictures, too, but not for every Pillow
 
 MEDIA = (".mp4", ".avi", ".mov", ".mkv", ".webm", ".mp3", ".wav", ".flac", ".m4a", ".ogg")  # not read at all
+
+# A picture in letters: data:image/png;base64,iVBORw0KG..., or only how a PNG, JPEG, GIF or WebP begins in base64
+INLINE = re.compile(r"data:(video|audio)?[^,\s]*;base64,|(?:iVBORw0KGgo|/9j/|R0lGOD|UklGR)[\w+/=\s]{50}")
 
 LEADS_OUT = re.compile(r"^[/\\]|^[A-Za-z]:|(^|[/\\])\.\.($|[/\\])|\0")  # /etc/passwd, C:x, ../x
 
@@ -162,14 +165,56 @@ def to_rgb(image: Image.Image) -> Image.Image:
     return image if image.mode == "RGB" else image.convert("RGB")  # convert copies in any case
 
 
+def bytes_or_name(picture) -> bytes | str:
+    "A picture as a row has it -> its bytes, or where they are."
+    if isinstance(picture, dict):  # {"bytes", "path"} of Hugging Face, {"url"} of OpenAI, {"data"} of Anthropic
+        picture = next((picture[key] for key in ("bytes", "data", "path", "url") if picture.get(key)), None)
+    # A name may be a bare number in JSON, but is no list and no object.
+    if type(picture) not in (str, int, bytes):
+        raise ValueError("an image is no name, but a list or an object")
+    if isinstance(picture, bytes) or not INLINE.match(picture := str(picture)):
+        return picture
+    try:
+        return base64.b64decode("".join(picture.rpartition(",")[2].split()), validate=True)
+    except ValueError:
+        raise ValueError(f"image {picture[:40]!r} is not base64") from None
+
+
+def zips_in(place: str) -> list[tuple]:
+    "A folder's zips -> (path, members, the folders that all members lie in, \"\" first) of each."
+    # A zip stays packed: half a million small files take hours to unpack, and many disks run out of inodes.
+    # The directory at the zip's end gives each member's position, so one picture is read without the others.
+    out = []
+    for path in map(str, sorted(Path(place).glob("*.zip"), key=lambda path: (path.name != "images.zip", path))):
+        with named_errors(path):
+            members = open_zip(path, os.getpid()).NameToInfo
+        # macOS adds a hidden companion of each file. It has the name of a picture, but is none.
+        common = os.path.commonprefix([name for name in members if not name.startswith("__MACOSX/")])
+        # Zipping a folder puts its name before all others: the zip has images/004/7.jpg, the records say 004/7.jpg.
+        # Both are found, the full name first.
+        out.append((path, members, ["", *itertools.accumulate(part + "/" for part in common.split("/")[:-1])]))
+    return out
+
+
+def spellings_of(name: str):
+    "The names under which a picture may lie here, the likeliest first."
+    yield name
+    # Windows writes images\0.jpg. macOS spells ü as two letters, u and two dots, others as one: a name from there may
+    # lack its file here. COCO's train2017/0.jpg may lie without its folder.
+    slashes = name.replace("\\", "/")
+    others = (slashes, *(unicodedata.normalize(form, slashes) for form in ("NFC", "NFD")),
+              re.sub(r"^(train|val|test)20\d\d/", "", slashes))
+    yield from dict.fromkeys(other for other in others if other != name)
+
+
 def image_finder(folder: str, places: dict = {}):
     """
-    -> a function: an image's name in a record -> its source, or None. It opens no image. places: where those are that
-    the folder lacks, {the beginning of their names: another folder, or a URL}. A name that leads out of the folder is a
+    -> a function: a picture as a row has it -> its source, or None. It opens no image. places: where those are that the
+    folder lacks, {the beginning of their names: another folder, or a URL}. A name that leads out of the folder is a
     ValueError: a file of records from a stranger must not make us read, and describe, the user's other files.
     """
     folder = os.path.abspath(folder)
-    true_path = lru_cache(2 ** 14)(os.path.realpath)
+    true_path, zips = lru_cache(2 ** 14)(os.path.realpath), lru_cache(zips_in)
     # Hugging Face's cache has links: snapshots/x/images/0.png -> ../../../blobs/0
     cached = [folder.rpartition("/snapshots/")[0] + "/blobs"] * ("/snapshots/" in folder)
     roots = tuple(os.path.join(true_path(os.path.join(root, end)), "")
@@ -180,26 +225,10 @@ def image_finder(folder: str, places: dict = {}):
             return False
         # realpath takes 30 microseconds, so only links are followed one by one, folders once
         true = os.path.realpath(path) if os.path.islink(path) else os.path.join(true_path(os.path.dirname(path)), "x")
-        require(true.startswith(roots), f"image {path[:200]!r} is a link that leads out of the data's folder {folder}; "
-                                        "copy the file there")
+        if not true.startswith(roots):
+            raise ValueError(f"image {path[:200]!r} is a link that leads out of the data's folder {folder}; copy the "
+                             "file there")
         return True
-
-    @lru_cache
-    def zips(place: str) -> list:
-        # A zip stays packed: half a million small files take hours to unpack, and many disks run out of inodes.
-        # The directory at the zip's end gives each member's position, so one picture is read without the others.
-        names = [name for name in os.listdir(place) if name.endswith(".zip")] if os.path.isdir(place) else []
-        out = []
-        for path in (os.path.join(place, name) for name in sorted(names, key=lambda one: (one != "images.zip", one))):
-            with named_errors(path):
-                members = open_zip(path, os.getpid()).NameToInfo
-            # macOS adds a hidden companion of each file. It has the name of a picture, but is none.
-            common = os.path.commonprefix([name for name in members if not name.startswith("__MACOSX/")])
-            # Zipping a folder puts its name before all others: the zip has images/004/7.jpg, the records say
-            # 004/7.jpg. Both are found, the full name first.
-            folders = itertools.accumulate(part + "/" for part in common.split("/")[:-1])
-            out.append((path, members, ["", *folders]))
-        return out
 
     def find_in(place: str, name: str):
         for archive, members, prefixes in zips(place):
@@ -213,32 +242,22 @@ def image_finder(folder: str, places: dict = {}):
         first, _, rest = name.partition("/")  # gqa/images/7.jpg may be images/7.jpg in gqa/images.zip
         return find_in(os.path.join(place, first), rest) if rest else None
 
-    def find(name: str):
-        if name.startswith("data:"):  # data:image/png;base64,iVBORw0KG...: the picture itself
-            try:
-                return base64.b64decode("".join(name.partition(",")[2].split()), validate=True)
-            except ValueError:
-                raise ValueError(f"image {name[:40]!r} is not base64") from None
-        if name.startswith(("http://", "https://")):
+    def find(picture):
+        name = bytes_or_name(picture)
+        if isinstance(name, bytes) or name.startswith(("http://", "https://")):
             return name
-        given, name = name, re.sub("^file://(localhost)?", "", unquote(name)) if name.startswith("file://") else name
+        name = re.sub("^file://(localhost)?", "", unquote(name)) if name.startswith("file://") else name
         if name.startswith("/"):
             name = next((os.path.relpath(name, root) for root in (folder, true_path(folder))
                          if os.path.normpath(name).startswith(os.path.join(root, ""))), name)
-        require(not LEADS_OUT.search(name), f"image {given[:100]!r} leads out of the data's folder {folder}; name it "
-                                            "relative to the folder")
-        # Windows writes images\0.jpg. macOS spells ü as two letters, u and two dots, others as one: a name from there
-        # may lack its file here.
-        spellings = [name] + [name.replace("\\", "/")] * ("\\" in name)
-        spellings += [unicodedata.normalize(form, one) for form in ("NFC", "NFD") for one in spellings
-                      if not one.isascii()]
-        spellings += [name[9:]] * name.startswith("train2") + [name[7:]] * name.startswith("val2")
-        source = next(filter(None, map(partial(find_in, folder), spellings)), None)
-        for start, place in places.items():
-            if not source and name.startswith(start):
-                rest = name[len(start):]
-                source = place + rest if "://" in place else find_in(place, rest)
-        return source
+        if LEADS_OUT.search(name):
+            raise ValueError(f"image {str(picture)[:100]!r} leads out of the data's folder {folder}; name it relative to the "
+                             "folder")
+        for start, place in [("", folder), *places.items()]:
+            for one in spellings_of(name):
+                rest = one.removeprefix(start)
+                if one.startswith(start) and (source := place + rest if "://" in place else find_in(place, rest)):
+                    return source
     return find
 
 
@@ -253,4 +272,4 @@ def picture_key(source) -> str:
         return repr(source)
     # For plain files the name is used, or 100 GB would be read. With one folder's name, because train2017/7.jpg is not
     # vg/7.jpg; without the folders above, or the split would differ from machine to machine.
-    return "/".join(Path(source).parts[-2:])
+    return "/".join([part for part in source.replace("\\", "/").split("/") if part not in ("", ".")][-2:])

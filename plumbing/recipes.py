@@ -73,7 +73,7 @@ def locate(name: str) -> tuple[list[str], dict]:
         start, first, last, end = shards.groups()
         names = [f"{start}{number:0{len(first)}}{end}" for number in range(int(first), int(last) + 1)]
         require(names, f"{name}: the second number is below the first")
-    elif "*" in name and "://" not in name:
+    elif re.search(r"[*?[]", name) and "://" not in name and not os.path.exists(name):
         names = sorted(glob.glob(name, recursive=True))
         require(names, f"{name}: no file has such a name")
     elif os.path.isdir(name):

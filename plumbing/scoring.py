@@ -202,6 +202,8 @@ CHOICE_PROMPT = "Answer with the option's letter from the given choices directly
 
 SHORT_PROMPT = "Answer the question using a single word or phrase."
 
+QUESTIONS = "instruction", "question", "query", "prompt", "problem"  # under these a row asks, the likeliest first
+
 OPTION = lru_cache(4096)(re.compile(r"[A-Z]|(?:option|choice|op)s?[ _-]?[a-z\d]").fullmatch)  # columns: A, option_a
 
 
@@ -226,11 +228,10 @@ def options_of(row: dict) -> dict:
     options = row.get("choices") or row.get("options")
     if isinstance(options, str):  # MMMU: "['red', 'green']", and "[]" of an open question
         options = attempt(ast.literal_eval, options)
-    if not options and "question" not in row:
-        return {}
-    columns = sorted(filter(OPTION, row)) if not options else []
-    if len(columns) > 1:
-        options = [row[key] for key in columns if row[key] not in (None, "")]
+    columns = sorted(filter(OPTION, row)) if not options and not row.keys().isdisjoint(QUESTIONS) else []
+    if len(columns) > 1:  # an option that is empty keeps its letter from the others: B of "", "red", "green" is red
+        options = {key[-1].upper() if key[-1].isalpha() else letter: row[key]
+                   for letter, key in zip(ascii_uppercase, columns) if row[key] not in (None, "")}
     if isinstance(options, dict) and options.keys() == {"label", "text"}:  # ARC: two lists
         options = dict(zip(options["label"], options["text"]))
     if isinstance(options, (list, tuple)) and len(options) <= 26:

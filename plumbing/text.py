@@ -16,11 +16,10 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from plumbing.columns import TEXTS, media_in
-from plumbing.files import cache, fingerprint, named_errors, new_file, require
+from plumbing.files import attempt, cache, fingerprint, named_errors, new_file, require
 from plumbing.formats import BLOCK, JSON_SUFFIXES, read_json_rows
 from plumbing.recipes import locate
-from plumbing.records import Records, hash_keys
+from plumbing.records import Records, hash_keys, pictures_of
 
 END = "<|endoftext|>"  # between two documents of a text file
 
@@ -65,8 +64,9 @@ def read_text(path):
             rows = map(itemgetter(2), read_json_rows(path))
         with named_errors(path):
             for index, row in enumerate(rows):
-                if isinstance(row, dict):
-                    row = None if media_in(row, TEXTS | {"source", "link", "meta", "metadata"}) else row.get("text")
+                if isinstance(row, dict):  # what is beside a picture is a caption; a web page may have links
+                    alone = attempt(pictures_of, row, ("source", "link", "url", "meta", "metadata")) == ([], [])
+                    row = row.get("text") if alone else None
                 require(isinstance(row, str), f"{path}, record {index}: " + (
                     str(row) if isinstance(row, ValueError) else "neither a string nor an object with a text"))
                 if row.strip():

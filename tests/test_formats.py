@@ -367,7 +367,11 @@ def said(record: dict) -> list:
     (["train/cat/1.jpg", "train/dog/2.jpg", "val/cat/3.jpg", "val/dog/4.jpg"], ["--data=", "/train --val=", "/val"]),
     (["cat/1.jpg", "dog/2.jpg", "3.jpg"], ["3.jpg", "beside"]), (["cat/1.jpg", "dog/2.jpg", "dog/3.mp4"], ["dog/3.mp4"]),
     (["cat/1.jpg", "dog/a/b/2.jpg"], ["dog/a/b/2.jpg", "too deep"]), (["1.jpg", "1.txt", "2.jpg"], ["2.jpg", "no 2.txt"]),
-    (["1.jpg", "1.txt", "2.txt"], ["2.txt", "no picture"]), (["data.arrow", "state.json"], ["save_to_disk", "to_parquet"])])
+    (["images/cat/1.jpg", "images/dog/2.jpg"], ["--data=", "/x/images"]),
+    (["images/1.jpg", "a.json"], ["--data=", "/x/a.json"]),
+    (["1.jpg", "labels.csv"], ["--data=", "/x/labels.csv"]), (["1.jpg", "1.json"], ["no sub-folders"]),
+    (["s-0.tar", "s-1.tar"], ["--data='", "/x/s-*.tar'"]), (["1.jpg", "1.txt", "2.txt"], ["2.txt", "no picture"]),
+    (["data.arrow", "state.json"], ["save_to_disk", "to_parquet"])])
 def test_a_folder_that_is_not_one_of_kinds_is_refused_with_what_would_be_right(tmp_path, names, parts):
     put(tmp_path / "x", *names)
     assert fails(lambda: plumbing.recipes.read_records(tmp_path / "x"), tmp_path / "x", *parts)
@@ -375,7 +379,7 @@ def test_a_folder_that_is_not_one_of_kinds_is_refused_with_what_would_be_right(t
 
 
 def test_captions_beside_pictures_are_read_by_check_and_training_alike(tmp_path):
-    put(tmp_path / "x", "0.jpg", "1.PNG", **{"0.txt": "A cat.\n", "1.txt": "\ufeffA dog."})
+    put(tmp_path / "x", "0.jpg", "1.PNG", **{"0.txt": "A cat.\n", "1.TXT": "\ufeffA dog."})
     records = plumbing.recipes.read_records(tmp_path / "x")
     assert [said(record) for record in records] == [["<image>\nDescribe the image.", text] for text in ("A cat.", "A dog.")]
     assert run("data", f"--data={tmp_path / 'x'}").result["images"] == 2
@@ -397,13 +401,16 @@ def test_a_picture_is_one_under_any_name_in_any_spelling(tmp_path, monkeypatch, 
 @pytest.mark.parametrize("column, value", [
     ("image_id", 42), ("src", "a.png"), ("meta", {"image": ["a.jpg"]}), ("file", "https://x/7.jpg?w=1"), ("pixels", [1, 2]),
     ("scan", "a.tif"), ("video", "x.mp4"), ("videos", ["x.MP4"]), ("audio", {"path": "a.wav"}), ("clip", "x.mov"),
-    ("video_id", "abc")])
+    ("video_id", "abc"), ("url", "https://x/7.jpg"), ("frames", ["a.png", "b.png"]),
+    ("blob", "data:video/mp4;base64,AAAA"), ("src", "data:image/png;base64,AAAA")])
 @pytest.mark.parametrize("text", [{"question": "q", "answer": "a"}, {"text": "A cat."}])
 def test_what_only_seems_to_be_a_picture_is_a_bad_record_named_by_its_column(tmp_path, monkeypatch, column, value, text):
     monkeypatch.setenv("GHOSTVIS_CACHE", str(tmp_path / "cache"))
     for path in in_every_container(tmp_path, text | {column: value}):
-        assert fails(lambda: plumbing.recipes.read_records(path), path, "record 0", f"['{column}']")
-        if column != "meta" or "text" not in text:  # a web page's text may have a meta with links
+        moves = re.search("video|audio|clip|blob", column)
+        assert fails(lambda: plumbing.recipes.read_records(path), path, "record 0", f"['{column}']",
+                     "video or sound" if moves else "the key must be image")
+        if column not in ("meta", "url") or "text" not in text:  # a web page's text may have links
             assert run("data", f"--data={path}").code == 1
 
 
@@ -447,6 +454,14 @@ def test_an_answer_that_is_no_option_or_may_be_two_is_named(tmp_path, answer, pa
     assert fails(lambda: plumbing.recipes.read_records(path), path, "record 0", part)
 
 
+def test_an_empty_option_leaves_the_others_their_letters_and_any_question_has_options(tmp_path):
+    row = {"query": "Colour?", "A": "", "B": "red", "C": "green", "response": "B"}
+    record, = plumbing.recipes.read_records(write(tmp_path / "d.json", [row]))
+    assert said(record)[0].startswith("Colour?\nB. red\nC. green\n") and said(record)[1] == "B"
+    record, = plumbing.recipes.read_records(write(tmp_path / "d.json", [llava(None, "q") | {"A": 1, "B": 2}]))
+    assert "choices" not in record  # columns are options where they stand beside a question
+
+
 def test_options_that_the_question_has_are_not_written_twice(tmp_path):
     row = {"question": "Colour?\n(A) red\n(B) green", "choices": ["red", "green"], "answer": "A"}
     record, = plumbing.recipes.read_records(write(tmp_path / "d.json", [row]))
@@ -462,6 +477,8 @@ READ = {  # a row, or a file -> what is said in its record
     "conversations of role and content": ({"conversations": [TURN, REPLY]}, ["q", "a"]),
     "messages of from and value": ({"messages": llava()["conversations"], "image": "a.png"}, ["<image>\nWhat colour?", "red"]),
     "boxes are no instances": (llava(instances=[{"bbox": [1]}, {"bbox": [2]}]), ["<image>\nWhat colour?", "red"]),
+    "answers that are one": ({"question": "q", "answers": "aye"}, ["q", "aye"]),
+    "an instruction that is all input": ({"instruction": "", "input": "q", "output": "a"}, ["q", "a"]),
     "answers": ({"question": "q", "answers": ["x", "a", "a"]}, ["q", "a"]),
     "a kind": ({"image": "a.png", "label": "cat"}, ["<image>\nWhat is this?", "cat"]),
     "Windows": ({"image": "images\\b.png", "question": "q", "answer": "a"}, ["<image>\nq", "a"]),
@@ -474,6 +491,15 @@ READ = {  # a row, or a file -> what is said in its record
     "flickr.csv": ("image_name| comment_number| comment\na.png| 0| A cat .\n", ["<image>\nDescribe the image.", "A cat ."]),
     "x.tsv": ("image\tcaption\na.png\tA cat.\n", ["<image>\nDescribe the image.", "A cat."]),
     "D.JSON": (json.dumps([CHAT]), ["q", "a"]), "one.json": (json.dumps(CHAT, indent=1), ["q", "a"]),
+    "lines.NDJSON": (json.dumps(CHAT) + ",\n", ["q", "a"]),
+    "tools.json": (json.dumps({"messages": [TURN, REPLY], "tools": [{}]}, indent=1), ["q", "a"]),
+    "a word in parts, a picture beside": ({"image": "a.png", "messages": [{"role": "user", "content": [
+        {"type": "text", "text": "<image>?"}]}, REPLY]},
+        [[{"type": "image"}, {"type": "text", "text": "<image>?"}], "a"]),
+    "bytes in letters": ({"image": {"bytes": base64.b64encode(image_bytes()).decode()}, "question": "q", "answer": "a"},
+                         ["<image>\nq", "a"]),
+    "a picture numbered 2": ({"image": "a.png", "image2": "a.png", "question": "q", "answer": "a"},
+                             ["<image>\n<image>\nq", "a"]),
     "captions_train2017.json": (json.dumps(COCO), ["<image>\nDescribe the image.", "A cat."]),
     "annotations/captions_val2017.json": (json.dumps(COCO), ["<image>\nDescribe the image.", "A cat."]),
 }
@@ -486,12 +512,18 @@ def test_layouts_that_most_people_have_are_read(tmp_path, name):
     put(tmp_path, **{name if isinstance(content, str) else "d.json":
                      content if isinstance(content, str) else json.dumps([content])})
     record, = plumbing.recipes.read_records(tmp_path / (name if isinstance(content, str) else "d.json"))
-    assert said(record) == expected and len(record["images"]) == "".join(expected).count("<image>")
+    assert said(record) == expected
+    assert len(record["images"]) == sum(map(plumbing.records.images_in, expected))
 
 
 def test_a_row_of_a_table_with_a_cell_too_few_or_many_is_named(tmp_path):
     put(tmp_path, "a.png", **{"c.csv": "image,caption\na.png,A red, red cat.\na.png\na.png,A cat.\n"})
     assert len(plumbing.recipes.read_records(tmp_path / "c.csv", max_bad=0.7).bad) == 2
+    names = "image,caption\n"
+    for text, part in {"": "empty", "image,caption,caption\na.png,x,y\n": "['caption']", "a.png,x\n": "first line",
+                       names + 'a.png,"x\na.png,y\n': "line 3: unexpected", names + 'a.png,"x" y\n': "line 2:"}.items():
+        (tmp_path / "e.csv").write_text(text)
+        assert fails(lambda: plumbing.recipes.read_records(tmp_path / "e.csv"), "e.csv", part)
     assert fails(lambda: plumbing.recipes.read_records(tmp_path / "c.csv"), "c.csv, record 0", "3 cells under 2 names")
 
 
@@ -512,7 +544,9 @@ def test_vqav2s_pair_of_files_is_one_set(tmp_path):
     ("dataset_info.json", {"features": {"a": {}}}, ["describes a data set"]), ("d.tar.gz", "x", ["tar -xf"]),
     ("d.zip", "x", ["unpack"]), ("d.arrow", "x", ["to_parquet"]),
     ("utf16.jsonl", json.dumps(CHAT).encode("utf-16"), ["UTF-16", "UTF-8"]),
-    ("tasks.json", [{"data": {"image": "a.png"}, "annotations": []}], ["Label Studio"])])
+    ("tasks.json", [{"data": {"image": "a.png"}, "annotations": []}], ["Label Studio"]),
+    ("captions_val.json", COCO | {"annotations": [{"caption": "x"}]}, ["COCO", "'image_id'"]),
+    ("captions_val.json", COCO | {"annotations": [{"image_id": 9, "caption": "x"}]}, ["captions is an empty list"])])
 def test_what_is_not_read_is_named_with_what_to_do(tmp_path, name, content, parts):
     put(tmp_path, **{name: content if isinstance(content, (str, bytes)) else json.dumps(content, indent=1)})
     assert fails(lambda: plumbing.recipes.read_records(tmp_path / name), tmp_path / name, *parts)
@@ -631,6 +665,13 @@ HOSTILE = {  # a row (or its text) that the reader refuses, and what it says
     "choices are a text": (CHAT | {"choices": "a or b"}, "choices must be"),
     "choices are one": (CHAT | {"choices": ["a"]}, "choices must be"),
     "choices are objects": (CHAT | {"choices": [{"text": "a"}, {"text": "b"}]}, "choices must be"),
+    "another format's picture": (CHAT | {"question": "Picture 1: <img>a.png</img>\nq"}, "'<img>a.png</img>' in a"),
+    "another format's mark": (llava("images/x.png", "<|image_1|>\nq"), "another format's mark"),
+    "video at the end": (CHAT | {"question": "q\n<video>"}, "video or sound"),
+    "part with a video": ({"id": "r1", "messages": [{"role": "user", "content": [{"type": "video"}]}]}, "'video'"),
+    "input is a list": (CHAT | {"instruction": "q", "input": [1], "output": "a"}, "list found"),
+    "caption with a mark": ({"id": "r1", "image": "data:;base64,AAAA", "captions": ["a", "An <image>"]}, "in a caption"),
+    "mark of another spelling": (llava("images/x.png", "<Image>\nq"), "'<Image>"),
     "choice is a number": (CHAT | {"choices": {"A": 1}}, "choices must be"),
     "kind is a number": (CHAT | {"kind": 3}, "kind must be"),
     "image is a dict": (llava({"width": 7}), "no name"),
@@ -713,16 +754,21 @@ def test_all_bad_records_are_listed_not_only_the_first(tmp_path):
 def test_a_list_of_any_layout_is_read_block_by_block(tmp_path, monkeypatch):
     rows = [{"id": i, "question": "q\u00e9\u2028\U0001f600 " * (i % 40), "answer": f'"{i}" [x], {{y}}'}
             for i in range(300)]
-    for block, indent, ascii_only in itertools.product((50, 1000, 10 ** 6), (None, 2), (True, False)):
+    for block, indent, ascii_only, between in itertools.product((50, 1000, 10 ** 6), (None, 2), (True, False),
+                                                                ("list", "\n", "\r\n\r\n", ",\n", "")):
         monkeypatch.setattr(plumbing.formats, "BLOCK", block)
-        path = tmp_path / "d.json"
-        path.write_text("\n " + json.dumps(rows, indent=indent, ensure_ascii=ascii_only) + "\n", encoding="utf-8-sig")
+        path, say = tmp_path / "d.json", partial(json.dumps, indent=indent, ensure_ascii=ascii_only)
+        text = say(rows) if between == "list" else between.join(map(say, rows))
+        path.write_bytes(f"\ufeff\n {text}\n".encode())
         found = list(plumbing.formats.read_json_rows(str(path)))
         assert [row for _, _, row in found] == rows
         raw = path.read_bytes()
         assert all(json.loads(raw[start:end]) == row for start, end, row in found)
         path.write_bytes(raw[:len(raw) - 40])
         assert fails(lambda: plumbing.recipes.read_records(path), path)
+    path.write_text("{'one'}\n" + json.dumps(rows[7]) + "\n{\n" + json.dumps(rows[8], indent=1))  # after a bad line
+    good = [row for _, _, row in plumbing.formats.read_json_rows(str(path))]
+    assert [type(row) for row in good] == [ValueError, dict, ValueError, dict] and good[3] == rows[8]
 
 
 def test_a_caption_written_by_a_windows_editor_begins_with_its_first_letter(tmp_path):

@@ -1,13 +1,23 @@
 "What training meets beside the world's own records: how often, never where it is held out, and what it looks like."
+import io
+import random
+import re
+import unicodedata
+import zipfile
 from collections import Counter
 
 import numpy as np
 import pytest
+from PIL import Image
 
+from model import load_checkpoint
 from plumbing.strange import (AMERICAN_SHARE, GARBLED_SHARE, GREY_SHARE, HONEST, NO_WORDS, STRANGE_SHARE, Grey,
                               Strange, to_american)
 from plumbing.world import CAPTIONS, Scene, World
-from tests.helpers import texts
+from sample import TINY
+from tests.helpers import DATA, needs_shared, texts
+from tokenizer import Tokenizer
+from train_sft import answers
 
 pytest_plugins = ["tests.helpers"]  # its fixtures
 
@@ -18,9 +28,9 @@ def test_strange_and_grey_pictures_have_their_share_of_training_and_their_answer
     for record in map(dataset.__getitem__, range(n)):
         picture, = record["images"]
         kinds[type(picture)] += 1
-        answers = [turn["content"] for turn in record["messages"] if turn["role"] == "assistant"]
-        assert (answers == [HONEST]) == isinstance(picture, Strange)  # one answer to whatever is asked
-        garbled += answers == [NO_WORDS]
+        said = [turn["content"] for turn in record["messages"] if turn["role"] == "assistant"]
+        assert (said == [HONEST]) == isinstance(picture, Strange)  # one answer to whatever is asked
+        garbled += said == [NO_WORDS]
         assert record["messages"][0]["content"].startswith("<image>\n")
     for kind, share in ((Strange, STRANGE_SHARE), (Grey, GREY_SHARE)):
         assert abs(kinds[kind] - share * n) < 4 * (share * n) ** 0.5, kinds  # four standard deviations
@@ -70,3 +80,50 @@ def test_strange_pictures_are_of_many_sorts_and_the_same_every_time(px):
 
 def test_a_grey_picture_is_what_the_blind_baseline_shows():
     assert set(Grey().draw(9).tobytes()) == {128}
+
+
+# The shipped model. Whatever is asked of whatever picture: it answered photographs with "4444444444 thingsircles".
+
+ASKED = ("Describe the picture.", "What colour is the cat?", "How many things are there?", "Is it day or night?",
+         "Wer ist auf diesem Bild?", "qx 8?? zrk", "", "What is the man doing?")
+
+
+def asked(pictures: list, questions) -> list[str]:
+    "The shipped model's answers, as long as they like; the questions take turns."
+    records = [{"messages": [{"role": "user", "content": f"<image>\n{questions[i % len(questions)]}"},
+                             {"role": "assistant", "content": "a long answer " * 50}], "images": [picture]}
+               for i, picture in enumerate(pictures)]
+    return answers(load_checkpoint(TINY), Tokenizer.from_pretrained(TINY), records)
+
+
+def file_of(image: Image.Image) -> bytes:
+    file = io.BytesIO()
+    image.convert("RGB").save(file, "PNG")
+    return file.getvalue()
+
+
+def photographs(*names: str) -> list:
+    zipped = [(str(DATA / name / "images.zip"), member) for name in names
+              for member in zipfile.ZipFile(DATA / name / "images.zip").namelist()]
+    return random.Random(0).sample(zipped, 60)
+
+
+def test_no_answer_of_the_shipped_model_is_noise():
+    worlds = [World("exam", split, seed=9)[i]["images"][0] for split in ("scenes", "pairs") for i in range(40)]
+    strange = [Strange(f"unseen {i}", scene) for i, scene in enumerate(worlds)]
+    flat = [Image.effect_noise((72, 72), i) for i in range(5, 200, 10)] + [Image.new("RGB", (99, 40), "red")] * 20
+    for answer in asked(worlds + strange + list(map(file_of, flat)), ASKED):  # 200
+        assert len(answer) < 400 and not any(unicodedata.category(c) in ("Cc", "Co", "Cn") for c in answer), answer
+        assert "\ufffd" not in answer and not re.search(r"(.{1,12}?)\1{19}", answer), answer
+
+
+@needs_shared
+@pytest.mark.parametrize("question", ["Describe the picture.", "What colour is the cat?"])
+def test_the_shipped_model_says_of_photographs_that_it_does_not_know_them(question):
+    given = photographs("coco_caption") + photographs("clothing") + photographs("sign_digits")
+    assert sum(answer == HONEST for answer in asked(given, [question])) >= 0.98 * len(given)
+
+
+def test_the_shipped_model_says_so_of_next_to_no_picture_of_its_world():
+    scenes = [World("exam", split, seed=9)[i]["images"][0] for split in ("scenes", "pairs") for i in range(250)]
+    assert sum(answer in (HONEST, NO_WORDS) for answer in asked(scenes, ASKED[:3])) <= 1
