@@ -24,7 +24,7 @@ AMERICAN_SHARE = 0.2   # of the training records: the user writes color, center,
 
 class Drawing:
     "A picture that code draws, by its method draw(px) -> RGB, px x px pixels: the world's Scene, or one of these two."
-    sides = 1  # how many times as wide as the encoder's square it is meant to be: above 1 for small print
+    sides = 1  # how many times as wide as the encoder's square it is meant to be: above 1 for small things
 
 
 @dataclass(frozen=True)

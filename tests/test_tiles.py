@@ -242,7 +242,7 @@ def test_a_llava_onevision_trains_on_the_logits_of_transformers_and_of_its_answe
 
 
 @needs("transformers")
-def test_a_llava_onevision_learns_small_print_in_tiles_and_is_exported_as_it_is(tmp_path):
+def test_a_llava_onevision_learns_large_pictures_in_tiles_and_is_exported_as_it_is(tmp_path):
     # The whole way: a folder of transformers', check, training, an answer, export, and transformers again.
     from transformers import LlavaOnevisionForConditionalGeneration
     from transformers.models.llava_onevision.image_processing_pil_llava_onevision import LlavaOnevisionImageProcessorPil
