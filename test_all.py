@@ -1907,6 +1907,19 @@ def test_a_folder_of_own_photos_is_learned_and_asked(tmp_path):
     assert said.code == 0 and said.out.strip() == "sky"
 
 
+def test_a_description_is_taught_beside_every_eight_questions(trained, tmp_path, monkeypatch):
+    seen, real = [], train_rl.pack_all
+    monkeypatch.setattr(train_rl, "pack_all", lambda documents, *more: seen.append(documents) or real(documents, *more))
+    for share in (0.25, 0):
+        ran = run("train_rl", *QUICK, f"--init={trained[0]}/tiny/sft", f"--out_dir={tmp_path / str(share)}",
+                  "--batch_size=16", f"--rehearse={share}", "--seed=3", main=train_rl.main)
+        assert ran.code == 0
+    taught = [[doc for doc in documents if "kind" not in doc.record] for documents in seen]
+    world = World("captions", seed=3)
+    assert [[doc.record for doc in docs] for docs in taught] == [[world[0], world[8]], [world[16], world[24]], [], []]
+    assert all(doc.weight == 1 and 0 < sum(doc.mask) < len(doc.ids) for docs in taught for doc in docs)
+
+
 def test_steps_of_reinforcement_learning_are_smaller_where_few_groups_teach(trained, tmp_path, monkeypatch):
     rates = {}
     for teaching in (0, 1, 2, 16):
