@@ -251,8 +251,8 @@ def image_finder(folder: str, places: dict = {}):
             name = next((os.path.relpath(name, root) for root in (folder, true_path(folder))
                          if os.path.normpath(name).startswith(os.path.join(root, ""))), name)
         if LEADS_OUT.search(name):
-            raise ValueError(f"image {str(picture)[:100]!r} leads out of the data's folder {folder}; name it relative to "
-                             "the folder")
+            raise ValueError(f"image {str(picture)[:100]!r} leads out of the data's folder {folder}; name it relative "
+                             "to the folder")
         for start, place in [("", folder), *places.items()]:
             for one in spellings_of(name):
                 rest = one.removeprefix(start)
