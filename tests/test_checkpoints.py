@@ -70,13 +70,15 @@ def test_a_checkpoint_from_before_latents_of_any_number_were_seeded_still_loads(
         assert torch.equal(again.bridge(torch.ones(1, 16, 32)), vlm.bridge(torch.ones(1, 16, 32)))
 
 
-def test_a_checkpoint_from_before_qwen3_is_the_model_it_was():
-    saved = read_json(sample.TINY / "config.json")["decoder"]
-    assert not saved.keys() & {"head_dim", "attention_bias", "use_qk_norm"}  # it has none of the new fields
-    vlm = model.load_checkpoint(sample.TINY)
+def test_a_checkpoint_from_before_qwen3_is_the_model_it_was(tmp_path):
+    shutil.copytree(sample.TINY, tmp_path / "tiny")
+    change_config(tmp_path / "tiny", lambda config: [
+        config["decoder"].pop(name) for name in ("head_dim", "attention_bias", "use_qk_norm")])
+    vlm, now = model.load_checkpoint(tmp_path / "tiny"), model.load_checkpoint(sample.TINY)
     assert vlm.config.decoder == model.PRESETS["tiny"].decoder and vlm.config.decoder.head_dim == 32
-    attention = vlm.gpt.blocks[0].attention
+    attention, ids = vlm.gpt.blocks[0].attention, torch.arange(9)[None]
     assert attention.qkv.bias is not None and attention.q_norm is None and attention.out.weight.shape == (128, 128)
+    assert torch.equal(vlm.gpt.hidden(vlm.embed(ids)), now.gpt.hidden(now.embed(ids)))
 
 
 def test_a_folder_inside_a_checkpoint_does_not_stop_the_save(tmp_path):

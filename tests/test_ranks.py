@@ -70,7 +70,10 @@ def test_two_ranks_learn_what_one_learns_from_two_micro_batches(chapters, two_ra
     for name in ours:
         assert torch.allclose(ours[name], theirs[name], rtol=1e-3, atol=1e-6), name
     # the places in the data, too: a run may be resumed on another number of processes
-    assert read_json(chapters.out / "tiny" / stage / "state.json") == read_json(folder / "tiny" / stage / "state.json")
+    ours, theirs = (read_json(of / "tiny" / stage / "state.json") for of in (chapters.out, folder))
+    if stage == "base":  # bits per byte before the first step
+        assert ours.pop("before") == pytest.approx(theirs.pop("before"), rel=1e-3)
+    assert ours == theirs
     told = {"base": ["bits_per_byte"], "align": ["caption_loss", "blind_loss"], "sft": ["blind_accuracy"],
             "rl": ["before"]}[stage]
     for name in told:

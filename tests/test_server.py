@@ -418,16 +418,17 @@ CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", 
 
 @needs("playwright")
 @pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium: apt-get install chromium")
-def test_a_browser_shows_the_page_and_talks(served, photo):
+def test_a_browser_shows_the_page_and_talks(tmp_path, photo):
     from playwright.sync_api import expect, sync_playwright
     expect.set_options(timeout=20_000)  # milliseconds: a busy machine
+    there = Served(tmp_path, "--max_requests=4")  # the model that comes with the code
     with sync_playwright() as play:
         browser = play.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
         page, told, asked = browser.new_page(), [], []
         page.on("console", lambda message: told.append(message.text))
         page.on("pageerror", lambda error: told.append(str(error)))
         page.on("request", lambda r: asked.append(r.url))
-        page.goto(served.url)
+        page.goto(there.url)
         expect(page.locator("#model")).to_contain_text("tiny")
         # Dropped, drawn and removed again.
         page.locator("body").evaluate_handle("""(body, [raw, name]) => {
@@ -441,8 +442,8 @@ def test_a_browser_shows_the_page_and_talks(served, photo):
         expect(page.locator("#waiting figure")).to_have_count(2)
         page.click("#waiting figure:nth-child(2) button")
         # Words arrive one by one: slowed down, or they would be there at once. Then stopped.
-        engine, step = served.server.engine, served.server.engine.step
-        served.server.stop, kept = set(), served.server.stop
+        engine, step = there.server.engine, there.server.engine.step
+        there.server.stop, kept = set(), there.server.stop
         engine.step = lambda: time.sleep(0.05) or step()
         page.fill("#text", "What is it?")
         page.press("#text", "Enter")
@@ -465,7 +466,7 @@ def test_a_browser_shows_the_page_and_talks(served, photo):
         page.hover(".bot .text")  # before the answer has ended, and it does not move until the words are there
         expect(page.locator(".bot .foot")).to_contain_text("tokens")
         expect(page.locator(".user .text")).to_have_text(["What is this?"])
-        served.server.stop = kept
+        there.server.stop = kept
         # The words under the pointer, and under the arrow keys, change the overlay.
         expect(page.locator(".bot .text span").first).to_be_visible()
         page.locator(".bot .text span").first.hover()
@@ -497,7 +498,8 @@ def test_a_browser_shows_the_page_and_talks(served, photo):
         expect(page.locator(".user .text")).to_have_text(["Describe the picture."])
         expect(page.locator("figure img")).to_have_count(1)
         browser.close()
-    assert not told and all(url.startswith((served.url, "data:", "blob:")) for url in asked)
+    there.server.shutdown()
+    assert not told and all(url.startswith((there.url, "data:", "blob:")) for url in asked)
 
 
 @needs("playwright")
@@ -731,8 +733,7 @@ def test_the_page_takes_any_picture_follows_the_answer_and_shows_at_the_first_ta
         for figure in page.locator(".user figure").all():
             assert figure.bounding_box() == figure.locator("img").bounding_box()
         # A finger moves nothing before it taps.
-        place = page.locator(".bot .text").bounding_box()
-        page.touchscreen.tap(place["x"] + 5, place["y"] + 14)
+        page.locator(".bot .text span").first.tap()
         expect(page.locator("figure canvas.on")).to_have_count(3)
         # An answer that comes faster than a page can glide is followed to its end.
         event = "data: " + json.dumps({"choices": [{"delta": {"content": "word\n"}, "finish_reason": "stop"}]}) + "\n\n"
