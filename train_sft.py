@@ -1,8 +1,8 @@
 """
 Chapter 3: from a model that describes pictures to one that answers questions about them.
 
-    python train_sft.py --batch_size=32                        # tiny, on the built-in world: five minutes on a laptop
-    python train_sft.py                                        # the same with its usual 72 rows a step: ten minutes
+    python train_sft.py --batch_size=32                        # tiny, on the built-in world: six minutes on a laptop
+    python train_sft.py                                        # the same with its usual 72 rows a step: eleven minutes
     python train_sft.py --data=my.json                         # your own pictures and conversations (LLaVA's format)
     python train_sft.py --model=qwen2.5-1.5b --data=llava_v1_5_mix665k.json                    # one GPU
     torchrun --nproc_per_node=8 train_sft.py --model=small     # several GPUs
