@@ -10,7 +10,6 @@ import base64
 import collections
 import contextlib
 import io
-import itertools
 import json
 import queue
 import random
@@ -29,17 +28,26 @@ from pathlib import Path
 
 from PIL import Image
 
+from extras.answers import Answer, score_prompt
+from extras.asking import (
+    SAMPLING,
+    Text,
+    make_message,
+    new_scene,
+    open_engine,
+    open_pixels,
+    options,
+    render,
+)
+from extras.attention_maps import latent_maps, where_it_looked, words_of
+from extras.connection import Connection
+from extras.fields import Refused, check_message, count_rivals, read_fields
+from model import FROM_SCRATCH, VLM
 from plumbing.engine import Request
 from plumbing.files import say
 from plumbing.pictures import load_image
 from plumbing.world import QUESTIONS, Scene, ask
-from model import FROM_SCRATCH, VLM
 from tokenizer import Rendered, Tokenizer
-from extras.answers import Answer, score_prompt
-from extras.asking import (SAMPLING, Text, make_message, new_scene, open_engine, open_pixels, options, render)
-from extras.attention_maps import latent_maps, where_it_looked, words_of
-from extras.connection import Connection
-from extras.fields import Refused, check_message, count_rivals, read_fields
 
 PICTURES = 8            # of a request
 
@@ -74,11 +82,12 @@ PAGE = Path(__file__).parents[1] / "assets" / "page.html"
 
 
 def scene_questions(scene: Scene) -> list[str]:
-    "Four questions of different kinds that have an answer in this scene."
+    "Four questions that have an answer in this scene, of different kinds where it has so many."
     rng = random.Random(secrets.randbits(32))
     kinds = [kind for kind in rng.sample(list(QUESTIONS), len(QUESTIONS)) if kind != "choice"]  # that one has six lines
-    asked = filter(None, (ask(kind, scene, rng) for kind in kinds))
-    return [question for question, _ in itertools.islice(asked, 4)]
+    # In four rounds: two things that look alike can only be counted and searched for, in three wordings each.
+    asked = filter(None, (ask(kind, scene, rng) for kind in kinds * 4))
+    return list(dict.fromkeys(question for question, _ in asked))[:4]
 
 
 # Of any picture; a model that learned from its owner's data has the most frequent questions of those (train_sft.py).

@@ -722,6 +722,8 @@ MUTANTS = {
          "test_quantiles_are_the_half_and_the_twentieth_of_the_slowest"),
     ],
     "extras/server.py": [
+        ("for kind in kinds * 4))", "for kind in kinds))",
+         "test_any_scene_suggests_four_questions_also_two_things_that_look_alike"),
         ("CONNECTIONS = 256 ", "CONNECTIONS = 257 ", "test_the_257th_connection_is_closed_and_the_others_are_not"),
         ("        if len(self.connections) <= CONNECTIONS:", "        if True:",
          "test_the_257th_connection_is_closed_and_the_others_are_not"),

@@ -582,6 +582,15 @@ def test_the_page_keeps_a_draft_while_an_earlier_question_is_edited_or_tried_aga
         browser.close()
 
 
+def test_any_scene_suggests_four_questions_also_two_things_that_look_alike():
+    twins = plumbing.world.Scene(tuple(plumbing.world.Thing("red", "cat", "large", cell, x, 0.5, False)
+                                       for cell, x in ((3, 0.2), (5, 0.8))), "plain", 0)
+    lone = plumbing.world.Scene(twins.things[:1], "plain", 0)
+    for scene in [twins, lone] * 50 + [extras.asking.new_scene() for _ in range(200)]:
+        asked = extras.server.scene_questions(scene)
+        assert len(set(asked)) == len(asked) == 4 and not any("\n" in question for question in asked)
+
+
 @needs("playwright")
 @pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium: apt-get install chromium")
 def test_the_page_introduces_the_model_suggests_questions_and_forgets_nothing(tmp_path):
