@@ -57,7 +57,8 @@ FLAGS = SHARED_FLAGS | {
     "batch_size": (None, "questions per step, over all GPUs"),
     "eval_size": (None, "held-out questions"),
     "samples": (16, "answers to each question: the group that serves as baseline"),
-    "max_new_tokens": (12, "longest answer, in tokens"),
+    # Room for the world's longest answer, the honest one with its 15 tokens: what is cut off earns nothing.
+    "max_new_tokens": (20, "longest answer, in tokens"),
     "temperature": (1.0, "of sampling; anything but 1 samples from another policy than the one that learns"),
     # A question that is always answered right teaches nothing: train on what chapter 3 has not learned.
     "kinds": ("number,relation", "kinds of the world's questions to train on, comma-separated; empty: all"),

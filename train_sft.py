@@ -2,7 +2,7 @@
 Chapter 3: from a model that describes pictures to one that answers questions about them.
 
     python train_sft.py --batch_size=32                        # tiny, on the built-in world: six minutes on a laptop
-    python train_sft.py                                        # the same with its usual 72 rows a step: eleven minutes
+    python train_sft.py                                        # the same with its usual 64 rows a step: eleven minutes
     python train_sft.py --data=my.json                         # your own pictures and conversations (LLaVA's format)
     python train_sft.py --model=qwen2.5-1.5b --data=llava_v1_5_mix665k.json                    # one GPU
     torchrun --nproc_per_node=8 train_sft.py --model=small     # several GPUs
@@ -13,7 +13,7 @@ only where it has no pretrained weights).
 
 It also teaches how answers are judged. Each kind of question is scored beside two baselines: with the picture blanked
 (blind: what the question alone tells) and with pictures exchanged (shuffled: does the answer follow the picture?). With
-72 rows a step the laptop run reaches 96 % on new scenes, and 25 % blind.
+64 rows a step the laptop run reaches 96 % on new scenes, and 25 % blind.
 
 New in this chapter: the decoder is trained again, and answers are scored.
 One learning rate serves all parts: for the tiny model others were as good, within noise. LLaVA's recipes for released
@@ -48,7 +48,7 @@ STAGE = "sft"
 # Many small steps of short rows: a tiny model learns more from many updates than from many tokens in each. A picture
 # with two questions takes 45 to 70 tokens, so that two of them fill a row. TRAP: longer conversations of your own need
 # longer rows. Without --seq_len they get them (plumbing/fitting.py); with it, turns that do not fit are left out.
-BY_MODEL = {"tiny": {"batch_size": 72, "seq_len": 112, "steps": 1050, "lr": 0.005, "eval_size": 400},
+BY_MODEL = {"tiny": {"batch_size": 64, "seq_len": 112, "steps": 1200, "lr": 0.005, "eval_size": 400},
             "small": {"batch_size": 64, "seq_len": 1024, "steps": 800, "lr": 0.002, "eval_size": 1000},
             "released": {"batch_size": 32, "seq_len": 2048, "steps": 1000, "lr": 2e-5, "eval_size": 1000}}
 # Times the usual rate, from a model that has been through this chapter on the same data. At the full rate it forgets

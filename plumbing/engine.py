@@ -106,6 +106,8 @@ class Engine:
         if not self.running:
             return []
         # On a GPU always all rows, one graph. On a CPU the first ones: free rows are given out from the lowest on.
+        if not self.gpu:
+            self.close_up()
         B = self.rows if self.gpu else whole(max(self.running) + 1, ROWS)
         S = self.columns(max(map(len, self.running.values())) + 1)
         # Free rows are computed too. Their tokens go behind what is kept, and nobody looks.
@@ -140,6 +142,19 @@ class Engine:
             self.kept[row] = self.running.pop(row).keys
             bisect.insort(self.free, row, key=lambda r: 0 if self.gpu else r // ROWS)  # the oldest is used first
         return request.finish
+
+    def close_up(self) -> None:
+        "Rows whose answers have ended leave holes; once most are holes, the last running rows change places with them."
+        n = whole(len(self.running), ROWS)
+        if max(self.running) < 2 * n:
+            return
+        swap = dict(zip((row for row in self.running if row >= n), (row for row in range(n) if row not in self.running)))
+        swap |= {b: a for a, b in swap.items()}
+        to, of = map(self.upload, (list(swap), list(swap.values())))
+        self.kv[:, :, to], self.logits[to], self.present[to] = self.kv[:, :, of], self.logits[of], self.present[of]
+        self.running, self.kept = ({swap.get(row, row): there for row, there in rows.items()}
+                                   for rows in (self.running, self.kept))
+        self.free = sorted((swap.get(row, row) for row in self.free), key=lambda row: row // ROWS)  # else in their order
 
     def choose(self, B: int) -> torch.Tensor:
         "-> token [B]. Rows with the same options are sampled together; what free rows get is ignored."

@@ -73,14 +73,18 @@ def widen(record: dict, rng: random.Random) -> dict:
     elif images and kind < STRANGE_SHARE + GREY_SHARE:
         images = [Grey()]
     elif images and kind < STRANGE_SHARE + GREY_SHARE + GARBLED_SHARE:
-        messages = [messages[0] | {"content": f"<image>\n{garble(rng)}"}, {"role": "assistant", "content": NO_WORDS}]
+        asked = messages[0]["content"].split()[-1]
+        messages = [messages[0] | {"content": f"<image>\n{garble(rng, asked)}"},
+                    {"role": "assistant", "content": NO_WORDS}]
     return record | {"messages": messages, "images": images}
 
 
-def garble(rng: random.Random) -> str:
-    """"kqeu Tr 4? üoщ": words of letters that mean nothing, most of them ASCII."""
+def garble(rng: random.Random, last: str) -> str:
+    """"kqeu Tr 4444 üoщ cat?": words of letters that mean nothing, most of them ASCII; at times the last one does."""
     letters = string.ascii_letters + string.ascii_lowercase * 3 + string.digits + ".,;:?!-+=()'äöüéèßñçøшщияلж日本語🙂"
-    return " ".join("".join(rng.choices(letters, k=rng.randint(1, 9))) for _ in range(rng.randint(0, 12)))
+    words = [rng.choice(letters) * rng.randint(2, 12) if rng.random() < 0.1 else
+             "".join(rng.choices(letters, k=rng.randint(1, 9))) for _ in range(rng.randint(0, 12))]
+    return " ".join(words + [last] * (len(words) > 2 and rng.random() < 0.3))
 
 
 def to_american(text: str) -> str:

@@ -483,6 +483,12 @@ MUTANTS = {
          "test_a_stopped_and_resumed_run_equals_one_never_stopped_bit_for_bit"),
     ],
     "plumbing/engine.py": [
+        ("        if max(self.running) < 2 * n:", "        if True:",
+         "test_rows_that_end_early_are_not_computed_any_more_and_nobody_notices"),
+        ("self.logits[of], self.present[of]", "self.logits[of], self.present[to]",
+         "test_rows_that_end_early_are_not_computed_any_more_and_nobody_notices"),
+        ("for rows in (self.running, self.kept))", "for rows in (self.running, {}))",
+         "test_rows_that_end_early_are_not_computed_any_more_and_nobody_notices"),
         ("        if len(request) > limit:", "        if len(request) > limit + 1:",
          "test_a_conversation_longer_than_the_model_was_trained_on_is_refused"),
         ("limit = min(self.vlm.config.decoder.max_position_embeddings, self.width - request.max_new_tokens)",

@@ -62,6 +62,23 @@ def test_a_finished_row_is_free_at_once_and_a_cancelled_one_too():
     assert len(list(itertools.islice(engine.run(endless), 6))) == 6 and len(taken) < 16
 
 
+def test_rows_that_end_early_are_not_computed_any_more_and_nobody_notices():
+    vlm, computed = tiny_vlm(), []
+    alone, among = ([request(vlm, i, max_new_tokens=9 if i in (6, 17, 18) else 2) for i in range(20)] for _ in range(2))
+    expected = [logits_of(vlm, [r], 1)[0] for r in alone]
+    decode = vlm.decode
+    vlm.decode = lambda kv, S, token, columns: computed.append(len(token)) or decode(kv, S, token, columns)
+    assert all(map(torch.equal, expected, logits_of(vlm, among, 20)))
+    assert computed == [20, 20, 4, 4, 4, 4, 4, 4] and [r.answer for r in among] == [r.answer for r in alone]
+    # Those that changed places are found again: of each prompt only the last token is computed once more.
+    engine = Engine(vlm, rows=20, width=160)
+    for _ in range(2):
+        again = [request(vlm, i, max_new_tokens=9 if i in (6, 17, 18) else 2) for i in range(20)]
+        assert sorted(map(id, engine.run(again))) == sorted(map(id, again))
+        assert [r.answer for r in again] == [r.answer for r in alone] and len(set(engine.free)) == 20
+    assert [r.reused for r in again] == [len(r) - len(r.answer) - 1 for r in again]
+
+
 def test_a_conversation_that_goes_on_is_not_read_again_and_answered_alike():
     vlm, calls = tiny_vlm(), []
     vlm.vit.register_forward_hook(lambda *_: calls.append(1))
