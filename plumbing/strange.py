@@ -73,9 +73,8 @@ def widen(record: dict, rng: random.Random) -> dict:
     elif images and kind < STRANGE_SHARE + GREY_SHARE:
         images = [Grey()]
     elif images and kind < STRANGE_SHARE + GREY_SHARE + GARBLED_SHARE:
-        asked = messages[0]["content"].split()[-1]
-        messages = [messages[0] | {"content": f"<image>\n{garble(rng, asked)}"},
-                    {"role": "assistant", "content": NO_WORDS}]
+        garbled = garble(rng, messages[0]["content"].split()[-1])
+        messages = [messages[0] | {"content": f"<image>\n{garbled}"}, {"role": "assistant", "content": NO_WORDS}]
     return record | {"messages": messages, "images": images}
 
 
@@ -95,8 +94,7 @@ def to_american(text: str) -> str:
 # Kinds of strange pictures: (rng, px, a scene) -> RGB, px x px pixels
 
 def any_colour(rng: random.Random) -> tuple:
-    spread = 25 if rng.random() < 0.4 else 255  # two of five are nearly grey, as most surfaces are
-    grey = rng.randrange(256)
+    spread, grey = 25 if rng.random() < 0.4 else 255, rng.randrange(256)  # two of five are nearly grey, as surfaces are
     return tuple(min(255, max(0, grey + rng.randint(-spread, spread))) for _ in range(3))
 
 
