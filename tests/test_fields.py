@@ -97,8 +97,8 @@ CLIENTS = {
     # with user and metadata, which it keeps to itself
     "litellm": (
         b"POST /v1/chat/completions HTTP/1.1\r\nHost: 127.0.0.1:8000\r\nAccept-Encoding: gzip, deflate, zstd\r\n"
-        b"Connection: keep-alive\r\nauthorization: Bearer sk-none\r\naccept: application/json\r\ncontent-type: "
-        b"application/json\r\nuser-agent: OpenAI/Python 3.57.0\r\nx-stainless-async: false\r\n"
+        b"Connection: keep-alive\r\nauthorization: Bearer sk-none\r\naccept: application/json\r\n"
+        b"content-type: application/json\r\nuser-agent: OpenAI/Python 3.57.0\r\nx-stainless-async: false\r\n"
         b"x-stainless-raw-response: true\r\nx-stainless-retry-count: 0\r\nx-stainless-read-timeout: 600.0\r\n"
         b"Content-Length: %d\r\n",
         '{"model":"tiny","messages":[{"role":"user","content":[{"type":"image_url",'
@@ -109,10 +109,10 @@ CLIENTS = {
     # captured from langchain-openai 1.7.4 (openai 3.57.0), 28 November 2026:
     # ChatOpenAI(model="tiny", base_url=..., max_tokens=5, ...).stream(...)
     "langchain-openai": (
-        b"POST /v1/chat/completions HTTP/1.1\r\nHost: 127.0.0.1:8000\r\nAccept-Encoding: gzip, deflate\r\nConnection: "
-        b"keep-alive\r\nauthorization: Bearer -\r\naccept: application/json\r\ncontent-type: application/json\r\n"
-        b"user-agent: OpenAI/Python 3.57.0\r\nx-stainless-async: false\r\nx-stainless-retry-count: 0\r\n"
-        b"Content-Length: %d\r\n",
+        b"POST /v1/chat/completions HTTP/1.1\r\nHost: 127.0.0.1:8000\r\nAccept-Encoding: gzip, deflate\r\n"
+        b"Connection: keep-alive\r\nauthorization: Bearer -\r\naccept: application/json\r\n"
+        b"content-type: application/json\r\nuser-agent: OpenAI/Python 3.57.0\r\nx-stainless-async: false\r\n"
+        b"x-stainless-retry-count: 0\r\nContent-Length: %d\r\n",
         '{"model":"tiny","stream":true,"messages":[{"content":"Be brief.","role":"system"},{"content":[{"type":"text",'
         '"text":"What is it?"},{"type":"image_url","image_url":{"url":"data:image/png;base64,%s"}}],"role":"user"}],'
         '"frequency_penalty":0.0,"max_completion_tokens":5,"n":1,"presence_penalty":0.0,"seed":1,'
@@ -120,9 +120,9 @@ CLIENTS = {
     # captured from llm 0.36 (openai 3.57.0), 28 November 2026: llm -m tiny -a a.png -o max_tokens 5 -o temperature 0
     # "What is it?" with extra-openai-models.yaml
     "llm": (
-        b"POST /v1/chat/completions HTTP/1.1\r\nHost: 127.0.0.1:8000\r\nAccept-Encoding: gzip, deflate\r\nConnection: "
-        b"keep-alive\r\nauthorization: Bearer DUMMY_KEY\r\naccept: application/json\r\ncontent-type: "
-        b"application/json\r\nuser-agent: OpenAI/Python 3.57.0\r\nx-stainless-async: false\r\n"
+        b"POST /v1/chat/completions HTTP/1.1\r\nHost: 127.0.0.1:8000\r\nAccept-Encoding: gzip, deflate\r\n"
+        b"Connection: keep-alive\r\nauthorization: Bearer DUMMY_KEY\r\naccept: application/json\r\n"
+        b"content-type: application/json\r\nuser-agent: OpenAI/Python 3.57.0\r\nx-stainless-async: false\r\n"
         b"x-stainless-retry-count: 0\r\nx-stainless-read-timeout: 600\r\nContent-Length: %d\r\n",
         '{"model":"tiny","stream":true,"messages":[{"role":"user","content":[{"type":"text","text":"What is it?"},'
         '{"type":"image_url","image_url":{"url":"data:image/png;base64,%s"}}]}],"max_tokens":5,'
@@ -130,10 +130,10 @@ CLIENTS = {
     # captured from Vercel's ai 7.0.173 with @ai-sdk/openai-compatible 3.0.92 in Node 22.23.3, 28 November 2026:
     # streamText({model: createOpenAICompatible({..., includeUsage: true})("tiny"), ...})
     "ai": (
-        b"POST /v1/chat/completions HTTP/1.1\r\nhost: 127.0.0.1:8000\r\nconnection: keep-alive\r\ncontent-type: "
-        b"application/json\r\nuser-agent: ai-sdk-openai-compatible/3.0.92 ai-sdk-provider-utils/5.0.81 node.js/22\r\n"
-        b"accept: */*\r\naccept-language: *\r\nsec-fetch-mode: cors\r\naccept-encoding: gzip, deflate\r\n"
-        b"content-length: %d\r\n",
+        b"POST /v1/chat/completions HTTP/1.1\r\nhost: 127.0.0.1:8000\r\nconnection: keep-alive\r\n"
+        b"content-type: application/json\r\n"
+        b"user-agent: ai-sdk-openai-compatible/3.0.92 ai-sdk-provider-utils/5.0.81 node.js/22\r\naccept: */*\r\n"
+        b"accept-language: *\r\nsec-fetch-mode: cors\r\naccept-encoding: gzip, deflate\r\ncontent-length: %d\r\n",
         '{"model":"tiny","max_tokens":5,"temperature":0,"top_p":1,"frequency_penalty":0,"presence_penalty":0,'
         '"stop":["\\n\\n"],"seed":1,"messages":[{"role":"system","content":"Be brief."},{"role":"user",'
         '"content":[{"type":"text","text":"What is it?"},{"type":"image_url",'
@@ -143,8 +143,8 @@ CLIENTS = {
     "open-webui": (
         b"POST /v1/chat/completions HTTP/1.1\r\nHost: host.docker.internal:8000\r\nContent-Type: application/json\r\n"
         b"X-OpenWebUI-User-Name: Me\r\nX-OpenWebUI-User-Id: 1\r\nX-OpenWebUI-User-Email: me@example.com\r\n"
-        b"X-OpenWebUI-User-Role: user\r\nAccept: */*\r\nAccept-Encoding: gzip, deflate\r\nUser-Agent: Python/3.11 "
-        b"aiohttp/3.14.5\r\nContent-Length: %d\r\n",
+        b"X-OpenWebUI-User-Role: user\r\nAccept: */*\r\nAccept-Encoding: gzip, deflate\r\n"
+        b"User-Agent: Python/3.11 aiohttp/3.14.5\r\nContent-Length: %d\r\n",
         '{"stream":true,"model":"tiny","messages":[{"role":"system","content":"Be brief."},{"role":"user",'
         '"content":[{"type":"text","text":"What is it?"},{"type":"image_url",'
         '"image_url":{"url":"data:image/png;base64,%s"}}]}],"stream_options":{"include_usage":true},"seed":0,'
@@ -153,17 +153,17 @@ CLIENTS = {
     # OpenAIWrapper of VLMEvalKit, by requests: from its source, commit 00006c5
     "VLMEvalKit": (
         b"POST /v1/chat/completions HTTP/1.1\r\nHost: 127.0.0.1:8000\r\nUser-Agent: python-requests/2.32.5\r\n"
-        b"Accept-Encoding: gzip, deflate\r\nAccept: */*\r\nConnection: keep-alive\r\nContent-Type: "
-        b"application/json\r\nAuthorization: Bearer sk-1\r\nContent-Length: %d\r\n",
+        b"Accept-Encoding: gzip, deflate\r\nAccept: */*\r\nConnection: keep-alive\r\n"
+        b"Content-Type: application/json\r\nAuthorization: Bearer sk-1\r\nContent-Length: %d\r\n",
         '{"model": "tiny", "messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": '
         '"data:image/jpeg;base64,%s", "detail": "low"}}, {"type": "text", "text": "What is it?"}]}], "n": 1, '
         '"temperature": 0, "max_tokens": 2048}'),
     # captured from lmms-eval 0.7.3 (openai 3.57.0), 28 November 2026: generate_until of its chat model "openai"
     "lmms-eval": (
-        b"POST /v1/chat/completions HTTP/1.1\r\nHost: 127.0.0.1:8000\r\nAccept-Encoding: gzip, deflate\r\nConnection: "
-        b"keep-alive\r\nauthorization: Bearer EMPTY\r\naccept: application/json\r\ncontent-type: application/json\r\n"
-        b"user-agent: OpenAI/Python 3.57.0\r\nx-stainless-async: false\r\nx-stainless-retry-count: 0\r\n"
-        b"x-stainless-read-timeout: 600\r\nContent-Length: %d\r\n",
+        b"POST /v1/chat/completions HTTP/1.1\r\nHost: 127.0.0.1:8000\r\nAccept-Encoding: gzip, deflate\r\n"
+        b"Connection: keep-alive\r\nauthorization: Bearer EMPTY\r\naccept: application/json\r\n"
+        b"content-type: application/json\r\nuser-agent: OpenAI/Python 3.57.0\r\nx-stainless-async: false\r\n"
+        b"x-stainless-retry-count: 0\r\nx-stainless-read-timeout: 600\r\nContent-Length: %d\r\n",
         '{"model":"tiny","messages":[{"role":"user","content":[{"type":"image_url",'
         '"image_url":{"url":"data:image/png;base64,%s"}},{"type":"text","text":"What is it?"}]}],"max_tokens":5,'
         '"temperature":0,"top_p":1.0}'),
@@ -186,8 +186,8 @@ CLIENTS = {
         '"</s>", "\\n\\n", "<|im_end|>"], "seed": 1234}'),
     # HttpClient.PostAsJsonAsync of .NET: chunked, and a character set; from its source, JsonContent of commit 04da5a1
     ".NET": (
-        b"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost:8000\r\nTransfer-Encoding: chunked\r\nContent-Type: "
-        b"application/json; charset=utf-8\r\n",
+        b"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost:8000\r\nTransfer-Encoding: chunked\r\n"
+        b"Content-Type: application/json; charset=utf-8\r\n",
         '{"model":"tiny","messages":[{"role":"user","content":[{"type":"text","text":"What is it?"},'
         '{"type":"image_url","image_url":{"url":"data:image/png;base64,%s"}}]}],"max_tokens":5}')}
 
