@@ -18,7 +18,8 @@ NEUTRAL = [{"tool_choice": "none"}, {"tool_choice": "auto"}, {"parallel_tool_cal
            {"chat_id": "x"}, {"session_id": "y"}, {"reasoning_effort": "low"}, {"verbosity": "low"},
            {"chat_template_kwargs": {"enable_thinking": False}}, {"stop": ""}, {"stop": []}, {"logit_bias": {}},
            {"response_format": {"type": "text"}}, {"frequency_penalty": 0.0}, {"model": "default"}, {"model": ""},
-           {"user": "me"}, {"num_beams": 1}, {"format": ""}, {"frob\nnicate": 1}]
+           {"user": "me"}, {"num_beams": 1}, {"format": ""}, {"frob\nnicate": 1}, {"metadata": {"tags": []}},
+           {"extra_headers": {}}, {"features": {"web_search": False}}, {"variables": {}}]
 
 CHANGING = [{"tools": [{"type": "function"}]}, {"tool_choice": "required"}, {"functions": [{"name": "f"}]},
             {"response_format": {"type": "json_object"}}, {"min_p": 0.1}, {"logit_bias": {"5": 9}}, {"best_of": 3},
@@ -36,7 +37,7 @@ def test_what_changes_nothing_is_accepted(served, more, capfd):
     log = capfd.readouterr().err
     (name, ) = more
     unknown = name in ("options", "keep_alive", "chat_id", "session_id", "reasoning_effort", "verbosity",
-                       "chat_template_kwargs", "frob\nnicate")
+                       "chat_template_kwargs", "frob\nnicate", "extra_headers", "features", "variables")
     assert log.count(f"(clients send {name.encode('unicode_escape').decode()}, unknown here") == unknown
 
 
