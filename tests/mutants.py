@@ -332,6 +332,7 @@ MUTANTS = {
          "test_a_chapter_changes_the_parts_it_trains_and_keeps_moments_of_no_other"),
     ],
     "train_rl.py": [
+        ('"max_new_tokens": (20,', '"max_new_tokens": (12,', "test_chapter_4_leaves_room_for_the_honest_answers"),
         ('before = state.get("before") or {name', "before = {name",
          "test_a_resumed_chapter_4_compares_with_where_it_began"),
         ("/ max(questions, 1) for name, value", "/ flags.batch_size for name, value",
@@ -504,6 +505,12 @@ MUTANTS = {
          "test_padding_rows_of_the_vocabulary_are_never_said"),
         ("self.keys[slot] = digest(image)", "pass",
          "test_equal_prompts_are_computed_once_and_not_mixed_up_with_other_pictures"),
+    ],
+    "plumbing/strange.py": [
+        ("if rng.random() < 0.1 else", "if False else",
+         "test_questions_without_a_meaning_repeat_letters_and_may_end_in_a_word"),
+        ("len(words) > 2 and rng.random() < 0.3", "rng.random() < 0.3",
+         "test_questions_without_a_meaning_repeat_letters_and_may_end_in_a_word"),
     ],
     "plumbing/drawing.py": [
         ('if "step" not in row or "stage" in row:', 'if "step" not in row:', "test_curves_show_what_the_log_says"),

@@ -12,9 +12,10 @@ from PIL import Image
 
 from model import load_checkpoint
 from plumbing.strange import (AMERICAN_SHARE, GARBLED_SHARE, GREY_SHARE, HONEST, NO_WORDS, STRANGE_SHARE, Grey,
-                              Strange, to_american)
+                              Strange, garble, to_american)
 from plumbing.world import CAPTIONS, Scene, World
 from sample import TINY
+from train_rl import FLAGS as RL_FLAGS
 from tests.helpers import DATA, needs_shared, texts
 from tokenizer import Tokenizer
 from train_sft import answers
@@ -49,6 +50,17 @@ def test_what_is_held_out_is_the_world_alone(task, split):
 def test_chapter_1_learns_the_words_of_the_honest_answer():
     found = sum(record.get("text") == HONEST for record in map(World("text").__getitem__, range(3000)))
     assert 0.3 * STRANGE_SHARE * 3000 / 2 < found < 0.3 * STRANGE_SHARE * 3000 * 2  # three of ten are plain text
+
+
+def test_questions_without_a_meaning_repeat_letters_and_may_end_in_a_word():
+    asked = [garble(random.Random(i), "cat?") for i in range(1000)]
+    assert 0.1 < sum(text.endswith("cat?") for text in asked) / 1000 < 0.35 and "cat?" not in asked
+    assert sum(bool(re.search(r"(.)\1{7}", text)) for text in asked) > 100  # it answered "4444444444 things" with noise
+
+
+def test_chapter_4_leaves_room_for_the_honest_answers():
+    words = Tokenizer.from_pretrained(TINY)  # what is cut off has no end, and so no reward
+    assert max(len(words.encode(text)) for text in (HONEST, NO_WORDS)) + 1 <= RL_FLAGS["max_new_tokens"][0]
 
 
 def test_some_users_write_as_americans_do_and_no_answer_does():
