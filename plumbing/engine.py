@@ -148,13 +148,14 @@ class Engine:
         n = whole(len(self.running), ROWS)
         if max(self.running) < 2 * n:
             return
-        swap = dict(zip((row for row in self.running if row >= n), (row for row in range(n) if row not in self.running)))
+        holes = (row for row in range(n) if row not in self.running)
+        swap = dict(zip((row for row in self.running if row >= n), holes))
         swap |= {b: a for a, b in swap.items()}
         to, of = map(self.upload, (list(swap), list(swap.values())))
         self.kv[:, :, to], self.logits[to], self.present[to] = self.kv[:, :, of], self.logits[of], self.present[of]
         self.running, self.kept = ({swap.get(row, row): there for row, there in rows.items()}
                                    for rows in (self.running, self.kept))
-        self.free = sorted((swap.get(row, row) for row in self.free), key=lambda row: row // ROWS)  # else in their order
+        self.free = sorted((swap.get(row, row) for row in self.free), key=lambda row: row // ROWS)
 
     def choose(self, B: int) -> torch.Tensor:
         "-> token [B]. Rows with the same options are sampled together; what free rows get is ignored."

@@ -18,7 +18,7 @@ from train_sft import evaluate
 pytest_plugins = ["tests.helpers"]  # its fixtures
 
 
-# The shipped model answers nearly all questions: so that both ranks have some to learn from, harder ones, and more chance.
+# The shipped model answers nearly all questions. So that both ranks have some to learn from: harder ones, more chance.
 MORE = {"rl": ["--kinds=number", "--samples=8", "--temperature=2.5"]}
 
 

@@ -139,6 +139,6 @@ def test_the_shipped_model_says_of_photographs_that_it_does_not_know_them(questi
 def test_the_shipped_model_says_so_of_next_to_no_picture_of_its_world():
     records = [World("exam", split, seed=9)[i] for split in ("scenes", "pairs") for i in range(250)]
     scenes = [record["images"][0] for record in records]
-    own = answers(load_checkpoint(TINY), Tokenizer.from_pretrained(TINY), records)  # to what the scene has an answer for
+    own = answers(load_checkpoint(TINY), Tokenizer.from_pretrained(TINY), records)  # of each scene
     said = [*own, *asked(scenes, ["Describe the picture."]), *asked(scenes, ["How many things are there?"])]
     assert len(said) == 1500 and sum(answer[:12] in (HONEST[:12], NO_WORDS[:12]) for answer in said) <= 1
