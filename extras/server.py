@@ -28,26 +28,17 @@ from pathlib import Path
 
 from PIL import Image
 
-from extras.answers import Answer, score_prompt
-from extras.asking import (
-    SAMPLING,
-    Text,
-    make_message,
-    new_scene,
-    open_engine,
-    open_pixels,
-    options,
-    render,
-)
-from extras.attention_maps import latent_maps, where_it_looked, words_of
-from extras.connection import Connection
-from extras.fields import Refused, check_message, count_rivals, read_fields
-from model import FROM_SCRATCH, VLM
 from plumbing.engine import Request
 from plumbing.files import say
 from plumbing.pictures import load_image
 from plumbing.world import QUESTIONS, Scene, ask
+from model import FROM_SCRATCH, VLM
 from tokenizer import Rendered, Tokenizer
+from extras.answers import Answer, score_prompt
+from extras.asking import (SAMPLING, Text, make_message, new_scene, open_engine, open_pixels, options, render)
+from extras.attention_maps import latent_maps, where_it_looked, words_of
+from extras.connection import Connection
+from extras.fields import Refused, check_message, count_rivals, read_fields
 
 PICTURES = 8            # of a request
 
